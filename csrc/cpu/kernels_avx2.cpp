@@ -1,0 +1,9 @@
+// The kernels for processors with AVX2, FMA and F16C.
+// clang-format off
+#include "simd_avx2.h"
+#include "kernels_impl.h"
+// clang-format on
+
+namespace graddrop {
+extern const Kernels kAvx2Kernels = {"avx2", masked_adamw, uniform16, bucket_planes};
+}  // namespace graddrop

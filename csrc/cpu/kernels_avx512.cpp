@@ -1,0 +1,9 @@
+// The kernels for processors with AVX-512 F, BW, VL and DQ.
+// clang-format off
+#include "simd_avx512.h"
+#include "kernels_impl.h"
+// clang-format on
+
+namespace graddrop {
+extern const Kernels kAvx512Kernels = {"avx512", masked_adamw, uniform16, bucket_planes};
+}  // namespace graddrop

@@ -1,0 +1,9 @@
+// The kernels for any processor, one element at a time.
+// clang-format off
+#include "simd_portable.h"
+#include "kernels_impl.h"
+// clang-format on
+
+namespace graddrop {
+extern const Kernels kPortableKernels = {"portable", masked_adamw, uniform16, bucket_planes};
+}  // namespace graddrop

@@ -1,0 +1,184 @@
+// The C functions that graddrop_kernels/backends/cpu.py calls: the choice of instruction set, the scalars of each row, the division among threads.
+// No torch header and no Python: the address of torch_parallel_for (torch's stable C ABI, torch >= 2.10) is handed in at load time, so that one
+// library serves every torch and every Python, and our threads are torch's own.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+
+#define GRADDROP_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace graddrop {
+namespace {
+
+constexpr int64_t kUnit = 4096;      // elements that a thread takes at once: 64 KB of float32 streams, so that thread ends and tails are rare
+constexpr int64_t kGrainUnits = 8;   // 32768 elements: below this one thread is quicker than waking two
+
+using Range = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Range range, void* context);
+ParallelFor parallel_for = nullptr;
+
+bool supported(const Kernels& kernels) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (&kernels == &kAvx512Kernels)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (&kernels == &kAvx2Kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+  return &kernels == &kPortableKernels;
+}
+
+const Kernels* const kAllKernels[] = {
+#if defined(__x86_64__)
+    &kAvx512Kernels, &kAvx2Kernels,
+#endif
+    &kPortableKernels};
+
+const Kernels* best() {
+  for (const Kernels* kernels : kAllKernels)
+    if (supported(*kernels)) return kernels;
+  return nullptr;
+}
+const Kernels* chosen = best();
+
+// Bias corrections and what follows from them. Float64 from the float32-rounded betas, rounded once; the rest in float32 as torch's kernel has it.
+void set_bias_corrections(const HyperRow& hyper, double age, float& step_size, float& bias_correction2_sqrt) {
+  const double beta1 = static_cast<float>(hyper.beta1), beta2 = static_cast<float>(hyper.beta2);
+  step_size = static_cast<float>(hyper.lr) / static_cast<float>(1.0 - std::pow(beta1, age));
+  bias_correction2_sqrt = static_cast<float>(std::sqrt(1.0 - std::pow(beta2, age)));
+}
+
+// Everything of a row but its bias corrections.
+PreparedRow prepare(const TensorRow& row, const HyperRow& hyper, int64_t completed_steps, DType param_dtype, DType moment_dtype) {
+  PreparedRow prepared = {};
+  prepared.tensor = row;
+  prepared.mask = {hyper.kind, hyper.frozen, static_cast<uint32_t>(hyper.threshold),
+                   static_cast<uint32_t>(hyper.kind == kBucket ? 0 : hyper.draw < 0 ? completed_steps : hyper.draw),
+                   static_cast<uint32_t>(hyper.buckets), static_cast<uint32_t>(hyper.first_bucket), static_cast<uint32_t>(hyper.last_bucket),
+                   hyper.num_planes, row.key, static_cast<float>(hyper.scale)};
+  const float beta1 = static_cast<float>(hyper.beta1), beta2 = static_cast<float>(hyper.beta2);
+  prepared.scalars = {-(static_cast<float>(hyper.lr) * static_cast<float>(hyper.weight_decay)), beta1, -beta1, beta2, -beta2, 0, 0,
+                      static_cast<float>(hyper.eps)};
+  prepared.param_dtype = param_dtype;
+  prepared.moment_dtype = moment_dtype;
+  prepared.decay = hyper.weight_decay != 0;
+  prepared.amsgrad = hyper.amsgrad;
+  prepared.sign = hyper.maximize ? -1.0f : 1.0f;
+  return prepared;
+}
+
+struct Work {
+  std::vector<PreparedRow> rows;
+  std::vector<int64_t> first_unit;  // of each row; one more entry at the end
+  const Kernels* kernels;
+};
+
+void run_units(int64_t begin, int64_t end, void* context) {
+  const Work& work = *static_cast<const Work*>(context);
+  size_t row = std::upper_bound(work.first_unit.begin(), work.first_unit.end(), begin) - work.first_unit.begin() - 1;
+  for (; begin < end; ++row) {
+    const int64_t stop = std::min(end, work.first_unit[row + 1]), numel = work.rows[row].tensor.numel;
+    if (begin == stop) continue;  // an empty tensor
+    const int64_t first = (begin - work.first_unit[row]) * kUnit, last = (stop - work.first_unit[row]) * kUnit;
+    work.kernels->masked_adamw(work.rows[row], first, std::min(last, numel));
+    begin = stop;
+  }
+}
+
+void run(int64_t count, int64_t grain, Range range, void* context) {
+  if (count <= grain) range(0, count, context);
+  else parallel_for(0, count, grain, range, context);
+}
+
+}  // namespace
+}  // namespace graddrop
+
+using namespace graddrop;
+
+GRADDROP_EXPORT int32_t graddrop_cpu_table_version() { return kTableVersion; }
+
+GRADDROP_EXPORT void graddrop_cpu_set_parallel_for(void* function) { parallel_for = reinterpret_cast<ParallelFor>(function); }
+
+// The instruction set in use; select by name ("" for the best), which returns 0, or -1 when this processor or this build has no such kernels.
+GRADDROP_EXPORT const char* graddrop_cpu_isa() { return chosen->isa; }
+GRADDROP_EXPORT int32_t graddrop_cpu_select_isa(const char* name) {
+  for (const Kernels* kernels : kAllKernels)
+    if (supported(*kernels) && (!*name || !std::strcmp(name, kernels->isa))) {
+      chosen = kernels;
+      return 0;
+    }
+  return -1;
+}
+
+// One masked AdamW step on every row; advances the step counts. Each row is divided into units, and all units among the threads of torch's pool.
+GRADDROP_EXPORT void graddrop_cpu_masked_adamw(const TensorRow* rows, int64_t num_rows, const HyperRow* hypers, int32_t param_dtype, int32_t moment_dtype) {
+  Work work;
+  work.kernels = chosen;
+  work.rows.reserve(num_rows);
+  work.first_unit.reserve(num_rows + 1);
+  std::vector<std::vector<float>> tables;  // per-bucket scalars; inner buffers stay where they are when the outer vector grows
+  int64_t units = 0, last_steps = -1, last_hyper = -1;
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const HyperRow& hyper = hypers[rows[i].hyper];
+    if (hyper.kind == kOff && hyper.frozen) continue;  // nothing moves, nor its step count
+    const int64_t completed_steps = static_cast<int64_t>(*rows[i].step);
+    *rows[i].step += 1.0f;
+    work.rows.push_back(prepare(rows[i], hyper, completed_steps, static_cast<DType>(param_dtype), static_cast<DType>(moment_dtype)));
+    PreparedRow& row = work.rows.back();
+    if (completed_steps == last_steps && rows[i].hyper == last_hyper) {  // as in the row before: two pow() and a table saved
+      const PreparedRow& before = work.rows[work.rows.size() - 2];
+      row.scalars = before.scalars;
+      row.step_sizes = before.step_sizes;
+      row.bias_corrections2_sqrt = before.bias_corrections2_sqrt;
+    } else if (hyper.num_ages) {
+      const int64_t room = std::max<int64_t>(hyper.buckets, 16);
+      tables.emplace_back(2 * room, 1.0f);
+      float* table = tables.back().data();
+      for (int64_t bucket = 0; bucket < hyper.num_ages; ++bucket) {
+        const int64_t age = std::min(std::max<int64_t>(hyper.ages[bucket], 1), completed_steps + 1);
+        set_bias_corrections(hyper, static_cast<double>(age), table[bucket], table[room + bucket]);
+      }
+      row.step_sizes = table;
+      row.bias_corrections2_sqrt = table + room;
+    } else {
+      const double age = hyper.global_step ? static_cast<double>(hyper.global_step) : 1.0 + static_cast<double>(completed_steps) * hyper.age_rate;
+      set_bias_corrections(hyper, age, row.scalars.step_size, row.scalars.bias_correction2_sqrt);
+    }
+    row.num_ages = hyper.num_ages ? hyper.buckets : 0;
+    last_steps = completed_steps;
+    last_hyper = rows[i].hyper;
+    work.first_unit.push_back(units);
+    units += (row.tensor.numel + kUnit - 1) / kUnit;
+  }
+  work.first_unit.push_back(units);
+  run(units, kGrainUnits, run_units, &work);
+}
+
+// The 16-bit draws of elements first .. first + count of a stream, natural order.
+GRADDROP_EXPORT void graddrop_cpu_uniform16(uint64_t key, uint32_t draw, uint32_t domain, int64_t first, int64_t count, uint16_t* out) {
+  struct Context { uint64_t key; uint32_t draw, domain; int64_t first, count; uint16_t* out; } context = {key, draw, domain, first, count, out};
+  run((count + kUnit - 1) / kUnit, kGrainUnits, [](int64_t begin, int64_t end, void* pointer) {
+    const Context& c = *static_cast<Context*>(pointer);
+    const int64_t start = begin * kUnit, stop = std::min(end * kUnit, c.count);
+    chosen->uniform16(c.key, c.draw, c.domain, c.first + start, stop - start, c.out + start);
+  }, &context);
+}
+
+// Bit-planes of a row's buckets: num_planes arrays of ceil(numel / 32) words.
+GRADDROP_EXPORT void graddrop_cpu_bucket_planes(const TensorRow* row, int64_t buckets, int64_t num_planes, uint32_t* planes) {
+  struct Context { const TensorRow* row; int64_t buckets, num_planes; uint32_t* planes; } context = {row, buckets, num_planes, planes};
+  run((row->numel + kUnit - 1) / kUnit, kGrainUnits, [](int64_t begin, int64_t end, void* pointer) {
+    const Context& c = *static_cast<Context*>(pointer);
+    chosen->bucket_planes(*c.row, static_cast<uint32_t>(c.buckets), static_cast<int>(c.num_planes), begin * kUnit, std::min(end * kUnit, c.row->numel), c.planes);
+  }, &context);
+}
+
+// One Philox call a row, from counters and keys as given: for tests against other implementations.
+GRADDROP_EXPORT void graddrop_cpu_philox(const uint32_t* counters, const uint64_t* keys, int64_t count, uint32_t* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const PhiloxWords words = philox4x32_10(counters[4 * i], counters[4 * i + 1], counters[4 * i + 2], counters[4 * i + 3], keys[i]);
+    std::memcpy(out + 4 * i, words.word, sizeof words.word);
+  }
+}

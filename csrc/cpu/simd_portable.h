@@ -1,0 +1,106 @@
+// One float at a time, for any processor. Included by masked_adamw_portable.cpp only.
+#pragma once
+#include <cstring>
+
+#include "../gaussian.h"
+#include "../mask.h"
+
+namespace graddrop {
+namespace {
+
+struct Vec {
+  static constexpr int kWidth = 1;
+  float x;
+  Vec() = default;
+  explicit Vec(float x) : x(x) {}
+};
+using Lanes = bool;
+
+GRADDROP_FN Vec operator+(Vec a, Vec b) { return Vec(a.x + b.x); }
+GRADDROP_FN Vec operator-(Vec a, Vec b) { return Vec(a.x - b.x); }
+GRADDROP_FN Vec operator*(Vec a, Vec b) { return Vec(a.x * b.x); }
+GRADDROP_FN Vec fma(Vec a, Vec b, Vec c) { return Vec(graddrop::fma(a.x, b.x, c.x)); }
+GRADDROP_FN Vec div(Vec a, Vec b) { return Vec(graddrop::div(a.x, b.x)); }
+GRADDROP_FN Vec sqrt(Vec a) { return Vec(graddrop::sqrt(a.x)); }
+GRADDROP_FN Vec max(Vec a, Vec b) { return Vec(graddrop::max(a.x, b.x)); }
+GRADDROP_FN Vec keep_or_zero(Lanes keep, Vec a) { return keep ? a : Vec(0.0f); }
+GRADDROP_FN Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return a.x < b.x ? yes : no; }
+GRADDROP_FN bool all_less(Vec a, Vec b) { return a.x < b.x; }
+GRADDROP_FN Vec exponent_and_mantissa(Vec y, Vec& mantissa) { return Vec(graddrop::exponent_and_mantissa(y.x, mantissa.x)); }
+GRADDROP_FN Vec symmetric_uniform(const uint32_t* words) { return Vec(graddrop::symmetric_uniform(*words)); }
+
+GRADDROP_FN Lanes lanes_at(const uint64_t* bits, int i) { return bits[i / 64] >> (i % 64) & 1; }
+
+GRADDROP_FN uint32_t bits_of(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, sizeof u);
+  return u;
+}
+GRADDROP_FN float float_of(uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, sizeof x);
+  return x;
+}
+
+GRADDROP_FN Vec load(const float* source) { return Vec(*source); }
+GRADDROP_FN void store(float* target, Vec a) { *target = a.x; }
+
+struct BFloat16 { uint16_t bits; };
+GRADDROP_FN Vec load(const BFloat16* source) { return Vec(float_of(static_cast<uint32_t>(source->bits) << 16)); }
+GRADDROP_FN void store(BFloat16* target, Vec a) {  // round to nearest even
+  const uint32_t u = bits_of(a.x);
+  target->bits = a.x != a.x ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+struct Float16 { uint16_t bits; };
+GRADDROP_FN Vec load(const Float16* source) {
+  const uint32_t sign = (source->bits & 0x8000u) << 16, magnitude = source->bits & 0x7fffu;
+  if (magnitude >= 0x7c00) return Vec(float_of(sign | 0x7f800000u | (magnitude & 0x3ff) << 13 | (magnitude > 0x7c00) << 22));
+  // exponent and mantissa moved into place; the factor 2^112 mends the bias and makes denormals normal
+  return Vec(float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f)));
+}
+GRADDROP_FN void store(Float16* target, Vec a) {  // round to nearest even
+  const uint32_t u = bits_of(a.x), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000) half = 0x7e00 | (magnitude >> 13 & 0x3ff);  // NaN
+  else if (magnitude >= 0x477ff000) half = 0x7c00;                       // rounds to infinity
+  else if (magnitude < 0x38800000)  // below 2^-14: adding 0.5 aligns the half's denormal step with the float's last bit, and rounds
+    half = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+  else half = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  target->bits = static_cast<uint16_t>(sign | half);
+}
+
+template <typename T>
+GRADDROP_FN void store_kept(T* target, Lanes keep, Vec a) {
+  if (keep) store(target, a);
+}
+
+GRADDROP_FN Vec lookup(const float* table, int64_t, const uint16_t* index) { return Vec(table[*index]); }
+
+// 16 Philox calls, q = first .. first + 15: 64 words in natural order.
+static __attribute__((noinline)) void philox_16_calls(uint64_t first, uint32_t draw, uint32_t domain, uint64_t key, uint32_t* words) {
+  for (int call = 0; call < 16; ++call) {
+    const PhiloxWords four = philox_call(first + call, draw, domain, key);
+    std::memcpy(words + 4 * call, four.word, sizeof four.word);  // a little-endian machine reads them back as 16-bit draws in natural order
+  }
+}
+
+// bits[i] = (uint16_t)(u16[i] - low) <= span, for count elements rounded up to 64.
+GRADDROP_FN void in_range(const uint16_t* u16, int count, uint16_t low, uint16_t span, uint64_t* bits) {
+  for (int i = 0; i < count; i += 64) {
+    uint64_t word = 0;
+    for (int lane = 0; lane < 64; ++lane) word |= static_cast<uint64_t>(static_cast<uint16_t>(u16[i + lane] - low) <= span) << lane;
+    bits[i / 64] = word;
+  }
+}
+
+GRADDROP_FN void to_buckets(uint16_t* u16, int count, uint32_t buckets) {
+  for (int i = 0; i < count; ++i) u16[i] = static_cast<uint16_t>(bucket_of(u16[i], buckets));
+}
+
+GRADDROP_FN void add_plane(const uint64_t* bits, int count, int plane, uint16_t* u16) {
+  for (int i = 0; i < count; ++i) u16[i] |= static_cast<uint16_t>(lanes_at(bits, i) << plane);
+}
+
+}  // namespace
+}  // namespace graddrop

@@ -1,0 +1,108 @@
+"""The backends in one table: name, devices, dtypes, how to tell whether it runs here. Add a backend: one file, one row."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from .. import bitmask, reference
+from ..layout import RowBlock
+from ..multi_tensor import TensorBatch
+from . import cpu
+
+_HALF = (torch.bfloat16, torch.float16)
+# (parameter dtype, moment dtype)
+_ANY_DTYPES = tuple((dtype, moments) for dtype in (torch.float32, torch.float64, *_HALF) for moments in {dtype, torch.float32})
+_FUSED_DTYPES = ((torch.float32, torch.float32), *((dtype, moments) for dtype in _HALF for moments in (torch.float32, dtype)))
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to carry out one step.
+
+    Args:
+        name: what ``backend=`` and GRADDROP_BACKEND call it.
+        summary: one line for ``info``.
+        devices: device types, or None for any.
+        dtypes: (parameter dtype, moment dtype) pairs.
+        automatic: whether ``"auto"`` may pick it; the first such row that fits is picked.
+        unavailable: () -> None when it can run on this machine, else the reason and the remedy.
+        masked_adamw_: the step on a TensorBatch, in place.
+    """
+
+    name: str
+    summary: str
+    devices: tuple[str, ...] | None
+    dtypes: tuple[tuple[torch.dtype, torch.dtype], ...]
+    automatic: bool
+    unavailable: Callable[[], str | None]
+    masked_adamw_: Callable[[TensorBatch], None]
+
+    def misfit(self, device: torch.device, param_dtype: torch.dtype, moment_dtype: torch.dtype) -> str | None:
+        """Why it cannot step such a tensor; None when it can."""
+        if self.devices is not None and device.type not in self.devices:
+            return f"works on {' and '.join(self.devices)} tensors, not on {device.type}"
+        if (param_dtype, moment_dtype) not in self.dtypes:
+            return f"does not take {_short(param_dtype)} parameters with {_short(moment_dtype)} moments"
+        return self.unavailable()
+
+
+BACKENDS = (
+    Backend("cpu", "C++, one pass over memory", ("cpu",), _FUSED_DTYPES, True, cpu.unavailable, cpu.masked_adamw_),
+    Backend("reference", "plain PyTorch, slow; defines the meaning", None, _ANY_DTYPES, True, lambda: None, reference.masked_adamw_),
+    Backend(
+        "exact", "the reference with every fma rounded once: the bits of the fused backends", None, _ANY_DTYPES, False, lambda: None,
+        partial(reference.masked_adamw_, exact=True),
+    ),
+)  # fmt: skip
+_BY_NAME = {backend.name: backend for backend in BACKENDS}
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that can run on this machine, the preferred first."""
+    return tuple(backend.name for backend in BACKENDS if backend.unavailable() is None)
+
+
+def check_name(name: str) -> str:
+    """Raises ValueError for a name that is neither a backend's nor "auto"; RuntimeError for one that cannot run here, with the remedy."""
+    if name != "auto":
+        if name not in _BY_NAME:
+            raise ValueError(f"backend={name!r} is unknown; choose 'auto' or one of {', '.join(map(repr, _BY_NAME))}")
+        reason = _BY_NAME[name].unavailable()
+        if reason:
+            raise RuntimeError(f"backend={name!r} cannot run here: {reason}")
+    return name
+
+
+def select(name: str, device: torch.device, param_dtype: torch.dtype, moment_dtype: torch.dtype) -> Backend:
+    """The backend for one batch. ``"auto"`` takes the first that fits, GRADDROP_BACKEND overrides ``"auto"``; a named one that does not fit raises."""
+    if name == "auto":
+        name = os.environ.get("GRADDROP_BACKEND", "auto")
+    if name == "auto":
+        fitting = (backend for backend in BACKENDS if backend.automatic and not backend.misfit(device, param_dtype, moment_dtype))
+        backend = next(fitting, None)
+        if backend is None:
+            raise TypeError(
+                f"no backend takes {_short(param_dtype)} parameters with {_short(moment_dtype)} moments on {device.type}; "
+                "float32, float64, bfloat16 and float16 are supported"
+            )
+        return backend
+    check_name(name)
+    reason = _BY_NAME[name].misfit(device, param_dtype, moment_dtype)
+    if reason:
+        raise RuntimeError(f"backend={name!r} {reason}; use backend='auto'")
+    return _BY_NAME[name]
+
+
+def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int, device: torch.device) -> torch.Tensor:
+    """The bit-planes of a parameter's buckets (bitmask.pack_buckets), made by the fastest code at hand for its device."""
+    if device.type == "cpu" and cpu.unavailable() is None:
+        return cpu.bucket_planes(key, buckets, layout, numel)
+    drawn = reference.by_runs(layout, numel, device, lambda *run: bitmask.element_buckets(key, buckets, *run))
+    return bitmask.pack_buckets(drawn, buckets)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

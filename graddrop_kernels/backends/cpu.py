@@ -1,0 +1,117 @@
+"""The cpu backend: csrc/cpu through its C functions. The default on CPU tensors when it was built."""
+
+import ctypes
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..bitmask import num_planes, num_words
+from ..layout import RowBlock
+from ..multi_tensor import TensorBatch
+from .tensor_table import DTYPES, TABLE_VERSION, TENSOR_ROW, TensorRow, hyper_table
+
+_LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """(library, None), or (None, why not): tried once."""
+    if not _LIBRARY.exists():
+        return None, "csrc was not compiled; install a C++ compiler and run pip install again (without GRADDROP_NO_EXT)"
+    try:
+        library = ctypes.CDLL(str(_LIBRARY))
+        version = library.graddrop_cpu_table_version()
+        if version != TABLE_VERSION:
+            return None, f"{_LIBRARY.name} was built from other sources (table version {version}, not {TABLE_VERSION}); run pip install again"
+        # torch is loaded already; this finds the same library by its path. The C ABI's parallel_for runs on torch's own threads.
+        torch_cpu = next((Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"))
+        library.graddrop_cpu_set_parallel_for(ctypes.cast(ctypes.CDLL(str(torch_cpu)).torch_parallel_for, ctypes.c_void_p))
+    except (OSError, AttributeError, StopIteration) as error:
+        return None, f"{_LIBRARY.name} cannot be loaded with torch {torch.__version__}: {error}"
+    library.graddrop_cpu_masked_adamw.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]
+    library.graddrop_cpu_uniform16.argtypes = [ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    library.graddrop_cpu_bucket_planes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    library.graddrop_cpu_philox.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    library.graddrop_cpu_isa.restype = ctypes.c_char_p
+    requested = os.environ.get("GRADDROP_CPU_ISA", "")
+    if library.graddrop_cpu_select_isa(requested.encode()) != 0:
+        return None, f"GRADDROP_CPU_ISA={requested!r} is not among this processor's and this build's: avx512, avx2, portable"
+    return library, None
+
+
+def unavailable() -> str | None:
+    """None when the library can run, else the reason and the remedy."""
+    return _load()[1]
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises RuntimeError with the reason and the remedy when there is none."""
+    loaded, reason = _load()
+    if loaded is None:
+        raise RuntimeError(f"the cpu backend cannot run: {reason}")
+    return loaded
+
+
+def isa() -> str:
+    """The instruction set in use: avx512, avx2 or portable. GRADDROP_CPU_ISA sets it at start."""
+    return library().graddrop_cpu_isa().decode()
+
+
+def select_isa(name: str) -> None:
+    """Switches the instruction set, "" for the best. The results are the same bit for bit; for tests and benchmarks.
+
+    Raises:
+        ValueError: this processor or this build does not have it.
+    """
+    if library().graddrop_cpu_select_isa(name.encode()) != 0:
+        raise ValueError(f"instruction set {name!r} is not among this processor's and this build's: avx512, avx2, portable")
+
+
+def masked_adamw_(batch: TensorBatch) -> None:
+    """One masked AdamW step on the batch, in place: one call for all tensors, threads as torch.get_num_threads()."""
+    count = len(batch.params)
+    table = np.zeros(count, TENSOR_ROW)
+    table["param"] = [tensor.data_ptr() for tensor in batch.params]
+    table["grad"] = [tensor.data_ptr() for tensor in batch.grads]
+    table["exp_avg"] = [tensor.data_ptr() for tensor in batch.exp_avgs]
+    table["exp_avg_sq"] = [tensor.data_ptr() for tensor in batch.exp_avg_sqs]
+    table["step"] = [tensor.data_ptr() for tensor in batch.steps]
+    if any(hyper.amsgrad for hyper in batch.hypers):
+        table["max_exp_avg_sq"] = [0 if tensor is None else tensor.data_ptr() for tensor in batch.max_exp_avg_sqs]
+    if any(hyper.plan.kind in ("bucket", "fixed") for hyper in batch.hypers):
+        table["mask_words"] = [0 if words is None else words.data_ptr() for words in batch.mask_words]
+    table["numel"] = [tensor.numel() for tensor in batch.params]
+    table["base"] = [layout.base for layout in batch.layouts]
+    table["local_inner"] = [layout.local_inner for layout in batch.layouts]
+    table["global_inner"] = [layout.global_inner for layout in batch.layouts]
+    table["key"] = batch.keys
+    table["hyper"] = batch.hyper_rows
+    hypers = hyper_table(batch.hypers)
+    library().graddrop_cpu_masked_adamw(
+        table.ctypes.data, count, ctypes.addressof(hypers), DTYPES[batch.param_dtype], DTYPES[batch.moment_dtype]
+    )
+
+
+def uniform16(key: int, draw: int, domain: int, first: int, count: int) -> torch.Tensor:
+    """As philox.uniform16, by the kernels: uint16 tensor of shape (count,)."""
+    out = torch.empty(count, dtype=torch.uint16)
+    library().graddrop_cpu_uniform16(key, draw & 0xFFFFFFFF, domain, first, count, out.data_ptr())
+    return out
+
+
+def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int) -> torch.Tensor:
+    """The buckets of a layout's elements as bit-planes (bitmask.pack_buckets), by the kernels: int32 tensor of shape (num_planes(buckets), num_words(numel))."""
+    planes = torch.zeros(num_planes(buckets), num_words(numel), dtype=torch.int32)
+    row = TensorRow(numel=numel, base=layout.base, local_inner=layout.local_inner, global_inner=layout.global_inner, key=key)
+    library().graddrop_cpu_bucket_planes(ctypes.addressof(row), buckets, planes.size(0), planes.data_ptr())
+    return planes
+
+
+def philox(counters: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """One Philox4x32-10 call a row, by csrc/philox.h: counters uint32 (n, 4), keys uint64 (n,) -> uint32 (n, 4). For tests."""
+    out = torch.empty_like(counters)
+    library().graddrop_cpu_philox(counters.data_ptr(), keys.data_ptr(), counters.size(0), out.data_ptr())
+    return out

