@@ -20,6 +20,8 @@ GRADDROP_FN float fma(float a, float b, float c) {
 #endif
 }
 
+GRADDROP_FN float negate_fma(float a, float b, float c) { return fma(-a, b, c); }
+
 GRADDROP_FN float sqrt(float a) {
 #if defined(__CUDA_ARCH__)
   return __fsqrt_rn(a);
@@ -36,6 +38,7 @@ GRADDROP_FN float div(float a, float b) {
 #endif
 }
 
+GRADDROP_FN float min(float a, float b) { return a < b ? a : b; }  // b where either is NaN, as vminps does
 GRADDROP_FN float max(float a, float b) { return a > b ? a : b; }  // b where either is NaN, as vmaxps does
 
 GRADDROP_FN uint32_t mulhi(uint32_t a, uint32_t b) {

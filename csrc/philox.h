@@ -31,6 +31,19 @@ GRADDROP_FN PhiloxWords philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uin
   return {{c0, c1, c2, c3}};
 }
 
+// The keys of all rounds, for code that does many calls under one key.
+struct PhiloxKeys {
+  uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
+};
+GRADDROP_FN PhiloxKeys philox_keys(uint64_t key) {
+  PhiloxKeys keys;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    keys.k0[round] = static_cast<uint32_t>(key) + round * kPhiloxW0;
+    keys.k1[round] = static_cast<uint32_t>(key >> 32) + round * kPhiloxW1;
+  }
+  return keys;
+}
+
 // Call q of a stream: the draws of elements 8q .. 8q + 7 (16 bits each), or the words of elements 4q .. 4q + 3.
 GRADDROP_FN PhiloxWords philox_call(uint64_t q, uint32_t draw, uint32_t domain, uint64_t key) {
   return philox4x32_10(static_cast<uint32_t>(q), static_cast<uint32_t>(q >> 32), draw, domain, key);

@@ -4,7 +4,16 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .names import SAY_LAYERS, WRAPPERS, block_of, canonical_module_name, canonical_name, forward_order, match_layers
+from .names import (
+    SAY_LAYERS,
+    WRAPPERS,
+    block_of,
+    canonical_module_name,
+    canonical_name,
+    forward_order,
+    in_decoder,
+    match_layers,
+)
 
 __all__ = ["block_of", "find_blocks", "match_layers", "parameter_blocks"]
 
@@ -23,7 +32,8 @@ def find_blocks(model: nn.Module, layers=None) -> list[tuple[str, nn.Module]]:
     1. ``layers``: block modules and/or patterns (see ``match_layers``). Modules alone keep the order given.
     2. The outermost ``transformers.modeling_layers.GradientCheckpointingLayer``s.
     3. The outermost ``nn.ModuleList``s of two or more children of one class. Lists of single layers (heads, embedding
-       tables) count only where no list has composite children. A list of one is never taken: use ``layers``.
+       tables) count only where no list has composite children. A list of one is never taken, and two lists of one
+       parent only as encoder and decoder (XLM keeps each half of its blocks in a list of its own): use ``layers``.
 
     Raises TypeError for wrong types, and ValueError if nothing is found (it lists the candidates), if ``layers`` names
     what the model does not have, or if blocks share weights: ALBERT, tied, nested or repeated blocks. That a forward()
@@ -43,8 +53,8 @@ def parameter_blocks(model: nn.Module, blocks) -> dict[int, str]:
     Raises ValueError if two blocks hold one parameter.
     """
     ids = {id(module) for _, module in blocks}
-    rest = (module for _, module in _walk(model, lambda module: id(module) in ids) if id(module) not in ids)
-    outside = {id(param) for module in rest for param in module.parameters(recurse=False)}
+    reached = (module for _, module in _walk(model, lambda module: id(module) in ids))
+    outside = {id(param) for module in reached if id(module) not in ids for param in module.parameters(recurse=False)}
     owner: dict[int, str] = {}
     for block, module in blocks:
         for name, param in module.named_parameters():
@@ -72,8 +82,7 @@ def _select(model, layers):
     if patterns := [item for item in layers if not isinstance(item, nn.Module)]:
         given, modules = {name for name, _ in blocks}, dict(reversed(named))
         names = match_layers(patterns, [name for name, _ in model.named_parameters(remove_duplicate=False)])
-        blocks += [(name, modules[name]) for name in names if name not in given]
-        blocks = _in_forward_order(blocks)
+        blocks = _in_forward_order(blocks + [(name, modules[name]) for name in names if name not in given])
     if lists := [name for name, module in blocks if isinstance(module, nn.ModuleList)]:
         raise ValueError(f"layers names the ModuleList {lists[0]!r}, not its blocks: write '{lists[0]}.*'")
     return blocks
@@ -91,25 +100,22 @@ def _detect(model):
         for name, module in _outermost(model, lambda module: isinstance(module, nn.ModuleList) and len(module) > 1):
             stacks.setdefault(module, name)  # a list under two names is one list
         stacks = {stack: name for stack, name in stacks.items() if len(set(map(_class, stack))) == 1}
-        composite = {stack: name for stack, name in stacks.items() if any(list(child.children()) for child in stack)}
-        for stack, name in (composite or stacks).items():
+        stacks = {s: name for s, name in stacks.items() if any(list(child.children()) for child in s)} or stacks
+        places = {(name.rpartition(".")[0], in_decoder(name)) for name in stacks.values()}
+        for stack, name in stacks.items() if len(places) == len(stacks) else ():
             # Not children(), which leaves out a module that is listed again.
             blocks += [(f"{name}.{key}".removeprefix("."), child) for key, child in stack._modules.items()]
     if not blocks:
         lists = {n: m for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))}
         seen = [f"{n!r} ({len(m)} of {', '.join(sorted({_class(c).__name__ for c in m}))})" for n, m in lists.items()]
         seen = "; ".join(seen[:8]) or "there is no ModuleList or Sequential"
-        raise ValueError(f"{type(model).__name__}: no transformer blocks found: {SAY_LAYERS}. Candidates: {seen}")
+        raise ValueError(f"{type(model).__name__}: no clear transformer blocks: {SAY_LAYERS}. Candidates: {seen}")
     return _in_forward_order(blocks)
 
 
 def _in_forward_order(blocks):
     key = forward_order([name for name, _ in blocks])
     return sorted(blocks, key=lambda block: key(block[0]))
-
-
-def _outermost(model, wanted):
-    return [(name, module) for name, module in _walk(model, wanted) if wanted(module)]
 
 
 def _is_checkpointing_layer(module):

@@ -42,8 +42,10 @@ def _in_our_order(index: int, saved: dict, group: dict) -> list:
     """The saved parameter ids of a group, reordered by name; unchanged where they are names themselves (torch.distributed.checkpoint has ordered them)."""
     if saved["params"] and isinstance(saved["params"][0], str):
         return saved["params"]
-    ids = dict(zip(map(canonical_name, saved["param_names"]), saved["params"]))
-    ours = [canonical_name(name) for name in group["param_names"]]
+    theirs, ours = ([canonical_name(name) for name in names] for names in (saved["param_names"], group["param_names"]))
+    if theirs == ours:  # also where two parameters have one name
+        return saved["params"]
+    ids = dict(zip(theirs, saved["params"]))
     if set(ids) != set(ours):
         missing, extra = sorted(set(ours) - set(ids))[:3], sorted(set(ids) - set(ours))[:3]
         raise ValueError(
@@ -53,7 +55,10 @@ def _in_our_order(index: int, saved: dict, group: dict) -> list:
 
 
 def restore_moment_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
-    """Undoes torch's cast of every loaded state tensor to the parameter's dtype, and makes step counts float32, which the kernels count in."""
+    """Undoes torch's cast of float32 moments to the parameter's dtype, and makes step counts float32, which the kernels count in.
+
+    Moments of any other dtype are those of a model of that dtype, and the cast is right for them.
+    """
     ids = (saved for group in state_dict["param_groups"] for saved in group["params"])
     params = (param for group in optimizer.param_groups for param in group["params"])
     for saved, param in zip(ids, params):
@@ -61,5 +66,5 @@ def restore_moment_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict) ->
             if key == "step":
                 step = torch.as_tensor(value, dtype=torch.float32).to(param.device)
                 optimizer.state[param]["step"] = step.clone() if step is value else step
-            elif isinstance(value, torch.Tensor) and value.dtype != optimizer.state[param][key].dtype:
+            elif isinstance(value, torch.Tensor) and value.dtype == torch.float32 != optimizer.state[param][key].dtype:
                 optimizer.state[param][key] = value.to(param.device, copy=True)

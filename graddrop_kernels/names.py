@@ -69,12 +69,16 @@ def forward_order(names):
         stacks.setdefault(_numbers_to_stars(name), len(stacks))
 
     def key(name):
-        # The outermost word decides: decoder.bert.encoder.layer.0 belongs to the decoder.
-        coder = re.search("encoder|decoder", name)
         numbers = [int(part) for part in name.split(".") if part.isdecimal()]
-        return coder is not None and coder[0] == "decoder", stacks[_numbers_to_stars(name)], numbers
+        return in_decoder(name), stacks[_numbers_to_stars(name)], numbers
 
     return key
+
+
+def in_decoder(name: str) -> bool:
+    """Whether a module belongs to a decoder. The outermost word decides: decoder.bert.encoder.layer.0 does."""
+    coder = re.search("encoder|decoder", name)
+    return coder is not None and coder[0] == "decoder"
 
 
 def near_names(pattern: str, names, count: int = 3) -> str:

@@ -70,7 +70,8 @@ def _plain(value):
     if type(value).__name__ in _SCHEDULES:
         return {"schedule": type(value).__name__, **{field.name: getattr(value, field.name) for field in fields(value)}}
     if callable(value):
-        return {"schedule": "callable", "name": f"{value.__module__}.{value.__qualname__}"}
+        # An object that can be called has only its class's name.
+        return {"schedule": "callable", "name": f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"}
     return value
 
 
@@ -294,7 +295,8 @@ class GradDropEpoch(Policy):
     def after_last_epoch(self, epoch: int) -> str | None:
         if not self.toggle or epoch < self.epochs:
             return None
-        return f"epoch {epoch} is past the last of GradDropEpoch(epochs={self.epochs}, toggle=True): its last bucket goes on being trained"
+        # Without the epoch: the same message is shown once.
+        return f"training goes on after the last epoch of GradDropEpoch(epochs={self.epochs}, toggle=True): its last bucket goes on being trained"
 
     def _ages(self, clock, first: int, last: int) -> tuple[int, ...]:
         """By bucket: steps in which it was active, this one included; 0 where it is not active now."""

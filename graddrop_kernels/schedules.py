@@ -24,13 +24,14 @@ class LinearAnneal:
         require_probability("LinearAnneal(start=)", self.start)
         if self.end not in ("paper", "zero"):
             raise ValueError(f"LinearAnneal(end=) must be 'paper' or 'zero', got {self.end!r}")
+        object.__setattr__(self, "start", float(self.start))  # so that equal schedules have equal JSON
 
     def __call__(self, epoch: int) -> float:
         if self.end == "paper":
-            return max(0.0, self.start - epoch / self.epochs)
+            return _or_zero(self.start - epoch / self.epochs)
         # One epoch has no way down: its only epoch is its last one.
         last = self.epochs - 1
-        return self.start * (1 - epoch / last) if epoch < last else 0.0
+        return _or_zero(self.start * (1 - epoch / last)) if epoch < last else 0.0
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,16 @@ class ExponentialAnneal:
         require_probability("ExponentialAnneal(start=)", self.start)
         if not 0 < self.decay <= 1:
             raise ValueError(f"ExponentialAnneal(decay=) must be in (0, 1], got {self.decay!r}")
+        object.__setattr__(self, "start", float(self.start))
+        object.__setattr__(self, "decay", float(self.decay))
 
     def __call__(self, epoch: int) -> float:
-        p = self.start * self.decay**epoch
-        return p if p * 65536 >= 0.5 else 0.0  # below half a step of the quantised p there is nothing left to drop
+        return _or_zero(self.start * self.decay**epoch)
+
+
+def _or_zero(p: float) -> float:
+    """p, or 0 where it has died out: below half a step of the quantised p (quantize rounds the half itself to 0) there is nothing left to drop."""
+    return p if p * 65536 > 0.5 else 0.0
 
 
 Schedule = float | LinearAnneal | ExponentialAnneal | Callable[[int], float]

@@ -6,14 +6,17 @@
 
 namespace graddrop {
 
+// The scalars that depend on the age of a bucket: one entry a bucket, in room for at least 64.
+struct AgeTables {
+  const float *step_size, *bias_correction2_sqrt, *bias_correction2_sqrt_reciprocal;
+};
+
 // A TensorRow with everything that does not change from element to element worked out.
 struct PreparedRow {
   TensorRow tensor;
   MaskSpec mask;
   AdamWScalars<float> scalars;
-  // One entry a bucket (num_ages of them, in room for at least 16), or num_ages = 0: then the two scalars count.
-  const float* step_sizes;
-  const float* bias_corrections2_sqrt;
+  AgeTables by_age;  // num_ages entries, or num_ages = 0: then the scalars above count
   int64_t num_ages;
   DType param_dtype, moment_dtype;
   bool decay, amsgrad;
@@ -32,7 +35,7 @@ struct Kernels {
 
 extern const Kernels kPortableKernels;
 #if defined(__x86_64__)
-extern const Kernels kAvx2Kernels, kAvx512Kernels;
+extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
 #endif
 
 }  // namespace graddrop

@@ -23,16 +23,19 @@ ParallelFor parallel_for = nullptr;
 bool supported(const Kernels& kernels) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (&kernels == &kAvx512Kernels)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (&kernels == &kAvx2Kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  if (&kernels == &kAvx512Bf16Kernels) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (&kernels == &kAvx512Kernels) return avx512;
+  if (&kernels == &kAvx2Kernels) return avx2;
 #endif
   return &kernels == &kPortableKernels;
 }
 
 const Kernels* const kAllKernels[] = {
 #if defined(__x86_64__)
-    &kAvx512Kernels, &kAvx2Kernels,
+    &kAvx512Bf16Kernels, &kAvx512Kernels, &kAvx2Kernels,
 #endif
     &kPortableKernels};
 
@@ -43,11 +46,15 @@ const Kernels* best() {
 }
 const Kernels* chosen = best();
 
-// Bias corrections and what follows from them. Float64 from the float32-rounded betas, rounded once; the rest in float32 as torch's kernel has it.
-void set_bias_corrections(const HyperRow& hyper, double age, float& step_size, float& bias_correction2_sqrt) {
+// What depends on the step: float64 from the float32-rounded betas, rounded once; the rest in float32 as torch's kernel has it.
+struct StepScalars {
+  float step_size, bias_correction2_sqrt, bias_correction2_sqrt_reciprocal;
+};
+StepScalars step_scalars(const HyperRow& hyper, double age) {
   const double beta1 = static_cast<float>(hyper.beta1), beta2 = static_cast<float>(hyper.beta2);
-  step_size = static_cast<float>(hyper.lr) / static_cast<float>(1.0 - std::pow(beta1, age));
-  bias_correction2_sqrt = static_cast<float>(std::sqrt(1.0 - std::pow(beta2, age)));
+  const float bias_correction1 = static_cast<float>(1.0 - std::pow(beta1, age));
+  const float bias_correction2_sqrt = static_cast<float>(std::sqrt(1.0 - std::pow(beta2, age)));
+  return {static_cast<float>(hyper.lr) / bias_correction1, bias_correction2_sqrt, 1.0f / bias_correction2_sqrt};
 }
 
 // Everything of a row but its bias corrections.
@@ -58,9 +65,10 @@ PreparedRow prepare(const TensorRow& row, const HyperRow& hyper, int64_t complet
                    static_cast<uint32_t>(hyper.kind == kBucket ? 0 : hyper.draw < 0 ? completed_steps : hyper.draw),
                    static_cast<uint32_t>(hyper.buckets), static_cast<uint32_t>(hyper.first_bucket), static_cast<uint32_t>(hyper.last_bucket),
                    hyper.num_planes, row.key, static_cast<float>(hyper.scale)};
-  const float beta1 = static_cast<float>(hyper.beta1), beta2 = static_cast<float>(hyper.beta2);
-  prepared.scalars = {-(static_cast<float>(hyper.lr) * static_cast<float>(hyper.weight_decay)), beta1, -beta1, beta2, -beta2, 0, 0,
-                      static_cast<float>(hyper.eps)};
+  prepared.scalars.lr_weight_decay = static_cast<float>(hyper.lr) * static_cast<float>(hyper.weight_decay);
+  prepared.scalars.beta1 = static_cast<float>(hyper.beta1);
+  prepared.scalars.beta2 = static_cast<float>(hyper.beta2);
+  prepared.scalars.eps = static_cast<float>(hyper.eps);
   prepared.param_dtype = param_dtype;
   prepared.moment_dtype = moment_dtype;
   prepared.decay = hyper.weight_decay != 0;
@@ -130,21 +138,24 @@ GRADDROP_EXPORT void graddrop_cpu_masked_adamw(const TensorRow* rows, int64_t nu
     if (completed_steps == last_steps && rows[i].hyper == last_hyper) {  // as in the row before: two pow() and a table saved
       const PreparedRow& before = work.rows[work.rows.size() - 2];
       row.scalars = before.scalars;
-      row.step_sizes = before.step_sizes;
-      row.bias_corrections2_sqrt = before.bias_corrections2_sqrt;
+      row.by_age = before.by_age;
     } else if (hyper.num_ages) {
-      const int64_t room = std::max<int64_t>(hyper.buckets, 16);
-      tables.emplace_back(2 * room, 1.0f);
+      const int64_t room = std::max<int64_t>(hyper.buckets, 64);  // lookup() reads whole registers
+      tables.emplace_back(3 * room, 1.0f);
       float* table = tables.back().data();
       for (int64_t bucket = 0; bucket < hyper.num_ages; ++bucket) {
-        const int64_t age = std::min(std::max<int64_t>(hyper.ages[bucket], 1), completed_steps + 1);
-        set_bias_corrections(hyper, static_cast<double>(age), table[bucket], table[room + bucket]);
+        const StepScalars s = step_scalars(hyper, static_cast<double>(std::min(std::max<int64_t>(hyper.ages[bucket], 1), completed_steps + 1)));
+        table[bucket] = s.step_size;
+        table[room + bucket] = s.bias_correction2_sqrt;
+        table[2 * room + bucket] = s.bias_correction2_sqrt_reciprocal;
       }
-      row.step_sizes = table;
-      row.bias_corrections2_sqrt = table + room;
+      row.by_age = {table, table + room, table + 2 * room};
     } else {
-      const double age = hyper.global_step ? static_cast<double>(hyper.global_step) : 1.0 + static_cast<double>(completed_steps) * hyper.age_rate;
-      set_bias_corrections(hyper, age, row.scalars.step_size, row.scalars.bias_correction2_sqrt);
+      const StepScalars s =
+          step_scalars(hyper, hyper.global_step ? static_cast<double>(hyper.global_step) : 1.0 + static_cast<double>(completed_steps) * hyper.age_rate);
+      row.scalars.step_size = s.step_size;
+      row.scalars.bias_correction2_sqrt = s.bias_correction2_sqrt;
+      row.scalars.bias_correction2_sqrt_reciprocal = s.bias_correction2_sqrt_reciprocal;
     }
     row.num_ages = hyper.num_ages ? hyper.buckets : 0;
     last_steps = completed_steps;

@@ -1,4 +1,4 @@
-// 16 floats in an AVX-512 register, and the mask-making that goes with them. Included by masked_adamw_avx512.cpp only.
+// 16 floats in an AVX-512 register, and the mask-making that goes with them. Included by kernels_avx512.cpp and kernels_avx512_bf16.cpp.
 #pragma once
 #include <immintrin.h>
 
@@ -9,14 +9,15 @@
 namespace graddrop {
 namespace {
 
+using Lanes = __mmask16;
 struct Vec {
+  using LaneMask = Lanes;
   static constexpr int kWidth = 16;
   __m512 x;
   Vec() = default;
   explicit Vec(__m512 x) : x(x) {}
   explicit Vec(float value) : x(_mm512_set1_ps(value)) {}
 };
-using Lanes = __mmask16;
 
 GRADDROP_FN Vec operator+(Vec a, Vec b) { return Vec(_mm512_add_ps(a.x, b.x)); }
 GRADDROP_FN Vec operator-(Vec a, Vec b) { return Vec(_mm512_sub_ps(a.x, b.x)); }
@@ -24,6 +25,8 @@ GRADDROP_FN Vec operator*(Vec a, Vec b) { return Vec(_mm512_mul_ps(a.x, b.x)); }
 GRADDROP_FN Vec fma(Vec a, Vec b, Vec c) { return Vec(_mm512_fmadd_ps(a.x, b.x, c.x)); }
 GRADDROP_FN Vec div(Vec a, Vec b) { return Vec(_mm512_div_ps(a.x, b.x)); }
 GRADDROP_FN Vec sqrt(Vec a) { return Vec(_mm512_sqrt_ps(a.x)); }
+GRADDROP_FN Vec min(Vec a, Vec b) { return Vec(_mm512_min_ps(a.x, b.x)); }
+GRADDROP_FN Vec negate_fma(Vec a, Vec b, Vec c) { return Vec(_mm512_fnmadd_ps(a.x, b.x, c.x)); }
 GRADDROP_FN Vec max(Vec a, Vec b) { return Vec(_mm512_max_ps(a.x, b.x)); }
 GRADDROP_FN Vec keep_or_zero(Lanes keep, Vec a) { return Vec(_mm512_maskz_mov_ps(keep, a.x)); }
 GRADDROP_FN Vec select(Lanes keep, Vec yes, Vec no) { return Vec(_mm512_mask_mov_ps(no.x, keep, yes.x)); }
@@ -40,102 +43,171 @@ GRADDROP_FN Vec symmetric_uniform(const uint32_t* words) {
   return Vec(_mm512_mul_ps(_mm512_add_ps(_mm512_cvtepi32_ps(top), _mm512_set1_ps(0.5f)), _mm512_set1_ps(0x1p-23f)));
 }
 
-// 16 lanes of keep bits beginning at bit i; i is a multiple of 16.
-GRADDROP_FN Lanes lanes_at(const uint64_t* bits, int i) { return reinterpret_cast<const uint16_t*>(bits)[i / 16]; }
-
-GRADDROP_FN Vec load(const float* source) { return Vec(_mm512_loadu_ps(source)); }
+GRADDROP_FN void load(const float* source, Vec& a) { a.x = _mm512_loadu_ps(source); }
 GRADDROP_FN void store(float* target, Vec a) { _mm512_storeu_ps(target, a.x); }
-GRADDROP_FN void store_kept(float* target, Lanes keep, Vec a) { _mm512_mask_storeu_ps(target, keep, a.x); }
+// Whole stores of old and new bits blended: masked stores are several times slower on AMD processors.
+GRADDROP_FN void store_kept(float* target, Lanes keep, Vec a) { _mm512_storeu_ps(target, _mm512_mask_mov_ps(_mm512_loadu_ps(target), keep, a.x)); }
+GRADDROP_FN void store_kept(uint16_t* target, Lanes keep, __m256i a) {
+  __m256i* wide = reinterpret_cast<__m256i*>(target);
+  _mm256_storeu_si256(wide, _mm256_mask_mov_epi16(_mm256_loadu_si256(wide), keep, a));
+}
 
 struct BFloat16 { uint16_t bits; };
-GRADDROP_FN Vec load(const BFloat16* source) {
+GRADDROP_FN void load(const BFloat16* source, Vec& a) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
-  return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)));
+  a.x = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
-GRADDROP_FN __m256i to_bfloat16(Vec a) {  // round to nearest even; vcvtneps2bf16 would flush denormals
+GRADDROP_FN __m512i round_to_bfloat16(Vec a) {  // to nearest even, in the upper half of each lane
   const __m512i u = _mm512_castps_si512(a.x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   const Lanes nan = _mm512_cmp_ps_mask(a.x, a.x, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+  return _mm512_mask_mov_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), nan, _mm512_set1_epi32(0x7fc00000));
 }
+GRADDROP_FN __m256i to_bfloat16(Vec a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bfloat16(a), 16)); }
 GRADDROP_FN void store(BFloat16* target, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), to_bfloat16(a)); }
-GRADDROP_FN void store_kept(BFloat16* target, Lanes keep, Vec a) { _mm256_mask_storeu_epi16(target, keep, to_bfloat16(a)); }
+GRADDROP_FN void store_kept(BFloat16* target, Lanes keep, Vec a) { store_kept(&target->bits, keep, to_bfloat16(a)); }
 
 struct Float16 { uint16_t bits; };
-GRADDROP_FN Vec load(const Float16* source) { return Vec(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)))); }
+GRADDROP_FN void load(const Float16* source, Vec& a) { a.x = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))); }
 GRADDROP_FN __m256i to_float16(Vec a) { return _mm512_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 GRADDROP_FN void store(Float16* target, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), to_float16(a)); }
-GRADDROP_FN void store_kept(Float16* target, Lanes keep, Vec a) { _mm256_mask_storeu_epi16(target, keep, to_float16(a)); }
+GRADDROP_FN void store_kept(Float16* target, Lanes keep, Vec a) { store_kept(&target->bits, keep, to_float16(a)); }
 
-// table[index] for 16 indices; a table of at most 16 entries (allocated as 16) is one shuffle, a longer one is gathered.
-GRADDROP_FN Vec lookup(const float* table, int64_t size, const uint16_t* index) {
+// table[index] for 16 indices. Tables of up to 16, 32 and 64 entries (allocated as such) are shuffled from registers, longer ones gathered.
+GRADDROP_FN void lookup(const float* table, int64_t size, const uint16_t* index, Vec& a) {
   const __m512i i = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)));
-  if (size <= 16) return Vec(_mm512_permutexvar_ps(i, _mm512_loadu_ps(table)));
-  return Vec(_mm512_i32gather_ps(i, table, 4));
+  if (size > 64) {
+    a.x = _mm512_i32gather_ps(i, table, 4);
+  } else if (size <= 16) {
+    a.x = _mm512_permutexvar_ps(i, _mm512_loadu_ps(table));
+  } else {
+    a.x = _mm512_permutex2var_ps(_mm512_loadu_ps(table), i, _mm512_loadu_ps(table + 16));
+    if (size <= 32) return;
+    const __m512 high = _mm512_permutex2var_ps(_mm512_loadu_ps(table + 32), i, _mm512_loadu_ps(table + 48));
+    a.x = _mm512_mask_mov_ps(a.x, _mm512_test_epi32_mask(i, _mm512_set1_epi32(32)), high);
+  }
 }
 
-// 16 Philox calls, q = first .. first + 15: 64 words in natural order.
+// Philox calls q = first .. first + 7: 32 words, the 16-bit draws of 64 elements, in natural order.
 // The four state words of a call lie in the low halves of 64-bit lanes, 8 calls a register; vpmuludq reads only the low halves, so that what the
-// products leave in the high halves does no harm. Two registers in flight hide the latency of the multiplications.
-static __attribute__((noinline)) void philox_16_calls(uint64_t first, uint32_t draw, uint32_t domain, uint64_t key, uint32_t* words) {
-  // Lanes start at these offsets so that the unpacks at the end leave natural order.
-  const __m512i offsets = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+// products leave in the high halves does no harm.
+GRADDROP_FN void philox_8_calls(uint64_t first, uint32_t draw, uint32_t domain, const PhiloxKeys& keys, uint32_t* words) {
   const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
-  __m512i a[2], b[2], c[2], d[2];
-  for (int u = 0; u < 2; ++u) {
-    a[u] = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(first + 8 * u)), offsets);
-    b[u] = _mm512_srli_epi64(a[u], 32);
-    c[u] = _mm512_set1_epi64(draw);
-    d[u] = _mm512_set1_epi64(domain);
-  }
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  // Lanes start at these offsets so that the unpacks at the end leave natural order.
+  __m512i a = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(first)), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
+  __m512i b = _mm512_srli_epi64(a, 32), c = _mm512_set1_epi64(draw), d = _mm512_set1_epi64(domain);
 #pragma GCC unroll 10
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const __m512i key0 = _mm512_set1_epi32(static_cast<int>(k0)), key1 = _mm512_set1_epi32(static_cast<int>(k1));
-    for (int u = 0; u < 2; ++u) {
-      const __m512i product0 = _mm512_mul_epu32(a[u], m0), product1 = _mm512_mul_epu32(c[u], m1);
-      a[u] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product1, 32), b[u], key0, 0x96);  // 0x96: three-way xor
-      c[u] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product0, 32), d[u], key1, 0x96);
-      b[u] = product1;
-      d[u] = product0;
-    }
-    k0 += kPhiloxW0;
-    k1 += kPhiloxW1;
+    const __m512i product0 = _mm512_mul_epu32(a, m0), product1 = _mm512_mul_epu32(c, m1);
+    const __m512i key0 = _mm512_set1_epi32(static_cast<int>(keys.k0[round])), key1 = _mm512_set1_epi32(static_cast<int>(keys.k1[round]));
+    a = _mm512_ternarylogic_epi32(_mm512_srli_epi64(product1, 32), b, key0, 0x96);  // 0x96: three-way xor
+    c = _mm512_ternarylogic_epi32(_mm512_srli_epi64(product0, 32), d, key1, 0x96);
+    b = product1;
+    d = product0;
   }
-  for (int u = 0; u < 2; ++u) {
-    // b into the odd 32-bit lanes of a, d into those of c: words 0, 1 and words 2, 3 of each call side by side
-    const __m512i xy = _mm512_castps_si512(_mm512_mask_moveldup_ps(_mm512_castsi512_ps(a[u]), 0xAAAA, _mm512_castsi512_ps(b[u])));
-    const __m512i zw = _mm512_castps_si512(_mm512_mask_moveldup_ps(_mm512_castsi512_ps(c[u]), 0xAAAA, _mm512_castsi512_ps(d[u])));
-    _mm512_storeu_si512(words + 32 * u, _mm512_unpacklo_epi64(xy, zw));
-    _mm512_storeu_si512(words + 32 * u + 16, _mm512_unpackhi_epi64(xy, zw));
-  }
+  // b into the odd 32-bit lanes of a, d into those of c: words 0, 1 and words 2, 3 of each call side by side
+  const __m512i xy = _mm512_castps_si512(_mm512_mask_moveldup_ps(_mm512_castsi512_ps(a), 0xAAAA, _mm512_castsi512_ps(b)));
+  const __m512i zw = _mm512_castps_si512(_mm512_mask_moveldup_ps(_mm512_castsi512_ps(c), 0xAAAA, _mm512_castsi512_ps(d)));
+  _mm512_storeu_si512(words, _mm512_unpacklo_epi64(xy, zw));
+  _mm512_storeu_si512(words + 16, _mm512_unpackhi_epi64(xy, zw));
 }
 
-// bits[i] = (uint16_t)(u16[i] - low) <= span, for count elements rounded up to 64.
-GRADDROP_FN void in_range(const uint16_t* u16, int count, uint16_t low, uint16_t span, uint64_t* bits) {
-  const __m512i lows = _mm512_set1_epi16(static_cast<int16_t>(low)), spans = _mm512_set1_epi16(static_cast<int16_t>(span));
-  for (int i = 0; i < count; i += 64) {
-    const uint64_t first = _mm512_cmple_epu16_mask(_mm512_sub_epi16(_mm512_loadu_si512(u16 + i), lows), spans);
-    const uint64_t second = _mm512_cmple_epu16_mask(_mm512_sub_epi16(_mm512_loadu_si512(u16 + i + 32), lows), spans);
-    bits[i / 64] = first | second << 32;
-  }
+// The keep mask of a block of 64 elements, made from draws, buckets or bits.
+struct Keep {
+  uint64_t bits;
+};
+GRADDROP_FN void lanes_at(const Keep& keep, int i, Lanes& lanes) { lanes = static_cast<Lanes>(keep.bits >> i); }
+GRADDROP_FN void keep_bits(uint64_t bits, Keep& keep) { keep.bits = bits; }
+GRADDROP_FN void keep_at_least(const uint16_t* u16, uint16_t threshold, Keep& keep) {
+  const __m512i thresholds = _mm512_set1_epi16(static_cast<int16_t>(threshold));
+  const uint64_t low = _mm512_cmpge_epu16_mask(_mm512_loadu_si512(u16), thresholds);
+  keep.bits = low | static_cast<uint64_t>(_mm512_cmpge_epu16_mask(_mm512_loadu_si512(u16 + 32), thresholds)) << 32;
+}
+GRADDROP_FN void keep_in_range(const uint16_t* u16, uint16_t first, uint16_t last, Keep& keep) {
+  const __m512i firsts = _mm512_set1_epi16(static_cast<int16_t>(first)), spans = _mm512_set1_epi16(static_cast<int16_t>(last - first));
+  const uint64_t low = _mm512_cmple_epu16_mask(_mm512_sub_epi16(_mm512_loadu_si512(u16), firsts), spans);
+  keep.bits = low | static_cast<uint64_t>(_mm512_cmple_epu16_mask(_mm512_sub_epi16(_mm512_loadu_si512(u16 + 32), firsts), spans)) << 32;
 }
 
-// u16[i] = (u16[i] * buckets) >> 16, for count elements rounded up to 32.
-GRADDROP_FN void to_buckets(uint16_t* u16, int count, uint32_t buckets) {
-  for (int i = 0; i < count; i += 32)
+// u16[i] = (u16[i] * buckets) >> 16, of 64 elements.
+GRADDROP_FN void to_buckets(uint16_t* u16, uint32_t buckets) {
+  for (int i = 0; i < 64; i += 32)
     _mm512_storeu_si512(u16 + i, _mm512_mulhi_epu16(_mm512_loadu_si512(u16 + i), _mm512_set1_epi16(static_cast<int16_t>(buckets))));
 }
 
-// u16[i] |= bit i << plane, for count elements rounded up to 32.
-GRADDROP_FN void add_plane(const uint64_t* bits, int count, int plane, uint16_t* u16) {
-  for (int i = 0; i < count; i += 32) {
-    const __mmask32 lanes = reinterpret_cast<const uint32_t*>(bits)[i / 32];
-    const __m512i old = _mm512_loadu_si512(u16 + i);
-    _mm512_storeu_si512(u16 + i, _mm512_or_si512(old, _mm512_maskz_set1_epi16(lanes, static_cast<int16_t>(1 << plane))));
+// u16[i] |= bit i << plane, of 64 elements.
+GRADDROP_FN void add_plane(uint64_t bits, int plane, uint16_t* u16) {
+  for (int i = 0; i < 64; i += 32) {
+    const __m512i plane_bits = _mm512_maskz_set1_epi16(static_cast<__mmask32>(bits >> i), static_cast<int16_t>(1 << plane));
+    _mm512_storeu_si512(u16 + i, _mm512_or_si512(_mm512_loadu_si512(u16 + i), plane_bits));
   }
 }
+
+
+// Two registers, for rows whose tensors all hold 16 bits an element: a whole register of memory at a time. a holds elements 0 .. 15, b 16 .. 31.
+struct Lanes2 {
+  Lanes a, b;
+};
+struct Vec2 {
+  using LaneMask = Lanes2;
+  static constexpr int kWidth = 2 * Vec::kWidth;
+  Vec a, b;
+  Vec2() = default;
+  Vec2(Vec a, Vec b) : a(a), b(b) {}
+  explicit Vec2(float value) : a(value), b(value) {}
+};
+GRADDROP_FN Vec2 operator+(Vec2 x, Vec2 y) { return {x.a + y.a, x.b + y.b}; }
+GRADDROP_FN Vec2 operator-(Vec2 x, Vec2 y) { return {x.a - y.a, x.b - y.b}; }
+GRADDROP_FN Vec2 operator*(Vec2 x, Vec2 y) { return {x.a * y.a, x.b * y.b}; }
+GRADDROP_FN Vec2 fma(Vec2 x, Vec2 y, Vec2 z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
+GRADDROP_FN Vec2 negate_fma(Vec2 x, Vec2 y, Vec2 z) { return {negate_fma(x.a, y.a, z.a), negate_fma(x.b, y.b, z.b)}; }
+GRADDROP_FN Vec2 div(Vec2 x, Vec2 y) { return {div(x.a, y.a), div(x.b, y.b)}; }
+GRADDROP_FN Vec2 sqrt(Vec2 x) { return {sqrt(x.a), sqrt(x.b)}; }
+GRADDROP_FN Vec2 min(Vec2 x, Vec2 y) { return {min(x.a, y.a), min(x.b, y.b)}; }
+GRADDROP_FN Vec2 max(Vec2 x, Vec2 y) { return {max(x.a, y.a), max(x.b, y.b)}; }
+GRADDROP_FN Vec2 keep_or_zero(Lanes2 keep, Vec2 x) { return {keep_or_zero(keep.a, x.a), keep_or_zero(keep.b, x.b)}; }
+
+GRADDROP_FN void load(const float* source, Vec2& x) {
+  load(source, x.a);
+  load(source + 16, x.b);
+}
+GRADDROP_FN void load(const BFloat16* source, Vec2& x) {
+  const __m512i memory = _mm512_loadu_si512(source);
+  // word j of memory into the upper half of lane j, zero into the lower
+  const __m512i low = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+  x.a.x = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, low, memory));
+  x.b.x = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, _mm512_add_epi16(low, _mm512_set1_epi16(16)), memory));
+}
+GRADDROP_FN __m512i to_bfloat16(Vec2 x) {
+#if defined(__AVX512BF16__)
+  // The processor's own conversion flushes denormals and keeps NaN payloads: both are rare enough to branch around it.
+  constexpr int kDenormalOrNaN = 0x20 | 0x80 | 0x01;
+  if (__builtin_expect((_mm512_fpclass_ps_mask(x.a.x, kDenormalOrNaN) | _mm512_fpclass_ps_mask(x.b.x, kDenormalOrNaN)) == 0, 1))
+    return (__m512i)_mm512_cvtne2ps_pbh(x.b.x, x.a.x);
+#endif
+  // the upper halves of both: words 1, 3, 5, ... of the pair
+  const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_permutex2var_epi16(round_to_bfloat16(x.a), upper, round_to_bfloat16(x.b));
+}
+GRADDROP_FN void store(BFloat16* target, Vec2 x) { _mm512_storeu_si512(target, to_bfloat16(x)); }
+GRADDROP_FN void store_kept(BFloat16* target, Lanes2 keep, Vec2 x) {
+  const __mmask32 lanes = keep.a | static_cast<uint32_t>(keep.b) << 16;
+  _mm512_storeu_si512(target, _mm512_mask_mov_epi16(_mm512_loadu_si512(target), lanes, to_bfloat16(x)));
+}
+GRADDROP_FN void lanes_at(const Keep& keep, int i, Lanes2& lanes) {
+  lanes_at(keep, i, lanes.a);
+  lanes_at(keep, i + 16, lanes.b);
+}
+GRADDROP_FN void lookup(const float* table, int64_t size, const uint16_t* index, Vec2& x) {
+  lookup(table, size, index, x.a);
+  lookup(table, size, index + 16, x.b);
+}
+
+// The vector for rows of parameters P and moments M.
+template <typename P, typename M>
+struct VectorFor { using Type = Vec; };
+template <>
+struct VectorFor<BFloat16, BFloat16> { using Type = Vec2; };
 
 }  // namespace
 }  // namespace graddrop

@@ -1,4 +1,4 @@
-// One float at a time, for any processor. Included by masked_adamw_portable.cpp only.
+// One float at a time, for any processor. Included by kernels_portable.cpp.
 #pragma once
 #include <cstring>
 
@@ -8,13 +8,14 @@
 namespace graddrop {
 namespace {
 
+using Lanes = bool;
 struct Vec {
+  using LaneMask = Lanes;
   static constexpr int kWidth = 1;
   float x;
   Vec() = default;
   explicit Vec(float x) : x(x) {}
 };
-using Lanes = bool;
 
 GRADDROP_FN Vec operator+(Vec a, Vec b) { return Vec(a.x + b.x); }
 GRADDROP_FN Vec operator-(Vec a, Vec b) { return Vec(a.x - b.x); }
@@ -22,6 +23,8 @@ GRADDROP_FN Vec operator*(Vec a, Vec b) { return Vec(a.x * b.x); }
 GRADDROP_FN Vec fma(Vec a, Vec b, Vec c) { return Vec(graddrop::fma(a.x, b.x, c.x)); }
 GRADDROP_FN Vec div(Vec a, Vec b) { return Vec(graddrop::div(a.x, b.x)); }
 GRADDROP_FN Vec sqrt(Vec a) { return Vec(graddrop::sqrt(a.x)); }
+GRADDROP_FN Vec min(Vec a, Vec b) { return Vec(graddrop::min(a.x, b.x)); }
+GRADDROP_FN Vec negate_fma(Vec a, Vec b, Vec c) { return Vec(graddrop::fma(-a.x, b.x, c.x)); }
 GRADDROP_FN Vec max(Vec a, Vec b) { return Vec(graddrop::max(a.x, b.x)); }
 GRADDROP_FN Vec keep_or_zero(Lanes keep, Vec a) { return keep ? a : Vec(0.0f); }
 GRADDROP_FN Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return a.x < b.x ? yes : no; }
@@ -29,7 +32,6 @@ GRADDROP_FN bool all_less(Vec a, Vec b) { return a.x < b.x; }
 GRADDROP_FN Vec exponent_and_mantissa(Vec y, Vec& mantissa) { return Vec(graddrop::exponent_and_mantissa(y.x, mantissa.x)); }
 GRADDROP_FN Vec symmetric_uniform(const uint32_t* words) { return Vec(graddrop::symmetric_uniform(*words)); }
 
-GRADDROP_FN Lanes lanes_at(const uint64_t* bits, int i) { return bits[i / 64] >> (i % 64) & 1; }
 
 GRADDROP_FN uint32_t bits_of(float x) {
   uint32_t u;
@@ -42,22 +44,23 @@ GRADDROP_FN float float_of(uint32_t u) {
   return x;
 }
 
-GRADDROP_FN Vec load(const float* source) { return Vec(*source); }
+GRADDROP_FN void load(const float* source, Vec& a) { a.x = *source; }
 GRADDROP_FN void store(float* target, Vec a) { *target = a.x; }
 
 struct BFloat16 { uint16_t bits; };
-GRADDROP_FN Vec load(const BFloat16* source) { return Vec(float_of(static_cast<uint32_t>(source->bits) << 16)); }
+GRADDROP_FN void load(const BFloat16* source, Vec& a) { a.x = float_of(static_cast<uint32_t>(source->bits) << 16); }
 GRADDROP_FN void store(BFloat16* target, Vec a) {  // round to nearest even
   const uint32_t u = bits_of(a.x);
   target->bits = a.x != a.x ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
 struct Float16 { uint16_t bits; };
-GRADDROP_FN Vec load(const Float16* source) {
+GRADDROP_FN void load(const Float16* source, Vec& a) {
   const uint32_t sign = (source->bits & 0x8000u) << 16, magnitude = source->bits & 0x7fffu;
-  if (magnitude >= 0x7c00) return Vec(float_of(sign | 0x7f800000u | (magnitude & 0x3ff) << 13 | (magnitude > 0x7c00) << 22));
-  // exponent and mantissa moved into place; the factor 2^112 mends the bias and makes denormals normal
-  return Vec(float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f)));
+  if (magnitude >= 0x7c00)  // infinity or NaN
+    a.x = float_of(sign | 0x7f800000u | (magnitude & 0x3ff) << 13 | (magnitude > 0x7c00) << 22);
+  else  // exponent and mantissa moved into place; the factor 2^112 mends the bias and makes denormals normal
+    a.x = float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));
 }
 GRADDROP_FN void store(Float16* target, Vec a) {  // round to nearest even
   const uint32_t u = bits_of(a.x), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
@@ -75,32 +78,39 @@ GRADDROP_FN void store_kept(T* target, Lanes keep, Vec a) {
   if (keep) store(target, a);
 }
 
-GRADDROP_FN Vec lookup(const float* table, int64_t, const uint16_t* index) { return Vec(table[*index]); }
+GRADDROP_FN void lookup(const float* table, int64_t, const uint16_t* index, Vec& a) { a.x = table[*index]; }
 
-// 16 Philox calls, q = first .. first + 15: 64 words in natural order.
-static __attribute__((noinline)) void philox_16_calls(uint64_t first, uint32_t draw, uint32_t domain, uint64_t key, uint32_t* words) {
-  for (int call = 0; call < 16; ++call) {
-    const PhiloxWords four = philox_call(first + call, draw, domain, key);
-    std::memcpy(words + 4 * call, four.word, sizeof four.word);  // a little-endian machine reads them back as 16-bit draws in natural order
+// Philox calls q = first .. first + 7: 32 words, the 16-bit draws of 64 elements; a little-endian machine reads them in natural order.
+GRADDROP_FN void philox_8_calls(uint64_t first, uint32_t draw, uint32_t domain, const PhiloxKeys& keys, uint32_t* words) {
+  for (int call = 0; call < 8; ++call) {
+    const PhiloxWords four = philox_call(first + call, draw, domain, keys.k0[0] | static_cast<uint64_t>(keys.k1[0]) << 32);
+    std::memcpy(words + 4 * call, four.word, sizeof four.word);
   }
 }
 
-// bits[i] = (uint16_t)(u16[i] - low) <= span, for count elements rounded up to 64.
-GRADDROP_FN void in_range(const uint16_t* u16, int count, uint16_t low, uint16_t span, uint64_t* bits) {
-  for (int i = 0; i < count; i += 64) {
-    uint64_t word = 0;
-    for (int lane = 0; lane < 64; ++lane) word |= static_cast<uint64_t>(static_cast<uint16_t>(u16[i + lane] - low) <= span) << lane;
-    bits[i / 64] = word;
-  }
+// The keep mask of a block of 64 elements, made from draws, buckets or bits.
+struct Keep {
+  uint64_t bits;
+};
+GRADDROP_FN void lanes_at(const Keep& keep, int i, Lanes& lanes) { lanes = keep.bits >> i & 1; }
+GRADDROP_FN void keep_bits(uint64_t bits, Keep& keep) { keep.bits = bits; }
+GRADDROP_FN void keep_in_range(const uint16_t* u16, uint16_t first, uint16_t last, Keep& keep) {
+  keep.bits = 0;
+  for (int i = 0; i < 64; ++i) keep.bits |= static_cast<uint64_t>(first <= u16[i] && u16[i] <= last) << i;
+}
+GRADDROP_FN void keep_at_least(const uint16_t* u16, uint16_t threshold, Keep& keep) { keep_in_range(u16, threshold, 65535, keep); }
+
+GRADDROP_FN void to_buckets(uint16_t* u16, uint32_t buckets) {
+  for (int i = 0; i < 64; ++i) u16[i] = static_cast<uint16_t>(bucket_of(u16[i], buckets));
 }
 
-GRADDROP_FN void to_buckets(uint16_t* u16, int count, uint32_t buckets) {
-  for (int i = 0; i < count; ++i) u16[i] = static_cast<uint16_t>(bucket_of(u16[i], buckets));
+GRADDROP_FN void add_plane(uint64_t bits, int plane, uint16_t* u16) {
+  for (int i = 0; i < 64; ++i) u16[i] |= static_cast<uint16_t>((bits >> i & 1) << plane);
 }
 
-GRADDROP_FN void add_plane(const uint64_t* bits, int count, int plane, uint16_t* u16) {
-  for (int i = 0; i < count; ++i) u16[i] |= static_cast<uint16_t>(lanes_at(bits, i) << plane);
-}
+// The vector for rows of parameters P and moments M.
+template <typename P, typename M>
+struct VectorFor { using Type = Vec; };
 
 }  // namespace
 }  // namespace graddrop

@@ -38,7 +38,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.graddrop_cpu_isa.restype = ctypes.c_char_p
     requested = os.environ.get("GRADDROP_CPU_ISA", "")
     if library.graddrop_cpu_select_isa(requested.encode()) != 0:
-        return None, f"GRADDROP_CPU_ISA={requested!r} is not among this processor's and this build's: avx512, avx2, portable"
+        return None, f"GRADDROP_CPU_ISA={requested!r} is not among this processor's and this build's: avx512_bf16, avx512, avx2, portable"
     return library, None
 
 
@@ -56,7 +56,7 @@ def library() -> ctypes.CDLL:
 
 
 def isa() -> str:
-    """The instruction set in use: avx512, avx2 or portable. GRADDROP_CPU_ISA sets it at start."""
+    """The instruction set in use: avx512_bf16, avx512, avx2 or portable. GRADDROP_CPU_ISA sets it at start."""
     return library().graddrop_cpu_isa().decode()
 
 
@@ -67,7 +67,7 @@ def select_isa(name: str) -> None:
         ValueError: this processor or this build does not have it.
     """
     if library().graddrop_cpu_select_isa(name.encode()) != 0:
-        raise ValueError(f"instruction set {name!r} is not among this processor's and this build's: avx512, avx2, portable")
+        raise ValueError(f"instruction set {name!r} is not among this processor's and this build's: avx512_bf16, avx512, avx2, portable")
 
 
 def masked_adamw_(batch: TensorBatch) -> None:

@@ -1,0 +1,9 @@
+// The kernels for processors with AVX-512 F, BW, VL, DQ and BF16.
+// clang-format off
+#include "simd_avx512.h"
+#include "kernels_impl.h"
+// clang-format on
+
+namespace graddrop {
+extern const Kernels kAvx512Bf16Kernels = {"avx512_bf16", masked_adamw, uniform16, bucket_planes};
+}  // namespace graddrop
