@@ -167,7 +167,7 @@ GRADDROP_FN void update_param(const Update<V>& u, const BlockMask& mask, int i, 
 template <typename V, typename P>
 struct Pending {
   P* param = nullptr;
-  const BlockMask* mask;
+  const BlockMask* mask = nullptr;
   AdamWDirection<V> direction[kBlock / V::kWidth];
 };
 
