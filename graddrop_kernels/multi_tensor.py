@@ -1,12 +1,19 @@
 """TensorBatch: the tensors that one backend call updates, with everything the call needs beside them in plain numbers."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter, eq, itemgetter
 
 import torch
 
 from .layout import RowBlock
 from .plan import MaskPlan
+
+
+# map() with these runs through 400 tensors in a third of the time of a list comprehension.
+grad_of = attrgetter("grad")
+_facts = attrgetter("shape", "dtype", "layout", "device")
+_address = torch.Tensor.data_ptr
+_is_contiguous = torch.Tensor.is_contiguous
 
 
 @dataclass(frozen=True)
@@ -30,9 +37,10 @@ class Row:
     param: torch.Tensor
     grad: torch.Tensor
     state: dict
+    amsgrad: bool
     key: int  # 64-bit Philox key
     layout: RowBlock  # where the elements lie in the whole parameter
-    hyper: Hyper
+    plan_of: tuple  # (group index, unit): rows of one pair share a Hyper
     mask_words: torch.Tensor | None = None  # int32 bit-planes of the buckets, or the bits of a fixed mask
 
 
@@ -40,15 +48,15 @@ class Row:
 class TensorBatch:
     """Parallel lists, one entry a parameter: contiguous, on one device, with the same dtypes. It knows nothing of groups or policies.
 
-    ``steps`` are advanced by the backend call; ``max_exp_avg_sqs`` has None without amsgrad; ``hyper_rows`` are indices into ``hypers``.
+    ``steps`` are advanced by the backend call; ``max_exp_avg_sqs`` has None without amsgrad; ``hyper_rows`` are indices into ``hypers``, which,
+    like ``grads``, is filled anew for every step. Everything else stays as long as no tensor moves, so that a backend may keep what it derives from
+    it in ``table``.
     """
 
     device: torch.device
     param_dtype: torch.dtype
     moment_dtype: torch.dtype
-    hypers: list[Hyper] = field(default_factory=list)
     params: list[torch.Tensor] = field(default_factory=list)
-    grads: list[torch.Tensor] = field(default_factory=list)
     exp_avgs: list[torch.Tensor] = field(default_factory=list)
     exp_avg_sqs: list[torch.Tensor] = field(default_factory=list)
     max_exp_avg_sqs: list[torch.Tensor | None] = field(default_factory=list)
@@ -57,50 +65,91 @@ class TensorBatch:
     layouts: list[RowBlock] = field(default_factory=list)
     mask_words: list[torch.Tensor | None] = field(default_factory=list)
     hyper_rows: list[int] = field(default_factory=list)
+    members: list[int] = field(default_factory=list)  # positions among the parameters that have gradients
+    plans_of: list[tuple] = field(default_factory=list)  # of each hyper row
+    grads: list[torch.Tensor] = field(default_factory=list)
+    hypers: list[Hyper] = field(default_factory=list)
+    table: object = None
 
 
-def make_batches(rows: Iterable[Row]) -> tuple[list[TensorBatch], Callable[[], None]]:
-    """Sorts rows into batches by (device, dtypes). Call the returned function after the step: it copies staged tensors back.
+class PreparedStep:
+    """The batches of a step, good for the next one as long as every tensor is where it was.
+
+    Sorting 400 parameters into batches takes a millisecond of Python, asking each tensor for its address a tenth of it. Addresses are compared,
+    while the batches hold the tensors: an address of a tensor that is gone could come back as another's.
 
     An element's index is its place in contiguous order, whatever the strides, so tensors with other strides are staged through contiguous copies:
     slower, and right where torch's fused CPU kernel silently is not.
     """
-    batches: dict[tuple, TensorBatch] = {}
-    hyper_rows: dict[tuple, int] = {}
-    staged: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    def __init__(self, params: list[torch.Tensor], rows: list[Row], state: dict, made_for: object):
+        self.made_for = made_for
+        self.absent = [param.grad is None for param in params]
+        self.states = [row.state for row in rows]
+        self.state_ids = list(map(id, state.values()))  # the dicts live as long as self.states does
+        self.staged: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.batches = self._sort(rows)
+        self.grad_facts = [_facts(row.grad) for row in rows]
+        self.addresses = self._addresses(params)
+
+    def holds(self, params: list[torch.Tensor], grads: list[torch.Tensor | None], state: dict, made_for: object) -> bool:
+        """Whether ``rows`` made now would be the same but for the gradients' addresses."""
+        return (
+            self.made_for == made_for
+            and not self.staged
+            and [grad is None for grad in grads] == self.absent
+            and list(map(id, state.values())) == self.state_ids
+            and all(map(eq, map(_facts, present(grads)), self.grad_facts))  # no list: 400 tuples alive at once would set off the garbage collector
+            and self._addresses(params) == self.addresses
+        )
+
+    def set_grads(self, grads: list[torch.Tensor | None]) -> None:
+        """Hands the gradients of this step to the batches."""
+        grads = present(grads)
+        if not all(map(_is_contiguous, grads)):
+            grads = [grad.contiguous() for grad in grads]
+        for batch in self.batches:
+            batch.grads = grads if len(self.batches) == 1 else [grads[i] for i in batch.members]
+
+    def write_back(self) -> None:
+        """Copies staged tensors back after the step."""
+        for tensor, copy in self.staged:
+            tensor.copy_(copy)
+
+    def _addresses(self, params: list[torch.Tensor]) -> list[int]:
+        addresses = list(map(_address, params))
+        for name in ("exp_avg", "exp_avg_sq", "step"):
+            addresses += map(_address, map(itemgetter(name), self.states))
+        return addresses
+
+    def _sort(self, rows: list[Row]) -> list[TensorBatch]:
+        batches: dict[tuple, TensorBatch] = {}
+        for position, row in enumerate(rows):
+            exp_avg = row.state["exp_avg"]
+            key = (row.param.device, row.param.dtype, exp_avg.dtype)
+            batch = batches.get(key) or batches.setdefault(key, TensorBatch(*key))
+            if row.plan_of not in batch.plans_of:
+                batch.plans_of.append(row.plan_of)
+            batch.hyper_rows.append(batch.plans_of.index(row.plan_of))
+            batch.members.append(position)
+            batch.params.append(self._contiguous(row.param))
+            batch.exp_avgs.append(self._contiguous(exp_avg))
+            batch.exp_avg_sqs.append(self._contiguous(row.state["exp_avg_sq"]))
+            batch.max_exp_avg_sqs.append(self._contiguous(row.state["max_exp_avg_sq"]) if row.amsgrad else None)
+            batch.steps.append(row.state["step"])
+            batch.keys.append(row.key)
+            batch.layouts.append(row.layout)
+            batch.mask_words.append(row.mask_words)
+        return list(batches.values())
+
+    def _contiguous(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_contiguous():
             return tensor
         copy = tensor.contiguous()
-        staged.append((tensor, copy))
+        self.staged.append((tensor, copy))
         return copy
 
-    for row in rows:
-        param, state, hyper = row.param, row.state, row.hyper
-        exp_avg = state["exp_avg"]
-        key = (param.device, param.dtype, exp_avg.dtype)
-        batch = batches.get(key)
-        if batch is None:
-            batch = batches[key] = TensorBatch(*key)
-        hyper_key = (key, id(hyper))  # rows of one group and plan share the object
-        index = hyper_rows.get(hyper_key)
-        if index is None:
-            index = hyper_rows[hyper_key] = len(batch.hypers)
-            batch.hypers.append(hyper)
-        batch.params.append(contiguous(param))
-        batch.grads.append(row.grad if row.grad.is_contiguous() else row.grad.contiguous())
-        batch.exp_avgs.append(contiguous(exp_avg))
-        batch.exp_avg_sqs.append(contiguous(state["exp_avg_sq"]))
-        batch.max_exp_avg_sqs.append(contiguous(state["max_exp_avg_sq"]) if hyper.amsgrad else None)
-        batch.steps.append(state["step"])
-        batch.keys.append(row.key)
-        batch.layouts.append(row.layout)
-        batch.mask_words.append(row.mask_words)
-        batch.hyper_rows.append(index)
 
-    def write_back() -> None:
-        for tensor, copy in staged:
-            tensor.copy_(copy)
-
-    return list(batches.values()), write_back
+def present(grads: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    """The gradients that are there."""
+    return [grad for grad in grads if grad is not None]

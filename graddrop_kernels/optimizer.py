@@ -8,11 +8,11 @@ import torch
 
 from . import backends, bitmask, checkpoint
 from .layout import RowBlock
-from .multi_tensor import Hyper, Row, make_batches
+from .multi_tensor import Hyper, PreparedStep, Row, grad_of, present
 from .names import canonical_name
 from .parameters import ParamRecord, check_fixed_mask, check_grad, check_param, make_records
 from .plan import Clock, MaskPlan, PlanContext
-from .policies import KEEP, FixedMask, GradDrop, Policy, from_json
+from .policies import KEEP, FixedMask, GradDrop, GradDropEpoch, Policy, from_json
 from .reference import keep_and_bucket
 
 # Kept in every parameter group beside torch's keys, as plain values, so that any checkpoint format carries them.
@@ -120,26 +120,28 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
 
-        gathered = [self._gather(index, group) for index, group in enumerate(self.param_groups)]  # checks everything, changes nothing
-        if self._is_state_probe(gathered):
-            for group, found in zip(self.param_groups, gathered):
-                for param, _, _ in found:
-                    self._init_state(param, group)
-            return loss
-        rows, clocks = [], []
-        for index, (group, found) in enumerate(zip(self.param_groups, gathered)):
-            rows += self._rows(index, group, found)
-            clocks.append(self._clock(group))
-        batches, write_back = make_batches(rows)
-        chosen = [backends.select(self._backend, batch.device, batch.param_dtype, batch.moment_dtype) for batch in batches]
-        for backend, batch in zip(chosen, batches):
+        for index, group in enumerate(self.param_groups):
+            _check_hyperparameters(index, group)
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = list(map(grad_of, params))
+        prepared = self._prepared
+        if prepared is None or not prepared.holds(params, grads, self.state, self._group_facts()):
+            prepared = self._prepared = self._prepare(params, grads)
+            if prepared is None:
+                return loss
+        prepared.set_grads(grads)
+        clocks = [self._clock(group) for group in self.param_groups]
+        for batch in prepared.batches:
+            batch.hypers = [self._hyper(index, unit, clocks[index]) for index, unit in batch.plans_of]
+        chosen = [backends.select(self._backend, batch.device, batch.param_dtype, batch.moment_dtype) for batch in prepared.batches]
+        for backend, batch in zip(chosen, prepared.batches):
             backend.masked_adamw_(batch)
-        write_back()
-        for group, found, clock in zip(self.param_groups, gathered, clocks):
-            if found:
-                if not clock.history or clock.history[-1][0] != clock.epoch:
-                    group["epoch_history"] = clock.with_this_step()
-                group["completed_steps"] += 1
+        prepared.write_back()
+        for index in {index for batch in prepared.batches for index, _ in batch.plans_of}:
+            group, clock = self.param_groups[index], clocks[index]
+            if not clock.history or clock.history[-1][0] != clock.epoch:
+                group["epoch_history"] = clock.with_this_step()
+            group["completed_steps"] += 1
         return loss
 
     def set_epoch(self, epoch: int) -> None:
@@ -173,10 +175,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         clock = self._clock(group)
         if step is not None:
             clock = Clock(clock.epoch, step, clock.history)
-        plan = self._plan(group, record, blocks, clock)
+        plan = self._plan(group, record.unit, blocks, clock)
         state = self.state.get(tensor, {})
         own_step = step if step is not None else int(state["step"]) if "step" in state else 0
-        words = self._mask_words(group, tensor, record, plan)
+        words = self._mask_words(group, tensor, record)
         keep, _ = keep_and_bucket(plan, record.key, own_step, RowBlock.whole(tensor.numel()), tensor.numel(), words, tensor.device)
         if keep is None:
             return torch.full(tensor.shape, plan.kind != "off", dtype=torch.bool, device=tensor.device)
@@ -192,7 +194,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             active = total = 0
             for param, record in zip(group["params"], records):
                 if record.unit not in plans:
-                    plans[record.unit] = self._plan(group, record, blocks, clock)
+                    plans[record.unit] = self._plan(group, record.unit, blocks, clock)
                 plan = plans[record.unit]
                 share = plan.active_fraction
                 if plan.kind == "fixed":
@@ -205,7 +207,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
     def add_param_group(self, param_group: dict) -> None:
         """As torch's; the group may have its own ``"mask"`` (a policy or None), ``"seed"``, ``"masked"``, ``"bias_correction"``."""
         if isinstance(param_group, dict):
-            param_group = {**self._own_defaults, **param_group}
+            epoch = max((group["epoch"] for group in self.param_groups), default=0) if not self._constructing else 0
+            param_group = {**self._own_defaults, "epoch": epoch, **param_group}
             param_group["mask"] = self._to_json(param_group["mask"])
             param_group["moment_dtype"] = _dtype_name(param_group["moment_dtype"])
         super().add_param_group(param_group)
@@ -249,87 +252,93 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     # One step's pieces, in the order of step().
 
-    def _gather(self, index: int, group: dict) -> list[tuple[torch.Tensor, torch.Tensor, ParamRecord]]:
-        """(parameter, gradient, record) of every parameter that has a gradient, checked."""
-        _check_hyperparameters(index, group)
-        records, _ = self._records(index)
+    def _group_facts(self) -> list[tuple]:
+        """What of the groups a prepared step depends on."""
+        return [(group["mask"], group["seed"], group["amsgrad"], len(group["params"]), group.get("param_names")) for group in self.param_groups]
+
+    def _prepare(self, params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> PreparedStep | None:
+        """Checks every parameter and gradient, then makes missing state and masks. None: this was a question for the state, not a step.
+
+        Raises before anything has changed.
+        """
         found = []
-        for param, record in zip(group["params"], records):
-            grad = param.grad
-            if grad is not None:
-                if grad.layout is not torch.strided or grad.shape != param.shape or grad.dtype != param.dtype or grad.device != param.device:
-                    check_grad(record.name, param, grad)
-                if not param.is_contiguous():
+        for index, group in enumerate(self.param_groups):
+            for param, record in zip(group["params"], self._records(index)[0]):
+                if param.grad is not None:
                     check_param(record.name, param)
-                found.append((param, grad, record))
-        return found
+                    check_grad(record.name, param, param.grad)
+                    found.append((index, group, param, record))
+        for _, group, param, _ in found:
+            backends.select(self._backend, param.device, param.dtype, self._moment_dtype(param, group))
+        probe = self._is_state_probe(grads)
+        for _, group, param, _ in found:
+            self._init_state(param, group)
+        if probe:
+            return None
+        rows = []
+        for index, group, param, record in found:
+            words = self._mask_words(group, param, record)
+            layout = RowBlock.whole(param.numel())
+            rows.append(Row(param, param.grad, self.state[param], group["amsgrad"], record.key, layout, (index, record.unit), words))
+        return PreparedStep(params, rows, self.state, self._group_facts())
 
-    def _is_state_probe(self, gathered) -> bool:
+    def _is_state_probe(self, grads: list[torch.Tensor | None]) -> bool:
         """torch.distributed.checkpoint asks a fresh optimizer for its state by a step with lr 0 and zero gradients: that must not count as one."""
-        return (
-            not self.state
-            and any(gathered)
-            and all(float(group["lr"]) == 0 for group in self.param_groups)
-            and all(not grad.any() for found in gathered for _, grad, _ in found)
-        )
+        fresh = not self.state and any(grad is not None for grad in grads) and all(float(group["lr"]) == 0 for group in self.param_groups)
+        return fresh and not any(grad.any() for grad in present(grads))
 
-    def _rows(self, index: int, group: dict, found) -> list[Row]:
-        """The rows of one group: its plan for this step, its state, its masks."""
-        _, blocks = self._records(index)
-        policy, clock = self._policy(group), self._clock(group)
+    def _hyper(self, index: int, unit, clock: Clock) -> Hyper:
+        """The hyper-parameters and the mask of this step, for one unit of one group."""
+        group, policy = self.param_groups[index], self._policy(self.param_groups[index])
         if policy is not None and policy.follows_epochs and not self._epoch_was_set:
             self._warn_once(f"{type(policy).__name__} follows epochs, but set_epoch(epoch) was not called: call it at the start of every epoch, 0 first")
         beta1, beta2 = map(float, group["betas"])
-        hypers: dict = {}
-        rows = []
-        for param, grad, record in found:
-            state = self.state[param]
-            if "step" not in state or (group["amsgrad"] and "max_exp_avg_sq" not in state):
-                self._init_state(param, group)
-            hyper = hypers.get(record.unit)
-            if hyper is None:
-                plan = self._plan(group, record, blocks, clock)
-                hyper = hypers[record.unit] = Hyper(
-                    float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], group["amsgrad"], group["maximize"], plan
-                )
-            plan = hyper.plan
-            if plan.kind == "off" and plan.frozen:
-                continue  # a frozen block costs nothing
-            words = self._mask_words(group, param, record, plan) if plan.kind in ("bucket", "fixed") else None
-            rows.append(Row(param, grad, state, record.key, RowBlock.whole(param.numel()), hyper, words))
-        return rows
+        plan = self._plan(group, unit, self._records(index)[1], clock)
+        return Hyper(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], group["amsgrad"], group["maximize"], plan)
 
-    def _plan(self, group: dict, record: ParamRecord, blocks: tuple[str, ...], clock: Clock) -> MaskPlan:
+    def _plan(self, group: dict, unit, blocks: tuple[str, ...], clock: Clock) -> MaskPlan:
         policy = self._policy(group)
         if policy is None:
             return KEEP
         frozen = (group["masked"] or policy.masked) == "frozen"
-        return policy.plan(PlanContext(clock, group["seed"], frozen, group["bias_correction"] == "active", blocks), record.unit)
+        return policy.plan(PlanContext(clock, group["seed"], frozen, group["bias_correction"] == "active", blocks), unit)
 
     def _clock(self, group: dict) -> Clock:
         return Clock(group["epoch"], group["completed_steps"], Clock.parse_history(group["epoch_history"]))
 
+    def _moment_dtype(self, param: torch.Tensor, group: dict) -> torch.dtype:
+        state = self.state.get(param)
+        if state and "exp_avg" in state:
+            return state["exp_avg"].dtype
+        return torch.float32 if group["moment_dtype"] == "float32" and param.dtype != torch.float64 else param.dtype
+
     def _init_state(self, param: torch.Tensor, group: dict) -> None:
-        state = self.state[param]
-        dtype = torch.float32 if group["moment_dtype"] == "float32" and param.dtype != torch.float64 else param.dtype
+        """Makes what the parameter's state lacks, as torch does: zeros in the parameter's strides."""
+        dtype, state = self._moment_dtype(param, group), self.state[param]
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + group["amsgrad"]]:
+            if name not in state:
+                state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        if group["amsgrad"] and "max_exp_avg_sq" not in state:
-            state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"], memory_format=torch.preserve_format)
 
-    def _mask_words(self, group: dict, param: torch.Tensor, record: ParamRecord, plan: MaskPlan) -> torch.Tensor | None:
-        """Bit-planes of the buckets or the bits of a fixed mask, made once a parameter and kept on its device."""
-        if not (plan.kind == "fixed" or (plan.kind == "bucket" and plan.bitpacked)):
+    def _mask_words(self, group: dict, param: torch.Tensor, record: ParamRecord) -> torch.Tensor | None:
+        """Bit-planes of the buckets or the bits of a fixed mask, made once a parameter and kept on its device; None where the policy stores none."""
+        policy = self._policy(group)
+        if isinstance(policy, FixedMask):
+            buckets = 0
+            if record.name not in policy.words:
+                return None
+        elif isinstance(policy, GradDropEpoch) and policy.storage == "bitpacked":
+            buckets = policy.epochs
+        else:
             return None
-        made_for = (record.key, plan.buckets, param.device, param.numel())
+        made_for = (record.key, buckets, param.device, param.numel())
         cached = self._words.get(param)
         if cached is None or cached[0] != made_for:
-            if plan.kind == "fixed":
-                words = self._policy(group).words[record.name].to(param.device)
+            if buckets:
+                words = backends.bucket_planes(record.key, buckets, RowBlock.whole(param.numel()), param.numel(), param.device)
             else:
-                words = backends.bucket_planes(record.key, plan.buckets, RowBlock.whole(param.numel()), param.numel(), param.device)
+                words = policy.words[record.name].to(param.device)
             cached = self._words[param] = (made_for, words)
         return cached[1]
 
@@ -360,6 +369,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         """Everything here can be made again from param_groups; nothing of it survives a load or a new group."""
         self._records_of: dict[int, tuple] = {}
         self._words: dict[torch.Tensor, tuple] = {}
+        self._prepared: PreparedStep | None = None
 
     def _records(self, index: int) -> tuple[list[ParamRecord], tuple[str, ...]]:
         group = self.param_groups[index]

@@ -271,7 +271,7 @@ class GradDropEpoch(Policy):
 
     epochs: int | None = None
     toggle: bool = False
-    storage: str = "bitpacked"
+    storage: str = "recompute"
     masked = "frozen"
     follows_epochs = True
 

@@ -254,15 +254,19 @@ GRADDROP_FN void whole_blocks(const PreparedRow& row, const PhiloxKeys& keys, in
   const MaskSpec spec = row.mask;
   const uint32_t domain = domain_of(spec);
   Pending<V, P> pending;
-  BlockMask masks[2];                          // of this block, and of the one before, whose parameters are still to be done
-  alignas(64) uint32_t words[3][kBlock / 2];   // and of the next
+  BlockMask masks[2];                         // of this block, and of the one before, whose parameters are still to be done
+  alignas(64) uint32_t words[3][kBlock / 2];  // and of the next
+  alignas(64) float factors[kBlock];
   uint64_t call = static_cast<uint64_t>(global) >> 3;
-  if (kDrawn && blocks > 0) philox_8_calls(call, spec.draw, domain, keys, words[0]);
+  if (kDrawn && selects(kVariant) && blocks > 0) philox_8_calls(call, spec.draw, domain, keys, words[0]);
   for (int64_t block = 0, slot = 0; block < blocks; ++block, local += kBlock) {
     uint16_t* u16 = reinterpret_cast<uint16_t*>(words[slot]);
     BlockMask& mask = masks[block % 2];
     slot = slot == 2 ? 0 : slot + 1;
-    if (kDrawn) {
+    if (kVariant == kFactor) {
+      make_factors(spec, keys, global + block * kBlock, kBlock, factors);
+      mask.factors = factors;
+    } else if (kDrawn) {
       mask_from_draws(spec, u16, mask);
       call += 8;
       philox_8_calls(call, spec.draw, domain, keys, words[slot]);
@@ -278,9 +282,9 @@ GRADDROP_FN void whole_blocks(const PreparedRow& row, const PhiloxKeys& keys, in
 
 template <Variant kVariant, typename P, typename M>
 static __attribute__((noinline)) void masked_adamw_variant(const PreparedRow& row, int64_t begin, int64_t end) {
-  const bool drawn = selects(kVariant) && (row.mask.kind == kBernoulli || (row.mask.kind == kBucket && row.mask.num_planes < 0));
+  const bool drawn = kVariant == kFactor || (selects(kVariant) && (row.mask.kind == kBernoulli || (row.mask.kind == kBucket && row.mask.num_planes < 0)));
   const PhiloxKeys keys = philox_keys(row.mask.key);
-  if (!drawn && kVariant != kFactor) {  // nothing random: the layout does not matter
+  if (!drawn) {  // nothing random: the layout does not matter
     const int64_t blocks = (end - begin) / kBlock, rest = begin + blocks * kBlock;
     whole_blocks<kVariant, false, P, M>(row, keys, begin, 0, blocks);
     if (rest < end) masked_part<kVariant, P, M>(row, keys, rest, 0, static_cast<int>(end - rest));
@@ -290,7 +294,7 @@ static __attribute__((noinline)) void masked_adamw_variant(const PreparedRow& ro
     while (left > 0) {
       // Up to a multiple of 8 in the global index, so that only a run's first part begins in the middle of a Philox call.
       int64_t count = std::min<int64_t>(left, kBlock - (global & 7));
-      if (selects(kVariant) && count == kBlock) {
+      if (count == kBlock) {
         count = left / kBlock * kBlock;
         whole_blocks<kVariant, true, P, M>(row, keys, local, global, left / kBlock);
       } else {

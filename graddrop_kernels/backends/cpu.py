@@ -5,13 +5,12 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..bitmask import num_planes, num_words
 from ..layout import RowBlock
 from ..multi_tensor import TensorBatch
-from .tensor_table import DTYPES, TABLE_VERSION, TENSOR_ROW, TensorRow, hyper_table
+from .tensor_table import DTYPES, TABLE_VERSION, TensorRow, hyper_table, tensor_table
 
 _LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
 
@@ -72,26 +71,13 @@ def select_isa(name: str) -> None:
 
 def masked_adamw_(batch: TensorBatch) -> None:
     """One masked AdamW step on the batch, in place: one call for all tensors, threads as torch.get_num_threads()."""
-    count = len(batch.params)
-    table = np.zeros(count, TENSOR_ROW)
-    table["param"] = [tensor.data_ptr() for tensor in batch.params]
-    table["grad"] = [tensor.data_ptr() for tensor in batch.grads]
-    table["exp_avg"] = [tensor.data_ptr() for tensor in batch.exp_avgs]
-    table["exp_avg_sq"] = [tensor.data_ptr() for tensor in batch.exp_avg_sqs]
-    table["step"] = [tensor.data_ptr() for tensor in batch.steps]
-    if any(hyper.amsgrad for hyper in batch.hypers):
-        table["max_exp_avg_sq"] = [0 if tensor is None else tensor.data_ptr() for tensor in batch.max_exp_avg_sqs]
-    if any(hyper.plan.kind in ("bucket", "fixed") for hyper in batch.hypers):
-        table["mask_words"] = [0 if words is None else words.data_ptr() for words in batch.mask_words]
-    table["numel"] = [tensor.numel() for tensor in batch.params]
-    table["base"] = [layout.base for layout in batch.layouts]
-    table["local_inner"] = [layout.local_inner for layout in batch.layouts]
-    table["global_inner"] = [layout.global_inner for layout in batch.layouts]
-    table["key"] = batch.keys
-    table["hyper"] = batch.hyper_rows
+    if batch.table is None:
+        batch.table = tensor_table(batch)
+    table = batch.table
+    table["grad"] = list(map(torch.Tensor.data_ptr, batch.grads))
     hypers = hyper_table(batch.hypers)
     library().graddrop_cpu_masked_adamw(
-        table.ctypes.data, count, ctypes.addressof(hypers), DTYPES[batch.param_dtype], DTYPES[batch.moment_dtype]
+        table.ctypes.data, len(table), ctypes.addressof(hypers), DTYPES[batch.param_dtype], DTYPES[batch.moment_dtype]
     )
 
 
