@@ -5,7 +5,7 @@ import torch
 from .names import canonical_name
 
 # These describe the live model, not the training: a file never overrides them.
-_STRUCTURE = ("param_names", "blocks", "param_blocks", "name")
+_STRUCTURE = ("param_names", "blocks", "param_blocks", "name", "capturable", "differentiable")
 # A run continues bit for bit only under the same ones.
 _MASKING = ("mask", "seed", "masked", "bias_correction")
 
@@ -31,11 +31,24 @@ def prepare(state_dict: dict, groups: list[dict], strict: bool) -> dict:
             saved[key] = group[key]
         for key in _STRUCTURE:
             saved.pop(key, None)
+        for saved_id, param in zip(saved["params"], group["params"]):
+            _check_saved_state(index, state_dict["state"].get(saved_id), param)
         # Absent keys (a state dict of torch.optim.AdamW) would vanish from the group.
         for key, value in group.items():
             if key != "params":
                 saved.setdefault(key, value)
     return {**state_dict, "param_groups": saved_groups}
+
+
+def _check_saved_state(index: int, state: dict | None, param: torch.Tensor) -> None:
+    for key in ("step", "exp_avg", "exp_avg_sq") if state else ():
+        if key not in state:
+            raise ValueError(f"the state dict has no {key!r} for a parameter of group {index}: it is another kind of optimizer's, not AdamW's")
+        if key != "step" and state[key].shape != param.shape:
+            raise ValueError(
+                f"{key} in the state dict has shape {tuple(state[key].shape)} where a parameter of group {index} has {tuple(param.shape)}: "
+                "the state dict is of another model, or its parameters are in another order (named parameters are matched by name)"
+            )
 
 
 def _in_our_order(index: int, saved: dict, group: dict) -> list:

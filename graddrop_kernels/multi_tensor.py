@@ -12,6 +12,7 @@ from .plan import MaskPlan
 # map() with these runs through 400 tensors in a third of the time of a list comprehension.
 grad_of = attrgetter("grad")
 _facts = attrgetter("shape", "dtype", "layout", "device")
+_shape = attrgetter("shape")
 _address = torch.Tensor.data_ptr
 _is_contiguous = torch.Tensor.is_contiguous
 
@@ -91,6 +92,7 @@ class PreparedStep:
         self.batches = self._sort(rows)
         self.grad_facts = [_facts(row.grad) for row in rows]
         self.addresses = self._addresses(params)
+        self.shapes = list(map(_shape, params))
 
     def holds(self, params: list[torch.Tensor], grads: list[torch.Tensor | None], state: dict, made_for: object) -> bool:
         """Whether ``rows`` made now would be the same but for the gradients' addresses."""
@@ -101,6 +103,8 @@ class PreparedStep:
             and list(map(id, state.values())) == self.state_ids
             and all(map(eq, map(_facts, present(grads)), self.grad_facts))  # no list: 400 tuples alive at once would set off the garbage collector
             and self._addresses(params) == self.addresses
+            and all(map(_is_contiguous, params))
+            and all(map(eq, map(_shape, params), self.shapes))
         )
 
     def set_grads(self, grads: list[torch.Tensor | None]) -> None:

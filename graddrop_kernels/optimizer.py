@@ -10,7 +10,7 @@ from . import backends, bitmask, checkpoint
 from .layout import RowBlock
 from .multi_tensor import Hyper, PreparedStep, Row, grad_of, present
 from .names import canonical_name
-from .parameters import ParamRecord, check_fixed_mask, check_grad, check_param, make_records
+from .parameters import ParamRecord, check_fixed_mask, check_grad, check_param, check_state, make_records
 from .plan import Clock, MaskPlan, PlanContext
 from .policies import KEEP, FixedMask, GradDrop, GradDropEpoch, Policy, from_json
 from .reference import keep_and_bucket
@@ -23,6 +23,7 @@ GROUP_DEFAULTS = {
     "bias_correction": "active",  # or "global"
     "moment_dtype": None,  # None: the parameter's; or "float32"
     "epoch": 0,
+    "epoch_was_set": False,  # set_epoch() was called, once at least
     "completed_steps": 0,  # steps of this group, the draw of its block masks
     "epoch_history": "",  # "epoch:first step,...", see plan.Clock
 }
@@ -86,20 +87,18 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         moment_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ):
-        for name, value in (("capturable", capturable), ("differentiable", differentiable)):
-            if value:
-                raise ValueError(f"{name}=True is not supported; leave it False")
         self._backend = backends.check_name(backend)
         self._policies: dict[str, Policy] = {}  # by JSON; keeps what JSON cannot hold: callables and fixed masks
         self._forget_caches()
-        self._epoch_was_set = False
         self._warned: set[str] = set()
         self._own_defaults = {
             **GROUP_DEFAULTS, "mask": self._to_json(mask), "seed": seed, "masked": masked, "bias_correction": bias_correction,
             "moment_dtype": _dtype_name(moment_dtype),
         }  # fmt: skip
         self._constructing = True
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach)
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable, differentiable=differentiable
+        )
         # Only now: torch's constructor would announce a fused GradScaler protocol that step() does not speak.
         for group in (self.defaults, *self.param_groups):
             group["fused"] = fused
@@ -155,7 +154,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 self._warn_once(policy.after_last_epoch(epoch))
         for group in self.param_groups:
             group["epoch"] = epoch
-        self._epoch_was_set = True
+            group["epoch_was_set"] = True
 
     def mask(self, param: torch.Tensor | str, step: int | None = None) -> torch.Tensor:
         """The bool keep mask of a parameter, True where its elements are trained; shape and device of the parameter.
@@ -207,8 +206,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
     def add_param_group(self, param_group: dict) -> None:
         """As torch's; the group may have its own ``"mask"`` (a policy or None), ``"seed"``, ``"masked"``, ``"bias_correction"``."""
         if isinstance(param_group, dict):
-            epoch = max((group["epoch"] for group in self.param_groups), default=0) if not self._constructing else 0
-            param_group = {**self._own_defaults, "epoch": epoch, **param_group}
+            clock = {} if self._constructing else {key: self.param_groups[0][key] for key in ("epoch", "epoch_was_set")}
+            param_group = {**self._own_defaults, **clock, **param_group}
             param_group["mask"] = self._to_json(param_group["mask"])
             param_group["moment_dtype"] = _dtype_name(param_group["moment_dtype"])
         super().add_param_group(param_group)
@@ -231,10 +230,18 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         Raises:
             ValueError: other groups or parameters than this optimizer's, or, if strict, another policy. Nothing has changed then.
         """
-        prepared = checkpoint.prepare(state_dict, self.param_groups, strict)
-        super().load_state_dict(prepared)
+        prepared = {}
+
+        def prepare(_, state_dict):
+            prepared.update(checkpoint.prepare(state_dict, self.param_groups, strict))
+            return prepared
+
+        last_hook = self.register_load_state_dict_pre_hook(prepare)  # after the user's own, which may adapt the file
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last_hook.remove()
         checkpoint.restore_moment_dtypes(self, prepared)
-        self._epoch_was_set = self._epoch_was_set or any(group["epoch"] > 0 for group in self.param_groups)
         self._forget_caches()
 
     def __getstate__(self) -> dict:
@@ -243,7 +250,6 @@ class FusedGradDropAdamW(torch.optim.AdamW):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_warned", set())
-        self.__dict__.setdefault("_epoch_was_set", False)
         self._constructing = False
         self._forget_caches()
         for group in self.param_groups:
@@ -267,6 +273,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 if param.grad is not None:
                     check_param(record.name, param)
                     check_grad(record.name, param, param.grad)
+                    check_state(record.name, param, self.state.get(param, {}))
                     found.append((index, group, param, record))
         for _, group, param, _ in found:
             backends.select(self._backend, param.device, param.dtype, self._moment_dtype(param, group))
@@ -290,7 +297,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
     def _hyper(self, index: int, unit, clock: Clock) -> Hyper:
         """The hyper-parameters and the mask of this step, for one unit of one group."""
         group, policy = self.param_groups[index], self._policy(self.param_groups[index])
-        if policy is not None and policy.follows_epochs and not self._epoch_was_set:
+        if policy is not None and policy.follows_epochs and not group["epoch_was_set"]:
             self._warn_once(f"{type(policy).__name__} follows epochs, but set_epoch(epoch) was not called: call it at the start of every epoch, 0 first")
         beta1, beta2 = map(float, group["betas"])
         plan = self._plan(group, unit, self._records(index)[1], clock)
@@ -353,7 +360,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         if not isinstance(mask, Policy):
             raise TypeError(f"mask= must be a policy such as GradDrop(p=0.2), or None for plain AdamW; got {mask!r}")
         text = mask.to_json()
-        self._policies[text] = mask
+        if self._policies.setdefault(text, mask) != mask:
+            raise ValueError(f"two different callables p have one name, which a checkpoint could not tell apart: {text}; define them with def, by two names")
         return text
 
     def _policy(self, group: dict) -> Policy | None:
@@ -394,9 +402,14 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             policy = self._policy(group)
             if policy is not None and policy.masked is None and group["masked"] is not None:
                 raise ValueError(f"masked={group['masked']!r} does not apply to {type(policy).__name__}, which drops nothing; leave it None")
+            for name in ("capturable", "differentiable"):
+                if group[name]:
+                    raise ValueError(f"{name}=True is not supported; leave it False (parameter group {index})")
             records, _ = self._records(index)
             for param, record in zip(group["params"], records):
                 check_param(record.name, param)
+            if len(set(group["params"])) != len(group["params"]):
+                raise ValueError(f"a parameter appears twice in parameter group {index}; give each parameter once")
             if isinstance(policy, FixedMask):
                 fixed.setdefault(policy, {}).update({record.name: param for param, record in zip(group["params"], records)})
         for policy, named in fixed.items():

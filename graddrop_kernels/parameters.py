@@ -107,6 +107,17 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
     return False
 
 
+def check_state(name: str, param: torch.Tensor, state: dict) -> None:
+    """Raises ValueError for moments that do not fit their parameter: the kernels get addresses, and would write past an end."""
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        moment = state.get(key)
+        if moment is not None and (moment.shape != param.shape or moment.device != param.device):
+            raise ValueError(
+                f"{key} of {name!r} has shape {tuple(moment.shape)} on {moment.device}, its parameter {tuple(param.shape)} on {param.device}: the "
+                "parameter was replaced after its state was made; build a new optimizer, or delete optimizer.state[param]"
+            )
+
+
 def check_grad(name: str, param: torch.Tensor, grad: torch.Tensor) -> None:
     """Raises RuntimeError or ValueError for a gradient that does not belong to its parameter."""
     if grad.layout is not torch.strided:

@@ -81,18 +81,24 @@ def from_json(text: str) -> Policy:
     Raises:
         ValueError: an unknown policy, or one that a string cannot hold (a callable p, a FixedMask): pass the same one as ``mask=`` instead.
     """
-    values = json.loads(text)
+    try:
+        values = dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{text!r} is not a mask policy; pass an object such as GradDrop(p=0.2)") from error
     name = values.pop("policy", None)
     if name not in POLICIES:
         raise ValueError(f"unknown mask policy {name!r}; known are {', '.join(POLICIES)}")
     schedule = values.get("p")
-    if name == "FixedMask" or isinstance(schedule, dict) and schedule["schedule"] == "callable":
-        what = "a FixedMask" if name == "FixedMask" else f"the callable p {schedule['name']!r}"
+    if name == "FixedMask" or isinstance(schedule, dict) and schedule.get("schedule") == "callable":
+        what = "a FixedMask" if name == "FixedMask" else f"the callable p {schedule.get('name')!r}"
         raise ValueError(f"{what} is not stored in a state dict; construct the optimizer with the same mask= before loading")
-    if isinstance(schedule, dict):
-        schedule = dict(schedule)
-        values["p"] = _SCHEDULES[schedule.pop("schedule")](**schedule)
-    return POLICIES[name](**values)
+    try:
+        if isinstance(schedule, dict):
+            schedule = dict(schedule)
+            values["p"] = _SCHEDULES[schedule.pop("schedule", None)](**schedule)
+        return POLICIES[name](**values)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{text!r} is not a mask policy of this version: {error}") from error
 
 
 def _check_p(p: Schedule) -> Schedule:

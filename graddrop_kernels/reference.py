@@ -23,6 +23,8 @@ def masked_adamw_(batch: TensorBatch, exact: bool = False) -> None:
 
 def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rounding) -> None:
     plan, fma = hyper.plan, rounding.fma
+    if plan.kind == "off" and plan.frozen:
+        return  # nothing moves, nor the step count
     param, max_exp_avg_sq = batch.params[row], batch.max_exp_avg_sqs[row]
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
     p, m, v = (tensor.to(dtype).flatten() for tensor in (param, batch.exp_avgs[row], batch.exp_avg_sqs[row]))

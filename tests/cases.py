@@ -1,0 +1,296 @@
+"""One table of what the tests step: policies x hyper-parameters x dtypes x sizes; the engines that step it; comparison bit by bit."""
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from graddrop_kernels import (
+    ExponentialAnneal,
+    FixedMask,
+    FusedGradDropAdamW,
+    GaussianGradDrop,
+    GradDrop,
+    GradDropEpoch,
+    GradFreeze,
+    LayerGradDrop,
+    LinearAnneal,
+    available_backends,
+)  # fmt: skip
+from graddrop_kernels.backends import BACKENDS, cpu
+
+# --- engines -----------------------------------------------------------------------------------------------------------------------------
+
+BACKEND_NAMES = tuple(dict.fromkeys(("cpu", *available_backends())))  # cpu even where it is missing: require() then fails
+_ROWS = {backend.name: backend for backend in BACKENDS}
+
+
+def _instruction_sets() -> tuple[str, ...]:
+    """Those of this processor and build, out of the list that the error message gives (which a test compares with what torch finds)."""
+    if cpu.unavailable():
+        return ()
+    with pytest.raises(ValueError) as refused:
+        cpu.select_isa("every")
+    in_use, found = cpu.isa(), []
+    for name in str(refused.value).rsplit(": ", 1)[1].split(", "):
+        with contextlib.suppress(ValueError):
+            cpu.select_isa(name)
+            found.append(name)
+    cpu.select_isa(in_use)
+    return tuple(found)
+
+
+ISAS = _instruction_sets()
+
+
+def require(backend: str) -> None:
+    """Fails the test where the backend is missing; skips it only where GRADDROP_NO_EXT says that nothing was to be compiled."""
+    reason = _ROWS[backend].unavailable()
+    if reason and backend == "cpu" and os.environ.get("GRADDROP_NO_EXT", "0") not in ("", "0"):
+        pytest.skip(f"GRADDROP_NO_EXT is set, and {reason}")
+    assert not reason, f"the {backend} backend cannot run: {reason}"
+
+
+@contextlib.contextmanager
+def instruction_set(name: str | None):
+    """Selects an instruction set of the cpu backend; None leaves it as it is."""
+    in_use = cpu.isa() if name else None
+    if name:
+        cpu.select_isa(name)
+    try:
+        yield
+    finally:
+        if name:
+            cpu.select_isa(in_use)
+
+
+class Engine(NamedTuple):
+    """A backend, and for the cpu backend one instruction set."""
+
+    backend: str
+    isa: str | None = None
+
+    def __str__(self):
+        return f"{self.backend}/{self.isa}" if self.isa else self.backend
+
+    @property
+    def device(self) -> str:
+        devices = _ROWS[self.backend].devices
+        return "cpu" if devices is None or "cpu" in devices else devices[0]
+
+    def takes(self, dtypes: tuple[torch.dtype, torch.dtype]) -> bool:
+        return dtypes in _ROWS[self.backend].dtypes
+
+
+EXACT, PLAIN = Engine("exact"), Engine("reference")
+# The engines that must have the bits of "exact".
+FUSED = tuple(
+    engine
+    for name in available_backends()
+    if name not in ("exact", "reference")
+    for engine in (tuple(Engine(name, isa) for isa in ISAS) if name == "cpu" else (Engine(name),))
+)
+ENGINES = (*FUSED, EXACT, PLAIN)
+
+
+def fused_engines(dtypes: tuple[torch.dtype, torch.dtype]) -> list[Engine]:
+    """The fused engines that take (parameter dtype, moment dtype). Fails where a table of the cpu's dtypes would leave the test empty."""
+    require("cpu")
+    return [engine for engine in FUSED if engine.takes(dtypes)]
+
+
+# --- the table ---------------------------------------------------------------------------------------------------------------------------
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+DTYPES = ((F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32))  # (parameter, moments) of the fused backends
+
+SMALL_SIZES = (0, 1, 3, 4, 5, 31, 33, 1031)
+SIZES = (0, 1, 3, 4, 5, 31, 33, 65537)  # the last is more than two threads' grains
+EPOCH_OF_STEP = (*[0] * 5, *[1] * 5, *[2] * 4, *[1] * 2, *[4] * 2, *[7] * 2)  # an epoch visited again, one left out, one past the last
+
+# As pytest.mark.filterwarnings has it: what GradDropEpoch(toggle=True) rightly says in a case that goes past its epochs.
+PAST_THE_LAST_EPOCH = "ignore:.*GradDropEpoch.*toggle=True"
+
+HYPERS = {
+    "default": {"lr": 1e-3},
+    "amsgrad": {"lr": 3e-2, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1, "amsgrad": True},
+    "maximize": {"lr": 7e-3, "betas": (0.5, 0.9), "eps": 1e-6, "weight_decay": 0.0, "maximize": True},
+    "all": {"lr": 2e-2, "betas": (0.0, 0.9999), "eps": 1e-5, "weight_decay": 0.3, "amsgrad": True, "maximize": True},
+}
+
+
+class Masking(NamedTuple):
+    """How a case masks: ``policy(named parameters)``, and the optimizer's arguments that go with it."""
+
+    policy: Callable
+    arguments: dict = {}
+
+
+def _random_masks(named) -> FixedMask:
+    """Masks of two thirds of the parameters, of every density; the others are dense."""
+    generator = torch.Generator().manual_seed(len(named))
+    drawn = {name: torch.rand(param.shape, generator=generator) < (i % 5) / 4 for i, (name, param) in enumerate(named)}
+    return FixedMask({name: mask for i, (name, mask) in enumerate(drawn.items()) if i % 3}, scale=1.7)
+
+
+_FROZEN, _GRADIENT, _GLOBAL = {"masked": "frozen"}, {"masked": "gradient"}, {"bias_correction": "global"}
+BLOCKS = ("layers.*",)
+MASKINGS = {
+    "none": Masking(lambda named: None),
+    "graddrop": Masking(lambda named: GradDrop(p=0.2)),
+    "graddrop-0.9": Masking(lambda named: GradDrop(p=0.9)),
+    "graddrop-epoch": Masking(lambda named: GradDrop(p=0.37, every="epoch")),
+    "graddrop-anneal": Masking(lambda named: GradDrop(p=LinearAnneal(epochs=4, start=0.8, end="zero"))),
+    "graddrop-frozen": Masking(lambda named: GradDrop(p=ExponentialAnneal(0.6, 0.5)), _FROZEN),
+    "graddrop-epoch-frozen": Masking(lambda named: GradDrop(p=0.5, every="epoch"), _FROZEN),
+    "graddrop-frozen-global": Masking(lambda named: GradDrop(p=0.3), _FROZEN | _GLOBAL),
+    "gaussian": Masking(lambda named: GaussianGradDrop(p=0.3)),
+    "layer": Masking(lambda named: LayerGradDrop(p=0.5, layers=BLOCKS)),
+    "layer-epoch-frozen": Masking(lambda named: LayerGradDrop(p=0.5, every="epoch", layers=BLOCKS), _FROZEN),
+    "layer-frozen-global": Masking(lambda named: LayerGradDrop(p=0.5, layers=BLOCKS), _FROZEN | _GLOBAL),
+    "buckets": Masking(lambda named: GradDropEpoch(epochs=5)),
+    "buckets-recompute": Masking(lambda named: GradDropEpoch(epochs=5, storage="recompute")),
+    "buckets-toggle": Masking(lambda named: GradDropEpoch(epochs=3, toggle=True)),
+    "buckets-toggle-recompute": Masking(lambda named: GradDropEpoch(epochs=12, toggle=True, storage="recompute")),
+    "buckets-gradient": Masking(lambda named: GradDropEpoch(epochs=4), _GRADIENT),
+    "buckets-gradient-recompute": Masking(lambda named: GradDropEpoch(epochs=10, storage="recompute"), _GRADIENT),
+    "buckets-global": Masking(lambda named: GradDropEpoch(epochs=6), _GLOBAL),
+    "buckets-12": Masking(lambda named: GradDropEpoch(epochs=12)),  # ages: more than 8 and more than 16 are looked up in other ways
+    "buckets-20": Masking(lambda named: GradDropEpoch(epochs=20, storage="recompute")),
+    "freeze": Masking(lambda named: GradFreeze(epochs=3, layers=BLOCKS)),
+    "freeze-bottom-up-gradient": Masking(
+        lambda named: GradFreeze(epochs=4, direction="bottom_up", blocks_per_epoch=1, layers=BLOCKS), _GRADIENT
+    ),
+    "fixed": Masking(_random_masks),
+    "fixed-gradient": Masking(_random_masks, _GRADIENT),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    masking: str
+    hyper: str
+    dtypes: tuple[torch.dtype, torch.dtype]
+    sizes: tuple[int, ...]
+
+    def __str__(self):
+        param, moments = (str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+        return f"{self.masking}-{self.hyper}-{param}-{moments}"
+
+
+# Every policy under all hyper-parameters in float32; under each of them once in the other dtypes together.
+ALL_CASES = [
+    Case(masking, hyper, dtypes, SMALL_SIZES)
+    for (i, masking), (h, hyper), (j, dtypes) in itertools.product(enumerate(MASKINGS), enumerate(HYPERS), enumerate(DTYPES))
+    if dtypes == (F32, F32) or (i + j - h) % 4 == 0
+]
+# Long tensors, every policy and dtype, the hyper-parameters in turn.
+LONG_CASES = [
+    Case(masking, list(HYPERS)[(i + j) % len(HYPERS)], dtypes, SIZES)
+    for (i, masking), (j, dtypes) in itertools.product(enumerate(MASKINGS), enumerate(DTYPES))
+]
+
+
+def named_values(sizes: Iterable, dtype: torch.dtype, generator: torch.Generator) -> list[tuple[str, torch.Tensor]]:
+    """(name, start value) of one parameter a size (or shape), spread over four blocks."""
+    shapes = [(size,) if isinstance(size, int) else size for size in sizes]
+    return [(f"layers.{i % 4}.weight{i}", torch.randn(shape, generator=generator).to(dtype)) for i, shape in enumerate(shapes)]
+
+
+class Training:
+    """Parameters with start values and the optimizer of a case over them, on one engine."""
+
+    def __init__(self, values: list[tuple[str, torch.Tensor]], engine: Engine, seed: int = 0, **arguments):
+        self.engine = engine
+        self.named = [(name, torch.nn.Parameter(value.clone().to(engine.device))) for name, value in values]
+        self.optimizer = FusedGradDropAdamW(self.named, backend=engine.backend, seed=seed, **arguments)
+
+    @classmethod
+    def of(cls, case: Case, values, engine: Engine, seed: int) -> "Training":
+        masking = MASKINGS[case.masking]
+        wide = {"moment_dtype": F32} if case.dtypes[1] is not case.dtypes[0] else {}
+        return cls(values, engine, seed, mask=masking.policy(values), **HYPERS[case.hyper], **masking.arguments, **wide)
+
+    @property
+    def params(self) -> list[torch.Tensor]:
+        return [param for _, param in self.named]
+
+    def step(self, grads: Iterable[torch.Tensor | None], epoch: int | None = None) -> None:
+        if epoch is not None:
+            self.optimizer.set_epoch(epoch)
+        for param, grad in zip(self.params, grads):
+            param.grad = None if grad is None else grad.to(param.device, copy=True)
+        with instruction_set(self.engine.isa):
+            self.optimizer.step()
+
+    def masks(self) -> list[torch.Tensor]:
+        with instruction_set(self.engine.isa):
+            return [self.optimizer.mask(param).cpu() for param in self.params]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Copies of the parameters and of all of their state, on the CPU."""
+        copies = {}
+        for name, param in self.named:
+            copies[name] = param.detach().cpu().clone()
+            for key, value in self.optimizer.state[param].items():
+                copies[f"{key} of {name}"] = value.detach().cpu().clone()
+        return copies
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The inverse of ``tensors``; state that is not there yet is made."""
+        for name, param in self.named:
+            param.data.copy_(tensors[name])
+            for key in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                if f"{key} of {name}" in tensors:
+                    self.optimizer.state[param][key] = tensors[f"{key} of {name}"].to(param.device, copy=True)
+
+
+# --- comparison --------------------------------------------------------------------------------------------------------------------------
+
+_BITS = {F32: torch.int32, BF16: torch.int16, F16: torch.int16, F64: torch.int64}
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(_BITS[tensor.dtype]) if tensor.dtype in _BITS else tensor
+
+
+def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """How many floating-point numbers of their dtype lie between a and b, int64: 0 for equal bits, 1 for neighbours; -0 and 0 are one apart."""
+
+    def in_order(tensor):
+        bits = _bits(tensor).long()
+        lowest = -(1 << (torch.iinfo(_BITS[tensor.dtype]).bits - 1))
+        return torch.where(bits < 0, lowest - bits - 1, bits)
+
+    return (in_order(a) - in_order(b)).abs()
+
+
+def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: str = "tensor", any_nan: bool = False) -> None:
+    """Fails with the shape, the count of differences, the first index and both values. ``any_nan``: a NaN equals any other NaN."""
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)} is not {tuple(expected.shape)}"
+    assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype} is not {expected.dtype}"
+    actual, expected = actual.detach().cpu(), expected.detach().cpu()
+    if actual.dtype in _BITS and torch.equal(_bits(actual), _bits(expected)):
+        return
+    wrong = _bits(actual) != _bits(expected)
+    if any_nan:
+        wrong &= ~(actual.isnan() & expected.isnan())
+    if wrong.any():
+        index = tuple(wrong.nonzero()[0].tolist())
+        a, b = actual[index], expected[index]
+        distance = f", {ulps_apart(a, b).item()} ulp apart" if a.dtype in _BITS and a.isfinite() and b.isfinite() else ""
+        pytest.fail(
+            f"{what}: {int(wrong.sum())} of {wrong.numel()} elements differ in shape {tuple(wrong.shape)}; the first at {index}: "
+            f"{a.item()!r} is not {b.item()!r}{distance}"
+        )
+
+
+def assert_same_tensors(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], what: str = "") -> None:
+    assert actual.keys() == expected.keys(), f"{what}: {sorted(actual.keys() ^ expected.keys())} on one side only"
+    for name, tensor in actual.items():
+        assert_same_bits(tensor, expected[name], f"{what}: {name}")

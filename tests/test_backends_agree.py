@@ -1,0 +1,436 @@
+"""Every backend against the reference: the bits of "exact" on every instruction set, a close bound for plain "reference"; any memory, any values."""
+
+import dataclasses
+import math
+import random
+from fractions import Fraction
+
+import pytest
+import torch
+from cases import (
+    ALL_CASES,
+    BF16,
+    DTYPES,
+    ENGINES,
+    EPOCH_OF_STEP,
+    EXACT,
+    F16,
+    F32,
+    F64,
+    HYPERS,
+    ISAS,
+    LONG_CASES,
+    MASKINGS,
+    PAST_THE_LAST_EPOCH,
+    PLAIN,
+    Case,
+    Training,
+    assert_same_bits,
+    assert_same_tensors,
+    fused_engines,
+    instruction_set,
+    named_values,
+    require,
+)  # fmt: skip
+
+from graddrop_kernels import GradDrop, backends
+from graddrop_kernels.rounding import EXACT as EXACT_ROUNDING
+from graddrop_kernels.rounding import PLAIN as PLAIN_ROUNDING
+
+pytestmark = pytest.mark.filterwarnings(PAST_THE_LAST_EPOCH)
+
+
+def generator_of(seed: int, case) -> torch.Generator:
+    return torch.Generator().manual_seed(random.Random(f"{seed} {case}").getrandbits(40))
+
+
+class Gradients:
+    """Gradients that show in every moment whether they were used: they push against the first moment, at each element's own scale for ever.
+
+    The scales span 1e-20 .. 1e2 in float32 and bfloat16 (squares underflow, eps decides), what float16 holds in float16.
+    """
+
+    def __init__(self, values, dtype: torch.dtype, generator: torch.Generator):
+        low, high = (-3.0, 0.5) if dtype is F16 else (-20.0, 2.0)
+        self.dtype, self.generator = dtype, generator
+        self.scales = [10 ** (low + (high - low) * torch.rand(value.shape, generator=generator)) for _, value in values]
+
+    def next(self, training: Training) -> list[torch.Tensor]:
+        grads = []
+        descent = -1.0 if training.optimizer.param_groups[0]["maximize"] else 1.0
+        for param, scale in zip(training.params, self.scales):
+            against = -torch.sign(training.optimizer.state[param].get("exp_avg", torch.zeros_like(param)).float()) * descent
+            coin = torch.randint(2, scale.shape, generator=self.generator) * 2 - 1.0
+            sizes = scale * (0.5 + torch.rand(scale.shape, generator=self.generator))
+            grads.append((torch.where(against == 0, coin, against) * sizes).to(self.dtype))
+        return grads
+
+
+def kept_by_effect(before: dict, after: dict, name: str, beta1: float, frozen: bool) -> torch.Tensor:
+    """Which elements a step trained, from what it did to them. Against-the-moment gradients make every use of one show."""
+    moment, old = f"exp_avg of {name}", before.get(f"exp_avg of {name}")
+    old = torch.zeros_like(after[moment]) if old is None else old
+    if not frozen:  # a dropped element's moment decays
+        working = F64 if old.dtype is F64 else F32
+        return after[moment] != (torch.tensor(beta1, dtype=working) * old.to(working)).to(old.dtype)
+    kept = after[moment] != old
+    for key in ("", "exp_avg_sq of ", "max_exp_avg_sq of "):
+        if key + name in before:
+            assert_same_bits(after[key + name][~kept], before[key + name][~kept], f"{key}{name} of frozen elements")
+    return kept
+
+
+def run_in_step(case: Case, seed: int, engines, steps: int, compare, start: int = 0) -> None:
+    """Steps EXACT and the engines on the same gradients; after each step checks the masks against what it did, and calls ``compare``."""
+    generator = generator_of(seed, case)
+    values = named_values(case.sizes, case.dtypes[0], generator)
+    gradients = Gradients(values, case.dtypes[0], generator)
+    exact = Training.of(case, values, EXACT, seed)
+    others = [Training.of(case, values, engine, seed) for engine in engines]
+    group = exact.optimizer.param_groups[0]
+    policy = MASKINGS[case.masking].policy(values)
+    frozen = policy is not None and (group["masked"] or policy.masked) == "frozen"
+    for step, epoch in enumerate(EPOCH_OF_STEP[start : start + steps]):
+        for training in (exact, *others):
+            training.optimizer.set_epoch(epoch)
+        grads, before, masks = gradients.next(exact), exact.tensors(), exact.masks()
+        for training in others[: step == 1]:  # mask() itself knows no backend: once is enough
+            for (name, _), mask, other in zip(values, masks, training.masks()):
+                assert_same_bits(other, mask, f"mask of {name} by {training.engine} before step {step}")
+        exact.step(grads)
+        after = exact.tensors()
+        if case.masking != "gaussian":
+            for (name, _), mask in zip(values, masks):
+                effect = kept_by_effect(before, after, name, group["betas"][0], frozen)
+                assert_same_bits(effect, mask, f"elements of {name} trained in step {step} against its mask")
+        compare(step, before, grads, after, others)
+
+
+def assert_bits(step, before, grads, after, others):
+    for training in others:
+        training.step(grads)
+        assert_same_tensors(training.tensors(), after, f"{training.engine} after step {step}")
+
+
+@pytest.mark.parametrize("case", ALL_CASES, ids=str)
+def test_fused_backends_have_the_exact_bits(case, seed):
+    """20 steps over several epochs, one visited twice, one left out, one past the last; parameters, moments, step counts and masks after each."""
+    run_in_step(case, seed, fused_engines(case.dtypes), len(EPOCH_OF_STEP), assert_bits)
+
+
+@pytest.mark.parametrize("case", LONG_CASES, ids=str)
+def test_fused_backends_have_the_exact_bits_on_long_tensors(case, seed):
+    run_in_step(case, seed, fused_engines(case.dtypes), 3, assert_bits, start=8)
+
+
+# --- plain "reference" -------------------------------------------------------------------------------------------------------------------
+
+U = 2.0**-24  # unit roundoff of float32
+
+
+def spacing(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """One ulp of ``dtype`` at x, float64."""
+    finfo = torch.finfo(dtype)
+    return (torch.frexp(x.abs().double())[1].double().exp2() * finfo.eps / 2).clamp(min=finfo.smallest_normal * finfo.eps)
+
+
+def rounding_bounds(case: Case, before: dict, grad: torch.Tensor, after: dict, name: str) -> dict[str, torch.Tensor]:
+    """How far one step of the plain reference may be from the exact one, from the same state, float64: {tensor: bound}.
+
+    An fma rounds once where the plain form rounds twice, so either errs by a few units roundoff u of the *operands*: |dm| <= 4 u (|m| + |g|),
+    |dv| <= 4 u (v + g^2) (measured: 1.5 and 1.1). It is not a few u of the result: (1 - beta2) g^2 is the difference of g^2 and beta2 g^2, and a
+    moment may cancel against its gradient. Both go into the parameter by its update, besides 2 u (|p| + |p'|) of its own.
+    """
+    hyper = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2} | HYPERS[case.hyper]
+    zeros = torch.zeros_like(after[f"exp_avg of {name}"])
+    m, v = (before.get(f"{key} of {name}", zeros).double() for key in ("exp_avg", "exp_avg_sq"))
+    p, p_new = before[name].double(), after[name].double()
+    v_new = after.get(f"max_exp_avg_sq of {name}", after[f"exp_avg_sq of {name}"]).double()
+    # The largest factor any mask here puts on a gradient: 1/(1 - p), or 1 + 5.42 standard deviations of the Gaussian one.
+    g = grad.double().abs() * {"gaussian": 4.6, "graddrop-0.9": 10.01, "graddrop-anneal": 5.01}.get(case.masking, 2.51)
+    tiny = torch.finfo(F32).smallest_normal * 2.0**-23
+    m_bound, v_bound = 4 * U * (m.abs() + g) + tiny, 4 * U * (v + g * g) + tiny
+    # The update, its first moment uncancelled and its bias corrections as large as any: 1 - beta1 and 1.
+    update = hyper["lr"] / (1 - hyper["betas"][0]) / (v_new.sqrt() + hyper["eps"])
+    relative = 6 * U + (v_bound / v_new.clamp(min=tiny) / 2).clamp(max=1)
+    p_bound = 2 * U * (p.abs() + p_new.abs()) + update * (m_bound + m.abs().maximum(g) * relative)
+    bounds = {name: p_bound, f"exp_avg of {name}": m_bound, f"exp_avg_sq of {name}": v_bound, f"max_exp_avg_sq of {name}": v_bound}
+    # A store to 16 bits may round the other way: one ulp of what is stored.
+    return {key: bound + (after[key].dtype != F32) * spacing(after[key], after[key].dtype) for key, bound in bounds.items() if key in after}
+
+
+@pytest.mark.parametrize("case", ALL_CASES[::5], ids=str)
+def test_plain_reference_is_close_to_exact(case, seed):
+    """Step by step from the same state."""
+
+    def compare(step, before, grads, after, others):
+        (plain,) = others
+        plain.load(before)
+        plain.step(grads)
+        stepped = plain.tensors()
+        for grad, (name, _) in zip(grads, plain.named):
+            for key, bound in rounding_bounds(case, before, grad, after, name).items():
+                off = (stepped[key].double() - after[key].double()).abs()
+                assert (off <= bound).all(), (
+                    f"{key} after step {step}: {off[off > bound][0]:.3g} apart where {bound[off > bound][0]:.3g} is allowed, in "
+                    f"{int((off > bound).sum())} of {off.numel()} elements"
+                )
+
+    run_in_step(case, seed, [PLAIN], 8, compare, start=3)
+
+
+@pytest.mark.parametrize("masking", [name for name in MASKINGS if name != "gaussian"])
+def test_float64_has_the_same_masks_and_is_exact_as_it_is(masking, seed):
+    """In float64 both references are the same operations (but for the Gaussian numbers, which are float32 in both); masks show in their effects."""
+    run_in_step(Case(masking, "all", (F64, F64), (0, 1, 33, 130)), seed, [PLAIN], 12, assert_bits, start=3)
+
+
+# --- any memory --------------------------------------------------------------------------------------------------------------------------
+
+
+def strided_views(dtype: torch.dtype, generator: torch.Generator) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """{what: (a view, the tensor whose memory it lies in)}."""
+    new = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
+    bases = {name: new(*shape) for name, shape in {"transposed": (7, 33), "sliced": (9, 120), "column": (40, 5), "permuted": (6, 5, 11)}.items()}
+    views = {
+        "transposed": bases["transposed"].t(),
+        "sliced": bases["sliced"][1::2, 3:110:3],
+        "column": bases["column"][:, 3:4],
+        "permuted": bases["permuted"].permute(2, 0, 1)[1:, :, 1:],
+    }
+    bases |= {"channels_last": new(2, 3, 5, 7).to(memory_format=torch.channels_last), "scalar": new(3)}
+    views |= {"channels_last": bases["channels_last"], "scalar": bases["scalar"][2]}
+    for offset, length in ((1, 777), (3, 64), (7, 1030)):  # contiguous, off the alignment of vectors
+        bases[f"offset {offset}"] = new(length + offset + 9)
+        views[f"offset {offset}"] = bases[f"offset {offset}"][offset : offset + length]
+    assert not any(views[what].is_contiguous() for what in ("transposed", "sliced", "column", "permuted", "channels_last"))
+    return {what: (view, bases[what]) for what, view in views.items()}
+
+
+def strided_gradients(views, generator: torch.Generator) -> list[torch.Tensor]:
+    """Gradients of the views' shapes, in turn contiguous, transposed, sliced, expanded."""
+    new = lambda dtype, *shape: torch.randn(shape, generator=generator).to(dtype)
+    kinds = (
+        lambda dtype, shape: new(dtype, *shape),
+        lambda dtype, shape: new(dtype, *shape[::-1]).permute(tuple(range(len(shape)))[::-1]),
+        lambda dtype, shape: new(dtype, *shape, 3)[..., 1],
+        lambda dtype, shape: new(dtype, *shape[-1:]).expand(shape),
+    )
+    first = int(torch.randint(4, (), generator=generator))
+    return [kinds[(first + i) % 4](view.dtype, view.shape) for i, (view, _) in enumerate(views.values())]
+
+
+@pytest.mark.parametrize("masking", ["none", "graddrop", "gaussian", "buckets", "buckets-gradient-recompute", "fixed"])
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32), (F16, F16)], ids=["float32", "bfloat16-float32", "float16"])
+def test_strides_do_not_matter(masking, dtypes, seed):
+    """Views step as their contiguous copies do, element for element in contiguous order, and what lies between and around them stays."""
+    case = Case(masking, "amsgrad", dtypes, ())
+    for engine in [*fused_engines(dtypes), PLAIN]:
+        generator = generator_of(seed, case)
+        views = strided_views(dtypes[0], generator)
+        values = [(f"layers.0.{what}", view.contiguous()) for what, (view, _) in views.items()]
+        contiguous, strided = (Training.of(case, values, engine, seed) for _ in range(2))
+        bases = {}
+        for (name, param), (view, base) in zip(strided.named, views.values()):
+            bases[name] = base, base.to(engine.device).clone(memory_format=torch.preserve_format)
+            param.data = bases[name][1].as_strided(view.size(), view.stride(), view.storage_offset())
+        for step in range(4):
+            grads = strided_gradients(views, generator)
+            contiguous.step([grad.contiguous() for grad in grads], epoch=step)
+            strided.optimizer.set_epoch(step)
+            for param, grad in zip(strided.params, grads):
+                param.grad = grad.to(engine.device)
+                assert param.grad.stride() == grad.stride()
+            with instruction_set(engine.isa):
+                strided.optimizer.step()
+            assert_same_tensors(strided.tensors(), contiguous.tensors(), f"{engine} after step {step}")
+        for (name, _), (view, _) in zip(strided.named, views.values()):
+            inside = torch.zeros(bases[name][0].shape, dtype=torch.bool)
+            inside = inside.contiguous(memory_format=torch.channels_last) if "channels_last" in name else inside
+            inside.as_strided(view.size(), view.stride(), view.storage_offset()).fill_(True)
+            around, now = bases[name][0][~inside], bases[name][1].cpu()[~inside]
+            assert_same_bits(now, around, f"what lies around {name}, by {engine}")
+            assert "offset" not in name or around.numel() > 9
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_alignment_does_not_matter(dtypes, seed):
+    """Parameter, gradient and every moment each at its own odd offset in memory."""
+    case = Case("buckets", "amsgrad", dtypes, (1031, 15, 64))
+    for engine in fused_engines(dtypes):
+        generator = generator_of(seed, case)
+        values = named_values(case.sizes, dtypes[0], generator)
+        aligned, shifted = (Training.of(case, values, engine, seed) for _ in range(2))
+        shift = lambda tensor, by: torch.cat((tensor.new_zeros(by), tensor, tensor.new_zeros(3)))[by : by + tensor.numel()]  # noqa: B023
+        for step in range(4):
+            grads = [torch.randn(value.shape, generator=generator).to(dtypes[0]) for _, value in values]
+            aligned.step(grads, epoch=step)
+            shifted.optimizer.set_epoch(step)
+            for i, (param, grad) in enumerate(zip(shifted.params, grads)):
+                param.grad = shift(grad.to(param.device), 1 + (i + step) % 7)
+                param.data = shift(param.data, 1 + (i + 2 * step) % 5)
+                for j, key in enumerate(("exp_avg", "exp_avg_sq", "max_exp_avg_sq")):
+                    if key in shifted.optimizer.state[param]:
+                        shifted.optimizer.state[param][key] = shift(shifted.optimizer.state[param][key], 1 + (i + j + step) % 6)
+            with instruction_set(engine.isa):
+                shifted.optimizer.step()
+            assert_same_tensors(shifted.tensors(), aligned.tensors(), f"{engine} after step {step}")
+
+
+@pytest.mark.parametrize("masking", ["none", "graddrop", "graddrop-frozen", "gaussian", "buckets", "buckets-20", "fixed"])
+def test_thread_counts_give_the_same_bits(masking, seed):
+    """One tensor far longer than a thread's share, small ones before and after it; bit planes are made under each count, too."""
+    case = Case(masking, "amsgrad", (F32, F32), (33, 200_003, 5, 0, 70_001))
+    used = torch.get_num_threads()
+    for engine in fused_engines(case.dtypes):
+        values = named_values(case.sizes, F32, generator_of(seed, case))
+        results = {}
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                training, generator = Training.of(case, values, engine, seed), generator_of(seed, "gradients")
+                for epoch in range(3):
+                    training.step([torch.randn(value.shape, generator=generator) for _, value in values], epoch)
+                results[threads] = training.tensors()
+        finally:
+            torch.set_num_threads(used)
+        for threads in (2, 3):
+            assert_same_tensors(results[threads], results[1], f"{engine} with {threads} threads against 1")
+
+
+# --- any values --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masking", [name for name in MASKINGS if name not in ("none", "gaussian")])
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F32)], ids=["float32", "bfloat16", "float16-float32"])
+def test_infinities_and_nans_of_dropped_gradients_are_dropped(masking, dtypes, seed):
+    """Masked by selection: what stands in a dropped gradient is never seen, neither by the moments nor by the parameter."""
+    case = Case(masking, "all", dtypes, (5, 33, 1031, 64))
+    for engine in [*fused_engines(dtypes), EXACT, PLAIN]:
+        generator = generator_of(seed, case)
+        values = named_values(case.sizes, dtypes[0], generator)
+        clean, poisoned = (Training.of(case, values, engine, seed) for _ in range(2))
+        for step, epoch in enumerate((0, 0, 1, 2)):
+            clean.optimizer.set_epoch(epoch)
+            grads, bad = [], []
+            for mask in clean.masks():
+                grad = torch.randn(mask.shape, generator=generator).to(dtypes[0])
+                poison = torch.tensor([math.inf, -math.inf, math.nan])[torch.randint(3, mask.shape, generator=generator)].to(dtypes[0])
+                grads.append(grad)
+                bad.append(torch.where(mask, grad, poison))
+            # blocks may all be kept by chance, or be unfrozen
+            assert any(not grad.isfinite().all() for grad in bad) or masking.startswith(("layer", "freeze"))
+            clean.step(grads, epoch)
+            poisoned.step(bad, epoch)
+            assert_same_tensors(poisoned.tensors(), clean.tensors(), f"{engine} after step {step}")
+        assert all(value.isfinite().all() for value in poisoned.tensors().values())
+
+
+def patterns(dtype: torch.dtype, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Random bit patterns of a dtype: denormals, infinities and NaNs among them; every pattern of a 16-bit dtype from 65536 elements on."""
+    if dtype is F32:
+        bits = torch.randint(-(2**31), 2**31, (count,), generator=generator).to(torch.int32)
+        special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1e-39, 3.4e38, -3.4e38])
+        values = bits.view(F32)
+        values[torch.randint(count, (count // 8,), generator=generator)] = special[torch.randint(10, (count // 8,), generator=generator)]
+        return values
+    shuffled = [torch.randperm(65536, generator=generator) - 32768 for _ in range(-(-count // 65536))]
+    return torch.cat(shuffled)[:count].to(torch.int16).view(dtype)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_every_bit_pattern(dtypes, amsgrad, seed):
+    """Parameters, moments and gradients of random bits. betas of 1/2 put many results half-way between two 16-bit numbers."""
+    generator, count = generator_of(seed, dtypes), 1 << 17
+    values = [("w", patterns(dtypes[0], count, generator))]
+    grads = [patterns(dtypes[0], count, generator)]
+    arguments = {"lr": 0.25, "betas": (0.5, 0.5), "weight_decay": 0.5, "eps": 0.5, "amsgrad": amsgrad, "mask": GradDrop(p=0.5)}
+    state = {"w": values[0][1], "step of w": torch.tensor(3.0)}
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + amsgrad]:
+        moment = patterns(dtypes[1], count, generator)
+        state[f"{key} of w"] = moment if key == "exp_avg" else moment.abs()
+    after = {}
+    for engine in (EXACT, *fused_engines(dtypes)):
+        wide = {"moment_dtype": F32} if dtypes[1] is not dtypes[0] else {}
+        training = Training(values, engine, seed, **arguments, **wide)
+        training.load(state)
+        training.step(grads)
+        after[engine] = training.tensors()
+    for engine, tensors in after.items():
+        for name, tensor in tensors.items():
+            assert_same_bits(tensor, after[EXACT][name], f"{name} by {engine}", any_nan=True)
+    assert after[EXACT]["w"].isnan().any() and after[EXACT]["w"].isinf().any() and after[EXACT]["exp_avg of w"].isfinite().any()
+
+
+@pytest.mark.parametrize("dtypes", [dtypes for dtypes in DTYPES if dtypes[0] is not F32], ids=str)
+def test_sixteen_bit_parameters_that_do_not_move_stay(dtypes, seed):
+    """Every 16-bit pattern through load and store: lr 0, no decay. NaNs stay NaNs."""
+    for engine in fused_engines(dtypes):
+        start = (torch.arange(65536) - 32768).to(torch.int16).view(dtypes[0])
+        training = Training([("w", start)], engine, seed, lr=0.0, weight_decay=0.0, mask=None)
+        training.step([torch.ones(65536, dtype=dtypes[0])])
+        assert training.optimizer.state[training.params[0]]["step"] == 1
+        assert_same_bits(training.params[0], start, f"parameters by {engine}", any_nan=True)
+
+
+# --- what the comparison rests on --------------------------------------------------------------------------------------------------------
+
+
+def rounded_to_float32(value: Fraction) -> float:
+    """To nearest, ties to even, by integer arithmetic. Normal range only."""
+    if value == 0:
+        return 0.0
+    exponent = math.floor(math.log2(abs(value)))
+    exponent += (abs(value) >= Fraction(2) ** (exponent + 1)) - (abs(value) < Fraction(2) ** exponent)
+    unit = Fraction(2) ** (exponent - 23)
+    return float(round(value / unit) * unit)  # round() of a Fraction takes ties to even
+
+
+def fma_operands(seed: int) -> list[torch.Tensor]:
+    """a, b, c float32: random ones, cancelling ones, and products half-way between two float32 with a c that tips the balance."""
+    generator = torch.Generator().manual_seed(seed)
+    new = lambda: torch.randn(1000, generator=generator)
+    a, b = new(), new()
+    ties = 1 + (2 * torch.randint(1 << 11, (1000,), generator=generator) + 1) * 2.0**-12  # (1 + k/4096)^2 ends in a 2^-24
+    sign = torch.randint(2, (1000,), generator=generator) * 2 - 1.0
+    tip = sign * 2.0 ** -torch.randint(55, 110, (1000,), generator=generator)
+    tiny = sign * 2.0 ** -torch.randint(20, 40, (1000,), generator=generator)
+    return [torch.cat(parts) for parts in ((a, a, a, ties), (b, b, b, ties), (new(), -a * b, new() * tiny, tip))]
+
+
+def test_exact_fma_rounds_once(seed):
+    a, b, c = fma_operands(seed)
+    expected = torch.tensor([rounded_to_float32(Fraction(x) * Fraction(y) + Fraction(z)) for x, y, z in zip(a.tolist(), b.tolist(), c.tolist())])
+    assert_same_bits(EXACT_ROUNDING.fma(a, b, c), expected)
+    twice = (a.double() * b.double() + c.double()).float()
+    assert (twice != expected).any() and (PLAIN_ROUNDING.fma(a, b, c) != expected).any()  # the operands can tell
+
+
+def test_exact_sqrt_rounds_once(seed):
+    x = torch.randn(3000, generator=torch.Generator().manual_seed(seed)).abs() * 10.0 ** torch.arange(-15, 15).repeat(100)
+    for value, root in zip(x.tolist(), EXACT_ROUNDING.sqrt(x).tolist()):
+        below, above = (Fraction(root) + Fraction(torch.nextafter(torch.tensor(root), torch.tensor(to)).item()) for to in (0.0, math.inf))
+        assert (below / 2) ** 2 <= Fraction(value) <= (above / 2) ** 2
+
+
+def test_every_instruction_set_of_the_processor_is_tested():
+    """What torch uses itself is a lower bound for what this processor has."""
+    require("cpu")
+    assert "portable" in ISAS
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    assert capability not in ("avx512", "avx2") or capability in ISAS
+    assert {engine.isa for engine in ENGINES if engine.backend == "cpu"} == set(ISAS)
+
+
+def test_backend_of_a_batch_is_the_one_asked_for(backend, seed):
+    """The comparisons above would mean nothing if two names led to one implementation."""
+    called = []
+    row = backends._BY_NAME[backend]
+    engine = next(engine for engine in ENGINES if engine.backend == backend)
+    training = Training([("w", torch.ones(3))], engine, seed)
+    spy = dataclasses.replace(row, masked_adamw_=lambda batch: called.append(row.name) or row.masked_adamw_(batch))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(backends._BY_NAME, backend, spy)
+        training.step([torch.ones(3)])
+    assert called == [backend]
