@@ -1,10 +1,12 @@
 """Builds csrc into plain shared libraries beside the Python files; all metadata is in pyproject.toml.
 
-csrc includes no header of torch or Python, so one library serves every torch >= 2.10 and every Python, and a C++ compiler is all that a build needs.
-No compiler, or one that fails, is not an error: the package installs, runs on the PyTorch reference, and `python -m graddrop_kernels info` says so.
+csrc includes no header of torch or Python, so one library serves every torch >= 2.10 and every Python, and a C++
+compiler is all that a build needs. No compiler, or one that fails, is not an error: the package installs, runs on the
+PyTorch reference, and `python -m graddrop_kernels info` says so.
 
-Environment: CXX, NVCC name the compilers; GRADDROP_NO_EXT=1 builds nothing; GRADDROP_NO_CUDA=1 leaves the CUDA library out; GRADDROP_FORCE_CUDA=1 turns
-a missing or failing nvcc into an error; GRADDROP_CUDA_ARCHS="80;90" lists the architectures (PTX of the last one is added).
+Environment: CXX, NVCC name the compilers; GRADDROP_NO_EXT=1 builds nothing; GRADDROP_NO_CUDA=1 leaves the CUDA library
+out; GRADDROP_FORCE_CUDA=1 turns a missing or failing nvcc into an error; GRADDROP_CUDA_ARCHS="80;90" lists the
+architectures (PTX of the last one is added).
 """
 
 import os
@@ -21,8 +23,18 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 HEADERS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))]
-# Every fma is written out, so contraction is off: the same source gives the same bits with every compiler and instruction set.
-CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w"]
+# Every fma is written out, so contraction is off:
+# the same source gives the same bits with every compiler and instruction set.
+CXX_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-w",
+]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
@@ -43,16 +55,24 @@ def switched_on(name: str) -> bool:
 
 def find_nvcc() -> str | None:
     toolkits = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
-    return os.environ.get("NVCC") or shutil.which("nvcc") or next((shutil.which("nvcc", path=f"{home}/bin") for home in toolkits if home), None)
+    return (
+        os.environ.get("NVCC")
+        or shutil.which("nvcc")
+        or next((shutil.which("nvcc", path=f"{home}/bin") for home in toolkits if home), None)
+    )
 
 
 def cuda_archs() -> list[str]:
     archs = [arch for arch in os.environ.get("GRADDROP_CUDA_ARCHS", "80;90").split(";") if arch]
-    return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs] + [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs] + [
+        f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+    ]
 
 
 class BuildLibraries(build_ext):
-    """Calls the compilers directly, one process a source: setuptools knows no flags per source, torch's own build_ext refuses nvcc beside a CPU-only torch."""
+    """Calls the compilers directly, one process a source:
+    setuptools knows no flags per source, torch's own build_ext refuses nvcc beside a CPU-only torch.
+    """
 
     def get_ext_filename(self, fullname: str) -> str:
         return f"{fullname.replace('.', '/')}.so"  # loaded by ctypes: no Python tag
@@ -72,7 +92,9 @@ class BuildLibraries(build_ext):
             self.compile(extension, cuda)
         except (OSError, subprocess.CalledProcessError) as error:
             if required:
-                raise RuntimeError(f"GRADDROP_FORCE_CUDA is set, but {extension.name} cannot be built: {error}") from error
+                raise RuntimeError(
+                    f"GRADDROP_FORCE_CUDA is set, but {extension.name} cannot be built: {error}"
+                ) from error
             print(f"graddrop_kernels: {extension.name} not built ({error}); the package works without it")
 
     def compile(self, extension: Extension, cuda: bool) -> None:

@@ -1,6 +1,7 @@
 """Bit-packed masks: 1 bit an element, 32 elements an int32 word, least significant bit first, zero tail.
 
-A bucket number (GradDropEpoch) is stored as ceil(log2 T) such bit-planes: plane k holds bit k of every element's bucket.
+A bucket number (GradDropEpoch) is stored as ceil(log2 T) such bit-planes:
+plane k holds bit k of every element's bucket.
 """
 
 import torch
@@ -35,15 +36,22 @@ def unpack(words: torch.Tensor, numel: int) -> torch.Tensor:
 def element_buckets(key: int, buckets: int, first: int, count: int, device=None) -> torch.Tensor:
     """Each element's bucket in [0, buckets), drawn once for the whole training: int64 tensor of shape (count,).
 
-    GradDrop-Epoch without a sort or a permutation: every element has exactly one bucket, bucket sizes are binomial around 1/buckets.
+    GradDrop-Epoch without a sort or a permutation: every element has exactly one bucket,
+    bucket sizes are binomial around 1/buckets.
     """
     return (uniform16(key, 0, DOMAIN_BUCKET, first, count, device) * buckets) >> 16
 
 
 def pack_buckets(bucket: torch.Tensor, buckets: int) -> torch.Tensor:
-    """Bucket numbers in [0, buckets), shape (numel,) -> bit-planes: int32 tensor of shape (num_planes(buckets), num_words(numel))."""
+    """Bucket numbers in [0, buckets), shape (numel,) -> bit-planes:
+    int32 tensor of shape (num_planes(buckets), num_words(numel)).
+    """
     planes = [pack((bucket >> k) & 1) for k in range(num_planes(buckets))]
-    return torch.stack(planes) if planes else torch.empty(0, num_words(bucket.numel()), dtype=torch.int32, device=bucket.device)
+    return (
+        torch.stack(planes)
+        if planes
+        else torch.empty(0, num_words(bucket.numel()), dtype=torch.int32, device=bucket.device)
+    )
 
 
 def planes_to_buckets(planes: torch.Tensor, numel: int) -> torch.Tensor:

@@ -11,7 +11,8 @@ _MASKING = ("mask", "seed", "masked", "bias_correction")
 
 
 def prepare(state_dict: dict, groups: list[dict], strict: bool) -> dict:
-    """A copy of ``state_dict`` fit for ``groups``: our keys that it lacks are filled in, parameters are brought into our order by name.
+    """A copy of ``state_dict`` fit for ``groups``: our keys that it lacks are filled in,
+    parameters are brought into our order by name.
 
     Raises:
         ValueError: names that differ, or, if strict, another policy, seed or meaning of masked.
@@ -25,8 +26,9 @@ def prepare(state_dict: dict, groups: list[dict], strict: bool) -> dict:
         for key in _MASKING:
             if strict and key in saved and saved[key] != group[key]:
                 raise ValueError(
-                    f"the state dict was saved with {key}={saved[key]!r} in parameter group {index}, this optimizer has {key}={group[key]!r}: its masks "
-                    "would differ from the saved run's; construct it with the same one, or load with strict=False to go on under this one's"
+                    f"the state dict was saved with {key}={saved[key]!r} in parameter group {index}, "
+                    f"this optimizer has {key}={group[key]!r}: its masks would differ from the saved run's; "
+                    "construct it with the same one, or load with strict=False to go on under this one's"
                 )
             saved[key] = group[key]
         for key in _STRUCTURE:
@@ -43,16 +45,22 @@ def prepare(state_dict: dict, groups: list[dict], strict: bool) -> dict:
 def _check_saved_state(index: int, state: dict | None, param: torch.Tensor) -> None:
     for key in ("step", "exp_avg", "exp_avg_sq") if state else ():
         if key not in state:
-            raise ValueError(f"the state dict has no {key!r} for a parameter of group {index}: it is another kind of optimizer's, not AdamW's")
+            raise ValueError(
+                f"the state dict has no {key!r} for a parameter of group {index}: "
+                "it is another kind of optimizer's, not AdamW's"
+            )
         if key != "step" and state[key].shape != param.shape:
             raise ValueError(
-                f"{key} in the state dict has shape {tuple(state[key].shape)} where a parameter of group {index} has {tuple(param.shape)}: "
-                "the state dict is of another model, or its parameters are in another order (named parameters are matched by name)"
+                f"{key} in the state dict has shape {tuple(state[key].shape)} where a parameter of group {index} "
+                f"has {tuple(param.shape)}: the state dict is of another model, or its parameters are in another order "
+                "(named parameters are matched by name)"
             )
 
 
 def _in_our_order(index: int, saved: dict, group: dict) -> list:
-    """The saved parameter ids of a group, reordered by name; unchanged where they are names themselves (torch.distributed.checkpoint has ordered them)."""
+    """The saved parameter ids of a group, reordered by name; unchanged where they are names themselves
+    (torch.distributed.checkpoint has ordered them).
+    """
     if saved["params"] and isinstance(saved["params"][0], str):
         return saved["params"]
     theirs, ours = ([canonical_name(name) for name in names] for names in (saved["param_names"], group["param_names"]))
@@ -62,13 +70,15 @@ def _in_our_order(index: int, saved: dict, group: dict) -> list:
     if set(ids) != set(ours):
         missing, extra = sorted(set(ours) - set(ids))[:3], sorted(set(ids) - set(ours))[:3]
         raise ValueError(
-            f"parameter group {index} of the state dict is of other parameters: it lacks {missing or 'none of ours'}, it has {extra or 'none'} besides"
+            f"parameter group {index} of the state dict is of other parameters: "
+            f"it lacks {missing or 'none of ours'}, it has {extra or 'none'} besides"
         )
     return [ids[name] for name in ours]
 
 
 def restore_moment_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
-    """Undoes torch's cast of float32 moments to the parameter's dtype, and makes step counts float32, which the kernels count in.
+    """Undoes torch's cast of float32 moments to the parameter's dtype, and makes step counts float32,
+    which the kernels count in.
 
     Moments of any other dtype are those of a model of that dtype, and the cast is right for them.
     """

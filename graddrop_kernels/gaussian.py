@@ -1,8 +1,9 @@
-"""Standard normal numbers from 32-bit words by the inverse error function, in operations that every backend can repeat bit for bit.
+"""Standard normal numbers from 32-bit words by the inverse error function,
+in operations that every backend can repeat bit for bit.
 
-z = sqrt(2) erfinv(x) for x uniform in (-1, 1), with M. Giles' single-precision polynomials ("Approximating the erfinv function", GPU Computing
-Gems, 2011). Library logarithms differ from machine to machine in the last bit, so the logarithm is a polynomial too. csrc/gaussian.h holds
-the same operations and numbers; tests bind the two.
+z = sqrt(2) erfinv(x) for x uniform in (-1, 1), with M. Giles' single-precision polynomials ("Approximating the erfinv
+function", GPU Computing Gems, 2011). Library logarithms differ from machine to machine in the last bit, so the
+logarithm is a polynomial too. csrc/gaussian.h holds the same operations and numbers; tests bind the two.
 """
 
 import torch
@@ -11,16 +12,18 @@ from .rounding import Rounding
 
 # ln(1 + f) = f - f^2/2 + f^3 * P(f) for f in [sqrt(1/2) - 1, sqrt(2) - 1], Horner order (Cephes logf).
 LOG = (
-    7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1,
-    3.3333331174e-1,
+    7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
+    -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
 )  # fmt: skip
 LN2 = 0.6931471805599453
 SQRT2 = 1.4142135623730951
 CENTRE = (
-    2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087, -0.00125372503, -0.00417768164, 0.246640727, 1.50140941,
+    2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087,
+    -0.00125372503, -0.00417768164, 0.246640727, 1.50140941,
 )  # fmt: skip
 TAIL = (
-    -0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573950773, -0.0076224613, 0.00943887047, 1.00167406, 2.83297682,
+    -0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573950773,
+    -0.0076224613, 0.00943887047, 1.00167406, 2.83297682,
 )  # fmt: skip
 
 

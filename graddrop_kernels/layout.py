@@ -8,8 +8,9 @@ from dataclasses import dataclass
 class RowBlock:
     """Local flat index i -> global flat index  base + (i // local_inner) * global_inner + i % local_inner.
 
-    A whole parameter or any contiguous range has one row (local_inner = global_inner = its numel); columns [o, o + c) of an [R, C] matrix have
-    base = o, local_inner = c, global_inner = C. Every backend takes a RowBlock, so that a mask does not depend on the sharding.
+    A whole parameter or any contiguous range has one row (local_inner = global_inner = its numel); columns [o, o + c)
+    of an [R, C] matrix have base = o, local_inner = c, global_inner = C. Every backend takes a RowBlock, so that a mask
+    does not depend on the sharding.
     """
 
     base: int

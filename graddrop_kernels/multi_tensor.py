@@ -1,4 +1,6 @@
-"""TensorBatch: the tensors that one backend call updates, with everything the call needs beside them in plain numbers."""
+"""TensorBatch: the tensors that one backend call updates,
+with everything the call needs beside them in plain numbers.
+"""
 
 from dataclasses import dataclass, field
 from operator import attrgetter, eq, itemgetter
@@ -7,7 +9,6 @@ import torch
 
 from .layout import RowBlock
 from .plan import MaskPlan
-
 
 # map() with these runs through 400 tensors in a third of the time of a list comprehension.
 grad_of = attrgetter("grad")
@@ -33,7 +34,10 @@ class Hyper:
 
 @dataclass(slots=True)
 class Row:
-    """One parameter with a gradient. ``state`` holds step (0-d float32), exp_avg, exp_avg_sq and with amsgrad max_exp_avg_sq."""
+    """One parameter with a gradient.
+
+    ``state`` holds step (0-d float32), exp_avg, exp_avg_sq and with amsgrad max_exp_avg_sq.
+    """
 
     param: torch.Tensor
     grad: torch.Tensor
@@ -47,11 +51,11 @@ class Row:
 
 @dataclass
 class TensorBatch:
-    """Parallel lists, one entry a parameter: contiguous, on one device, with the same dtypes. It knows nothing of groups or policies.
+    """Parallel lists, one entry a parameter: contiguous, on one device, with the same dtypes.
 
-    ``steps`` are advanced by the backend call; ``max_exp_avg_sqs`` has None without amsgrad; ``hyper_rows`` are indices into ``hypers``, which,
-    like ``grads``, is filled anew for every step. Everything else stays as long as no tensor moves, so that a backend may keep what it derives from
-    it in ``table``.
+    It knows nothing of groups or policies. ``steps`` are advanced by the backend call; ``max_exp_avg_sqs`` has None
+    without amsgrad; ``hyper_rows`` are indices into ``hypers``, which, like ``grads``, is filled anew for every step.
+    Everything else stays as long as no tensor moves, so that a backend may keep what it derives from it in ``table``.
     """
 
     device: torch.device
@@ -76,11 +80,12 @@ class TensorBatch:
 class PreparedStep:
     """The batches of a step, good for the next one as long as every tensor is where it was.
 
-    Sorting 400 parameters into batches takes a millisecond of Python, asking each tensor for its address a tenth of it. Addresses are compared,
-    while the batches hold the tensors: an address of a tensor that is gone could come back as another's.
+    Sorting 400 parameters into batches takes a millisecond of Python, asking each tensor for its address a tenth of it.
+    Addresses are compared, while the batches hold the tensors: an address of a tensor that is gone could come back as
+    another's.
 
-    An element's index is its place in contiguous order, whatever the strides, so tensors with other strides are staged through contiguous copies:
-    slower, and right where torch's fused CPU kernel silently is not.
+    An element's index is its place in contiguous order, whatever the strides, so tensors with other strides are staged
+    through contiguous copies: slower, and right where torch's fused CPU kernel silently is not.
     """
 
     def __init__(self, params: list[torch.Tensor], rows: list[Row], state: dict, made_for: object):
@@ -94,14 +99,17 @@ class PreparedStep:
         self.addresses = self._addresses(params)
         self.shapes = list(map(_shape, params))
 
-    def holds(self, params: list[torch.Tensor], grads: list[torch.Tensor | None], state: dict, made_for: object) -> bool:
+    def holds(
+        self, params: list[torch.Tensor], grads: list[torch.Tensor | None], state: dict, made_for: object
+    ) -> bool:
         """Whether ``rows`` made now would be the same but for the gradients' addresses."""
         return (
             self.made_for == made_for
             and not self.staged
             and [grad is None for grad in grads] == self.absent
             and list(map(id, state.values())) == self.state_ids
-            and all(map(eq, map(_facts, present(grads)), self.grad_facts))  # no list: 400 tuples alive at once would set off the garbage collector
+            # no list: 400 tuples alive at once would set off the garbage collector
+            and all(map(eq, map(_facts, present(grads)), self.grad_facts))
             and self._addresses(params) == self.addresses
             and all(map(_is_contiguous, params))
             and all(map(eq, map(_shape, params), self.shapes))

@@ -30,24 +30,29 @@ GROUP_DEFAULTS = {
 
 
 class FusedGradDropAdamW(torch.optim.AdamW):
-    """AdamW that masks the gradients as GradDrop and its variants do (O'Neill & Dutta), at the cost of a plain fused AdamW step.
+    """AdamW that masks the gradients as GradDrop and its variants do (O'Neill & Dutta),
+    at the cost of a plain fused AdamW step.
 
-    A drop-in for ``torch.optim.AdamW(..., fused=True)``: same arguments, same state (exp_avg, exp_avg_sq, step), state dicts load both ways.
-    Masks act on the gradient once a step, after accumulation and clipping. They are a pure function of (seed, parameter name, step or epoch,
-    element index): equal on every backend and thread count and after a resume; no generator is consumed.
+    A drop-in for ``torch.optim.AdamW(..., fused=True)``: same arguments, same state (exp_avg, exp_avg_sq, step), state
+    dicts load both ways. Masks act on the gradient once a step, after accumulation and clipping. They are a pure
+    function of (seed, parameter name, step or epoch, element index): equal on every backend and thread count and after
+    a resume; no generator is consumed.
 
     Args:
-        params: tensors, (name, tensor) pairs such as ``model.named_parameters()``, group dicts (each may have its own ``"mask"``), or
-            ``graddrop_kernels.param_groups(model)``, which gives the paper's scope: blocks masked, embeddings and head dense. Floating point.
+        params: tensors, (name, tensor) pairs such as ``model.named_parameters()``, group dicts (each may have its own
+            ``"mask"``), or ``graddrop_kernels.param_groups(model)``, which gives the paper's scope: blocks masked,
+            embeddings and head dense. Floating point.
         lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW.
         foreach, fused: accepted, and without effect: the step is always one fused pass.
         capturable, differentiable: must be False.
         mask: a policy of ``graddrop_kernels`` (default ``GradDrop(p=0.2)``), or None for plain AdamW.
         seed: int in [0, 2^64).
-        masked: what dropping means: ``"gradient"``: the gradient is 0 (moments decay, momentum and weight decay still move the weight);
-            ``"frozen"``: parameter and moments stay bit for bit. None: the policy's own, see the README's table.
-        bias_correction: ``"active"`` counts the steps in which a frozen unit was active, so that it starts with steps of the size of lr;
-            ``"global"`` counts all steps: the literal form, in which a late unit starts with 3 to 6 times lr.
+        masked: what dropping means: ``"gradient"``: the gradient is 0 (moments decay, momentum and weight decay still
+            move the weight); ``"frozen"``: parameter and moments stay bit for bit. None: the policy's own, see the
+            README's table.
+        bias_correction: ``"active"`` counts the steps in which a frozen unit was active, so that it starts with steps
+            of the size of lr; ``"global"`` counts all steps: the literal form, in which a late unit starts with 3 to 6
+            times lr.
         moment_dtype: None for moments in the parameter's dtype (as torch), or torch.float32.
         backend: ``"auto"``, or one of ``available_backends()``.
 
@@ -92,12 +97,21 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._forget_caches()
         self._warned: set[str] = set()
         self._own_defaults = {
-            **GROUP_DEFAULTS, "mask": self._to_json(mask), "seed": seed, "masked": masked, "bias_correction": bias_correction,
-            "moment_dtype": _dtype_name(moment_dtype),
+            **GROUP_DEFAULTS, "mask": self._to_json(mask), "seed": seed, "masked": masked,
+            "bias_correction": bias_correction, "moment_dtype": _dtype_name(moment_dtype),
         }  # fmt: skip
         self._constructing = True
         super().__init__(
-            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach, capturable=capturable, differentiable=differentiable
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
         )
         # Only now: torch's constructor would announce a fused GradScaler protocol that step() does not speak.
         for group in (self.defaults, *self.param_groups):
@@ -112,7 +126,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         """One masked AdamW step. Returns the closure's loss, or None.
 
         Raises:
-            ValueError, TypeError, RuntimeError: a hyper-parameter or gradient that cannot be used. Nothing has changed then.
+            ValueError, TypeError, RuntimeError: a hyper-parameter or gradient that cannot be used.
+                Nothing has changed then.
         """
         loss = None
         if closure is not None:
@@ -132,7 +147,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         clocks = [self._clock(group) for group in self.param_groups]
         for batch in prepared.batches:
             batch.hypers = [self._hyper(index, unit, clocks[index]) for index, unit in batch.plans_of]
-        chosen = [backends.select(self._backend, batch.device, batch.param_dtype, batch.moment_dtype) for batch in prepared.batches]
+        chosen = [
+            backends.select(self._backend, batch.device, batch.param_dtype, batch.moment_dtype)
+            for batch in prepared.batches
+        ]
         for backend, batch in zip(chosen, prepared.batches):
             backend.masked_adamw_(batch)
         prepared.write_back()
@@ -144,7 +162,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         return loss
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells the policies that an epoch begins. Call it at the start of every epoch, 0 first. Resuming restores the epoch by itself."""
+        """Tells the policies that an epoch begins.
+
+        Call it at the start of every epoch, 0 first. Resuming restores the epoch by itself.
+        """
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"set_epoch(epoch) needs the number of the epoch, an int >= 0, got {epoch!r}")
         for group in self.param_groups:
@@ -161,8 +182,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
         Args:
             param: the parameter, or its name.
-            step: completed steps before the step in question (0 for the first): of the parameter for element masks, of its group for block masks.
-                Default: the next step. Masks that follow epochs are those of the current epoch.
+            step: completed steps before the step in question (0 for the first): of the parameter for element masks,
+                of its group for block masks. Default: the next step.
+                Masks that follow epochs are those of the current epoch.
 
         Raises:
             KeyError: no such parameter.
@@ -178,13 +200,17 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         state = self.state.get(tensor, {})
         own_step = step if step is not None else int(state["step"]) if "step" in state else 0
         words = self._mask_words(group, tensor, record)
-        keep, _ = keep_and_bucket(plan, record.key, own_step, RowBlock.whole(tensor.numel()), tensor.numel(), words, tensor.device)
+        keep, _ = keep_and_bucket(
+            plan, record.key, own_step, RowBlock.whole(tensor.numel()), tensor.numel(), words, tensor.device
+        )
         if keep is None:
             return torch.full(tensor.shape, plan.kind != "off", dtype=torch.bool, device=tensor.device)
         return keep.view(tensor.shape)
 
     def active_fraction(self) -> list[float]:
-        """The share of elements kept at the next step, one number a group: exact for blocks and fixed masks, the keep probability for random elements."""
+        """The share of elements kept at the next step, one number a group: exact for blocks and fixed masks,
+        the keep probability for random elements.
+        """
         fractions = []
         for index, group in enumerate(self.param_groups):
             records, blocks = self._records(index)
@@ -197,14 +223,20 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 plan = plans[record.unit]
                 share = plan.active_fraction
                 if plan.kind == "fixed":
-                    share = bitmask.unpack(self._policy(group).words[record.name], param.numel()).double().mean().item() if param.numel() else 0.0
+                    share = (
+                        bitmask.unpack(self._policy(group).words[record.name], param.numel()).double().mean().item()
+                        if param.numel()
+                        else 0.0
+                    )
                 active += share * param.numel()
                 total += param.numel()
             fractions.append(active / total if total else 1.0)
         return fractions
 
     def add_param_group(self, param_group: dict) -> None:
-        """As torch's; the group may have its own ``"mask"`` (a policy or None), ``"seed"``, ``"masked"``, ``"bias_correction"``."""
+        """As torch's; the group may have its own ``"mask"`` (a policy or None), ``"seed"``, ``"masked"``,
+        ``"bias_correction"``.
+        """
         if isinstance(param_group, dict):
             clock = {} if self._constructing else {key: self.param_groups[0][key] for key in ("epoch", "epoch_was_set")}
             param_group = {**self._own_defaults, **clock, **param_group}
@@ -224,11 +256,14 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         """Loads a state dict of this class or of torch.optim.AdamW; moments keep the dtype they were saved with.
 
         Args:
-            state_dict: from ``state_dict()``. Names, blocks and policies stay this optimizer's own; state is matched by name where both have names.
-            strict: refuse a state dict that was saved under another mask policy, seed or meaning of masked, which could not continue bit for bit.
+            state_dict: from ``state_dict()``. Names, blocks and policies stay this optimizer's own;
+                state is matched by name where both have names.
+            strict: refuse a state dict that was saved under another mask policy, seed or meaning of masked,
+                which could not continue bit for bit.
 
         Raises:
-            ValueError: other groups or parameters than this optimizer's, or, if strict, another policy. Nothing has changed then.
+            ValueError: other groups or parameters than this optimizer's, or, if strict, another policy.
+                Nothing has changed then.
         """
         prepared = {}
 
@@ -245,7 +280,12 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._forget_caches()
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_policies": self._policies, "_backend": self._backend, "_own_defaults": self._own_defaults}
+        return {
+            **super().__getstate__(),
+            "_policies": self._policies,
+            "_backend": self._backend,
+            "_own_defaults": self._own_defaults,
+        }
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -260,10 +300,15 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     def _group_facts(self) -> list[tuple]:
         """What of the groups a prepared step depends on."""
-        return [(group["mask"], group["seed"], group["amsgrad"], len(group["params"]), group.get("param_names")) for group in self.param_groups]
+        return [
+            (group["mask"], group["seed"], group["amsgrad"], len(group["params"]), group.get("param_names"))
+            for group in self.param_groups
+        ]
 
     def _prepare(self, params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> PreparedStep | None:
-        """Checks every parameter and gradient, then makes missing state and masks. None: this was a question for the state, not a step.
+        """Checks every parameter and gradient, then makes missing state and masks.
+
+        None: this was a question for the state, not a step.
 
         Raises before anything has changed.
         """
@@ -286,29 +331,60 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         for index, group, param, record in found:
             words = self._mask_words(group, param, record)
             layout = RowBlock.whole(param.numel())
-            rows.append(Row(param, param.grad, self.state[param], group["amsgrad"], record.key, layout, (index, record.unit), words))
+            rows.append(
+                Row(
+                    param,
+                    param.grad,
+                    self.state[param],
+                    group["amsgrad"],
+                    record.key,
+                    layout,
+                    (index, record.unit),
+                    words,
+                )
+            )
         return PreparedStep(params, rows, self.state, self._group_facts())
 
     def _is_state_probe(self, grads: list[torch.Tensor | None]) -> bool:
-        """torch.distributed.checkpoint asks a fresh optimizer for its state by a step with lr 0 and zero gradients: that must not count as one."""
-        fresh = not self.state and any(grad is not None for grad in grads) and all(float(group["lr"]) == 0 for group in self.param_groups)
+        """torch.distributed.checkpoint asks a fresh optimizer for its state by a step with lr 0 and zero gradients:
+        that must not count as one.
+        """
+        fresh = (
+            not self.state
+            and any(grad is not None for grad in grads)
+            and all(float(group["lr"]) == 0 for group in self.param_groups)
+        )
         return fresh and not any(grad.any() for grad in present(grads))
 
     def _hyper(self, index: int, unit, clock: Clock) -> Hyper:
         """The hyper-parameters and the mask of this step, for one unit of one group."""
         group, policy = self.param_groups[index], self._policy(self.param_groups[index])
         if policy is not None and policy.follows_epochs and not group["epoch_was_set"]:
-            self._warn_once(f"{type(policy).__name__} follows epochs, but set_epoch(epoch) was not called: call it at the start of every epoch, 0 first")
+            self._warn_once(
+                f"{type(policy).__name__} follows epochs, but set_epoch(epoch) was not called: "
+                "call it at the start of every epoch, 0 first"
+            )
         beta1, beta2 = map(float, group["betas"])
         plan = self._plan(group, unit, self._records(index)[1], clock)
-        return Hyper(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], group["amsgrad"], group["maximize"], plan)
+        return Hyper(
+            float(group["lr"]),
+            beta1,
+            beta2,
+            group["eps"],
+            group["weight_decay"],
+            group["amsgrad"],
+            group["maximize"],
+            plan,
+        )
 
     def _plan(self, group: dict, unit, blocks: tuple[str, ...], clock: Clock) -> MaskPlan:
         policy = self._policy(group)
         if policy is None:
             return KEEP
         frozen = (group["masked"] or policy.masked) == "frozen"
-        return policy.plan(PlanContext(clock, group["seed"], frozen, group["bias_correction"] == "active", blocks), unit)
+        return policy.plan(
+            PlanContext(clock, group["seed"], frozen, group["bias_correction"] == "active", blocks), unit
+        )
 
     def _clock(self, group: dict) -> Clock:
         return Clock(group["epoch"], group["completed_steps"], Clock.parse_history(group["epoch_history"]))
@@ -329,7 +405,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
 
     def _mask_words(self, group: dict, param: torch.Tensor, record: ParamRecord) -> torch.Tensor | None:
-        """Bit-planes of the buckets or the bits of a fixed mask, made once a parameter and kept on its device; None where the policy stores none."""
+        """Bit-planes of the buckets or the bits of a fixed mask, made once a parameter and kept on its device;
+        None where the policy stores none.
+        """
         policy = self._policy(group)
         if isinstance(policy, FixedMask):
             buckets = 0
@@ -343,7 +421,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         cached = self._words.get(param)
         if cached is None or cached[0] != made_for:
             if buckets:
-                words = backends.bucket_planes(record.key, buckets, RowBlock.whole(param.numel()), param.numel(), param.device)
+                words = backends.bucket_planes(
+                    record.key, buckets, RowBlock.whole(param.numel()), param.numel(), param.device
+                )
             else:
                 words = policy.words[record.name].to(param.device)
             cached = self._words[param] = (made_for, words)
@@ -361,7 +441,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             raise TypeError(f"mask= must be a policy such as GradDrop(p=0.2), or None for plain AdamW; got {mask!r}")
         text = mask.to_json()
         if self._policies.setdefault(text, mask) != mask:
-            raise ValueError(f"two different callables p have one name, which a checkpoint could not tell apart: {text}; define them with def, by two names")
+            raise ValueError(
+                f"two different callables p have one name, which a checkpoint could not tell apart: {text}; "
+                "define them with def, by two names"
+            )
         return text
 
     def _policy(self, group: dict) -> Policy | None:
@@ -393,7 +476,11 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             for position, (tensor, record) in enumerate(zip(group["params"], self._records(index)[0])):
                 if tensor is param or record.name == wanted:
                     return index, position
-        raise KeyError(f"{param!r} is not a parameter of this optimizer" if wanted else "this tensor is not a parameter of this optimizer")
+        raise KeyError(
+            f"{param!r} is not a parameter of this optimizer"
+            if wanted
+            else "this tensor is not a parameter of this optimizer"
+        )
 
     def _check_groups(self) -> None:
         fixed: dict[FixedMask, dict[str, torch.Tensor]] = {}
@@ -401,7 +488,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             _check_hyperparameters(index, group)
             policy = self._policy(group)
             if policy is not None and policy.masked is None and group["masked"] is not None:
-                raise ValueError(f"masked={group['masked']!r} does not apply to {type(policy).__name__}, which drops nothing; leave it None")
+                raise ValueError(
+                    f"masked={group['masked']!r} does not apply to {type(policy).__name__}, which drops nothing; "
+                    "leave it None"
+                )
             for name in ("capturable", "differentiable"):
                 if group[name]:
                     raise ValueError(f"{name}=True is not supported; leave it False (parameter group {index})")
@@ -411,14 +501,23 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             if len(set(group["params"])) != len(group["params"]):
                 raise ValueError(f"a parameter appears twice in parameter group {index}; give each parameter once")
             if isinstance(policy, FixedMask):
-                fixed.setdefault(policy, {}).update({record.name: param for param, record in zip(group["params"], records)})
+                fixed.setdefault(policy, {}).update(
+                    {record.name: param for param, record in zip(group["params"], records)}
+                )
         for policy, named in fixed.items():
             check_fixed_mask(policy, named)
 
     def _warn_of_position_names(self) -> None:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        distributed = (
+            torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+            and torch.distributed.get_world_size() > 1
+        )
         if distributed and any(group["mask"] is not None and "param_names" not in group for group in self.param_groups):
-            self._warn_once("masks are keyed by each parameter's place in the optimizer, as it was given no names; pass model.named_parameters()")
+            self._warn_once(
+                "masks are keyed by each parameter's place in the optimizer, as it was given no names; "
+                "pass model.named_parameters()"
+            )
 
     def _warn_once(self, message: str | None) -> None:
         if message is not None and message not in self._warned:
@@ -442,6 +541,10 @@ def _check_hyperparameters(index: int, group: dict) -> None:
     if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**64:
         raise ValueError(f"seed of parameter group {index} must be an int in [0, 2^64), got {group['seed']!r}")
     if group["masked"] not in (None, "gradient", "frozen"):
-        raise ValueError(f"masked of parameter group {index} must be 'gradient', 'frozen' or None, got {group['masked']!r}")
+        raise ValueError(
+            f"masked of parameter group {index} must be 'gradient', 'frozen' or None, got {group['masked']!r}"
+        )
     if group["bias_correction"] not in ("active", "global"):
-        raise ValueError(f"bias_correction of parameter group {index} must be 'active' or 'global', got {group['bias_correction']!r}")
+        raise ValueError(
+            f"bias_correction of parameter group {index} must be 'active' or 'global', got {group['bias_correction']!r}"
+        )

@@ -1,4 +1,6 @@
-"""What the optimizer knows of each parameter besides its tensors: its name, its random stream, its block. And which parameters it must refuse."""
+"""What the optimizer knows of each parameter besides its tensors: its name, its random stream, its block.
+And which parameters it must refuse.
+"""
 
 import difflib
 from dataclasses import dataclass
@@ -30,8 +32,9 @@ def group_names(group: dict, index: int) -> list[str]:
         return [f"{index}.{position}" for position in range(len(group["params"]))]
     if len(names) != len(group["params"]):
         raise ValueError(
-            f"parameter group {index} has {len(group['params'])} tensors but {len(names)} names: a wrapper has flattened them, and masks drawn for "
-            "the flat buffer would depend on the sharding; build the optimizer from the tensors that it will step"
+            f"parameter group {index} has {len(group['params'])} tensors but {len(names)} names: a wrapper has "
+            "flattened them, and masks drawn for the flat buffer would depend on the sharding; "
+            "build the optimizer from the tensors that it will step"
         )
     return [canonical_name(name) for name in names]
 
@@ -48,26 +51,37 @@ def group_blocks(groups: list[dict], index: int, policy: Policy) -> tuple[tuple[
     kind = type(policy).__name__
     if policy.layers is not None:
         if "param_names" not in group:
-            raise ValueError(f"{kind}(layers=...) needs parameter names: pass model.named_parameters() instead of model.parameters()")
-        blocks = match_layers(policy.layers, [name for position, other in enumerate(groups) for name in group_names(other, position)])
+            raise ValueError(
+                f"{kind}(layers=...) needs parameter names: pass model.named_parameters() instead of model.parameters()"
+            )
+        blocks = match_layers(
+            policy.layers, [name for position, other in enumerate(groups) for name in group_names(other, position)]
+        )
         return tuple(blocks), [block_of(name, blocks) for name in group_names(group, index)]
     if len(group.get("param_blocks", ())) != len(group["params"]) or "blocks" not in group:
         raise ValueError(
-            f"mask={kind}(...) drops whole transformer blocks and must know them: pass graddrop_kernels.param_groups(model) as the parameters, "
+            f"mask={kind}(...) drops whole transformer blocks and must know them: "
+            "pass graddrop_kernels.param_groups(model) as the parameters, "
             f"or name the blocks with model.named_parameters() and {kind}(..., layers=['encoder.layer.*'])"
         )
     return tuple(group["blocks"]), list(group["param_blocks"])
 
 
 def make_records(groups: list[dict], index: int, policy: Policy | None) -> tuple[list[ParamRecord], tuple[str, ...]]:
-    """The records of group ``index``, and the blocks of the model (empty where the policy needs none). Raises ValueError as the functions above do."""
+    """The records of group ``index``, and the blocks of the model (empty where the policy needs none).
+
+    Raises ValueError as the functions above do.
+    """
     group = groups[index]
     names = group_names(group, index)
     blocks, param_blocks = (), [None] * len(names)
     if policy is not None and policy.needs_blocks:
         blocks, param_blocks = group_blocks(groups, index, policy)
     unit = policy.unit if policy is not None else lambda name, block: None
-    return [ParamRecord(name, stream_key(name, group["seed"]), unit(name, block)) for name, block in zip(names, param_blocks)], blocks
+    return [
+        ParamRecord(name, stream_key(name, group["seed"]), unit(name, block))
+        for name, block in zip(names, param_blocks)
+    ], blocks
 
 
 def check_fixed_mask(policy: FixedMask, named: dict[str, torch.Tensor]) -> None:
@@ -77,27 +91,35 @@ def check_fixed_mask(policy: FixedMask, named: dict[str, torch.Tensor]) -> None:
             near = difflib.get_close_matches(name, named, n=3, cutoff=0.0)
             raise ValueError(f"FixedMask: no parameter is called {name!r}; near names are {', '.join(map(repr, near))}")
         if tuple(named[name].shape) != shape:
-            raise ValueError(f"FixedMask: the mask of {name!r} has shape {shape}, but the parameter has {tuple(named[name].shape)}")
+            raise ValueError(
+                f"FixedMask: the mask of {name!r} has shape {shape}, but the parameter has {tuple(named[name].shape)}"
+            )
 
 
 def check_param(name: str, param: torch.Tensor) -> None:
     """Raises ValueError or TypeError for a parameter that no backend can step."""
     if hasattr(param, "placements") or type(param).__name__ == "FlatParameter":
         raise TypeError(
-            f"parameter {name!r} is a {type(param).__name__}, a shard of a larger tensor: sharded parameters are not supported yet, "
+            f"parameter {name!r} is a {type(param).__name__}, a shard of a larger tensor: "
+            "sharded parameters are not supported yet, "
             "and a mask drawn for the shard alone would depend on the sharding"
         )
     if not param.is_floating_point():
-        raise TypeError(f"parameter {name!r} has dtype {param.dtype}; float32, float64, bfloat16 and float16 are supported")
+        raise TypeError(
+            f"parameter {name!r} has dtype {param.dtype}; float32, float64, bfloat16 and float16 are supported"
+        )
     if not param.is_contiguous() and overlaps_itself(param):
         raise ValueError(
-            f"parameter {name!r} has overlapping memory (shape {tuple(param.shape)}, strides {param.stride()}), as after expand(): several of its "
-            "elements would be stepped in one place; give the optimizer a copy (.clone() or .contiguous())"
+            f"parameter {name!r} has overlapping memory (shape {tuple(param.shape)}, strides {param.stride()}), "
+            "as after expand(): several of its elements would be stepped in one place; "
+            "give the optimizer a copy (.clone() or .contiguous())"
         )
 
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether two elements of a strided tensor may share memory (exact for expanded, transposed and sliced tensors, else on the safe side)."""
+    """Whether two elements of a strided tensor may share memory (exact for expanded, transposed and sliced tensors,
+    else on the safe side).
+    """
     span = 0  # the farthest offset that the smaller strides reach
     for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
         if size > 1:
@@ -108,22 +130,28 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def check_state(name: str, param: torch.Tensor, state: dict) -> None:
-    """Raises ValueError for moments that do not fit their parameter: the kernels get addresses, and would write past an end."""
+    """Raises ValueError for moments that do not fit their parameter: the kernels get addresses,
+    and would write past an end.
+    """
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         moment = state.get(key)
         if moment is not None and (moment.shape != param.shape or moment.device != param.device):
             raise ValueError(
-                f"{key} of {name!r} has shape {tuple(moment.shape)} on {moment.device}, its parameter {tuple(param.shape)} on {param.device}: the "
-                "parameter was replaced after its state was made; build a new optimizer, or delete optimizer.state[param]"
+                f"{key} of {name!r} has shape {tuple(moment.shape)} on {moment.device}, its parameter "
+                f"{tuple(param.shape)} on {param.device}: the parameter was replaced after its state was made; "
+                "build a new optimizer, or delete optimizer.state[param]"
             )
 
 
 def check_grad(name: str, param: torch.Tensor, grad: torch.Tensor) -> None:
     """Raises RuntimeError or ValueError for a gradient that does not belong to its parameter."""
     if grad.layout is not torch.strided:
-        raise RuntimeError(f"the gradient of {name!r} is sparse ({grad.layout}): FusedGradDropAdamW needs dense gradients; use sparse=False in the embedding")
+        raise RuntimeError(
+            f"the gradient of {name!r} is sparse ({grad.layout}): FusedGradDropAdamW needs dense gradients; "
+            "use sparse=False in the embedding"
+        )
     if grad.shape != param.shape or grad.dtype != param.dtype or grad.device != param.device:
         raise ValueError(
-            f"the gradient of {name!r} is {tuple(grad.shape)} {grad.dtype} on {grad.device}, its parameter {tuple(param.shape)} {param.dtype} on "
-            f"{param.device}; they must be alike"
+            f"the gradient of {name!r} is {tuple(grad.shape)} {grad.dtype} on {grad.device}, its parameter "
+            f"{tuple(param.shape)} {param.dtype} on {param.device}; they must be alike"
         )

@@ -1,7 +1,7 @@
 """Philox4x32-10 and the draw layout: which random bits belong to which element. The reference for every backend.
 
-A mask is a pure function of (seed, parameter name, draw, global element index). No generator is consumed and nothing random is stored, so
-masks are the same bits on every backend, chunking, thread count and sharding, and after a resume.
+A mask is a pure function of (seed, parameter name, draw, global element index). No generator is consumed and nothing
+random is stored, so masks are the same bits on every backend, chunking, thread count and sharding, and after a resume.
 
     key     = blake2b(name, key=seed)                         64 bits, as two little-endian u32 (k0, k1)
     counter = (q low, q high, draw, domain)                   q = index >> 3: one call serves eight elements
@@ -31,7 +31,8 @@ def stream_key(name: str, seed: int) -> int:
 
 
 def philox4x32_10(c0, c1, c2, c3, key: int):
-    """Ten rounds on one counter (Python ints) or on many at once (int64 tensors holding u32 values); returns the four 32-bit words.
+    """Ten rounds on one counter (Python ints) or on many at once (int64 tensors holding u32 values);
+    returns the four 32-bit words.
 
     A 32 x 32 bit product overflows int64, but wraps modulo 2^64, so that its two halves come out right all the same.
     """
@@ -49,7 +50,10 @@ def philox4x32_10(c0, c1, c2, c3, key: int):
 
 
 def words32(key: int, draw: int, domain: int, first: int, count: int, device=None) -> torch.Tensor:
-    """The raw 32-bit words ``first .. first + count`` of a stream, as an int64 tensor of shape (count,). Word i: q = i >> 2, word i & 3."""
+    """The raw 32-bit words ``first .. first + count`` of a stream, as an int64 tensor of shape (count,).
+
+    Word i: q = i >> 2, word i & 3.
+    """
     words = torch.empty(count, dtype=torch.int64, device=device)
     first_call, last_call = first >> 2, (first + count + 3) >> 2
     for start in range(first_call, last_call, _CALLS_PER_PASS):
@@ -62,7 +66,9 @@ def words32(key: int, draw: int, domain: int, first: int, count: int, device=Non
 
 
 def uniform16(key: int, draw: int, domain: int, first: int, count: int, device=None) -> torch.Tensor:
-    """The 16-bit draws of elements ``first .. first + count``, as an int64 tensor of shape (count,) with values in [0, 65535]."""
+    """The 16-bit draws of elements ``first .. first + count``,
+    as an int64 tensor of shape (count,) with values in [0, 65535].
+    """
     words = words32(key, draw, domain, first >> 1, ((first + count + 1) >> 1) - (first >> 1), device)
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=1).flatten()
     return halves[first & 1 : (first & 1) + count]

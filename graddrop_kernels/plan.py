@@ -1,6 +1,7 @@
 """MaskPlan: what one step does to a set of parameters, in plain numbers. No tensors, no devices.
 
-A policy (policies.py) and the group's Clock make plans; the backends carry them out and know nothing of policies, groups or schedules.
+A policy (policies.py) and the group's Clock make plans; the backends carry them out and know nothing of policies,
+groups or schedules.
 """
 
 from collections import Counter
@@ -14,7 +15,8 @@ class MaskPlan:
 
     ``keep``       every element is updated as AdamW does.
     ``off``        no element is: a dropped block. With ``frozen`` the tensors are not touched at all.
-    ``bernoulli``  an element is kept when its 16-bit draw is >= ``threshold``; kept gradients are multiplied by ``scale``.
+    ``bernoulli``  an element is kept when its 16-bit draw is >= ``threshold``;
+                   kept gradients are multiplied by ``scale``.
     ``gaussian``   every gradient is multiplied by N(1, ``scale``^2).
     ``bucket``     an element is kept when first_bucket <= bucket <= last_bucket, out of ``buckets``.
     ``fixed``      an element is kept when its bit in the given mask is set; kept gradients are multiplied by ``scale``.
@@ -31,7 +33,9 @@ class MaskPlan:
     bitpacked: bool = False
     # Which step the bias corrections see. Default: the parameter's own step t after this update (1 first).
     ages: tuple[int, ...] = ()  # by bucket: steps in which it was active, this one included; an age is at most t
-    age_rate: float = 1.0  # expected share of the past steps in which an element active now was active: 1 + (t - 1) * age_rate
+    age_rate: float = (
+        1.0  # expected share of the past steps in which an element active now was active: 1 + (t - 1) * age_rate
+    )
     global_step: int = 0  # not 0: this number instead
 
     @property
@@ -42,7 +46,9 @@ class MaskPlan:
         if self.kind == "bernoulli":
             return 1 - self.threshold / 65536
         if self.kind == "bucket":  # draws u with first <= (u * buckets) >> 16 <= last
-            return (_first_draw(self.last_bucket + 1, self.buckets) - _first_draw(self.first_bucket, self.buckets)) / 65536
+            return (
+                _first_draw(self.last_bucket + 1, self.buckets) - _first_draw(self.first_bucket, self.buckets)
+            ) / 65536
         return 1.0
 
 

@@ -1,8 +1,10 @@
-"""Mask policies: WHAT is dropped, one class a row of the paper (O'Neill & Dutta, "Gradient Sparsification For Masked Fine-Tuning of Transformers").
+"""Mask policies: WHAT is dropped, one class a row of the paper (O'Neill & Dutta,
+"Gradient Sparsification For Masked Fine-Tuning of Transformers").
 
-A policy is an immutable value. It turns a PlanContext into a MaskPlan for each of its units (the whole group, or a block) and knows no tensor
-but FixedMask's own. ``masked`` says what dropping means by default: ``"gradient"``: the gradient is 0, so that moments decay and the weight
-still moves by momentum and weight decay; ``"frozen"``: parameter and moments stay as they are, bit for bit.
+A policy is an immutable value. It turns a PlanContext into a MaskPlan for each of its units (the whole group, or a
+block) and knows no tensor but FixedMask's own. ``masked`` says what dropping means by default: ``"gradient"``: the
+gradient is 0, so that moments decay and the weight still moves by momentum and weight decay; ``"frozen"``: parameter
+and moments stay as they are, bit for bit.
 """
 
 import hashlib
@@ -71,7 +73,10 @@ def _plain(value):
         return {"schedule": type(value).__name__, **{field.name: getattr(value, field.name) for field in fields(value)}}
     if callable(value):
         # An object that can be called has only its class's name.
-        return {"schedule": "callable", "name": f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"}
+        return {
+            "schedule": "callable",
+            "name": f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}",
+        }
     return value
 
 
@@ -79,7 +84,8 @@ def from_json(text: str) -> Policy:
     """Rebuilds a policy from its canonical string.
 
     Raises:
-        ValueError: an unknown policy, or one that a string cannot hold (a callable p, a FixedMask): pass the same one as ``mask=`` instead.
+        ValueError: an unknown policy, or one that a string cannot hold (a callable p, a FixedMask):
+            pass the same one as ``mask=`` instead.
     """
     try:
         values = dict(json.loads(text))
@@ -91,7 +97,9 @@ def from_json(text: str) -> Policy:
     schedule = values.get("p")
     if name == "FixedMask" or isinstance(schedule, dict) and schedule.get("schedule") == "callable":
         what = "a FixedMask" if name == "FixedMask" else f"the callable p {schedule.get('name')!r}"
-        raise ValueError(f"{what} is not stored in a state dict; construct the optimizer with the same mask= before loading")
+        raise ValueError(
+            f"{what} is not stored in a state dict; construct the optimizer with the same mask= before loading"
+        )
     try:
         if isinstance(schedule, dict):
             schedule = dict(schedule)
@@ -117,7 +125,9 @@ def _check_layers(policy, layers) -> tuple[str, ...] | None:
         return None
     layers = (layers,) if isinstance(layers, str) else tuple(layers)
     if not layers or not all(isinstance(pattern, str) for pattern in layers):
-        raise ValueError(f"{type(policy).__name__}(layers=) must be block name patterns such as 'encoder.layer.*', got {layers!r}")
+        raise ValueError(
+            f"{type(policy).__name__}(layers=) must be block name patterns such as 'encoder.layer.*', got {layers!r}"
+        )
     return layers
 
 
@@ -131,7 +141,8 @@ class GradDrop(Policy):
     """Drops each gradient element with probability p and multiplies the others by 1/(1-p) (Eq. 4).
 
     Args:
-        p: drop probability in [0, 1), or a schedule epoch -> p (Anneal-GradDrop: ``LinearAnneal(epochs=T)``). Quantised to 2^-16. p = 0 draws nothing.
+        p: drop probability in [0, 1), or a schedule epoch -> p (Anneal-GradDrop: ``LinearAnneal(epochs=T)``).
+            Quantised to 2^-16. p = 0 draws nothing.
         every: ``"step"`` redraws at every step, ``"epoch"`` at every epoch, with replacement (III-B, first form).
     """
 
@@ -154,7 +165,8 @@ class GradDrop(Policy):
     def _age_rate(self, clock) -> float:
         """The expected share of the past steps in which an element that is active now was active.
 
-        A frozen element's true age under random masks is random and would cost a counter an element; its expectation costs one number a group.
+        A frozen element's true age under random masks is random and would cost a counter an element;
+        its expectation costs one number a group.
         """
         if clock.completed_steps == 0:
             return 1.0
@@ -166,7 +178,8 @@ class GradDrop(Policy):
 
 @dataclass(frozen=True)
 class GaussianGradDrop(Policy):
-    """Multiplies each gradient element by a fresh N(1, p/(1-p)): Gaussian dropout of the same mean and variance as GradDrop's mask (III-A).
+    """Multiplies each gradient element by a fresh N(1, p/(1-p)):
+    Gaussian dropout of the same mean and variance as GradDrop's mask (III-A).
 
     Args:
         p: in [0, 1) or a schedule; quantised to 2^-16. Nothing is dropped, so ``masked=`` does not apply.
@@ -184,7 +197,9 @@ class GaussianGradDrop(Policy):
 
 
 class BlockPolicy(Policy):
-    """A policy that keeps or drops whole transformer blocks: the unit is the block's name, None for parameters outside all blocks."""
+    """A policy that keeps or drops whole transformer blocks: the unit is the block's name,
+    None for parameters outside all blocks.
+    """
 
     needs_blocks = True
 
@@ -194,7 +209,8 @@ class BlockPolicy(Policy):
     def plan(self, context: PlanContext, unit) -> MaskPlan:
         if unit is None:
             return KEEP
-        # A frozen block's own step counts do not advance, so by default its bias correction counts the steps in which it was active.
+        # A frozen block's own step counts do not advance,
+        # so by default its bias correction counts the steps in which it was active.
         global_step = 0 if context.count_active_steps or not context.frozen else context.clock.completed_steps + 1
         return MaskPlan("keep" if self.keeps(context, unit) else "off", context.frozen, global_step=global_step)
 
@@ -210,7 +226,8 @@ class LayerGradDrop(BlockPolicy):
     Args:
         p: drop probability of a block, or a schedule (Anneal-Layer-GradDrop).
         every: ``"step"`` (IV-2) or ``"epoch"`` (the paper's contribution 2).
-        layers: block name patterns (``*`` matches one dotted component) where the groups do not come from ``param_groups``.
+        layers: block name patterns (``*`` matches one dotted component) where the groups do not come from
+            ``param_groups``.
     """
 
     p: Schedule = 0.2
@@ -230,7 +247,8 @@ class LayerGradDrop(BlockPolicy):
 
 @dataclass(frozen=True)
 class GradFreeze(BlockPolicy):
-    """Gradual unfreezing: after e epochs ceil(L (e+1) / T) of the L blocks are trained, the others frozen (GradFreeze-TopDown, -BottomUp).
+    """Gradual unfreezing: after e epochs ceil(L (e+1) / T) of the L blocks are trained,
+    the others frozen (GradFreeze-TopDown, -BottomUp).
 
     Args:
         epochs: training epochs T; after them every block is trained.
@@ -266,13 +284,14 @@ class GradFreeze(BlockPolicy):
 
 @dataclass(frozen=True)
 class GradDropEpoch(Policy):
-    """GradDrop-Epoch: every element draws one of T buckets once; epoch e trains the elements of buckets 0..e, the others are frozen (III-B, figure 1).
+    """GradDrop-Epoch: every element draws one of T buckets once;
+    epoch e trains the elements of buckets 0..e, the others are frozen (III-B, figure 1).
 
     Args:
         epochs: training epochs T, at most 4096; in the last one every element is trained. Later epochs stay there.
         toggle: train bucket e only, so that every element is trained in exactly one epoch (GradDrop-Epoch-Toggle).
-        storage: ``"recompute"`` redraws the bucket in the kernel and stores nothing; ``"bitpacked"`` keeps it as ceil(log2 T) bits an element.
-            The training is the same bit for bit.
+        storage: ``"recompute"`` redraws the bucket in the kernel and stores nothing; ``"bitpacked"`` keeps it as
+            ceil(log2 T) bits an element. The training is the same bit for bit.
     """
 
     epochs: int | None = None
@@ -284,7 +303,9 @@ class GradDropEpoch(Policy):
     def __post_init__(self):
         require_epochs("GradDropEpoch(epochs=)", self.epochs)
         if self.epochs > 4096:
-            raise ValueError(f"GradDropEpoch(epochs=) can be at most 4096: a bucket comes from 16 random bits; got {self.epochs}")
+            raise ValueError(
+                f"GradDropEpoch(epochs=) can be at most 4096: a bucket comes from 16 random bits; got {self.epochs}"
+            )
         if self.storage not in ("bitpacked", "recompute"):
             raise ValueError(f"GradDropEpoch(storage=) must be 'bitpacked' or 'recompute', got {self.storage!r}")
 
@@ -295,14 +316,23 @@ class GradDropEpoch(Policy):
             return KEEP  # nothing is masked, and every element is as old as its parameter
         ages = self._ages(context.clock, first, epoch) if context.frozen and context.count_active_steps else ()
         return MaskPlan(
-            "bucket", context.frozen, buckets=self.epochs, first_bucket=first, last_bucket=epoch, bitpacked=self.storage == "bitpacked", ages=ages
+            "bucket",
+            context.frozen,
+            buckets=self.epochs,
+            first_bucket=first,
+            last_bucket=epoch,
+            bitpacked=self.storage == "bitpacked",
+            ages=ages,
         )
 
     def after_last_epoch(self, epoch: int) -> str | None:
         if not self.toggle or epoch < self.epochs:
             return None
         # Without the epoch: the same message is shown once.
-        return f"training goes on after the last epoch of GradDropEpoch(epochs={self.epochs}, toggle=True): its last bucket goes on being trained"
+        return (
+            f"training goes on after the last epoch of GradDropEpoch(epochs={self.epochs}, toggle=True): "
+            "its last bucket goes on being trained"
+        )
 
     def _ages(self, clock, first: int, last: int) -> tuple[int, ...]:
         """By bucket: steps in which it was active, this one included; 0 where it is not active now."""
@@ -318,8 +348,8 @@ class FixedMask(Policy):
     """Trains only given elements, for ever: any sparse fine-tuning mask (beyond the paper).
 
     Args:
-        masks: {parameter name: bool tensor of the parameter's shape}, True where trained. Parameters without an entry are trained densely.
-            Kept as 1 bit an element.
+        masks: {parameter name: bool tensor of the parameter's shape}, True where trained. Parameters without an entry
+            are trained densely. Kept as 1 bit an element.
         scale: factor on the kept gradients, > 0.
 
     A state dict holds a digest of the masks, not the masks: construct with the same ones to resume.
@@ -331,13 +361,17 @@ class FixedMask(Policy):
 
     def __init__(self, masks: Mapping[str, torch.Tensor], scale: float = 1.0):
         if not isinstance(masks, Mapping) or not masks:
-            raise ValueError(f"FixedMask(masks=) must be a non-empty mapping from parameter names to bool tensors, got {masks!r}")
+            raise ValueError(
+                f"FixedMask(masks=) must be a non-empty mapping from parameter names to bool tensors, got {masks!r}"
+            )
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
             raise ValueError(f"FixedMask(scale=) must be a finite number > 0, got {scale!r}")
         for name, mask in masks.items():
             if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
                 got = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
-                raise ValueError(f"FixedMask: the mask of {name!r} must be a bool tensor, got {got}; try (weights != 0)")
+                raise ValueError(
+                    f"FixedMask: the mask of {name!r} must be a bool tensor, got {got}; try (weights != 0)"
+                )
         self.scale = float(scale)
         self.shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
         self.words = {name: bitmask.pack(mask.detach().cpu()) for name, mask in masks.items()}
@@ -365,4 +399,6 @@ class FixedMask(Policy):
         return f"FixedMask({len(self.words)} masks, scale={self.scale})"
 
 
-POLICIES = {cls.__name__: cls for cls in (GradDrop, GaussianGradDrop, LayerGradDrop, GradDropEpoch, GradFreeze, FixedMask)}
+POLICIES = {
+    cls.__name__: cls for cls in (GradDrop, GaussianGradDrop, LayerGradDrop, GradDropEpoch, GradFreeze, FixedMask)
+}

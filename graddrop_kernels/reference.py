@@ -1,7 +1,8 @@
-"""The whole step in plain PyTorch, on any device: the meaning that every other backend is compared with. Read it beside csrc/adamw.h.
+"""The whole step in plain PyTorch, on any device: the meaning that every other backend is compared with.
 
-Arithmetic is float32 (float64 for float64 parameters), rounded once on store. ``exact=True`` rounds every operation once, as the fused kernels
-do (rounding.py), and is then equal to them bit for bit in float32; without it an fma is a multiplication and an addition.
+Read it beside csrc/adamw.h. Arithmetic is float32 (float64 for float64 parameters), rounded once on store.
+``exact=True`` rounds every operation once, as the fused kernels do (rounding.py), and is then equal to them bit for bit
+in float32; without it an fma is a multiplication and an addition.
 """
 
 import torch
@@ -34,7 +35,9 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
 
     key, layout = batch.keys[row], batch.layouts[row]
     keep, bucket = keep_and_bucket(plan, key, completed_steps, layout, p.numel(), batch.mask_words[row], param.device)
-    beta1, beta2, eps, neg_lr_wd, step_size, bias_correction2_sqrt = _scalars(hyper, completed_steps + 1, dtype, param.device)
+    beta1, beta2, eps, neg_lr_wd, step_size, bias_correction2_sqrt = _scalars(
+        hyper, completed_steps + 1, dtype, param.device
+    )
     if plan.ages:  # every bucket has its own age
         step_size, bias_correction2_sqrt = step_size[bucket], bias_correction2_sqrt[bucket]
 
@@ -45,7 +48,12 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
         if hyper.maximize:
             g = -g
         if plan.kind == "gaussian":
-            z = normal_from_words(by_runs(layout, p.numel(), param.device, lambda *run: words32(key, completed_steps, DOMAIN_GAUSSIAN, *run)), rounding)
+            z = normal_from_words(
+                by_runs(
+                    layout, p.numel(), param.device, lambda *run: words32(key, completed_steps, DOMAIN_GAUSSIAN, *run)
+                ),
+                rounding,
+            )
             g = g * fma(z, z.new_tensor(plan.scale), z.new_tensor(1.0)).to(dtype)
         elif keep is not None:
             # Selection, not multiplication: a dropped inf or NaN is dropped.
@@ -63,7 +71,9 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
     denom = rounding.sqrt(vhat) / bias_correction2_sqrt + eps
     p = p - step_size * m / denom
 
-    for target, new, before in zip((param, batch.exp_avgs[row], batch.exp_avg_sqs[row], max_exp_avg_sq), (p, m, v, vmax), old):
+    for target, new, before in zip(
+        (param, batch.exp_avgs[row], batch.exp_avg_sqs[row], max_exp_avg_sq), (p, m, v, vmax), old
+    ):
         if new is not None:
             if plan.frozen and keep is not None:
                 new = torch.where(keep, new, before)
@@ -71,7 +81,8 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
 
 
 def _scalars(hyper: Hyper, step: int, dtype: torch.dtype, device):
-    """The scalars of one update as tensors of the working dtype; the last two have one entry a bucket where the plan has ages.
+    """The scalars of one update as tensors of the working dtype;
+    the last two have one entry a bucket where the plan has ages.
 
     Bias corrections are computed in float64 from the rounded betas, and rounded once.
     """
@@ -89,14 +100,18 @@ def _scalars(hyper: Hyper, step: int, dtype: torch.dtype, device):
     return beta1, beta2, eps, -(lr * weight_decay), lr / bias_correction1, bias_correction2_sqrt
 
 
-def keep_and_bucket(plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, numel: int, mask_words=None, device=None):
+def keep_and_bucket(
+    plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, numel: int, mask_words=None, device=None
+):
     """(keep, bucket) of every element in local order, shape (numel,): the mask rule.
 
-    keep is a bool tensor, or None where the plan drops no single elements; bucket is an int64 tensor, or None where it has no buckets.
+    keep is a bool tensor, or None where the plan drops no single elements; bucket is an int64 tensor,
+    or None where it has no buckets.
     """
     if plan.kind == "bernoulli":
         draw = completed_steps if plan.draw is None else plan.draw
-        return by_runs(layout, numel, device, lambda *run: uniform16(key, draw, DOMAIN_ELEMENT, *run)) >= plan.threshold, None
+        u16 = by_runs(layout, numel, device, lambda *run: uniform16(key, draw, DOMAIN_ELEMENT, *run))
+        return u16 >= plan.threshold, None
     if plan.kind == "bucket":
         if plan.bitpacked:
             bucket = planes_to_buckets(mask_words, numel)

@@ -16,8 +16,9 @@ class Rounding(NamedTuple):
 def _exact_fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """a * b + c rounded once to float32, for float32 tensors (float64 tensors: not exact).
 
-    The product of two float32 is exact in float64; the sum is not always, and rounding it twice (to float64, then to float32) can err. Rounding
-    it to odd first cannot: the 53 bits of a float64 are more than the 24 + 2 that this needs (Boldo and Melquiond, 2008).
+    The product of two float32 is exact in float64; the sum is not always, and rounding it twice (to float64, then to
+    float32) can err. Rounding it to odd first cannot: the 53 bits of a float64 are more than the 24 + 2 that this needs
+    (Boldo and Melquiond, 2008).
     """
     if a.dtype == torch.float64:
         return a * b + c
@@ -31,7 +32,10 @@ def _exact_fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tenso
 
 
 def _exact_sqrt(a: torch.Tensor) -> torch.Tensor:
-    """The square root rounded once to float32. torch.sqrt on CPU is off by an ulp for 20 % of float32 inputs (torch 2.13, measured)."""
+    """The square root rounded once to float32.
+
+    torch.sqrt on CPU is off by an ulp for 20 % of float32 inputs (torch 2.13, measured).
+    """
     return a.sqrt() if a.dtype == torch.float64 else a.double().sqrt().float()
 
 

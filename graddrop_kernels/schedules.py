@@ -11,8 +11,8 @@ class LinearAnneal:
     Args:
         epochs: number of epochs T >= 1.
         start: p at epoch 0, in [0, 1). The paper's is 0.9.
-        end: ``"paper"`` falls by 1/T an epoch as printed, max(0, start - epoch/T), which reaches 0 in the last epoch only for T = 10 (T = 3 ends
-            at 0.23); ``"zero"`` is rescaled so that the last epoch has p = 0 for any T.
+        end: ``"paper"`` falls by 1/T an epoch as printed, max(0, start - epoch/T), which reaches 0 in the last epoch
+            only for T = 10 (T = 3 ends at 0.23); ``"zero"`` is rescaled so that the last epoch has p = 0 for any T.
     """
 
     epochs: int
@@ -58,7 +58,9 @@ class ExponentialAnneal:
 
 
 def _or_zero(p: float) -> float:
-    """p, or 0 where it has died out: below half a step of the quantised p (quantize rounds the half itself to 0) there is nothing left to drop."""
+    """p, or 0 where it has died out:
+    below half a step of the quantised p (quantize rounds the half itself to 0) there is nothing left to drop.
+    """
     return p if p * 65536 > 0.5 else 0.0
 
 
@@ -80,9 +82,14 @@ def quantize(p: float) -> int:
     """
     threshold = round(p * 65536)
     if p > 0 and threshold == 0:
-        raise ValueError(f"p = {p!r} is below half of 2^-16, the resolution of a mask, and would drop nothing; use p = 0 or p >= {1 / 65536:.6g}")
+        raise ValueError(
+            f"p = {p!r} is below half of 2^-16, the resolution of a mask, and would drop nothing; "
+            f"use p = 0 or p >= {1 / 65536:.6g}"
+        )
     if threshold == 65536:
-        raise ValueError(f"p = {p!r} rounds to 1, which would drop everything; the largest usable p is {65535 / 65536:.6g}")
+        raise ValueError(
+            f"p = {p!r} rounds to 1, which would drop everything; the largest usable p is {65535 / 65536:.6g}"
+        )
     return threshold
 
 

@@ -1,4 +1,4 @@
-"""One table of what the tests step: policies x hyper-parameters x dtypes x sizes; the engines that step it; comparison bit by bit."""
+"""What the tests step: one table of policies x hyper-parameters x dtypes x sizes; the engines; comparison by bits."""
 
 import contextlib
 import itertools
@@ -24,14 +24,18 @@ from graddrop_kernels import (
 )  # fmt: skip
 from graddrop_kernels.backends import BACKENDS, cpu
 
-# --- engines -----------------------------------------------------------------------------------------------------------------------------
+# --- engines ----------------------------------------------------------------------------------------------------------
 
-BACKEND_NAMES = tuple(dict.fromkeys(("cpu", *available_backends())))  # cpu even where it is missing: require() then fails
+BACKEND_NAMES = tuple(
+    dict.fromkeys(("cpu", *available_backends()))
+)  # cpu even where it is missing: require() then fails
 _ROWS = {backend.name: backend for backend in BACKENDS}
 
 
 def _instruction_sets() -> tuple[str, ...]:
-    """Those of this processor and build, out of the list that the error message gives (which a test compares with what torch finds)."""
+    """Those of this processor and build, out of the list that the error message gives (which a test compares with
+    what torch finds).
+    """
     if cpu.unavailable():
         return ()
     with pytest.raises(ValueError) as refused:
@@ -49,7 +53,9 @@ ISAS = _instruction_sets()
 
 
 def require(backend: str) -> None:
-    """Fails the test where the backend is missing; skips it only where GRADDROP_NO_EXT says that nothing was to be compiled."""
+    """Fails the test where the backend is missing; skips it only where GRADDROP_NO_EXT says that nothing was to be
+    compiled.
+    """
     reason = _ROWS[backend].unavailable()
     if reason and backend == "cpu" and os.environ.get("GRADDROP_NO_EXT", "0") not in ("", "0"):
         pytest.skip(f"GRADDROP_NO_EXT is set, and {reason}")
@@ -99,21 +105,32 @@ ENGINES = (*FUSED, EXACT, PLAIN)
 
 
 def fused_engines(dtypes: tuple[torch.dtype, torch.dtype]) -> list[Engine]:
-    """The fused engines that take (parameter dtype, moment dtype). Fails where a table of the cpu's dtypes would leave the test empty."""
+    """The fused engines that take (parameter dtype, moment dtype).
+
+    Fails where a table of the cpu's dtypes would leave the test empty.
+    """
     require("cpu")
     return [engine for engine in FUSED if engine.takes(dtypes)]
 
 
-# --- the table ---------------------------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = ((F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32))  # (parameter, moments) of the fused backends
 
 SMALL_SIZES = (0, 1, 3, 4, 5, 31, 33, 1031)
 SIZES = (0, 1, 3, 4, 5, 31, 33, 65537)  # the last is more than two threads' grains
-EPOCH_OF_STEP = (*[0] * 5, *[1] * 5, *[2] * 4, *[1] * 2, *[4] * 2, *[7] * 2)  # an epoch visited again, one left out, one past the last
+EPOCH_OF_STEP = (
+    *[0] * 5,
+    *[1] * 5,
+    *[2] * 4,
+    *[1] * 2,
+    *[4] * 2,
+    *[7] * 2,
+)  # an epoch visited again, one left out, one past the last
 
-# As pytest.mark.filterwarnings has it: what GradDropEpoch(toggle=True) rightly says in a case that goes past its epochs.
+# As pytest.mark.filterwarnings has it: what GradDropEpoch(toggle=True) rightly says in a case that goes past its
+# epochs.
 PAST_THE_LAST_EPOCH = "ignore:.*GradDropEpoch.*toggle=True"
 
 HYPERS = {
@@ -160,7 +177,8 @@ MASKINGS = {
     "buckets-gradient": Masking(lambda named: GradDropEpoch(epochs=4), _GRADIENT),
     "buckets-gradient-recompute": Masking(lambda named: GradDropEpoch(epochs=10, storage="recompute"), _GRADIENT),
     "buckets-global": Masking(lambda named: GradDropEpoch(epochs=6), _GLOBAL),
-    "buckets-12": Masking(lambda named: GradDropEpoch(epochs=12)),  # ages: more than 8 and more than 16 are looked up in other ways
+    # ages of up to 8, 16 and more buckets are looked up in different ways
+    "buckets-12": Masking(lambda named: GradDropEpoch(epochs=12)),
     "buckets-20": Masking(lambda named: GradDropEpoch(epochs=20, storage="recompute")),
     "freeze": Masking(lambda named: GradFreeze(epochs=3, layers=BLOCKS)),
     "freeze-bottom-up-gradient": Masking(
@@ -186,7 +204,9 @@ class Case:
 # Every policy under all hyper-parameters in float32; under each of them once in the other dtypes together.
 ALL_CASES = [
     Case(masking, hyper, dtypes, SMALL_SIZES)
-    for (i, masking), (h, hyper), (j, dtypes) in itertools.product(enumerate(MASKINGS), enumerate(HYPERS), enumerate(DTYPES))
+    for (i, masking), (h, hyper), (j, dtypes) in itertools.product(
+        enumerate(MASKINGS), enumerate(HYPERS), enumerate(DTYPES)
+    )
     if dtypes == (F32, F32) or (i + j - h) % 4 == 0
 ]
 # Long tensors, every policy and dtype, the hyper-parameters in turn.
@@ -199,7 +219,10 @@ LONG_CASES = [
 def named_values(sizes: Iterable, dtype: torch.dtype, generator: torch.Generator) -> list[tuple[str, torch.Tensor]]:
     """(name, start value) of one parameter a size (or shape), spread over four blocks."""
     shapes = [(size,) if isinstance(size, int) else size for size in sizes]
-    return [(f"layers.{i % 4}.weight{i}", torch.randn(shape, generator=generator).to(dtype)) for i, shape in enumerate(shapes)]
+    return [
+        (f"layers.{i % 4}.weight{i}", torch.randn(shape, generator=generator).to(dtype))
+        for i, shape in enumerate(shapes)
+    ]
 
 
 class Training:
@@ -250,7 +273,7 @@ class Training:
                     self.optimizer.state[param][key] = tensors[f"{key} of {name}"].to(param.device, copy=True)
 
 
-# --- comparison --------------------------------------------------------------------------------------------------------------------------
+# --- comparison -------------------------------------------------------------------------------------------------------
 
 _BITS = {F32: torch.int32, BF16: torch.int16, F16: torch.int16, F64: torch.int64}
 
@@ -260,7 +283,9 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """How many floating-point numbers of their dtype lie between a and b, int64: 0 for equal bits, 1 for neighbours; -0 and 0 are one apart."""
+    """How many floating-point numbers of their dtype lie between a and b, int64: 0 for equal bits, 1 for
+    neighbours; -0 and 0 are one apart.
+    """
 
     def in_order(tensor):
         bits = _bits(tensor).long()
@@ -271,7 +296,9 @@ def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: str = "tensor", any_nan: bool = False) -> None:
-    """Fails with the shape, the count of differences, the first index and both values. ``any_nan``: a NaN equals any other NaN."""
+    """Fails with the shape, the count of differences, the first index and both values. ``any_nan``: a NaN equals
+    any other NaN.
+    """
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)} is not {tuple(expected.shape)}"
     assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype} is not {expected.dtype}"
     actual, expected = actual.detach().cpu(), expected.detach().cpu()
@@ -283,10 +310,12 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: str = "
     if wrong.any():
         index = tuple(wrong.nonzero()[0].tolist())
         a, b = actual[index], expected[index]
-        distance = f", {ulps_apart(a, b).item()} ulp apart" if a.dtype in _BITS and a.isfinite() and b.isfinite() else ""
+        distance = (
+            f", {ulps_apart(a, b).item()} ulp apart" if a.dtype in _BITS and a.isfinite() and b.isfinite() else ""
+        )
         pytest.fail(
-            f"{what}: {int(wrong.sum())} of {wrong.numel()} elements differ in shape {tuple(wrong.shape)}; the first at {index}: "
-            f"{a.item()!r} is not {b.item()!r}{distance}"
+            f"{what}: {int(wrong.sum())} of {wrong.numel()} elements differ in shape {tuple(wrong.shape)}; "
+            f"the first at {index}: {a.item()!r} is not {b.item()!r}{distance}"
         )
 
 

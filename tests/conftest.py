@@ -15,14 +15,20 @@ def pytest_report_header(config):
 
 @pytest.fixture
 def seed() -> int:
-    """A fresh int in [0, 2^31) every run, the same for all of its tests. A failure shows it; GRADDROP_TEST_SEED sets it."""
+    """A fresh int in [0, 2^31) every run, the same for all of its tests.
+
+    A failure shows it; GRADDROP_TEST_SEED sets it.
+    """
     print(f"to repeat: GRADDROP_TEST_SEED={_SEED}")
     return _SEED
 
 
 @pytest.fixture(params=BACKEND_NAMES)
 def backend(request) -> str:
-    """Every backend of this machine. The cpu backend must be there, unless GRADDROP_NO_EXT says that nothing was to be compiled."""
+    """Every backend of this machine.
+
+    The cpu backend must be there, unless GRADDROP_NO_EXT says that nothing was to be compiled.
+    """
     require(request.param)
     return request.param
 

@@ -1,4 +1,4 @@
-"""Every backend against the reference: the bits of "exact" on every instruction set, a close bound for plain "reference"; any memory, any values."""
+"""Every backend against the reference: the bits of "exact", close to plain "reference"; any memory, any values."""
 
 import dataclasses
 import math
@@ -45,9 +45,9 @@ def generator_of(seed: int, case) -> torch.Generator:
 
 
 class Gradients:
-    """Gradients that show in every moment whether they were used: they push against the first moment, at each element's own scale for ever.
+    """Gradients that show whether they were used: each pushes against its element's first moment, at a scale of its own.
 
-    The scales span 1e-20 .. 1e2 in float32 and bfloat16 (squares underflow, eps decides), what float16 holds in float16.
+    The scales span 1e-20 .. 1e2 in float32 and bfloat16 (squares underflow, eps decides), 1e-3 .. 3 in float16.
     """
 
     def __init__(self, values, dtype: torch.dtype, generator: torch.Generator):
@@ -59,7 +59,9 @@ class Gradients:
         grads = []
         descent = -1.0 if training.optimizer.param_groups[0]["maximize"] else 1.0
         for param, scale in zip(training.params, self.scales):
-            against = -torch.sign(training.optimizer.state[param].get("exp_avg", torch.zeros_like(param)).float()) * descent
+            against = (
+                -torch.sign(training.optimizer.state[param].get("exp_avg", torch.zeros_like(param)).float()) * descent
+            )
             coin = torch.randint(2, scale.shape, generator=self.generator) * 2 - 1.0
             sizes = scale * (0.5 + torch.rand(scale.shape, generator=self.generator))
             grads.append((torch.where(against == 0, coin, against) * sizes).to(self.dtype))
@@ -67,7 +69,10 @@ class Gradients:
 
 
 def kept_by_effect(before: dict, after: dict, name: str, beta1: float, frozen: bool) -> torch.Tensor:
-    """Which elements a step trained, from what it did to them. Against-the-moment gradients make every use of one show."""
+    """Which elements a step trained, from what it did to them.
+
+    Against-the-moment gradients make every use of one show.
+    """
     moment, old = f"exp_avg of {name}", before.get(f"exp_avg of {name}")
     old = torch.zeros_like(after[moment]) if old is None else old
     if not frozen:  # a dropped element's moment decays
@@ -81,7 +86,9 @@ def kept_by_effect(before: dict, after: dict, name: str, beta1: float, frozen: b
 
 
 def run_in_step(case: Case, seed: int, engines, steps: int, compare, start: int = 0) -> None:
-    """Steps EXACT and the engines on the same gradients; after each step checks the masks against what it did, and calls ``compare``."""
+    """Steps EXACT and the engines on the same gradients; after each step checks the masks against what it did, and
+    calls ``compare``.
+    """
     generator = generator_of(seed, case)
     values = named_values(case.sizes, case.dtypes[0], generator)
     gradients = Gradients(values, case.dtypes[0], generator)
@@ -114,7 +121,9 @@ def assert_bits(step, before, grads, after, others):
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
 def test_fused_backends_have_the_exact_bits(case, seed):
-    """20 steps over several epochs, one visited twice, one left out, one past the last; parameters, moments, step counts and masks after each."""
+    """20 steps over several epochs, one visited twice, one left out, one past the last; parameters, moments, step
+    counts and masks after each.
+    """
     run_in_step(case, seed, fused_engines(case.dtypes), len(EPOCH_OF_STEP), assert_bits)
 
 
@@ -123,7 +132,7 @@ def test_fused_backends_have_the_exact_bits_on_long_tensors(case, seed):
     run_in_step(case, seed, fused_engines(case.dtypes), 3, assert_bits, start=8)
 
 
-# --- plain "reference" -------------------------------------------------------------------------------------------------------------------
+# --- plain "reference" ------------------------------------------------------------------------------------------------
 
 U = 2.0**-24  # unit roundoff of float32
 
@@ -131,22 +140,26 @@ U = 2.0**-24  # unit roundoff of float32
 def spacing(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """One ulp of ``dtype`` at x, float64."""
     finfo = torch.finfo(dtype)
-    return (torch.frexp(x.abs().double())[1].double().exp2() * finfo.eps / 2).clamp(min=finfo.smallest_normal * finfo.eps)
+    return (torch.frexp(x.abs().double())[1].double().exp2() * finfo.eps / 2).clamp(
+        min=finfo.smallest_normal * finfo.eps
+    )
 
 
 def rounding_bounds(case: Case, before: dict, grad: torch.Tensor, after: dict, name: str) -> dict[str, torch.Tensor]:
     """How far one step of the plain reference may be from the exact one, from the same state, float64: {tensor: bound}.
 
-    An fma rounds once where the plain form rounds twice, so either errs by a few units roundoff u of the *operands*: |dm| <= 4 u (|m| + |g|),
-    |dv| <= 4 u (v + g^2) (measured: 1.5 and 1.1). It is not a few u of the result: (1 - beta2) g^2 is the difference of g^2 and beta2 g^2, and a
-    moment may cancel against its gradient. Both go into the parameter by its update, besides 2 u (|p| + |p'|) of its own.
+    An fma rounds once where the plain form rounds twice, so either errs by a few units roundoff u of the *operands*:
+    |dm| <= 4 u (|m| + |g|), |dv| <= 4 u (v + g^2) (measured: 1.5 and 1.1). It is not a few u of the result: (1 -
+    beta2) g^2 is the difference of g^2 and beta2 g^2, and a moment may cancel against its gradient. Both go into the
+    parameter by its update, besides 2 u (|p| + |p'|) of its own.
     """
     hyper = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2} | HYPERS[case.hyper]
     zeros = torch.zeros_like(after[f"exp_avg of {name}"])
     m, v = (before.get(f"{key} of {name}", zeros).double() for key in ("exp_avg", "exp_avg_sq"))
     p, p_new = before[name].double(), after[name].double()
     v_new = after.get(f"max_exp_avg_sq of {name}", after[f"exp_avg_sq of {name}"]).double()
-    # The largest factor any mask here puts on a gradient: 1/(1 - p), or 1 + 5.42 standard deviations of the Gaussian one.
+    # The largest factor any mask here puts on a gradient: 1/(1 - p), or 1 + 5.42 standard deviations of the Gaussian
+    # one.
     g = grad.double().abs() * {"gaussian": 4.6, "graddrop-0.9": 10.01, "graddrop-anneal": 5.01}.get(case.masking, 2.51)
     tiny = torch.finfo(F32).smallest_normal * 2.0**-23
     m_bound, v_bound = 4 * U * (m.abs() + g) + tiny, 4 * U * (v + g * g) + tiny
@@ -154,9 +167,18 @@ def rounding_bounds(case: Case, before: dict, grad: torch.Tensor, after: dict, n
     update = hyper["lr"] / (1 - hyper["betas"][0]) / (v_new.sqrt() + hyper["eps"])
     relative = 6 * U + (v_bound / v_new.clamp(min=tiny) / 2).clamp(max=1)
     p_bound = 2 * U * (p.abs() + p_new.abs()) + update * (m_bound + m.abs().maximum(g) * relative)
-    bounds = {name: p_bound, f"exp_avg of {name}": m_bound, f"exp_avg_sq of {name}": v_bound, f"max_exp_avg_sq of {name}": v_bound}
+    bounds = {
+        name: p_bound,
+        f"exp_avg of {name}": m_bound,
+        f"exp_avg_sq of {name}": v_bound,
+        f"max_exp_avg_sq of {name}": v_bound,
+    }
     # A store to 16 bits may round the other way: one ulp of what is stored.
-    return {key: bound + (after[key].dtype != F32) * spacing(after[key], after[key].dtype) for key, bound in bounds.items() if key in after}
+    return {
+        key: bound + (after[key].dtype != F32) * spacing(after[key], after[key].dtype)
+        for key, bound in bounds.items()
+        if key in after
+    }
 
 
 @pytest.mark.parametrize("case", ALL_CASES[::5], ids=str)
@@ -172,8 +194,8 @@ def test_plain_reference_is_close_to_exact(case, seed):
             for key, bound in rounding_bounds(case, before, grad, after, name).items():
                 off = (stepped[key].double() - after[key].double()).abs()
                 assert (off <= bound).all(), (
-                    f"{key} after step {step}: {off[off > bound][0]:.3g} apart where {bound[off > bound][0]:.3g} is allowed, in "
-                    f"{int((off > bound).sum())} of {off.numel()} elements"
+                    f"{key} after step {step}: {off[off > bound][0]:.3g} apart where "
+                    f"{bound[off > bound][0]:.3g} is allowed, in {int((off > bound).sum())} of {off.numel()} elements"
                 )
 
     run_in_step(case, seed, [PLAIN], 8, compare, start=3)
@@ -181,17 +203,27 @@ def test_plain_reference_is_close_to_exact(case, seed):
 
 @pytest.mark.parametrize("masking", [name for name in MASKINGS if name != "gaussian"])
 def test_float64_has_the_same_masks_and_is_exact_as_it_is(masking, seed):
-    """In float64 both references are the same operations (but for the Gaussian numbers, which are float32 in both); masks show in their effects."""
+    """In float64 both references are the same operations (but for the Gaussian numbers, which are float32 in both);
+    masks show in their effects.
+    """
     run_in_step(Case(masking, "all", (F64, F64), (0, 1, 33, 130)), seed, [PLAIN], 12, assert_bits, start=3)
 
 
-# --- any memory --------------------------------------------------------------------------------------------------------------------------
+# --- any memory -------------------------------------------------------------------------------------------------------
 
 
 def strided_views(dtype: torch.dtype, generator: torch.Generator) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """{what: (a view, the tensor whose memory it lies in)}."""
     new = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
-    bases = {name: new(*shape) for name, shape in {"transposed": (7, 33), "sliced": (9, 120), "column": (40, 5), "permuted": (6, 5, 11)}.items()}
+    bases = {
+        name: new(*shape)
+        for name, shape in {
+            "transposed": (7, 33),
+            "sliced": (9, 120),
+            "column": (40, 5),
+            "permuted": (6, 5, 11),
+        }.items()
+    }
     views = {
         "transposed": bases["transposed"].t(),
         "sliced": bases["sliced"][1::2, 3:110:3],
@@ -203,7 +235,9 @@ def strided_views(dtype: torch.dtype, generator: torch.Generator) -> dict[str, t
     for offset, length in ((1, 777), (3, 64), (7, 1030)):  # contiguous, off the alignment of vectors
         bases[f"offset {offset}"] = new(length + offset + 9)
         views[f"offset {offset}"] = bases[f"offset {offset}"][offset : offset + length]
-    assert not any(views[what].is_contiguous() for what in ("transposed", "sliced", "column", "permuted", "channels_last"))
+    assert not any(
+        views[what].is_contiguous() for what in ("transposed", "sliced", "column", "permuted", "channels_last")
+    )
     return {what: (view, bases[what]) for what, view in views.items()}
 
 
@@ -221,9 +255,13 @@ def strided_gradients(views, generator: torch.Generator) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("masking", ["none", "graddrop", "gaussian", "buckets", "buckets-gradient-recompute", "fixed"])
-@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32), (F16, F16)], ids=["float32", "bfloat16-float32", "float16"])
+@pytest.mark.parametrize(
+    "dtypes", [(F32, F32), (BF16, F32), (F16, F16)], ids=["float32", "bfloat16-float32", "float16"]
+)
 def test_strides_do_not_matter(masking, dtypes, seed):
-    """Views step as their contiguous copies do, element for element in contiguous order, and what lies between and around them stays."""
+    """Views step as their contiguous copies do, element for element in contiguous order, and what lies between and
+    around them stays.
+    """
     case = Case(masking, "amsgrad", dtypes, ())
     for engine in [*fused_engines(dtypes), PLAIN]:
         generator = generator_of(seed, case)
@@ -261,7 +299,9 @@ def test_alignment_does_not_matter(dtypes, seed):
         generator = generator_of(seed, case)
         values = named_values(case.sizes, dtypes[0], generator)
         aligned, shifted = (Training.of(case, values, engine, seed) for _ in range(2))
-        shift = lambda tensor, by: torch.cat((tensor.new_zeros(by), tensor, tensor.new_zeros(3)))[by : by + tensor.numel()]  # noqa: B023
+        shift = lambda tensor, by: torch.cat((tensor.new_zeros(by), tensor, tensor.new_zeros(3)))[
+            by : by + tensor.numel()
+        ]  # noqa: B023
         for step in range(4):
             grads = [torch.randn(value.shape, generator=generator).to(dtypes[0]) for _, value in values]
             aligned.step(grads, epoch=step)
@@ -269,17 +309,62 @@ def test_alignment_does_not_matter(dtypes, seed):
             for i, (param, grad) in enumerate(zip(shifted.params, grads)):
                 param.grad = shift(grad.to(param.device), 1 + (i + step) % 7)
                 param.data = shift(param.data, 1 + (i + 2 * step) % 5)
-                for j, key in enumerate(("exp_avg", "exp_avg_sq", "max_exp_avg_sq")):
+                for j, key in enumerate(MOMENTS):
                     if key in shifted.optimizer.state[param]:
-                        shifted.optimizer.state[param][key] = shift(shifted.optimizer.state[param][key], 1 + (i + j + step) % 6)
+                        shifted.optimizer.state[param][key] = shift(
+                            shifted.optimizer.state[param][key], 1 + (i + j + step) % 6
+                        )
             with instruction_set(engine.isa):
                 shifted.optimizer.step()
             assert_same_tensors(shifted.tensors(), aligned.tensors(), f"{engine} after step {step}")
 
 
-@pytest.mark.parametrize("masking", ["none", "graddrop", "graddrop-frozen", "gaussian", "buckets", "buckets-20", "fixed"])
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def test_what_changes_between_steps_is_seen(seed, backend):
+    """What a step keeps for the next one must not outlive it: a training whose tensors are exchanged steps as one
+    that begins with them.
+    """
+    engine = next(engine for engine in ENGINES if engine.backend == backend)
+    generator = generator_of(seed, "exchanges")
+    randn = lambda: [torch.randn(size, generator=generator) for size in (70, 33, 1)]
+    arguments = {"amsgrad": True, "mask": GradDrop(p=0.3), "lr": 1e-2}
+    training = Training([(f"w{i}", value) for i, value in enumerate(randn())], engine, seed, **arguments)
+    training.step(randn())
+    exchanges = {
+        "nothing": lambda param, state: None,
+        "the parameter's memory": lambda param, state: setattr(param, "data", param.data.clone()),
+        "the parameter's values": lambda param, state: param.data.add_(1),
+        **{key: lambda param, state, key=key: state.update({key: state[key] + 1}) for key in (*MOMENTS, "step")},
+        **{f"values of {key}": lambda param, state, key=key: state[key].add_(1) for key in (*MOMENTS, "step")},
+        "lr": lambda param, state: training.optimizer.param_groups[0].update(lr=0.3),
+        "betas": lambda param, state: training.optimizer.param_groups[0].update(betas=(0.5, 0.6)),
+        "weight_decay": lambda param, state: training.optimizer.param_groups[0].update(weight_decay=0.4),
+        "maximize": lambda param, state: training.optimizer.param_groups[0].update(maximize=True),
+        "masked": lambda param, state: training.optimizer.param_groups[0].update(
+            masked="frozen", bias_correction="global"
+        ),
+    }
+    for what, exchange in exchanges.items():
+        exchange(training.params[0], training.optimizer.state[training.params[0]])
+        fresh = Training([(name, param.detach()) for name, param in training.named], engine, seed, **arguments)
+        fresh.load(training.tensors())
+        ours, theirs = training.optimizer.param_groups[0], fresh.optimizer.param_groups[0]
+        theirs.update({key: value for key, value in ours.items() if key not in ("params", "param_names")})
+        for grads in (randn(), [None, *randn()[1:]], randn()):
+            training.step(grads)
+            fresh.step(grads)
+            assert_same_tensors(training.tensors(), fresh.tensors(), f"{what} exchanged, by {engine}")
+
+
+@pytest.mark.parametrize(
+    "masking", ["none", "graddrop", "graddrop-frozen", "gaussian", "buckets", "buckets-20", "fixed"]
+)
 def test_thread_counts_give_the_same_bits(masking, seed):
-    """One tensor far longer than a thread's share, small ones before and after it; bit planes are made under each count, too."""
+    """One tensor far longer than a thread's share, small ones before and after it; bit planes are made under each
+    count, too.
+    """
     case = Case(masking, "amsgrad", (F32, F32), (33, 200_003, 5, 0, 70_001))
     used = torch.get_num_threads()
     for engine in fused_engines(case.dtypes):
@@ -298,13 +383,17 @@ def test_thread_counts_give_the_same_bits(masking, seed):
             assert_same_tensors(results[threads], results[1], f"{engine} with {threads} threads against 1")
 
 
-# --- any values --------------------------------------------------------------------------------------------------------------------------
+# --- any values -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("masking", [name for name in MASKINGS if name not in ("none", "gaussian")])
-@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F32)], ids=["float32", "bfloat16", "float16-float32"])
+@pytest.mark.parametrize(
+    "dtypes", [(F32, F32), (BF16, BF16), (F16, F32)], ids=["float32", "bfloat16", "float16-float32"]
+)
 def test_infinities_and_nans_of_dropped_gradients_are_dropped(masking, dtypes, seed):
-    """Masked by selection: what stands in a dropped gradient is never seen, neither by the moments nor by the parameter."""
+    """Masked by selection: what stands in a dropped gradient is never seen, neither by the moments nor by the
+    parameter.
+    """
     case = Case(masking, "all", dtypes, (5, 33, 1031, 64))
     for engine in [*fused_engines(dtypes), EXACT, PLAIN]:
         generator = generator_of(seed, case)
@@ -315,7 +404,9 @@ def test_infinities_and_nans_of_dropped_gradients_are_dropped(masking, dtypes, s
             grads, bad = [], []
             for mask in clean.masks():
                 grad = torch.randn(mask.shape, generator=generator).to(dtypes[0])
-                poison = torch.tensor([math.inf, -math.inf, math.nan])[torch.randint(3, mask.shape, generator=generator)].to(dtypes[0])
+                poison = torch.tensor([math.inf, -math.inf, math.nan])[
+                    torch.randint(3, mask.shape, generator=generator)
+                ].to(dtypes[0])
                 grads.append(grad)
                 bad.append(torch.where(mask, grad, poison))
             # blocks may all be kept by chance, or be unfrozen
@@ -327,12 +418,16 @@ def test_infinities_and_nans_of_dropped_gradients_are_dropped(masking, dtypes, s
 
 
 def patterns(dtype: torch.dtype, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Random bit patterns of a dtype: denormals, infinities and NaNs among them; every pattern of a 16-bit dtype from 65536 elements on."""
+    """Random bit patterns of a dtype: denormals, infinities and NaNs among them; every pattern of a 16-bit dtype
+    from 65536 elements on.
+    """
     if dtype is F32:
         bits = torch.randint(-(2**31), 2**31, (count,), generator=generator).to(torch.int32)
         special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1e-39, 3.4e38, -3.4e38])
         values = bits.view(F32)
-        values[torch.randint(count, (count // 8,), generator=generator)] = special[torch.randint(10, (count // 8,), generator=generator)]
+        values[torch.randint(count, (count // 8,), generator=generator)] = special[
+            torch.randint(10, (count // 8,), generator=generator)
+        ]
         return values
     shuffled = [torch.randperm(65536, generator=generator) - 32768 for _ in range(-(-count // 65536))]
     return torch.cat(shuffled)[:count].to(torch.int16).view(dtype)
@@ -341,26 +436,51 @@ def patterns(dtype: torch.dtype, count: int, generator: torch.Generator) -> torc
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_every_bit_pattern(dtypes, amsgrad, seed):
-    """Parameters, moments and gradients of random bits. betas of 1/2 put many results half-way between two 16-bit numbers."""
-    generator, count = generator_of(seed, dtypes), 1 << 17
+    """Parameters, moments and gradients of random bits. betas of 1/2 put many results half-way between two 16-bit
+    numbers.
+    """
+    check_patterns(
+        dtypes,
+        generator_of(seed, dtypes),
+        1 << 17,
+        3,
+        {"betas": (0.5, 0.5), "weight_decay": 0.5, "eps": 0.5, "amsgrad": amsgrad},
+    )
+
+
+def test_every_bit_pattern_under_many_bias_corrections(seed):
+    """The kernels divide by sqrt(1 - beta2^t) through its reciprocal, rounded as a division is: random values of
+    it, random square roots.
+    """
+    generator, numbers = generator_of(seed, "corrections"), random.Random(seed)
+    for _ in range(40):
+        beta2, step = 1 - 10 ** numbers.uniform(-5, -0.01), int(10 ** numbers.uniform(0, 4))
+        check_patterns((F32, F32), generator, 1 << 14, step, {"betas": (0.5, beta2), "weight_decay": 0.0, "eps": 0.0})
+
+
+def check_patterns(dtypes, generator, count: int, steps: int, arguments: dict) -> None:
     values = [("w", patterns(dtypes[0], count, generator))]
     grads = [patterns(dtypes[0], count, generator)]
-    arguments = {"lr": 0.25, "betas": (0.5, 0.5), "weight_decay": 0.5, "eps": 0.5, "amsgrad": amsgrad, "mask": GradDrop(p=0.5)}
-    state = {"w": values[0][1], "step of w": torch.tensor(3.0)}
-    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + amsgrad]:
+    arguments, amsgrad = {"lr": 0.25, "mask": GradDrop(p=0.5), **arguments}, arguments.get("amsgrad", False)
+    state = {"w": values[0][1], "step of w": torch.tensor(float(steps))}
+    for key in MOMENTS[: 2 + amsgrad]:
         moment = patterns(dtypes[1], count, generator)
         state[f"{key} of w"] = moment if key == "exp_avg" else moment.abs()
     after = {}
     for engine in (EXACT, *fused_engines(dtypes)):
         wide = {"moment_dtype": F32} if dtypes[1] is not dtypes[0] else {}
-        training = Training(values, engine, seed, **arguments, **wide)
+        training = Training(values, engine, **arguments, **wide)
         training.load(state)
         training.step(grads)
         after[engine] = training.tensors()
     for engine, tensors in after.items():
         for name, tensor in tensors.items():
             assert_same_bits(tensor, after[EXACT][name], f"{name} by {engine}", any_nan=True)
-    assert after[EXACT]["w"].isnan().any() and after[EXACT]["w"].isinf().any() and after[EXACT]["exp_avg of w"].isfinite().any()
+    assert (
+        after[EXACT]["w"].isnan().any()
+        and after[EXACT]["w"].isinf().any()
+        and after[EXACT]["exp_avg of w"].isfinite().any()
+    )
 
 
 @pytest.mark.parametrize("dtypes", [dtypes for dtypes in DTYPES if dtypes[0] is not F32], ids=str)
@@ -374,7 +494,7 @@ def test_sixteen_bit_parameters_that_do_not_move_stay(dtypes, seed):
         assert_same_bits(training.params[0], start, f"parameters by {engine}", any_nan=True)
 
 
-# --- what the comparison rests on --------------------------------------------------------------------------------------------------------
+# --- what the comparison rests on -------------------------------------------------------------------------------------
 
 
 def rounded_to_float32(value: Fraction) -> float:
@@ -388,11 +508,15 @@ def rounded_to_float32(value: Fraction) -> float:
 
 
 def fma_operands(seed: int) -> list[torch.Tensor]:
-    """a, b, c float32: random ones, cancelling ones, and products half-way between two float32 with a c that tips the balance."""
+    """a, b, c float32: random ones, cancelling ones, and products half-way between two float32 with a c that tips
+    the balance.
+    """
     generator = torch.Generator().manual_seed(seed)
     new = lambda: torch.randn(1000, generator=generator)
     a, b = new(), new()
-    ties = 1 + (2 * torch.randint(1 << 11, (1000,), generator=generator) + 1) * 2.0**-12  # (1 + k/4096)^2 ends in a 2^-24
+    ties = (
+        1 + (2 * torch.randint(1 << 11, (1000,), generator=generator) + 1) * 2.0**-12
+    )  # (1 + k/4096)^2 ends in a 2^-24
     sign = torch.randint(2, (1000,), generator=generator) * 2 - 1.0
     tip = sign * 2.0 ** -torch.randint(55, 110, (1000,), generator=generator)
     tiny = sign * 2.0 ** -torch.randint(20, 40, (1000,), generator=generator)
@@ -401,16 +525,26 @@ def fma_operands(seed: int) -> list[torch.Tensor]:
 
 def test_exact_fma_rounds_once(seed):
     a, b, c = fma_operands(seed)
-    expected = torch.tensor([rounded_to_float32(Fraction(x) * Fraction(y) + Fraction(z)) for x, y, z in zip(a.tolist(), b.tolist(), c.tolist())])
+    expected = torch.tensor(
+        [
+            rounded_to_float32(Fraction(x) * Fraction(y) + Fraction(z))
+            for x, y, z in zip(a.tolist(), b.tolist(), c.tolist())
+        ]
+    )
     assert_same_bits(EXACT_ROUNDING.fma(a, b, c), expected)
     twice = (a.double() * b.double() + c.double()).float()
     assert (twice != expected).any() and (PLAIN_ROUNDING.fma(a, b, c) != expected).any()  # the operands can tell
 
 
 def test_exact_sqrt_rounds_once(seed):
-    x = torch.randn(3000, generator=torch.Generator().manual_seed(seed)).abs() * 10.0 ** torch.arange(-15, 15).repeat(100)
+    x = torch.randn(3000, generator=torch.Generator().manual_seed(seed)).abs() * 10.0 ** torch.arange(-15, 15).repeat(
+        100
+    )
     for value, root in zip(x.tolist(), EXACT_ROUNDING.sqrt(x).tolist()):
-        below, above = (Fraction(root) + Fraction(torch.nextafter(torch.tensor(root), torch.tensor(to)).item()) for to in (0.0, math.inf))
+        below, above = (
+            Fraction(root) + Fraction(torch.nextafter(torch.tensor(root), torch.tensor(to)).item())
+            for to in (0.0, math.inf)
+        )
         assert (below / 2) ** 2 <= Fraction(value) <= (above / 2) ** 2
 
 

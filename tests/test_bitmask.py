@@ -1,4 +1,4 @@
-"""Bit-packed masks and bucket planes: bit for bit at every tail length, PyTorch against Python ints, C++ against PyTorch."""
+"""Bit-packed masks and bucket planes at every tail length: PyTorch against Python ints, C++ against PyTorch."""
 
 import random
 
@@ -36,7 +36,9 @@ def test_pack_of_all_ones_and_of_other_shapes(seed):
     assert bitmask.pack(torch.ones(33, dtype=torch.uint8)).tolist() == [-1, 1]
     bits = random_bits(77 * 5, seed).view(77, 5)
     assert_same_bits(bitmask.pack(bits), bitmask.pack(bits.flatten()))
-    assert_same_bits(bitmask.pack(bits.t()), bitmask.pack(bits.t().contiguous()), "contiguous order, whatever the strides")
+    assert_same_bits(
+        bitmask.pack(bits.t()), bitmask.pack(bits.t().contiguous()), "contiguous order, whatever the strides"
+    )
 
 
 def test_pack_agrees_with_numpy_on_many(seed):
@@ -47,7 +49,19 @@ def test_pack_agrees_with_numpy_on_many(seed):
 
 
 def test_num_planes():
-    assert [bitmask.num_planes(buckets) for buckets in (1, 2, 3, 4, 5, 8, 9, 64, 65, 4095, 4096)] == [0, 1, 2, 2, 3, 3, 4, 6, 7, 12, 12]
+    assert [bitmask.num_planes(buckets) for buckets in (1, 2, 3, 4, 5, 8, 9, 64, 65, 4095, 4096)] == [
+        0,
+        1,
+        2,
+        2,
+        3,
+        3,
+        4,
+        6,
+        7,
+        12,
+        12,
+    ]
 
 
 @pytest.mark.parametrize("buckets", BUCKETS)
@@ -61,7 +75,9 @@ def test_planes_to_buckets_inverts_pack_buckets(buckets, seed):
         for k, plane in enumerate(planes):
             assert_same_bits(bitmask.unpack(plane, length), (bucket >> k & 1).bool(), f"plane {k} of {length} elements")
             if length % 32:
-                assert plane[-1].item() & 0xFFFFFFFF < 1 << length % 32, f"the tail of plane {k} of {length} elements is not zero"
+                assert plane[-1].item() & 0xFFFFFFFF < 1 << length % 32, (
+                    f"the tail of plane {k} of {length} elements is not zero"
+                )
 
 
 @pytest.mark.parametrize("buckets", BUCKETS)

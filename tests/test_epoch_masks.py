@@ -1,10 +1,20 @@
-"""GradDrop-Epoch and the other policies that follow epochs: what is trained when, how old it is taken to be, and how far its first step goes."""
+"""GradDrop-Epoch and other policies of epochs: what is trained when, how old it is, how far its first step goes."""
 
 import warnings
 
 import pytest
 import torch
-from cases import ENGINES, EXACT, F32, FUSED, Training, assert_same_bits, assert_same_tensors, fused_engines, instruction_set
+from cases import (
+    ENGINES,
+    EXACT,
+    F32,
+    FUSED,
+    Training,
+    assert_same_bits,
+    assert_same_tensors,
+    fused_engines,
+    instruction_set,
+)
 
 from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, LinearAnneal
 from graddrop_kernels.bitmask import element_buckets
@@ -57,7 +67,9 @@ def test_toggled_epochs_are_disjoint_and_complete(epochs, storage, seed, backend
 def test_bucket_sizes_are_binomial(epochs, seed):
     count = 1 << 20
     sizes = element_buckets(stream_key("w", seed), epochs, 0, count).bincount(minlength=epochs).double()
-    share = torch.tensor([(-(-65536 * (b + 1) // epochs) - -(-65536 * b // epochs)) / 65536 for b in range(epochs)]).double()
+    share = torch.tensor(
+        [(-(-65536 * (b + 1) // epochs) - -(-65536 * b // epochs)) / 65536 for b in range(epochs)]
+    ).double()
     assert share.sum() == 1 and sizes.sum() == count
     deviation = (sizes - count * share) / (count * share * (1 - share)).sqrt()
     assert deviation.abs().max() < 7, f"{deviation.abs().max():.2f} standard deviations"  # 2.6e-12 each
@@ -71,13 +83,13 @@ def test_bucket_sizes_are_binomial(epochs, seed):
 VISITS = [(0, 3), (1, 2), (2, 4), (1, 2), (3, 1), (0, 2), (4, 3), (6, 2), (9, 2)]
 
 
-def visits(training: Training, gradients):
+def visits(training: Training, values, generator: torch.Generator):
     """Steps a training through VISITS; yields (epoch, gradients) after each step."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # past the last epoch
         for epoch, steps in VISITS:
             for _ in range(steps):
-                grads = gradients()
+                grads = [torch.randn(value.shape, generator=generator) for _, value in values]
                 training.step(grads, epoch)
                 yield epoch, grads
 
@@ -89,22 +101,23 @@ def test_bitpacked_and_recomputed_training_are_the_same_bits(epochs, toggle, see
         results = []
         for storage in ("bitpacked", "recompute"):
             values, generator = random_values(seed, 1, 33, NUMEL, 0, 70)
-            gradients = lambda values=values, generator=generator: [torch.randn(v.shape, generator=generator) for _, v in values]
-            training = Training(values, engine, seed, lr=1e-2, amsgrad=True, mask=GradDropEpoch(epochs, toggle, storage))
-            results.append([training.tensors() for _ in visits(training, gradients)])
+            training = Training(
+                values, engine, seed, lr=1e-2, amsgrad=True, mask=GradDropEpoch(epochs, toggle, storage)
+            )
+            results.append([training.tensors() for _ in visits(training, values, generator)])
         for step, (packed, drawn) in enumerate(zip(*results)):
             assert_same_tensors(packed, drawn, f"{engine} after step {step}")
 
 
 class PlainByUnit:
-    """One plain AdamW for every unit of a training; a unit's steps only when it is active: what frozen masking means, element for element."""
+    """One plain AdamW for each unit of a training, which steps only when the unit is active: what frozen masks mean."""
 
     def __init__(self, values, engine, units: int, **arguments):
         self.trainings = [Training(values, engine, mask=None, **arguments) for _ in range(units)]
 
-    def step(self, grads, active) -> None:
-        for unit, training in enumerate(self.trainings):
-            if active(unit):
+    def step(self, grads, active: list[bool]) -> None:
+        for training, is_active in zip(self.trainings, active):
+            if is_active:
                 training.step(grads)
 
     def tensors(self, unit_of: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -130,9 +143,9 @@ def assert_equals_plain_by_unit(training, plain, unit_of, what):
 @pytest.mark.parametrize("epochs", [2, 5, 9])
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_every_bucket_trains_as_plain_adamw_over_its_own_active_steps(epochs, toggle, amsgrad, seed):
-    """The meaning of frozen buckets with bias_correction="active": bucket b is AdamW that has seen only the steps in which b was active.
+    """What bias_correction="active" means: bucket b is AdamW that saw only the steps in which b was active.
 
-    Bit for bit, so a bucket's age counts its own active steps, over epochs visited again, left out, and past the last (which stay there).
+    Bit for bit, so a bucket's age counts its own active steps, over epochs visited again, left out, and past the last.
     """
     hyper = {"lr": 3e-3, "betas": (0.85, 0.97), "weight_decay": 0.05, "amsgrad": amsgrad}
     for engine in [*fused_engines((F32, F32)), EXACT]:
@@ -140,9 +153,9 @@ def test_every_bucket_trains_as_plain_adamw_over_its_own_active_steps(epochs, to
         training = Training(values, engine, seed, mask=GradDropEpoch(epochs, toggle), **hyper)
         plain = PlainByUnit(values, engine, epochs, **hyper)
         unit_of = {name: element_buckets(stream_key(name, seed), epochs, 0, value.numel()) for name, value in values}
-        for epoch, grads in visits(training, lambda: [torch.randn(v.shape, generator=generator) for _, v in values]):  # noqa: B023
+        for epoch, grads in visits(training, values, generator):
             last = min(epoch, epochs - 1)
-            plain.step(grads, lambda bucket: bucket == last if toggle else bucket <= last)  # noqa: B023
+            plain.step(grads, [bucket == last if toggle else bucket <= last for bucket in range(epochs)])
             assert_equals_plain_by_unit(training, plain, unit_of, f"{engine} in epoch {epoch}")
 
 
@@ -160,7 +173,11 @@ def test_every_frozen_block_trains_as_plain_adamw_over_its_own_active_steps(poli
     blocks = 6
 
     def active(block: int, epoch: int) -> bool:
-        count = policy.blocks_per_epoch * (epoch + 1) if policy.blocks_per_epoch else -(-blocks * (epoch + 1) // policy.epochs)
+        count = (
+            policy.blocks_per_epoch * (epoch + 1)
+            if policy.blocks_per_epoch
+            else -(-blocks * (epoch + 1) // policy.epochs)
+        )
         return block >= blocks - count if policy.direction == "top_down" else block < count
 
     for engine in [*fused_engines((F32, F32))[:1], EXACT]:
@@ -169,8 +186,8 @@ def test_every_frozen_block_trains_as_plain_adamw_over_its_own_active_steps(poli
         plain = PlainByUnit(values, engine, blocks, **hyper)
         unit_of = {name: torch.full((40,), block) for block, (name, _) in enumerate(values)}
         trained = torch.zeros(blocks)
-        for epoch, grads in visits(training, lambda: [torch.randn(v.shape, generator=generator) for _, v in values]):  # noqa: B023
-            plain.step(grads, lambda block: active(block, epoch))  # noqa: B023
+        for epoch, grads in visits(training, values, generator):
+            plain.step(grads, [active(block, epoch) for block in range(blocks)])
             assert_equals_plain_by_unit(training, plain, unit_of, f"{engine} in epoch {epoch}")
             trained += torch.tensor([float(active(block, epoch)) for block in range(blocks)])
             assert [training.optimizer.state[param]["step"].item() for param in training.params] == trained.tolist()
@@ -180,7 +197,9 @@ def test_randomly_frozen_blocks_train_as_plain_adamw_over_their_own_active_steps
     """LayerGradDrop(masked="frozen"), a new draw every step."""
     values, generator = random_values(seed, *[40] * 5)
     for engine in [*fused_engines((F32, F32))[:1], EXACT]:
-        training = Training(values, engine, seed, mask=LayerGradDrop(p=0.5, layers="layers.*"), masked="frozen", lr=1e-2)
+        training = Training(
+            values, engine, seed, mask=LayerGradDrop(p=0.5, layers="layers.*"), masked="frozen", lr=1e-2
+        )
         plain = PlainByUnit(values, engine, 5, lr=1e-2)
         unit_of = {name: torch.full((40,), block) for block, (name, _) in enumerate(values)}
         for step in range(25):
@@ -188,18 +207,26 @@ def test_randomly_frozen_blocks_train_as_plain_adamw_over_their_own_active_steps
             assert all(mask.all() or not mask.any() for mask in masks)
             grads = [torch.randn(40, generator=generator) for _ in range(5)]
             training.step(grads)
-            plain.step(grads, lambda block: masks[block].all())  # noqa: B023
+            plain.step(grads, [bool(mask.all()) for mask in masks])
             assert_equals_plain_by_unit(training, plain, unit_of, f"{engine}, step {step}")
 
 
 def first_active_steps(bias_correction: str, seed: int, steps: int) -> tuple[float, float, float]:
-    """(largest |update| / lr of any element in its first active step; in epoch 0; ever) under a constant gradient, ``steps`` steps an epoch."""
+    """(largest |update| / lr of any element in its first active step; in epoch 0; ever) under a constant gradient,
+    ``steps`` steps an epoch.
+    """
     lr, epochs = 1e-3, 3
     generator = torch.Generator().manual_seed(seed)
     grad = torch.randn(600, generator=generator)
     grad = grad.sign() * grad.abs().clamp(min=1e-3)
     training = Training(
-        [("w", torch.zeros(600))], ENGINES[0], seed, lr=lr, weight_decay=0.0, mask=GradDropEpoch(epochs), bias_correction=bias_correction
+        [("w", torch.zeros(600))],
+        ENGINES[0],
+        seed,
+        lr=lr,
+        weight_decay=0.0,
+        mask=GradDropEpoch(epochs),
+        bias_correction=bias_correction,
     )
     bucket = element_buckets(stream_key("w", seed), epochs, 0, 600)
     first, ever = [], 0.0
@@ -215,7 +242,9 @@ def first_active_steps(bias_correction: str, seed: int, steps: int) -> tuple[flo
 
 
 def test_unfreezing_takes_no_jump(seed):
-    """A late element's first steps are lr-sized, as those of any AdamW; counting all steps instead makes them more than twice as long."""
+    """A late element's first steps are lr-sized, as those of any AdamW; counting all steps instead makes them more
+    than twice as long.
+    """
     first, at_start, ever = first_active_steps("active", seed, 700)
     assert at_start <= 1.0001 and first <= 1.0001 and ever <= 1.01, (first, at_start, ever)
     first, at_start, ever = first_active_steps("global", seed, 700)
@@ -238,7 +267,9 @@ def test_epochs_past_the_last_stay_there(seed, backend):
         warnings.simplefilter("error")
         optimizer.set_epoch(100)
     assert_same_bits(optimizer.mask(param), last)
-    freeze = FusedGradDropAdamW([("layers.0.w", param)], mask=GradFreeze(3, layers="layers.*"), seed=seed, backend=backend)
+    freeze = FusedGradDropAdamW(
+        [("layers.0.w", param)], mask=GradFreeze(3, layers="layers.*"), seed=seed, backend=backend
+    )
     freeze.set_epoch(50)
     assert freeze.mask(param).all()
 
@@ -269,17 +300,24 @@ def test_annealed_masks_follow_the_schedule(seed, backend):
         optimizer.set_epoch(epoch)
         mask = optimizer.mask(param, step=0)
         share = mask.double().mean().item()
-        assert abs(share - (1 - p)) < 7 * (max(p * (1 - p), 1e-9) / (1 << 16)) ** 0.5 + 2.0**-16, f"epoch {epoch} keeps {share}"
+        assert abs(share - (1 - p)) < 7 * (max(p * (1 - p), 1e-9) / (1 << 16)) ** 0.5 + 2.0**-16, (
+            f"epoch {epoch} keeps {share}"
+        )
         assert (before <= mask).all()  # one draw, falling thresholds
         before = mask
     assert mask.all()
 
 
 def test_planes_do_not_depend_on_the_instruction_set(seed):
-    """The stored planes of an optimizer, made under one instruction set, mean the same under another in the middle of a training."""
+    """The stored planes of an optimizer, made under one instruction set, mean the same under another in the middle
+    of a training.
+    """
     engines = [engine for engine in FUSED if engine.isa]
     values, _ = random_values(seed, NUMEL, 31)
-    trainings = [Training(values, EXACT, seed, mask=GradDropEpoch(5)), Training(values, engines[0], seed, mask=GradDropEpoch(5))]
+    trainings = [
+        Training(values, EXACT, seed, mask=GradDropEpoch(5)),
+        Training(values, engines[0], seed, mask=GradDropEpoch(5)),
+    ]
     generator = torch.Generator().manual_seed(seed + 1)
     for step in range(2 * len(engines)):
         grads = [torch.randn(value.shape, generator=generator) for _, value in values]
@@ -287,4 +325,6 @@ def test_planes_do_not_depend_on_the_instruction_set(seed):
         with instruction_set(engines[step % len(engines)].isa):
             trainings[1].engine = engines[step % len(engines)]
             trainings[1].step(grads, 2)
-        assert_same_tensors(trainings[1].tensors(), trainings[0].tensors(), f"{engines[step % len(engines)]}, step {step}")
+        assert_same_tensors(
+            trainings[1].tensors(), trainings[0].tensors(), f"{engines[step % len(engines)]}, step {step}"
+        )

@@ -20,7 +20,10 @@ ROUNDINGS = pytest.mark.parametrize("rounding", [EXACT_ROUNDING, PLAIN_ROUNDING]
 
 
 def positive_uniforms(stride: int = 1) -> torch.Tensor:
-    """One word for each of the 2^23 values that x > 0 can take, or every stride-th of them with the largest one. The word of -x is ~word."""
+    """One word for each of the 2^23 values that x > 0 can take, or every stride-th of them with the largest one.
+
+    The word of -x is ~word.
+    """
     return torch.arange((1 << 23) - 1, -1, -stride).flip(0) << 8
 
 
@@ -37,17 +40,24 @@ def normal(words: torch.Tensor, rounding) -> torch.Tensor:
 
 @pytest.mark.parametrize("rounding, stride", [(PLAIN_ROUNDING, 1), (EXACT_ROUNDING, 8)], ids=["plain", "exact"])
 def test_accuracy(rounding, stride):
-    """Against erfinv in float64. Measured: at most 3.3e-7 off (2.8 ulp), 7.1e-8 in the mean, alike in the centre and in the tail."""
+    """Against erfinv in float64.
+
+    Measured: at most 3.3e-7 off (2.8 ulp), 7.1e-8 in the mean, alike in the centre and in the tail.
+    """
     words = positive_uniforms(stride)
     z, true = normal(words, rounding), true_normal(words)
     error = ((z.double() - true) / true).abs()
     assert error.max() < 4e-7 and error.mean() < 8e-8, f"relative error: {error.max():.3g}, mean {error.mean():.3g}"
     assert 5.4 < z[-1] < 5.42
-    assert_same_bits(normal(~words[::stride] & 0xFFFFFFFF, rounding), -z[::stride], "the negative half against the positive")
+    assert_same_bits(
+        normal(~words[::stride] & 0xFFFFFFFF, rounding), -z[::stride], "the negative half against the positive"
+    )
 
 
 def test_moments_over_every_uniform():
-    """E z^2 = 1 - 1.0e-7 and E z^4 = 3 - 5.4e-6 over all 2^23 positive values; their finite number alone gives 1 - 0.8e-7 and 3 - 5.2e-6."""
+    """E z^2 = 1 - 1.0e-7 and E z^4 = 3 - 5.4e-6 over all 2^23 positive values; their finite number alone gives 1 -
+    0.8e-7 and 3 - 5.2e-6.
+    """
     z = normal(positive_uniforms(), PLAIN_ROUNDING).double()
     assert abs((z**2).mean() - 1) < 3e-7 and abs((z**4).mean() - 3) < 1e-5, ((z**2).mean() - 1, (z**4).mean() - 3)
 
@@ -87,7 +97,8 @@ def gaussian_factors(engine, key: int, draw: int, base: int, count: int, scale: 
     zeros = lambda: torch.zeros(count, device=engine.device)
     plan = MaskPlan("gaussian", scale=scale)
     hyper = Hyper(1e-3, 0.0, 0.5, 1e-8, 0.0, False, False, plan)
-    batch = TensorBatch(torch.device(engine.device), torch.float32, torch.float32, [hyper])
+    batch = TensorBatch(torch.device(engine.device), torch.float32, torch.float32)
+    batch.hypers = [hyper]
     batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs = [zeros()], [zeros() + 1], [zeros()], [zeros()]
     batch.max_exp_avg_sqs, batch.steps, batch.keys = [None], [torch.tensor(float(draw), device=engine.device)], [key]
     batch.layouts, batch.mask_words, batch.hyper_rows = [RowBlock(base, count, count)], [None], [0]
@@ -98,7 +109,9 @@ def gaussian_factors(engine, key: int, draw: int, base: int, count: int, scale: 
 
 @pytest.mark.parametrize("base", [0, 1, 2, 3, 2**31 - 4001, 2**33 - 70_001, 2**34 - 333, 2**38 + 5])
 def test_fused_factors_are_the_exact_ones(base, seed):
-    """N(1, scale^2), scale so large that every bit of z shows: 100 000 numbers, hundreds of them beyond the central polynomial."""
+    """N(1, scale^2), scale so large that every bit of z shows: 100 000 numbers, hundreds of them beyond the central
+    polynomial.
+    """
     require("cpu")
     key, count, scale = stream_key("w", seed), 100_003, 3.0 * 2**20
     z = normal_from_words(words32(key, 5, DOMAIN_GAUSSIAN, base, count), EXACT_ROUNDING)

@@ -1,4 +1,7 @@
-"""Keep rates and independence of the masks, over a hundred million draws. A right implementation exceeds each bound with probability < 1e-9."""
+"""Keep rates and independence of the masks, over a hundred million draws.
+
+A right implementation exceeds each bound with probability < 1e-9.
+"""
 
 import functools
 import math
@@ -87,12 +90,16 @@ def test_masks_of_different_streams_are_independent(p, seed):
     keep = 1 - threshold / 65536
     for i, what in enumerate(kept):
         for other in list(kept)[i + 1 :]:
-            assert_binomial(int(np.count_nonzero(kept[what] & kept[other])), SOME, keep * keep, f"both {what} and {other}")
+            assert_binomial(
+                int(np.count_nonzero(kept[what] & kept[other])), SOME, keep * keep, f"both {what} and {other}"
+            )
 
 
 @pytest.mark.parametrize("p", [0.2, 0.9])
 def test_neighbouring_elements_are_independent(p, seed):
-    """Correlation of the keep bits, and of the draws themselves, at lags 1 .. 16 (a Philox call serves 8 elements) and of rows of 768 and 1024."""
+    """Correlation of the keep bits, and of the draws themselves, at lags 1 .. 16 (a Philox call serves 8 elements)
+    and of rows of 768 and 1024.
+    """
     threshold = round(p * 65536)
     u16 = draws(stream_key("layer.0.weight", seed), 3, first=5)
     keep = 1 - threshold / 65536
@@ -100,8 +107,13 @@ def test_neighbouring_elements_are_independent(p, seed):
     level = (u16 - np.float32(32767.5)) / np.float32(65536 / math.sqrt(12))
     for lag in (*range(1, 17), 768, 1024, 65536):
         for what, x in (("keep bits", bits), ("draws", level)):
-            correlation = sum(float(np.dot(x[i : min(i + PIECE, SOME - lag)], x[i + lag : i + lag + PIECE])) for i in range(0, SOME - lag, PIECE))
-            assert abs(correlation) / math.sqrt(SOME - lag) < Z, f"{what} at lag {lag}: {correlation / (SOME - lag):.3g}"
+            correlation = sum(
+                float(np.dot(x[i : min(i + PIECE, SOME - lag)], x[i + lag : i + lag + PIECE]))
+                for i in range(0, SOME - lag, PIECE)
+            )
+            assert abs(correlation) / math.sqrt(SOME - lag) < Z, (
+                f"{what} at lag {lag}: {correlation / (SOME - lag):.3g}"
+            )
 
 
 def test_elements_are_independent_from_step_to_step(seed):
@@ -124,7 +136,9 @@ def test_blocks_are_kept_at_their_rate_independently(seed):
     keep = 1 - threshold / 65536
     assert_binomial(int(kept.sum()), kept.size, keep, "blocks kept")
     assert_binomial(int((kept[1:] & kept[:-1]).sum()), kept[1:].size, keep**2, "neighbouring blocks kept")
-    assert_binomial(int((kept[:, 1:] & kept[:, :-1]).sum()), kept[:, 1:].size, keep**2, "blocks kept in successive steps")
+    assert_binomial(
+        int((kept[:, 1:] & kept[:, :-1]).sum()), kept[:, 1:].size, keep**2, "blocks kept in successive steps"
+    )
     named = [(f"encoder.layer.{i}.w", torch.nn.Parameter(torch.zeros(1))) for i in range(blocks)]
     optimizer = FusedGradDropAdamW(named, mask=LayerGradDrop(p=0.2, layers="encoder.layer.*"), seed=seed)
     told = [optimizer.mask(param, step=step).item() for _, param in named for step in range(20)]

@@ -6,7 +6,19 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import BF16, ENGINES, EXACT, F16, F32, PLAIN, Engine, assert_same_bits, fused_engines, instruction_set, require
+from cases import (
+    BF16,
+    ENGINES,
+    EXACT,
+    F16,
+    F32,
+    PLAIN,
+    Engine,
+    assert_same_bits,
+    fused_engines,
+    instruction_set,
+    require,
+)
 
 from graddrop_kernels import backends, bitmask
 from graddrop_kernels.backends import cpu
@@ -32,7 +44,9 @@ class Shard(NamedTuple):
 
     @staticmethod
     def flat(first: int, count: int) -> "Shard":
-        return Shard(RowBlock(first, max(count, 1), max(count, 1)), lambda whole: whole.flatten()[first : first + count].clone())
+        return Shard(
+            RowBlock(first, max(count, 1), max(count, 1)), lambda whole: whole.flatten()[first : first + count].clone()
+        )
 
 
 SHARDS = {
@@ -58,7 +72,9 @@ PLANS = {
     "gaussian": MaskPlan("gaussian", scale=0.5),
     "buckets": MaskPlan("bucket", buckets=5, first_bucket=1, last_bucket=3),
     "buckets by age": MaskPlan("bucket", frozen=True, buckets=7, first_bucket=0, last_bucket=4, ages=(4, 3, 2, 2, 1)),
-    "many buckets by age": MaskPlan("bucket", frozen=True, buckets=100, first_bucket=20, last_bucket=90, ages=tuple(range(91))),
+    "many buckets by age": MaskPlan(
+        "bucket", frozen=True, buckets=100, first_bucket=20, last_bucket=90, ages=tuple(range(91))
+    ),
     "fixed": MaskPlan("fixed", frozen=True, scale=2.0),
 }
 STORAGES = {"recompute": False, "bitpacked": True}
@@ -79,11 +95,14 @@ def whole_tensors(generator: torch.Generator, dtypes, shape=(ROWS, COLUMNS)) -> 
     return tensors
 
 
-def step(engine: Engine, shards: list[tuple[RowBlock, dict, torch.Tensor | None]], plan: MaskPlan, key: int, dtypes) -> list[dict]:
+def step(
+    engine: Engine, shards: list[tuple[RowBlock, dict, torch.Tensor | None]], plan: MaskPlan, key: int, dtypes
+) -> list[dict]:
     """One step, the fifth, on all the shards in one batch; returns the new tensors."""
     device = torch.device(engine.device)
     hyper = Hyper(3e-2, 0.8, 0.95, 1e-3, 0.1, True, True, plan)
-    batch = TensorBatch(device, *dtypes, [hyper])
+    batch = TensorBatch(device, *dtypes)
+    batch.hypers = [hyper]
     for layout, tensors, words in shards:
         moved = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
         batch.params.append(moved["param"])
@@ -109,10 +128,14 @@ def words_of(plan: MaskPlan, key: int, layout: RowBlock, numel: int, fixed: torc
     return backends.bucket_planes(key, plan.buckets, layout, numel, torch.device("cpu")) if plan.bitpacked else None
 
 
-@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F32)], ids=["float32", "bfloat16", "float16-float32"])
+@pytest.mark.parametrize(
+    "dtypes", [(F32, F32), (BF16, BF16), (F16, F32)], ids=["float32", "bfloat16", "float16-float32"]
+)
 @pytest.mark.parametrize("plan, packed", CASES)
 def test_shards_step_as_slices_of_the_whole(plan, packed, dtypes, seed):
-    """All shards in one batch, against slices of the whole parameter's step by the same engine; and all fused engines against "exact"."""
+    """All shards in one batch, against slices of the whole parameter's step by the same engine; and all fused
+    engines against "exact".
+    """
     plan = dataclasses.replace(plan, bitpacked=packed)
     generator = torch.Generator().manual_seed(seed)
     key, whole = stream_key("w", seed), whole_tensors(generator, dtypes)
@@ -125,7 +148,9 @@ def test_shards_step_as_slices_of_the_whole(plan, packed, dtypes, seed):
             rows = [(RowBlock.whole(count), flat, words_of(plan, key, RowBlock.whole(count), count, fixed))]
             for shard in SHARDS.values():
                 part = {name: shard.take(tensor) for name, tensor in whole.items()}
-                rows.append((shard.layout, part, words_of(plan, key, shard.layout, part["param"].numel(), shard.take(fixed))))
+                rows.append(
+                    (shard.layout, part, words_of(plan, key, shard.layout, part["param"].numel(), shard.take(fixed)))
+                )
         result, *parts = step(engine, rows, plan, key, dtypes)
         exact = exact or result
         for name, tensor in result.items():
@@ -145,7 +170,9 @@ def test_masks_of_shards_are_slices_of_the_mask(plan, packed, seed):
     whole = keep_and_bucket(plan, key, 4, RowBlock.whole(count), count, words)
     for what, shard in SHARDS.items():
         numel = shard.take(fixed).numel()
-        part = keep_and_bucket(plan, key, 4, shard.layout, numel, words_of(plan, key, shard.layout, numel, shard.take(fixed)))
+        part = keep_and_bucket(
+            plan, key, 4, shard.layout, numel, words_of(plan, key, shard.layout, numel, shard.take(fixed))
+        )
         for mine, all_of_it in zip(part, whole):
             assert (mine is None) == (all_of_it is None)
             if mine is not None:
@@ -176,15 +203,23 @@ BASES = [1, 3, 7, 2**31 - 1000, 2**32 - 5, 2**33 - 1001, 2**34 - 77, 2**35 - 200
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", ["bernoulli", "gaussian", "buckets by age"])
 def test_far_shards(name, base, seed):
-    """Rows of a parameter with more than 2^31 elements: the step of a far shard, by every engine, its mask from the draws of the global indices."""
+    """Rows of a parameter with more than 2^31 elements: the step of a far shard, by every engine, its mask from the
+    draws of the global indices.
+    """
     plan, key = PLANS[name], stream_key("w", seed)
     rows, inner = 5, random.Random(seed).randrange(200, 600)
     layout = RowBlock(base, inner, 2**20 + 3)
-    tensors = {key: tensor.flatten() for key, tensor in whole_tensors(torch.Generator().manual_seed(seed), (F32, F32), (rows, inner)).items()}
+    tensors = {
+        key: tensor.flatten()
+        for key, tensor in whole_tensors(torch.Generator().manual_seed(seed), (F32, F32), (rows, inner)).items()
+    }
     (exact,) = step(EXACT, [(layout, tensors, None)], plan, key, (F32, F32))
     keep, _ = keep_and_bucket(plan, key, 4, layout, rows * inner)
     if keep is not None:
-        single = [keep_and_bucket(plan, key, 4, RowBlock(base + row * (2**20 + 3), inner, inner), inner)[0] for row in range(rows)]
+        single = [
+            keep_and_bucket(plan, key, 4, RowBlock(base + row * (2**20 + 3), inner, inner), inner)[0]
+            for row in range(rows)
+        ]
         assert_same_bits(keep, torch.cat(single))
         assert 0.2 < keep.double().mean() < 0.8
     for engine in fused_engines((F32, F32)):

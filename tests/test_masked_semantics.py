@@ -1,4 +1,4 @@
-"""The two meanings of "masked", as properties of random cases: a frozen element stays bit for bit, a masked gradient is AdamW on that gradient."""
+"""The two meanings of "masked", as properties of random cases: frozen is untouched, gradient is AdamW on that gradient."""
 
 from dataclasses import dataclass
 
@@ -63,7 +63,9 @@ class Drawn:
         policy = self.policy
         if isinstance(policy, tuple):
             density, scale = policy
-            policy = FixedMask({name: torch.rand(value.shape, generator=generator) < density for name, value in values}, scale)
+            policy = FixedMask(
+                {name: torch.rand(value.shape, generator=generator) < density for name, value in values}, scale
+            )
         return values, [randn() for _ in self.epochs], policy
 
 
@@ -76,7 +78,9 @@ def trainings(draw, masked: str):
         st.builds(GradDrop, p, st.sampled_from(["step", "epoch"])),
         st.builds(GradDropEpoch, st.integers(2, 70), st.booleans(), st.sampled_from(["bitpacked", "recompute"])),
         st.builds(LayerGradDrop, p, st.sampled_from(["step", "epoch"]), st.just(LAYERS)),
-        st.builds(GradFreeze, st.integers(1, 5), st.sampled_from(["top_down", "bottom_up"]), st.just(None), st.just(LAYERS)),
+        st.builds(
+            GradFreeze, st.integers(1, 5), st.sampled_from(["top_down", "bottom_up"]), st.just(None), st.just(LAYERS)
+        ),
         st.tuples(st.floats(0, 1), st.sampled_from([1.0, 2.0, 4.0])),
     )
     return Drawn(
@@ -90,7 +94,9 @@ def trainings(draw, masked: str):
 
 
 def scale_of(policy, epoch: int) -> float:
-    """The factor on kept gradients: 1 / (exact keep probability) for random elements, the mask's own for a fixed one, else 1."""
+    """The factor on kept gradients: 1 / (exact keep probability) for random elements, the mask's own for a fixed
+    one, else 1.
+    """
     if isinstance(policy, GradDrop):
         return 65536 / (65536 - round(policy.p * 65536))
     return policy.scale if isinstance(policy, FixedMask) else 1.0
@@ -107,7 +113,9 @@ def moments(dtypes) -> dict:
 
 @given(trainings("gradient"))
 def test_masked_gradient_is_adamw_on_that_gradient(case):
-    """Bit for bit: the same engine with mask=None, fed keep ? g * scale : 0, so that moments decay and momentum and weight decay go on."""
+    """Bit for bit: the same engine with mask=None, fed keep ? g * scale : 0, so that moments decay and momentum and
+    weight decay go on.
+    """
     (values, grads, policy), epochs, arguments, dtypes = case.tensors(), case.epochs, case.arguments, case.dtypes
     for engine in engines(dtypes):
         masked = Training(values, engine, mask=policy, **arguments, **moments(dtypes))
@@ -115,7 +123,10 @@ def test_masked_gradient_is_adamw_on_that_gradient(case):
         for step, (each, epoch) in enumerate(zip(grads, epochs)):
             masked.optimizer.set_epoch(epoch)
             scale = torch.tensor(scale_of(policy, epoch), dtype=F64 if dtypes[0] is F64 else F32)
-            fed = [torch.where(mask, (grad.to(scale.dtype) * scale).to(grad.dtype), 0) for mask, grad in zip(masked.masks(), each)]
+            fed = [
+                torch.where(mask, (grad.to(scale.dtype) * scale).to(grad.dtype), 0)
+                for mask, grad in zip(masked.masks(), each)
+            ]
             masked.step(each, epoch)
             plain.step(fed)
             assert_same_tensors(masked.tensors(), plain.tensors(), f"{engine} after step {step} under {policy}")
@@ -123,10 +134,15 @@ def test_masked_gradient_is_adamw_on_that_gradient(case):
 
 @given(trainings("frozen"), st.sampled_from(["active", "global"]))
 def test_frozen_elements_stay_bit_for_bit(case, bias_correction):
-    """Parameter, both moments and their maximum where the mask is False; a wholly frozen block's step count too. The others do move."""
+    """Parameter, both moments and their maximum where the mask is False; a wholly frozen block's step count too.
+
+    The others do move.
+    """
     (values, grads, policy), epochs, arguments, dtypes = case.tensors(), case.epochs, case.arguments, case.dtypes
     for engine in engines(dtypes):
-        training = Training(values, engine, mask=policy, bias_correction=bias_correction, **arguments, **moments(dtypes))
+        training = Training(
+            values, engine, mask=policy, bias_correction=bias_correction, **arguments, **moments(dtypes)
+        )
         for step, (each, epoch) in enumerate(zip(grads, epochs)):
             training.optimizer.set_epoch(epoch)
             before, masks = training.tensors(), training.masks()
@@ -136,17 +152,23 @@ def test_frozen_elements_stay_bit_for_bit(case, bias_correction):
                 for key in (f"{kind}{name}" for kind in ("", "exp_avg of ", "exp_avg_sq of ", "max_exp_avg_sq of ")):
                     if key in after:
                         old = before.get(key, torch.zeros_like(after[key]))
-                        assert_same_bits(after[key][~mask], old[~mask], f"frozen elements of {key}, {engine}, step {step}, {policy}")
+                        assert_same_bits(
+                            after[key][~mask], old[~mask], f"frozen elements of {key}, {engine}, step {step}, {policy}"
+                        )
                 moment = f"exp_avg of {name}"
                 if step == 0:  # float16 holds no moment of a gradient below 1e-6
-                    assert (after[moment][mask & (grad.abs() > 1e-3)] != 0).all(), f"{engine} does not train all of {name}"
+                    assert (after[moment][mask & (grad.abs() > 1e-3)] != 0).all(), (
+                        f"{engine} does not train all of {name}"
+                    )
                 if isinstance(policy, (LayerGradDrop, GradFreeze)) and mask.numel():
                     assert after[f"step of {name}"] == before.get(f"step of {name}", 0.0) + mask.any()
 
 
 @given(trainings("frozen"))
 def test_kept_elements_of_a_frozen_mask_step_as_in_adamw(case):
-    """bias_correction="global": from the same state, the kept elements step as mask=None makes them, on the scaled gradient."""
+    """bias_correction="global": from the same state, the kept elements step as mask=None makes them, on the scaled
+    gradient.
+    """
     (values, grads, policy), epochs, arguments, dtypes = case.tensors(), case.epochs, case.arguments, case.dtypes
     for engine in engines(dtypes):
         masked = Training(values, engine, mask=policy, bias_correction="global", **arguments, **moments(dtypes))
@@ -165,12 +187,18 @@ def test_kept_elements_of_a_frozen_mask_step_as_in_adamw(case):
             for (name, _), mask in zip(values, masks):
                 for key in (f"{kind}{name}" for kind in ("", "exp_avg of ", "exp_avg_sq of ", "max_exp_avg_sq of ")):
                     if key in after:
-                        assert_same_bits(after[key][mask], expected[key][mask], f"kept elements of {key}, {engine}, step {step}, {policy}")
+                        assert_same_bits(
+                            after[key][mask],
+                            expected[key][mask],
+                            f"kept elements of {key}, {engine}, step {step}, {policy}",
+                        )
 
 
 @given(st.data())
 def test_mask_of_a_past_step_is_the_one_it_used(data):
-    """optimizer.mask(param, step=k) tells afterwards what optimizer.mask(param) told before step k; by name as by tensor."""
+    """optimizer.mask(param, step=k) tells afterwards what optimizer.mask(param) told before step k; by name as by
+    tensor.
+    """
     case = data.draw(trainings("gradient"))
     (values, grads, _), arguments, dtypes = case.tensors(), case.arguments, case.dtypes
     policy = data.draw(st.sampled_from([GradDrop(p=0.3), LayerGradDrop(p=0.5, layers=LAYERS)]))
@@ -187,7 +215,9 @@ def test_mask_of_a_past_step_is_the_one_it_used(data):
 
 @given(st.integers(1, 65535), st.integers(0, 2**32))
 def test_kept_gradients_are_scaled_by_the_inverse_of_the_exact_keep_probability(threshold, seed):
-    """p anywhere in the half step around threshold / 65536 gives the same draws and the scale 65536 / (65536 - threshold), rounded to float32."""
+    """p anywhere in the half step around threshold / 65536 gives the same draws and the scale 65536 / (65536 -
+    threshold), rounded to float32.
+    """
     p = (threshold + (-0.4 if threshold == 65535 else 0.4)) / 65536
     grad = torch.randn(4099, generator=torch.Generator().manual_seed(seed))
     for engine in ENGINES:
@@ -201,10 +231,21 @@ def test_kept_gradients_are_scaled_by_the_inverse_of_the_exact_keep_probability(
 
 @given(st.floats(0.05, 0.95), st.integers(0, 2**32), st.integers(1, 40))
 def test_frozen_random_masks_count_the_expected_number_of_active_steps(p, seed, steps):
-    """bias_correction="active" under a random frozen mask: an element kept at step t is taken to be 1 + (t - 1) (1 - p) steps old."""
+    """bias_correction="active" under a random frozen mask: an element kept at step t is taken to be 1 + (t - 1) (1
+    - p) steps old.
+    """
     generator = torch.Generator().manual_seed(seed)
     engine = ENGINES[0]
-    training = Training([("w", torch.zeros(64))], engine, seed, lr=1e-2, betas=(0.8, 0.95), weight_decay=0.0, mask=GradDrop(p=p), masked="frozen")
+    training = Training(
+        [("w", torch.zeros(64))],
+        engine,
+        seed,
+        lr=1e-2,
+        betas=(0.8, 0.95),
+        weight_decay=0.0,
+        mask=GradDrop(p=p),
+        masked="frozen",
+    )
     for _ in range(steps):
         (mask,), before = training.masks(), training.tensors()
         training.step([torch.randn(64, generator=generator) + 3])

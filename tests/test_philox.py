@@ -1,4 +1,4 @@
-"""Philox4x32-10 and the draw layout: known answers, PyTorch against C++, and the specification written out once more in plain Python."""
+"""Philox and the draw layout: known answers, PyTorch against C++, and the specification once more in plain Python."""
 
 import hashlib
 import random
@@ -30,7 +30,9 @@ def key_of(halves) -> int:
 
 
 def spec_key(name: str, seed: int) -> int:
-    """The key as the specification has it: BLAKE2b, 8 bytes, keyed by the seed; two little-endian u32, k0 the low half."""
+    """The key as the specification has it: BLAKE2b, 8 bytes, keyed by the seed; two little-endian u32, k0 the low
+    half.
+    """
     digest = hashlib.blake2b(name.encode("utf-8"), digest_size=8, key=struct.pack("<Q", seed)).digest()
     return key_of(struct.unpack("<II", digest))
 
@@ -81,7 +83,9 @@ def test_million_random_counters_torch_against_cpp(seed):
     for counter, key in zip(counters, keys):
         compiled = cpu.philox(torch.from_numpy(counter), torch.full((rows,), int(key), dtype=torch.uint64))
         words = philox.philox4x32_10(*torch.from_numpy(counter.astype(np.int64)).unbind(1), int(key))
-        assert_same_bits(torch.from_numpy(compiled.numpy().astype(np.int64)), torch.stack(words, 1), f"words under key {key:#x}")
+        assert_same_bits(
+            torch.from_numpy(compiled.numpy().astype(np.int64)), torch.stack(words, 1), f"words under key {key:#x}"
+        )
     # and a key of its own for every counter, in Python ints
     keys = rng.integers(0, 2**64, 1000, dtype=np.uint64)
     compiled = cpu.philox(torch.from_numpy(counters[0, :1000].copy()), torch.from_numpy(keys)).tolist()
@@ -108,7 +112,9 @@ def test_uniform16_cpp_is_torch(first, seed, isa):
     for domain in range(5):
         for count in (0, 1, 7, 9, 127, 129, 1500):
             compiled = cpu.uniform16(key, draw, domain, first, count).to(torch.int64)
-            assert_same_bits(compiled, philox.uniform16(key, draw, domain, first, count), f"domain {domain}, {count} from {first}")
+            assert_same_bits(
+                compiled, philox.uniform16(key, draw, domain, first, count), f"domain {domain}, {count} from {first}"
+            )
 
 
 def test_uniform16_long_range(seed, isa):
@@ -132,7 +138,9 @@ def test_pieces_of_a_stream_fit_together(seed):
     assert_same_bits(torch.cat(pieces), whole)
 
 
-@pytest.mark.parametrize("name", ["weight", "roberta.encoder.layer.3.attention.self.query.weight", "0.0", "couche.é.重み", ""])
+@pytest.mark.parametrize(
+    "name", ["weight", "roberta.encoder.layer.3.attention.self.query.weight", "0.0", "couche.é.重み", ""]
+)
 @pytest.mark.parametrize("key_seed", [0, 1, 0x0123456789ABCDEF, 2**64 - 1])
 def test_stream_key_is_keyed_blake2b(name, key_seed):
     assert philox.stream_key(name, key_seed) == spec_key(name, key_seed)
@@ -144,7 +152,9 @@ def test_stream_key_low_half_is_k0():
 
 
 def test_draws_domains_and_keys_are_separate_streams(seed):
-    """Two independent streams agree in one of 65536 draws: 2^19 draws agree 8 times in the mean, more than 45 times with probability 1e-18."""
+    """Two independent streams agree in one of 65536 draws: 2^19 draws agree 8 times in the mean, more than 45 times
+    with probability 1e-18.
+    """
     key, count = spec_key("w", seed), 1 << 19
     streams = {f"domain {domain}, draw {draw}": (key, draw, domain) for domain in range(5) for draw in (0, 1)}
     streams |= {"draw 2^16": (key, 2**16, 0), "draw 2^31": (key, 2**31, 0), "seed + 1": (spec_key("w", seed + 1), 0, 0)}
@@ -153,11 +163,19 @@ def test_draws_domains_and_keys_are_separate_streams(seed):
     for what in drawn:
         for other in drawn:
             same = int((drawn[what] == drawn[other]).sum())
-            assert same == count if what == other else same <= 45, f"{what} and {other} agree in {same} of {count} draws"
+            assert same == count if what == other else same <= 45, (
+                f"{what} and {other} agree in {same} of {count} draws"
+            )
 
 
 def test_domain_numbers_are_the_specification():
-    domains = (philox.DOMAIN_ELEMENT, philox.DOMAIN_BLOCK, philox.DOMAIN_BUCKET, philox.DOMAIN_GAUSSIAN, philox.DOMAIN_ROUNDING)
+    domains = (
+        philox.DOMAIN_ELEMENT,
+        philox.DOMAIN_BLOCK,
+        philox.DOMAIN_BUCKET,
+        philox.DOMAIN_GAUSSIAN,
+        philox.DOMAIN_ROUNDING,
+    )
     assert domains == (0, 1, 2, 3, 4)
 
 

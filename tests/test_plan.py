@@ -198,7 +198,7 @@ def test_p_0_costs_nothing():
     "mask",
     [
         GradDropEpoch(epochs=3),
-        GradDropEpoch(epochs=3, toggle=True, storage="recompute"),
+        GradDropEpoch(epochs=3, toggle=True, storage="bitpacked"),
         GradFreeze(epochs=3, layers="layer.*"),
     ],
     ids=["epoch", "toggle", "freeze"],

@@ -511,7 +511,7 @@ POLICY_VALUES = [
     LayerGradDrop(),
     LayerGradDrop(p=LinearAnneal(epochs=4), every="epoch", layers=["encoder.layer.*", "decoder.layer.*"]),
     GradDropEpoch(epochs=9),
-    GradDropEpoch(epochs=9, toggle=True, storage="recompute"),
+    GradDropEpoch(epochs=9, toggle=True, storage="bitpacked"),
     GradFreeze(epochs=6),
     GradFreeze(epochs=6, direction="bottom_up", blocks_per_epoch=2, layers="layer.*"),
 ]

@@ -1,4 +1,7 @@
-"""The backends in one table: name, devices, dtypes, how to tell whether it runs here. Add a backend: one file, one row."""
+"""The backends in one table: name, devices, dtypes, how to tell whether it runs here.
+
+Add a backend: one file, one row.
+"""
 
 import os
 from collections.abc import Callable
@@ -14,8 +17,13 @@ from . import cpu
 
 _HALF = (torch.bfloat16, torch.float16)
 # (parameter dtype, moment dtype)
-_ANY_DTYPES = tuple((dtype, moments) for dtype in (torch.float32, torch.float64, *_HALF) for moments in {dtype, torch.float32})
-_FUSED_DTYPES = ((torch.float32, torch.float32), *((dtype, moments) for dtype in _HALF for moments in (torch.float32, dtype)))
+_ANY_DTYPES = tuple(
+    (dtype, moments) for dtype in (torch.float32, torch.float64, *_HALF) for moments in {dtype, torch.float32}
+)
+_FUSED_DTYPES = (
+    (torch.float32, torch.float32),
+    *((dtype, moments) for dtype in _HALF for moments in (torch.float32, dtype)),
+)
 
 
 @dataclass(frozen=True)
@@ -51,10 +59,13 @@ class Backend:
 
 BACKENDS = (
     Backend("cpu", "C++, one pass over memory", ("cpu",), _FUSED_DTYPES, True, cpu.unavailable, cpu.masked_adamw_),
-    Backend("reference", "plain PyTorch, slow; defines the meaning", None, _ANY_DTYPES, True, lambda: None, reference.masked_adamw_),
     Backend(
-        "exact", "the reference with every fma rounded once: the bits of the fused backends", None, _ANY_DTYPES, False, lambda: None,
-        partial(reference.masked_adamw_, exact=True),
+        "reference", "plain PyTorch, slow; defines the meaning",
+        None, _ANY_DTYPES, True, lambda: None, reference.masked_adamw_,
+    ),
+    Backend(
+        "exact", "the reference with every fma rounded once: the bits of the fused backends",
+        None, _ANY_DTYPES, False, lambda: None, partial(reference.masked_adamw_, exact=True),
     ),
 )  # fmt: skip
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -66,7 +77,9 @@ def available_backends() -> tuple[str, ...]:
 
 
 def check_name(name: str) -> str:
-    """Raises ValueError for a name that is neither a backend's nor "auto"; RuntimeError for one that cannot run here, with the remedy."""
+    """Raises ValueError for a name that is neither a backend's nor "auto"; RuntimeError for one that cannot run here,
+    with the remedy.
+    """
     if name != "auto":
         if name not in _BY_NAME:
             raise ValueError(f"backend={name!r} is unknown; choose 'auto' or one of {', '.join(map(repr, _BY_NAME))}")
@@ -77,16 +90,23 @@ def check_name(name: str) -> str:
 
 
 def select(name: str, device: torch.device, param_dtype: torch.dtype, moment_dtype: torch.dtype) -> Backend:
-    """The backend for one batch. ``"auto"`` takes the first that fits, GRADDROP_BACKEND overrides ``"auto"``; a named one that does not fit raises."""
+    """The backend for one batch.
+
+    ``"auto"`` takes the first that fits, GRADDROP_BACKEND overrides ``"auto"``; a named one that does not fit raises.
+    """
     if name == "auto":
         name = os.environ.get("GRADDROP_BACKEND", "auto")
     if name == "auto":
-        fitting = (backend for backend in BACKENDS if backend.automatic and not backend.misfit(device, param_dtype, moment_dtype))
+        fitting = (
+            backend
+            for backend in BACKENDS
+            if backend.automatic and not backend.misfit(device, param_dtype, moment_dtype)
+        )
         backend = next(fitting, None)
         if backend is None:
             raise TypeError(
-                f"no backend takes {_short(param_dtype)} parameters with {_short(moment_dtype)} moments on {device.type}; "
-                "float32, float64, bfloat16 and float16 are supported"
+                f"no backend takes {_short(param_dtype)} parameters with {_short(moment_dtype)} moments "
+                f"on {device.type}; float32, float64, bfloat16 and float16 are supported"
             )
         return backend
     check_name(name)
@@ -97,7 +117,9 @@ def select(name: str, device: torch.device, param_dtype: torch.dtype, moment_dty
 
 
 def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int, device: torch.device) -> torch.Tensor:
-    """The bit-planes of a parameter's buckets (bitmask.pack_buckets), made by the fastest code at hand for its device."""
+    """The bit-planes of a parameter's buckets (bitmask.pack_buckets),
+    made by the fastest code at hand for its device.
+    """
     if device.type == "cpu" and cpu.unavailable() is None:
         return cpu.bucket_planes(key, buckets, layout, numel)
     drawn = reference.by_runs(layout, numel, device, lambda *run: bitmask.element_buckets(key, buckets, *run))

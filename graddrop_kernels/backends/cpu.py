@@ -24,20 +24,42 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         library = ctypes.CDLL(str(_LIBRARY))
         version = library.graddrop_cpu_table_version()
         if version != TABLE_VERSION:
-            return None, f"{_LIBRARY.name} was built from other sources (table version {version}, not {TABLE_VERSION}); run pip install again"
-        # torch is loaded already; this finds the same library by its path. The C ABI's parallel_for runs on torch's own threads.
+            return None, (
+                f"{_LIBRARY.name} was built from other sources (table version {version}, not {TABLE_VERSION}); "
+                "run pip install again"
+            )
+        # torch is loaded already; this finds the same library by its path.
+        # The C ABI's parallel_for runs on torch's own threads.
         torch_cpu = next((Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"))
-        library.graddrop_cpu_set_parallel_for(ctypes.cast(ctypes.CDLL(str(torch_cpu)).torch_parallel_for, ctypes.c_void_p))
+        library.graddrop_cpu_set_parallel_for(
+            ctypes.cast(ctypes.CDLL(str(torch_cpu)).torch_parallel_for, ctypes.c_void_p)
+        )
     except (OSError, AttributeError, StopIteration) as error:
         return None, f"{_LIBRARY.name} cannot be loaded with torch {torch.__version__}: {error}"
-    library.graddrop_cpu_masked_adamw.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]
-    library.graddrop_cpu_uniform16.argtypes = [ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    library.graddrop_cpu_masked_adamw.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_int32,
+        ctypes.c_int32,
+    ]
+    library.graddrop_cpu_uniform16.argtypes = [
+        ctypes.c_uint64,
+        ctypes.c_uint32,
+        ctypes.c_uint32,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
     library.graddrop_cpu_bucket_planes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     library.graddrop_cpu_philox.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     library.graddrop_cpu_isa.restype = ctypes.c_char_p
     requested = os.environ.get("GRADDROP_CPU_ISA", "")
     if library.graddrop_cpu_select_isa(requested.encode()) != 0:
-        return None, f"GRADDROP_CPU_ISA={requested!r} is not among this processor's and this build's: avx512_bf16, avx512, avx2, portable"
+        return None, (
+            f"GRADDROP_CPU_ISA={requested!r} is not among this processor's and this build's: "
+            "avx512_bf16, avx512, avx2, portable"
+        )
     return library, None
 
 
@@ -66,7 +88,10 @@ def select_isa(name: str) -> None:
         ValueError: this processor or this build does not have it.
     """
     if library().graddrop_cpu_select_isa(name.encode()) != 0:
-        raise ValueError(f"instruction set {name!r} is not among this processor's and this build's: avx512_bf16, avx512, avx2, portable")
+        raise ValueError(
+            f"instruction set {name!r} is not among this processor's and this build's: "
+            "avx512_bf16, avx512, avx2, portable"
+        )
 
 
 def masked_adamw_(batch: TensorBatch) -> None:
@@ -89,15 +114,22 @@ def uniform16(key: int, draw: int, domain: int, first: int, count: int) -> torch
 
 
 def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int) -> torch.Tensor:
-    """The buckets of a layout's elements as bit-planes (bitmask.pack_buckets), by the kernels: int32 tensor of shape (num_planes(buckets), num_words(numel))."""
+    """The buckets of a layout's elements as bit-planes (bitmask.pack_buckets), by the kernels:
+    int32 tensor of shape (num_planes(buckets), num_words(numel)).
+    """
     planes = torch.zeros(num_planes(buckets), num_words(numel), dtype=torch.int32)
-    row = TensorRow(numel=numel, base=layout.base, local_inner=layout.local_inner, global_inner=layout.global_inner, key=key)
+    row = TensorRow(
+        numel=numel, base=layout.base, local_inner=layout.local_inner, global_inner=layout.global_inner, key=key
+    )
     library().graddrop_cpu_bucket_planes(ctypes.addressof(row), buckets, planes.size(0), planes.data_ptr())
     return planes
 
 
 def philox(counters: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """One Philox4x32-10 call a row, by csrc/philox.h: counters uint32 (n, 4), keys uint64 (n,) -> uint32 (n, 4). For tests."""
+    """One Philox4x32-10 call a row, by csrc/philox.h: counters uint32 (n, 4), keys uint64 (n,) -> uint32 (n, 4).
+
+    For tests.
+    """
     out = torch.empty_like(counters)
     library().graddrop_cpu_philox(counters.data_ptr(), keys.data_ptr(), counters.size(0), out.data_ptr())
     return out

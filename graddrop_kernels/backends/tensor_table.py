@@ -11,12 +11,16 @@ from ..multi_tensor import Hyper, TensorBatch
 
 TABLE_VERSION = 1  # kTableVersion
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType
-MASK_KINDS = {kind: number for number, kind in enumerate(("keep", "off", "bernoulli", "gaussian", "bucket", "fixed"))}  # MaskKind
+# MaskKind
+MASK_KINDS = {kind: number for number, kind in enumerate(("keep", "off", "bernoulli", "gaussian", "bucket", "fixed"))}
 
 
 class TensorRow(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "mask_words")),
+        *(
+            (name, c_void_p)
+            for name in ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "mask_words")
+        ),
         *((name, c_int64) for name in ("numel", "base", "local_inner", "global_inner")),
         ("key", c_uint64),
         ("hyper", c_int64),
@@ -33,7 +37,10 @@ class HyperRow(ctypes.Structure):
         ("ages", c_void_p),
         ("num_ages", c_int64),
         ("draw", c_int64),
-        *((name, c_int32) for name in ("kind", "frozen", "threshold", "buckets", "first_bucket", "last_bucket", "num_planes", "amsgrad", "maximize", "reserved")),
+        *((name, c_int32) for name in (
+            "kind", "frozen", "threshold", "buckets", "first_bucket", "last_bucket",
+            "num_planes", "amsgrad", "maximize", "reserved",
+        )),
     ]  # fmt: skip
 
 
@@ -41,8 +48,8 @@ def tensor_table(batch: TensorBatch) -> np.ndarray:
     """One TensorRow a parameter, all but its gradient's address, which every step brings anew."""
     table = np.zeros(len(batch.params), TENSOR_ROW)
     for column, tensors in (
-        ("param", batch.params), ("exp_avg", batch.exp_avgs), ("exp_avg_sq", batch.exp_avg_sqs), ("max_exp_avg_sq", batch.max_exp_avg_sqs),
-        ("step", batch.steps), ("mask_words", batch.mask_words),
+        ("param", batch.params), ("exp_avg", batch.exp_avgs), ("exp_avg_sq", batch.exp_avg_sqs),
+        ("max_exp_avg_sq", batch.max_exp_avg_sqs), ("step", batch.steps), ("mask_words", batch.mask_words),
     ):  # fmt: skip
         table[column] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     table["numel"] = [tensor.numel() for tensor in batch.params]
@@ -61,7 +68,8 @@ def hyper_table(hypers: list[Hyper]) -> ctypes.Array:
         plan = hyper.plan
         ages = (c_int64 * len(plan.ages))(*plan.ages)
         table.age_arrays.append(ages)
-        row.lr, row.beta1, row.beta2, row.eps, row.weight_decay = hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay
+        row.lr, row.beta1, row.beta2 = hyper.lr, hyper.beta1, hyper.beta2
+        row.eps, row.weight_decay = hyper.eps, hyper.weight_decay
         row.scale, row.age_rate, row.global_step = plan.scale, plan.age_rate, plan.global_step
         row.ages, row.num_ages = ctypes.addressof(ages), len(plan.ages)
         row.draw = -1 if plan.draw is None else plan.draw

@@ -1,0 +1,34 @@
+# make demo, make test: each sets up everything on a fresh machine (virtual environment, pinned packages, csrc) and then does its job.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/ready
+	$(BIN)/python -m graddrop_kernels.demo $(ARGS)
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/bandwidth.py
+	$(BIN)/python benchmarks/step_cpu.py
+	$(BIN)/python benchmarks/host_overhead.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/plots.py
+	$(BIN)/python benchmarks/render.py
+
+# torch first: an unpinned one would be the newest, with gigabytes of CUDA libraries.
+$(VENV)/ready: setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt torch
+	$(BIN)/pip install -c constraints.txt -e '.[demo,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info graddrop_kernels/_cpu.so graddrop_kernels/_cuda.so

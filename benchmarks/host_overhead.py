@@ -1,0 +1,58 @@
+"""Time of a step over tensors of one element: what Python and the tables cost, without memory traffic."""
+
+import time
+
+import machine
+import torch
+from step_cpu import CASES, Tensors, interleave, ours, summarize, torch_peers
+
+from graddrop_kernels.backends import cpu
+
+TENSORS = (100, 200, 400, 1000, 2000, 4000)
+MEASURED = ("mask=None", "GradDrop", "GradDropEpoch, bit-packed", "LayerGradDrop", "GradFreeze, half frozen")
+
+
+def make_tensors(count: int) -> Tensors:
+    """``count`` parameters of one element, 16 a block as in XLM-R."""
+    tensors = Tensors([], [], [f"encoder.layer.{i // 16}" for i in range(count)])
+    for i, block in enumerate(tensors.blocks):
+        param = torch.nn.Parameter(torch.randn(1))
+        param.grad = torch.randn(1)
+        tensors.named.append((f"{block}.weight{i % 16}", param))
+        tensors.moments.append((torch.randn(1), torch.randn(1).square()))
+    return tensors
+
+
+def measure(count: int, seconds: float, min_rounds: int, max_rounds: int) -> list[dict]:
+    deadline = time.monotonic() + seconds
+    tensors = make_tensors(count)
+    variants = torch_peers(tensors)
+    for case in CASES:
+        if case.name in MEASURED:
+            variants += ours(case, "ours", tensors, [cpu.isa()])
+    interleave(variants, deadline, min_rounds, max_rounds, f"{count} tensors")
+    return [{"tensors": count, **row} for row in summarize(variants, count, 4)]
+
+
+def main() -> None:
+    parser = machine.arguments(__doc__)
+    parser.add_argument("--tensors", type=int, nargs="+", default=list(TENSORS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--budget", type=float, default=120, metavar="SECONDS")
+    options = parser.parse_args()
+    if cpu.unavailable():
+        raise SystemExit(f"nothing to measure: {cpu.unavailable()}")
+    torch.set_num_threads(options.threads)
+    load, rows = machine.Load(), []
+    for count in options.tensors:
+        rounds = (2, 2) if options.quick else (20, 2000)
+        found = measure(count, options.budget / len(options.tensors), *rounds)
+        for row in found:
+            print(f"{count:5} tensors  {row['name']:<28}{row['seconds'] * 1e6:10.0f} us{row['ratio']:8.2f}", flush=True)
+        rows += found
+    results = {"threads": options.threads, "load": load.report(), "rows": rows}
+    print(machine.write("host_overhead", options, results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The rows of the paper by name, and the optimizer for one of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from .. import FusedGradDropAdamW, param_groups
+from ..policies import GaussianGradDrop, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, Policy
+from ..schedules import LinearAnneal
+
+# (epochs, p) -> policy, None for plain AdamW. What anneals starts at the paper's 0.9; it and what freezes take no p.
+METHODS: dict[str, Callable[[int, float], Policy | None]] = {
+    "sft": lambda epochs, p: None,
+    "graddrop": lambda epochs, p: GradDrop(p),
+    "graddrop-redrawn-each-epoch": lambda epochs, p: GradDrop(p, every="epoch"),
+    "anneal-graddrop": lambda epochs, p: GradDrop(LinearAnneal(epochs)),
+    "gaussian-graddrop": lambda epochs, p: GaussianGradDrop(p),
+    "layer-graddrop": lambda epochs, p: LayerGradDrop(p),
+    "anneal-layer-graddrop": lambda epochs, p: LayerGradDrop(LinearAnneal(epochs)),
+    "graddrop-epoch": lambda epochs, p: GradDropEpoch(epochs),
+    "graddrop-epoch-toggle": lambda epochs, p: GradDropEpoch(epochs, toggle=True),
+    "gradfreeze-topdown": lambda epochs, p: GradFreeze(epochs, direction="top_down"),
+    "gradfreeze-bottomup": lambda epochs, p: GradFreeze(epochs, direction="bottom_up"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bits of a run, by the names of the command line; a checkpoint made with other values is refused.
+
+    languages is part of it because it decides the vocabulary, and so the shape of the word embedding.
+    """
+
+    model: str
+    languages: list[str]
+    method: str
+    epochs: int
+    batch_size: int
+    max_length: int
+    lr: float
+    head_lr: float
+    weight_decay: float
+    p: float
+    dropout: float
+    seed: int
+    precision: str
+
+    @property
+    def policy(self) -> Policy | None:
+        """The optimizer's mask."""
+        return METHODS[self.method](self.epochs, self.p)
+
+
+def is_head(model: nn.Module, name: str) -> bool:
+    """Whether the parameter lies outside the pretrained body, which transformers calls the base model."""
+    return not name.startswith(f"{model.base_model_prefix}.")
+
+
+def build_optimizer(model: nn.Module, settings: Settings, backend: str = "auto") -> FusedGradDropAdamW:
+    """The paper's scope, blocks masked and embeddings and head dense; the head has its own learning rate."""
+    groups = []
+    for group in param_groups(model, weight_decay=settings.weight_decay):
+        body = [(name, param) for name, param in group["params"] if not is_head(model, name)]
+        head = [(name, param) for name, param in group["params"] if is_head(model, name)]
+        if body:
+            groups.append({**group, "params": body})
+        if head:
+            groups.append({**group, "params": head, "name": f"head_{group['name']}", "lr": settings.head_lr})
+    return FusedGradDropAdamW(groups, lr=settings.lr, mask=settings.policy, seed=settings.seed, backend=backend)
+
+
+def active_share(optimizer: FusedGradDropAdamW) -> float:
+    """The share of the blocks' elements that the next step does not drop; what is dense anyway is left out."""
+    kept = total = 0
+    for group, share in zip(optimizer.param_groups, optimizer.active_fraction()):
+        if "blocks" in group:
+            size = sum(param.numel() for param in group["params"])
+            kept, total = kept + size * share, total + size
+    return kept / total
