@@ -1,5 +1,7 @@
-// The AdamW update, once: the order of torch's CUDA fused kernel, every fma written out. graddrop_kernels/reference.py is its plain form.
-// Template over the float type F: float here and on the GPU, a vector of floats in csrc/cpu. Everything stays in registers.
+// The AdamW update, once: the order of torch's CUDA fused kernel, every fma written out.
+// graddrop_kernels/reference.py is its plain form.
+// Template over the float type F: float here and on the GPU, a vector of floats in csrc/cpu.
+// Everything stays in registers.
 #pragma once
 #include "host_device.h"
 
@@ -9,15 +11,16 @@ template <typename F>
 struct AdamWScalars {
   F lr_weight_decay;
   F beta1, beta2;
-  F step_size;              // lr / (1 - beta1^t)
-  F bias_correction2_sqrt;  // sqrt(1 - beta2^t)
+  F step_size;                         // lr / (1 - beta1^t)
+  F bias_correction2_sqrt;             // sqrt(1 - beta2^t)
   F bias_correction2_sqrt_reciprocal;  // 1 / bias_correction2_sqrt, rounded once
   F eps;
 };
 
-// a / b, rounded once, for many a >= 0 and one b in (0, 1] with r = 1 / b rounded once: a product and two fma instead of a division, which is four
-// times slower than they are. Exact by Markstein's theorem ("Computation of elementary functions on the IBM RISC System/6000", 1990): q is within an
-// ulp, its remainder is exact, and the last fma rounds once. An infinite a needs the remainder of a finite q.
+// a / b, rounded once, for many a >= 0 and one b in (0, 1] with r = 1 / b rounded once: a product and two fma instead
+// of a division, which is four times slower than they are. Exact by Markstein's theorem ("Computation of elementary
+// functions on the IBM RISC System/6000", 1990): q is within an ulp, its remainder is exact, and the last fma rounds
+// once. An infinite a needs the remainder of a finite q.
 template <typename F>
 GRADDROP_FN F div_by_constant(F a, F b, F r) {
   const F q = min(a * r, F(3.402823466e38f));
@@ -29,8 +32,9 @@ struct AdamWElement {
   F exp_avg, exp_avg_sq, max_exp_avg_sq;
 };
 
-// The update in two steps, so that a vector loop can do the first of one block and the second of the block before: the square root and the division
-// between them take a hundred cycles in a row, which the processor then spends on other elements.
+// The update in two steps, so that a vector loop can do the first of one block and the second of the block before: the
+// square root and the division between them take a hundred cycles in a row, which the processor then spends on other
+// elements.
 template <typename F>
 struct AdamWDirection {
   F numerator;  // step_size * m

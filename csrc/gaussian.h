@@ -1,14 +1,20 @@
-// Standard normal numbers from 32-bit words: sqrt(2) erfinv(x), x uniform in (-1, 1), in operations that repeat bit for bit everywhere.
-// Polynomials: M. Giles, "Approximating the erfinv function" (GPU Computing Gems, 2011); logarithm: Cephes logf. The same as graddrop_kernels/gaussian.py.
+// Standard normal numbers from 32-bit words: sqrt(2) erfinv(x), x uniform in (-1, 1),
+// in operations that repeat bit for bit everywhere.
+// Polynomials: M. Giles, "Approximating the erfinv function" (GPU Computing Gems, 2011); logarithm: Cephes logf.
+// The same as graddrop_kernels/gaussian.py.
 // Templates over the float type F: float here and on the GPU, a vector of floats in csrc/cpu.
 #pragma once
 #include "host_device.h"
 
 namespace graddrop {
 
-GRADDROP_FN float exponent_and_mantissa(float y, float& mantissa) {  // y = mantissa * 2^result, mantissa in [sqrt(1/2), sqrt(2))
-  constexpr int32_t kSqrtHalf = 0x3f3504f3;                          // the bits of sqrt(1/2)
-  union { float f; int32_t i; } bits = {y};
+// y = mantissa * 2^result, mantissa in [sqrt(1/2), sqrt(2))
+GRADDROP_FN float exponent_and_mantissa(float y, float& mantissa) {
+  constexpr int32_t kSqrtHalf = 0x3f3504f3;  // the bits of sqrt(1/2)
+  union {
+    float f;
+    int32_t i;
+  } bits = {y};
   const int32_t shifted = bits.i - kSqrtHalf;
   bits.i = (shifted & 0x7fffff) + kSqrtHalf;
   mantissa = bits.f;

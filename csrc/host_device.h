@@ -1,12 +1,13 @@
-// Marks and elementary operations that mean the same to a C++ compiler and to nvcc. Compile with contraction off (-ffp-contract=off, -fmad=false):
-// every fused multiply-add of the project is written out.
+// Marks and elementary operations that mean the same to a C++ compiler and to nvcc. Compile with contraction off
+// (-ffp-contract=off, -fmad=false): every fused multiply-add of the project is written out.
 #pragma once
 #include <cstdint>
 
 #if defined(__CUDACC__)
 #define GRADDROP_FN static __host__ __device__ __forceinline__
 #else
-// Internal linkage matters: the same header is compiled for several instruction sets, and the linker must not merge them.
+// Internal linkage matters: the same header is compiled for several instruction sets,
+// and the linker must not merge them.
 #define GRADDROP_FN static inline __attribute__((always_inline, unused))
 #endif
 

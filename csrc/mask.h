@@ -1,4 +1,5 @@
-// The mask rule: which elements a step keeps, as integer comparisons on 16-bit draws. Plain numbers, filled from a Python MaskPlan.
+// The mask rule: which elements a step keeps, as integer comparisons on 16-bit draws.
+// Plain numbers, filled from a Python MaskPlan.
 #pragma once
 #include "philox.h"
 
@@ -8,15 +9,15 @@ enum MaskKind : int32_t { kKeep, kOff, kBernoulli, kGaussian, kBucket, kFixed };
 
 struct MaskSpec {
   int32_t kind;
-  int32_t frozen;        // dropped elements keep param and moments; else their gradient is 0
-  uint32_t threshold;    // kBernoulli: keep = u16 >= threshold
-  uint32_t draw;         // third counter word
-  uint32_t buckets;      // kBucket: bucket = (u16 * buckets) >> 16, at most 4096
-  uint32_t first_bucket; // keep = first_bucket <= bucket <= last_bucket
+  int32_t frozen;         // dropped elements keep param and moments; else their gradient is 0
+  uint32_t threshold;     // kBernoulli: keep = u16 >= threshold
+  uint32_t draw;          // third counter word
+  uint32_t buckets;       // kBucket: bucket = (u16 * buckets) >> 16, at most 4096
+  uint32_t first_bucket;  // keep = first_bucket <= bucket <= last_bucket
   uint32_t last_bucket;
-  int32_t num_planes;    // kBucket: bit-planes in mask_words; -1: recompute the bucket from its draw
+  int32_t num_planes;  // kBucket: bit-planes in mask_words; -1: recompute the bucket from its draw
   uint64_t key;
-  float scale;           // factor on kept gradients; kGaussian: standard deviation of the factor around 1
+  float scale;  // factor on kept gradients; kGaussian: standard deviation of the factor around 1
 };
 
 GRADDROP_FN uint32_t uniform16(const PhiloxWords& words, int element) {  // element: index & 7

@@ -1,33 +1,20 @@
 """FusedGradDropAdamW: torch.optim.AdamW with the paper's gradient masks inside its one fused step."""
 
-import math
 import warnings
 from collections.abc import Callable
 
 import torch
 
 from . import backends, bitmask, checkpoint
+from .group_options import GROUP_DEFAULTS, check_options, moment_dtype_name
 from .layout import RowBlock
 from .multi_tensor import Hyper, PreparedStep, Row, grad_of, present
 from .names import canonical_name
 from .parameters import ParamRecord, check_fixed_mask, check_grad, check_param, check_state, make_records
 from .plan import Clock, MaskPlan, PlanContext
-from .policies import KEEP, FixedMask, GradDrop, GradDropEpoch, Policy, from_json
+from .policies import KEEP, FixedMask, GradDrop, GradDropEpoch, Policy
+from .policy_book import PolicyBook
 from .reference import keep_and_bucket
-
-# Kept in every parameter group beside torch's keys, as plain values, so that any checkpoint format carries them.
-GROUP_DEFAULTS = {
-    "mask": GradDrop().to_json(),  # the policy as one canonical JSON string, or None
-    "seed": 0,
-    "masked": None,  # None: the policy's own; "gradient" or "frozen"
-    "bias_correction": "active",  # or "global"
-    "moment_dtype": None,  # None: the parameter's; or "float32"
-    "epoch": 0,
-    "epoch_was_set": False,  # set_epoch() was called, once at least
-    "completed_steps": 0,  # steps of this group, the draw of its block masks
-    "epoch_history": "",  # "epoch:first step,...", see plan.Clock
-}
-
 
 class FusedGradDropAdamW(torch.optim.AdamW):
     """AdamW that masks the gradients as GradDrop and its variants do (O'Neill & Dutta),
@@ -93,12 +80,12 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         backend: str = "auto",
     ):
         self._backend = backends.check_name(backend)
-        self._policies: dict[str, Policy] = {}  # by JSON; keeps what JSON cannot hold: callables and fixed masks
+        self._policies = PolicyBook()
         self._forget_caches()
         self._warned: set[str] = set()
         self._own_defaults = {
-            **GROUP_DEFAULTS, "mask": self._to_json(mask), "seed": seed, "masked": masked,
-            "bias_correction": bias_correction, "moment_dtype": _dtype_name(moment_dtype),
+            **GROUP_DEFAULTS, "mask": self._policies.add(mask), "seed": seed, "masked": masked,
+            "bias_correction": bias_correction, "moment_dtype": moment_dtype_name(moment_dtype),
         }  # fmt: skip
         self._constructing = True
         super().__init__(
@@ -135,7 +122,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 loss = closure()
 
         for index, group in enumerate(self.param_groups):
-            _check_hyperparameters(index, group)
+            check_options(index, group)
         params = [param for group in self.param_groups for param in group["params"]]
         grads = list(map(grad_of, params))
         prepared = self._prepared
@@ -240,8 +227,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         if isinstance(param_group, dict):
             clock = {} if self._constructing else {key: self.param_groups[0][key] for key in ("epoch", "epoch_was_set")}
             param_group = {**self._own_defaults, **clock, **param_group}
-            param_group["mask"] = self._to_json(param_group["mask"])
-            param_group["moment_dtype"] = _dtype_name(param_group["moment_dtype"])
+            param_group["mask"] = self._policies.add(param_group["mask"])
+            param_group["moment_dtype"] = moment_dtype_name(param_group["moment_dtype"])
         super().add_param_group(param_group)
         if not self._constructing:
             self._forget_caches()
@@ -431,30 +418,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     # Policies, names and what is derived from them.
 
-    def _to_json(self, mask: Policy | str | None) -> str | None:
-        if mask is None:
-            return None
-        if isinstance(mask, str):
-            from_json(mask) if mask not in self._policies else None
-            return mask
-        if not isinstance(mask, Policy):
-            raise TypeError(f"mask= must be a policy such as GradDrop(p=0.2), or None for plain AdamW; got {mask!r}")
-        text = mask.to_json()
-        if self._policies.setdefault(text, mask) != mask:
-            raise ValueError(
-                f"two different callables p have one name, which a checkpoint could not tell apart: {text}; "
-                "define them with def, by two names"
-            )
-        return text
-
     def _policy(self, group: dict) -> Policy | None:
-        text = group["mask"]
-        if text is None:
-            return None
-        policy = self._policies.get(text)
-        if policy is None:
-            policy = self._policies[text] = from_json(text)
-        return policy
+        return self._policies.get(group["mask"])
 
     def _forget_caches(self) -> None:
         """Everything here can be made again from param_groups; nothing of it survives a load or a new group."""
@@ -485,7 +450,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
     def _check_groups(self) -> None:
         fixed: dict[FixedMask, dict[str, torch.Tensor]] = {}
         for index, group in enumerate(self.param_groups):
-            _check_hyperparameters(index, group)
+            check_options(index, group)
             policy = self._policy(group)
             if policy is not None and policy.masked is None and group["masked"] is not None:
                 raise ValueError(
@@ -523,28 +488,3 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         if message is not None and message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=4)
-
-
-def _dtype_name(dtype: torch.dtype | str | None) -> str | None:
-    if dtype not in (None, torch.float32, "float32"):
-        raise ValueError(f"moment_dtype must be None (the parameter's dtype) or torch.float32, got {dtype!r}")
-    return None if dtype is None else "float32"
-
-
-def _check_hyperparameters(index: int, group: dict) -> None:
-    """Raises ValueError that names the group's offending value. Comparisons are written so that NaN fails them."""
-    for name in ("lr", "eps", "weight_decay"):
-        if not 0 <= group[name] < math.inf:
-            raise ValueError(f"{name} of parameter group {index} must be a finite number >= 0, got {group[name]!r}")
-    if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas of parameter group {index} must be in [0, 1), got {group['betas']!r}")
-    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**64:
-        raise ValueError(f"seed of parameter group {index} must be an int in [0, 2^64), got {group['seed']!r}")
-    if group["masked"] not in (None, "gradient", "frozen"):
-        raise ValueError(
-            f"masked of parameter group {index} must be 'gradient', 'frozen' or None, got {group['masked']!r}"
-        )
-    if group["bias_correction"] not in ("active", "global"):
-        raise ValueError(
-            f"bias_correction of parameter group {index} must be 'active' or 'global', got {group['bias_correction']!r}"
-        )

@@ -45,7 +45,7 @@ def generator_of(seed: int, case) -> torch.Generator:
 
 
 class Gradients:
-    """Gradients that show whether they were used: each pushes against its element's first moment, at a scale of its own.
+    """Gradients that show whether they were used: each pushes against its element's first moment.
 
     The scales span 1e-20 .. 1e2 in float32 and bfloat16 (squares underflow, eps decides), 1e-3 .. 3 in float16.
     """
@@ -322,40 +322,44 @@ def test_alignment_does_not_matter(dtypes, seed):
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
-def test_what_changes_between_steps_is_seen(seed, backend):
-    """What a step keeps for the next one must not outlive it: a training whose tensors are exchanged steps as one
-    that begins with them.
-    """
+# (group, parameter, its state) -> None
+EXCHANGES = {
+    "nothing": lambda group, param, state: None,
+    "the parameter's memory": lambda group, param, state: setattr(param, "data", param.data.clone()),
+    "the parameter's values": lambda group, param, state: param.data.add_(1),
+    "lr": lambda group, param, state: group.update(lr=0.3),
+    "betas": lambda group, param, state: group.update(betas=(0.5, 0.6)),
+    "eps": lambda group, param, state: group.update(eps=0.1),
+    "weight_decay": lambda group, param, state: group.update(weight_decay=0.4),
+    "maximize": lambda group, param, state: group.update(maximize=True),
+    "amsgrad": lambda group, param, state: group.update(amsgrad=False),
+    "masked": lambda group, param, state: group.update(masked="frozen", bias_correction="global"),
+    "seed": lambda group, param, state: group.update(seed=group["seed"] + 1),
+    "mask": lambda group, param, state: group.update(mask=GradDrop(p=0.6).to_json()),
+    **{key: lambda group, param, state, key=key: state.update({key: state[key] + 1}) for key in (*MOMENTS, "step")},
+    **{f"values of {key}": lambda group, param, state, key=key: state[key].add_(1) for key in (*MOMENTS, "step")},
+}
+
+
+@pytest.mark.parametrize("what", EXCHANGES)
+def test_what_changes_between_steps_is_seen(what, seed, backend):
+    """What a step keeps for the next must not outlive it: after an exchange a training steps as one begun with it."""
     engine = next(engine for engine in ENGINES if engine.backend == backend)
-    generator = generator_of(seed, "exchanges")
+    generator = generator_of(seed, what)
     randn = lambda: [torch.randn(size, generator=generator) for size in (70, 33, 1)]
     arguments = {"amsgrad": True, "mask": GradDrop(p=0.3), "lr": 1e-2}
     training = Training([(f"w{i}", value) for i, value in enumerate(randn())], engine, seed, **arguments)
     training.step(randn())
-    exchanges = {
-        "nothing": lambda param, state: None,
-        "the parameter's memory": lambda param, state: setattr(param, "data", param.data.clone()),
-        "the parameter's values": lambda param, state: param.data.add_(1),
-        **{key: lambda param, state, key=key: state.update({key: state[key] + 1}) for key in (*MOMENTS, "step")},
-        **{f"values of {key}": lambda param, state, key=key: state[key].add_(1) for key in (*MOMENTS, "step")},
-        "lr": lambda param, state: training.optimizer.param_groups[0].update(lr=0.3),
-        "betas": lambda param, state: training.optimizer.param_groups[0].update(betas=(0.5, 0.6)),
-        "weight_decay": lambda param, state: training.optimizer.param_groups[0].update(weight_decay=0.4),
-        "maximize": lambda param, state: training.optimizer.param_groups[0].update(maximize=True),
-        "masked": lambda param, state: training.optimizer.param_groups[0].update(
-            masked="frozen", bias_correction="global"
-        ),
-    }
-    for what, exchange in exchanges.items():
-        exchange(training.params[0], training.optimizer.state[training.params[0]])
-        fresh = Training([(name, param.detach()) for name, param in training.named], engine, seed, **arguments)
-        fresh.load(training.tensors())
-        ours, theirs = training.optimizer.param_groups[0], fresh.optimizer.param_groups[0]
-        theirs.update({key: value for key, value in ours.items() if key not in ("params", "param_names")})
-        for grads in (randn(), [None, *randn()[1:]], randn()):
-            training.step(grads)
-            fresh.step(grads)
-            assert_same_tensors(training.tensors(), fresh.tensors(), f"{what} exchanged, by {engine}")
+    training.step(randn())
+    ours, param = training.optimizer.param_groups[0], training.params[0]
+    EXCHANGES[what](ours, param, training.optimizer.state[param])
+    fresh = Training([(name, param.detach()) for name, param in training.named], engine, seed, **arguments)
+    fresh.load(training.tensors())
+    fresh.optimizer.param_groups[0].update({key: ours[key] for key in ours if key not in ("params", "param_names")})
+    for grads in (randn(), [None, *randn()[1:]], randn()):
+        training.step(grads)
+        fresh.step(grads)
+        assert_same_tensors(training.tensors(), fresh.tensors(), f"{what} exchanged, by {engine}")
 
 
 @pytest.mark.parametrize(

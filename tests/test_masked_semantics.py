@@ -1,4 +1,4 @@
-"""The two meanings of "masked", as properties of random cases: frozen is untouched, gradient is AdamW on that gradient."""
+"""The meanings of "masked" as properties of random cases: frozen is untouched; gradient is AdamW on that gradient."""
 
 from dataclasses import dataclass
 

@@ -30,7 +30,8 @@ struct Kernels {
   // The 16-bit draws of elements first .. first + count of a stream.
   void (*uniform16)(uint64_t key, uint32_t draw, uint32_t domain, int64_t first, int64_t count, uint16_t* out);
   // Bit-planes of the buckets of local elements [begin, end); begin is a multiple of 32.
-  void (*bucket_planes)(const TensorRow& row, uint32_t buckets, int num_planes, int64_t begin, int64_t end, uint32_t* planes);
+  void (*bucket_planes)(const TensorRow& row, uint32_t buckets, int num_planes, int64_t begin, int64_t end,
+                        uint32_t* planes);
 };
 
 extern const Kernels kPortableKernels;

@@ -1,10 +1,12 @@
-// The block loop, for the Vec and Vec2 of whichever simd_*.h was included before. Every function has internal linkage: three instruction sets share this text.
+// The block loop, for the Vec and Vec2 of whichever simd_*.h was included before. Every function has internal linkage:
+// three instruction sets share this text.
 //
-// A block is 64 elements of one contiguous run: eight Philox calls. In each turn of the loop the processor gets three independent pieces of work: the
-// random numbers of the next block, the moments of this one, and the parameters of the one before, whose square roots are then ready. Done one block after the
-// other, each waits for its own square root and division; in this order the memory, the divider and the integer units work at the same time.
-// Measured (Zen 4, one thread, 24M float32, ratio to torch's unmasked fused step): random numbers for 256 elements first and then their update 1.20,
-// with software prefetch 1.54, this order 0.99.
+// A block is 64 elements of one contiguous run: eight Philox calls. In each turn of the loop the processor gets three
+// independent pieces of work: the random numbers of the next block, the moments of this one, and the parameters of the
+// one before, whose square roots are then ready. Done one block after the other, each waits for its own square root and
+// division; in this order the memory, the divider and the integer units work at the same time.
+// Measured (Zen 4, one thread, 24M float32, ratio to torch's unmasked fused step): random numbers for 256 elements
+// first and then their update 1.20, with software prefetch 1.54, this order 0.99.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -86,7 +88,8 @@ GRADDROP_FN void mask_from_draws(const MaskSpec& mask, uint16_t* u16, BlockMask&
 
 GRADDROP_FN uint32_t domain_of(const MaskSpec& mask) { return mask.kind == kBucket ? kDomainBucket : kDomainElement; }
 
-// What all vectors of a row share, to be kept in registers: copy it into the loop that uses it, so that no store can alias it.
+// What all vectors of a row share, to be kept in registers: copy it into the loop that uses it,
+// so that no store can alias it.
 template <typename V>
 struct Update {
   AdamWScalars<V> scalars;
@@ -99,9 +102,14 @@ template <typename V>
 GRADDROP_FN Update<V> make_update(const PreparedRow& row) {
   const AdamWScalars<float>& s = row.scalars;
   const float scale = row.mask.kind == kBernoulli || row.mask.kind == kFixed ? row.mask.scale : 1.0f;
-  return {{V(s.lr_weight_decay), V(s.beta1), V(s.beta2), V(s.step_size), V(s.bias_correction2_sqrt), V(s.bias_correction2_sqrt_reciprocal),
-           V(s.eps)},
-          V(row.sign * scale), row.by_age, row.num_ages, row.decay, row.amsgrad};
+  const AdamWScalars<V> scalars = {V(s.lr_weight_decay),
+                                   V(s.beta1),
+                                   V(s.beta2),
+                                   V(s.step_size),
+                                   V(s.bias_correction2_sqrt),
+                                   V(s.bias_correction2_sqrt_reciprocal),
+                                   V(s.eps)};
+  return {scalars, V(row.sign * scale), row.by_age, row.num_ages, row.decay, row.amsgrad};
 }
 
 // The tensors of a row from one local index on.
@@ -115,10 +123,13 @@ template <typename P, typename M>
 GRADDROP_FN Streams<P, M> streams_at(const PreparedRow& row, int64_t local) {
   const TensorRow& t = row.tensor;
   return {static_cast<P*>(t.param) + local, static_cast<const P*>(t.grad) + local, static_cast<M*>(t.exp_avg) + local,
-          static_cast<M*>(t.exp_avg_sq) + local, static_cast<M*>(row.amsgrad ? t.max_exp_avg_sq : t.exp_avg_sq) + local};
+          static_cast<M*>(t.exp_avg_sq) + local,
+          static_cast<M*>(row.amsgrad ? t.max_exp_avg_sq : t.exp_avg_sq) + local};
 }
 
-constexpr bool selects(Variant variant) { return variant == kMaskedGradient || variant == kFrozen || variant == kFrozenByAge; }
+constexpr bool selects(Variant variant) {
+  return variant == kMaskedGradient || variant == kFrozen || variant == kFrozenByAge;
+}
 constexpr bool freezes(Variant variant) { return variant == kFrozen || variant == kFrozenByAge; }
 
 template <Variant kVariant, typename T, typename V>
@@ -152,13 +163,15 @@ GRADDROP_FN AdamWDirection<V> update_moments(const Update<V>& u, const BlockMask
 
 // The parameters of one vector.
 template <Variant kVariant, typename V, typename P>
-GRADDROP_FN void update_param(const Update<V>& u, const BlockMask& mask, int i, P* param, const AdamWDirection<V>& direction) {
+GRADDROP_FN void update_param(const Update<V>& u, const BlockMask& mask, int i, P* param,
+                              const AdamWDirection<V>& direction) {
   typename V::LaneMask keep{};
   if (freezes(kVariant)) lanes_at(mask.keep, i, keep);
   AdamWScalars<V> scalars = u.scalars;
   if (kVariant == kFrozenByAge) {
     lookup(u.by_age.bias_correction2_sqrt, u.num_ages, mask.buckets + i, scalars.bias_correction2_sqrt);
-    lookup(u.by_age.bias_correction2_sqrt_reciprocal, u.num_ages, mask.buckets + i, scalars.bias_correction2_sqrt_reciprocal);
+    lookup(u.by_age.bias_correction2_sqrt_reciprocal, u.num_ages, mask.buckets + i,
+           scalars.bias_correction2_sqrt_reciprocal);
   }
   store_result<kVariant>(param + i, keep, adamw_param(load<V>(param + i), direction, scalars, u.decay));
 }
@@ -175,12 +188,14 @@ template <Variant kVariant, typename V, typename P>
 GRADDROP_FN void finish(const Update<V>& u, const Pending<V, P>& pending) {
   if (!pending.param) return;
 #pragma GCC unroll 8
-  for (int j = 0; j < kBlock / V::kWidth; ++j) update_param<kVariant>(u, *pending.mask, j * V::kWidth, pending.param, pending.direction[j]);
+  for (int j = 0; j < kBlock / V::kWidth; ++j)
+    update_param<kVariant>(u, *pending.mask, j * V::kWidth, pending.param, pending.direction[j]);
 }
 
 // The moments of a whole block and the parameters of the block before.
 template <Variant kVariant, typename V, typename P, typename M>
-GRADDROP_FN void update_block(const Update<V>& u, const BlockMask& mask, const Streams<P, M>& s, Pending<V, P>& pending) {
+GRADDROP_FN void update_block(const Update<V>& u, const BlockMask& mask, const Streams<P, M>& s,
+                              Pending<V, P>& pending) {
   AdamWDirection<V> direction[kBlock / V::kWidth];
 #pragma GCC unroll 8
   for (int j = 0; j < kBlock / V::kWidth; ++j) {
@@ -196,7 +211,8 @@ GRADDROP_FN void update_block(const Update<V>& u, const BlockMask& mask, const S
 template <Variant kVariant, typename V, typename P, typename M>
 GRADDROP_FN void update_part(const Update<V>& u, const BlockMask& mask, const Streams<P, M>& s, int count) {
   int i = 0;
-  for (; i + V::kWidth <= count; i += V::kWidth) update_param<kVariant>(u, mask, i, s.param, update_moments<kVariant>(u, mask, i, s));
+  for (; i + V::kWidth <= count; i += V::kWidth)
+    update_param<kVariant>(u, mask, i, s.param, update_moments<kVariant>(u, mask, i, s));
   if (i >= count) return;
   const size_t rest = count - i;
   P param[V::kWidth] = {}, grad[V::kWidth] = {};
@@ -218,14 +234,17 @@ GRADDROP_FN void update_part(const Update<V>& u, const BlockMask& mask, const St
 GRADDROP_FN void make_factors(const MaskSpec& mask, const PhiloxKeys& keys, int64_t global, int count, float* factors) {
   alignas(64) uint32_t words[kBlock + 32 + Vec::kWidth];
   const int lead = static_cast<int>(global & 3);
-  for (int i = 0; i < lead + count; i += 32) philox_8_calls((static_cast<uint64_t>(global) >> 2) + i / 4, mask.draw, kDomainGaussian, keys, words + i);
+  for (int i = 0; i < lead + count; i += 32)
+    philox_8_calls((static_cast<uint64_t>(global) >> 2) + i / 4, mask.draw, kDomainGaussian, keys, words + i);
   for (int i = 0; i < count; i += Vec::kWidth)
     store(factors + i, fma(normal_from_uniform(symmetric_uniform(words + lead + i)), Vec(mask.scale), Vec(1.0f)));
 }
 
-// Up to 64 elements whose mask is made on the spot: where blocks do not follow each other in step with the Philox calls.
+// Up to 64 elements whose mask is made on the spot:
+// where blocks do not follow each other in step with the Philox calls.
 template <Variant kVariant, typename P, typename M>
-static __attribute__((noinline)) void masked_part(const PreparedRow& row, const PhiloxKeys& keys, int64_t local, int64_t global, int count) {
+static __attribute__((noinline)) void masked_part(const PreparedRow& row, const PhiloxKeys& keys, int64_t local,
+                                                  int64_t global, int count) {
   using V = typename VectorFor<P, M>::Type;
   alignas(64) uint32_t words[kBlock];
   alignas(64) float factors[kBlock];
@@ -239,7 +258,8 @@ static __attribute__((noinline)) void masked_part(const PreparedRow& row, const 
   } else if (selects(kVariant) && row.mask.kind == kBucket && row.mask.num_planes >= 0) {
     mask_from_planes(row, local, u16, mask);
   } else if (selects(kVariant)) {
-    // Draws begin at a whole call; the first `lead` of them belong to the elements before. lead + count <= 64, see below.
+    // Draws begin at a whole call; the first `lead` of them belong to the elements before.
+    // lead + count <= 64, see below.
     philox_8_calls(static_cast<uint64_t>(global) >> 3, row.mask.draw, domain_of(row.mask), keys, words);
     mask_from_draws(row.mask, u16 + (global & 7), mask);
   }
@@ -248,13 +268,14 @@ static __attribute__((noinline)) void masked_part(const PreparedRow& row, const 
 
 // Whole blocks, one after the other; drawn masks begin at a global index that is a multiple of 8.
 template <Variant kVariant, bool kDrawn, typename P, typename M>
-GRADDROP_FN void whole_blocks(const PreparedRow& row, const PhiloxKeys& keys, int64_t local, int64_t global, int64_t blocks) {
+GRADDROP_FN void whole_blocks(const PreparedRow& row, const PhiloxKeys& keys, int64_t local, int64_t global,
+                              int64_t blocks) {
   using V = typename VectorFor<P, M>::Type;
   const auto u = make_update<V>(row);
   const MaskSpec spec = row.mask;
   const uint32_t domain = domain_of(spec);
   Pending<V, P> pending;
-  BlockMask masks[2];                         // of this block, and of the one before, whose parameters are still to be done
+  BlockMask masks[2];  // of this block, and of the one before, whose parameters are still to be done
   alignas(64) uint32_t words[3][kBlock / 2];  // and of the next
   alignas(64) float factors[kBlock];
   uint64_t call = static_cast<uint64_t>(global) >> 3;
@@ -282,7 +303,9 @@ GRADDROP_FN void whole_blocks(const PreparedRow& row, const PhiloxKeys& keys, in
 
 template <Variant kVariant, typename P, typename M>
 static __attribute__((noinline)) void masked_adamw_variant(const PreparedRow& row, int64_t begin, int64_t end) {
-  const bool drawn = kVariant == kFactor || (selects(kVariant) && (row.mask.kind == kBernoulli || (row.mask.kind == kBucket && row.mask.num_planes < 0)));
+  const bool drawn =
+      kVariant == kFactor ||
+      (selects(kVariant) && (row.mask.kind == kBernoulli || (row.mask.kind == kBucket && row.mask.num_planes < 0)));
   const PhiloxKeys keys = philox_keys(row.mask.key);
   if (!drawn) {  // nothing random: the layout does not matter
     const int64_t blocks = (end - begin) / kBlock, rest = begin + blocks * kBlock;
@@ -292,7 +315,8 @@ static __attribute__((noinline)) void masked_adamw_variant(const PreparedRow& ro
   }
   for_each_run(row.tensor, begin, end, [&](int64_t local, int64_t global, int64_t left) {
     while (left > 0) {
-      // Up to a multiple of 8 in the global index, so that only a run's first part begins in the middle of a Philox call.
+      // Up to a multiple of 8 in the global index,
+      // so that only a run's first part begins in the middle of a Philox call.
       int64_t count = std::min<int64_t>(left, kBlock - (global & 7));
       if (count == kBlock) {
         count = left / kBlock * kBlock;
@@ -324,8 +348,12 @@ static void masked_adamw(const PreparedRow& row, int64_t begin, int64_t end) {
   const bool wide_moments = row.moment_dtype == kFloat32;
   switch (row.param_dtype) {
     case kFloat32: return masked_adamw_typed<float, float>(row, begin, end);
-    case kBFloat16: return (wide_moments ? masked_adamw_typed<BFloat16, float> : masked_adamw_typed<BFloat16, BFloat16>)(row, begin, end);
-    case kFloat16: return (wide_moments ? masked_adamw_typed<Float16, float> : masked_adamw_typed<Float16, Float16>)(row, begin, end);
+    case kBFloat16:
+      if (wide_moments) return masked_adamw_typed<BFloat16, float>(row, begin, end);
+      return masked_adamw_typed<BFloat16, BFloat16>(row, begin, end);
+    case kFloat16:
+      if (wide_moments) return masked_adamw_typed<Float16, float>(row, begin, end);
+      return masked_adamw_typed<Float16, Float16>(row, begin, end);
   }
 }
 
@@ -342,7 +370,8 @@ static void uniform16(uint64_t key, uint32_t draw, uint32_t domain, int64_t firs
   }
 }
 
-static void bucket_planes(const TensorRow& row, uint32_t buckets, int num_planes, int64_t begin, int64_t end, uint32_t* planes) {
+static void bucket_planes(const TensorRow& row, uint32_t buckets, int num_planes, int64_t begin, int64_t end,
+                          uint32_t* planes) {
   const int64_t plane_words = (row.numel + 31) / 32;
   uint16_t u16[kBlock];
   for (; begin < end; begin += kBlock) {
@@ -353,7 +382,8 @@ static void bucket_planes(const TensorRow& row, uint32_t buckets, int num_planes
     for (int k = 0; k < num_planes; ++k)
       for (int64_t word = begin; word < stop; word += 32) {
         uint32_t bits = 0;
-        for (int64_t i = word; i < std::min(word + 32, stop); ++i) bits |= (bucket_of(u16[i - begin], buckets) >> k & 1) << (i - word);
+        for (int64_t i = word; i < std::min(word + 32, stop); ++i)
+          bits |= (bucket_of(u16[i - begin], buckets) >> k & 1) << (i - word);
         planes[k * plane_words + word / 32] = bits;
       }
   }

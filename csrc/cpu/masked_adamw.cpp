@@ -1,6 +1,7 @@
-// The C functions that graddrop_kernels/backends/cpu.py calls: the choice of instruction set, the scalars of each row, the division among threads.
-// No torch header and no Python: the address of torch_parallel_for (torch's stable C ABI, torch >= 2.10) is handed in at load time, so that one
-// library serves every torch and every Python, and our threads are torch's own.
+// The C functions that graddrop_kernels/backends/cpu.py calls: the choice of instruction set, the scalars of each row,
+// the division among threads.
+// No torch header and no Python: the address of torch_parallel_for (torch's stable C ABI, torch >= 2.10) is handed in
+// at load time, so that one library serves every torch and every Python, and our threads are torch's own.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,8 +14,9 @@
 namespace graddrop {
 namespace {
 
-constexpr int64_t kUnit = 4096;      // elements that a thread takes at once: 64 KB of float32 streams, so that thread ends and tails are rare
-constexpr int64_t kGrainUnits = 8;   // 32768 elements: below this one thread is quicker than waking two
+// elements that a thread takes at once: 64 KB of float32 streams, so that thread ends and tails are rare
+constexpr int64_t kUnit = 4096;
+constexpr int64_t kGrainUnits = 8;  // 32768 elements: below this one thread is quicker than waking two
 
 using Range = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Range range, void* context);
@@ -24,8 +26,8 @@ bool supported(const Kernels& kernels) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (&kernels == &kAvx512Bf16Kernels) return avx512 && __builtin_cpu_supports("avx512bf16");
   if (&kernels == &kAvx512Kernels) return avx512;
   if (&kernels == &kAvx2Kernels) return avx2;
@@ -46,7 +48,8 @@ const Kernels* best() {
 }
 const Kernels* chosen = best();
 
-// What depends on the step: float64 from the float32-rounded betas, rounded once; the rest in float32 as torch's kernel has it.
+// What depends on the step: float64 from the float32-rounded betas, rounded once;
+// the rest in float32 as torch's kernel has it.
 struct StepScalars {
   float step_size, bias_correction2_sqrt, bias_correction2_sqrt_reciprocal;
 };
@@ -58,13 +61,21 @@ StepScalars step_scalars(const HyperRow& hyper, double age) {
 }
 
 // Everything of a row but its bias corrections.
-PreparedRow prepare(const TensorRow& row, const HyperRow& hyper, int64_t completed_steps, DType param_dtype, DType moment_dtype) {
+PreparedRow prepare(const TensorRow& row, const HyperRow& hyper, int64_t completed_steps, DType param_dtype,
+                    DType moment_dtype) {
   PreparedRow prepared = {};
+  const int64_t draw = hyper.kind == kBucket ? 0 : hyper.draw < 0 ? completed_steps : hyper.draw;
   prepared.tensor = row;
-  prepared.mask = {hyper.kind, hyper.frozen, static_cast<uint32_t>(hyper.threshold),
-                   static_cast<uint32_t>(hyper.kind == kBucket ? 0 : hyper.draw < 0 ? completed_steps : hyper.draw),
-                   static_cast<uint32_t>(hyper.buckets), static_cast<uint32_t>(hyper.first_bucket), static_cast<uint32_t>(hyper.last_bucket),
-                   hyper.num_planes, row.key, static_cast<float>(hyper.scale)};
+  prepared.mask = {hyper.kind,
+                   hyper.frozen,
+                   static_cast<uint32_t>(hyper.threshold),
+                   static_cast<uint32_t>(draw),
+                   static_cast<uint32_t>(hyper.buckets),
+                   static_cast<uint32_t>(hyper.first_bucket),
+                   static_cast<uint32_t>(hyper.last_bucket),
+                   hyper.num_planes,
+                   row.key,
+                   static_cast<float>(hyper.scale)};
   prepared.scalars.lr_weight_decay = static_cast<float>(hyper.lr) * static_cast<float>(hyper.weight_decay);
   prepared.scalars.beta1 = static_cast<float>(hyper.beta1);
   prepared.scalars.beta2 = static_cast<float>(hyper.beta2);
@@ -107,9 +118,12 @@ using namespace graddrop;
 
 GRADDROP_EXPORT int32_t graddrop_cpu_table_version() { return kTableVersion; }
 
-GRADDROP_EXPORT void graddrop_cpu_set_parallel_for(void* function) { parallel_for = reinterpret_cast<ParallelFor>(function); }
+GRADDROP_EXPORT void graddrop_cpu_set_parallel_for(void* function) {
+  parallel_for = reinterpret_cast<ParallelFor>(function);
+}
 
-// The instruction set in use; select by name ("" for the best), which returns 0, or -1 when this processor or this build has no such kernels.
+// The instruction set in use; select by name ("" for the best), which returns 0,
+// or -1 when this processor or this build has no such kernels.
 GRADDROP_EXPORT const char* graddrop_cpu_isa() { return chosen->isa; }
 GRADDROP_EXPORT int32_t graddrop_cpu_select_isa(const char* name) {
   for (const Kernels* kernels : kAllKernels)
@@ -120,22 +134,27 @@ GRADDROP_EXPORT int32_t graddrop_cpu_select_isa(const char* name) {
   return -1;
 }
 
-// One masked AdamW step on every row; advances the step counts. Each row is divided into units, and all units among the threads of torch's pool.
-GRADDROP_EXPORT void graddrop_cpu_masked_adamw(const TensorRow* rows, int64_t num_rows, const HyperRow* hypers, int32_t param_dtype, int32_t moment_dtype) {
+// One masked AdamW step on every row; advances the step counts.
+// Each row is divided into units, and all units among the threads of torch's pool.
+GRADDROP_EXPORT void graddrop_cpu_masked_adamw(const TensorRow* rows, int64_t num_rows, const HyperRow* hypers,
+                                               int32_t param_dtype, int32_t moment_dtype) {
   Work work;
   work.kernels = chosen;
   work.rows.reserve(num_rows);
   work.first_unit.reserve(num_rows + 1);
-  std::vector<std::vector<float>> tables;  // per-bucket scalars; inner buffers stay where they are when the outer vector grows
+  // per-bucket scalars; inner buffers stay where they are when the outer vector grows
+  std::vector<std::vector<float>> tables;
   int64_t units = 0, last_steps = -1, last_hyper = -1;
   for (int64_t i = 0; i < num_rows; ++i) {
     const HyperRow& hyper = hypers[rows[i].hyper];
     if (hyper.kind == kOff && hyper.frozen) continue;  // nothing moves, nor its step count
     const int64_t completed_steps = static_cast<int64_t>(*rows[i].step);
     *rows[i].step += 1.0f;
-    work.rows.push_back(prepare(rows[i], hyper, completed_steps, static_cast<DType>(param_dtype), static_cast<DType>(moment_dtype)));
+    work.rows.push_back(
+        prepare(rows[i], hyper, completed_steps, static_cast<DType>(param_dtype), static_cast<DType>(moment_dtype)));
     PreparedRow& row = work.rows.back();
-    if (completed_steps == last_steps && rows[i].hyper == last_hyper) {  // as in the row before: two pow() and a table saved
+    if (completed_steps == last_steps && rows[i].hyper == last_hyper) {
+      // as in the row before: two pow() and a table saved
       const PreparedRow& before = work.rows[work.rows.size() - 2];
       row.scalars = before.scalars;
       row.by_age = before.by_age;
@@ -144,7 +163,8 @@ GRADDROP_EXPORT void graddrop_cpu_masked_adamw(const TensorRow* rows, int64_t nu
       tables.emplace_back(3 * room, 1.0f);
       float* table = tables.back().data();
       for (int64_t bucket = 0; bucket < hyper.num_ages; ++bucket) {
-        const StepScalars s = step_scalars(hyper, static_cast<double>(std::min(std::max<int64_t>(hyper.ages[bucket], 1), completed_steps + 1)));
+        const StepScalars s = step_scalars(
+            hyper, static_cast<double>(std::min(std::max<int64_t>(hyper.ages[bucket], 1), completed_steps + 1)));
         table[bucket] = s.step_size;
         table[room + bucket] = s.bias_correction2_sqrt;
         table[2 * room + bucket] = s.bias_correction2_sqrt_reciprocal;
@@ -152,7 +172,8 @@ GRADDROP_EXPORT void graddrop_cpu_masked_adamw(const TensorRow* rows, int64_t nu
       row.by_age = {table, table + room, table + 2 * room};
     } else {
       const StepScalars s =
-          step_scalars(hyper, hyper.global_step ? static_cast<double>(hyper.global_step) : 1.0 + static_cast<double>(completed_steps) * hyper.age_rate);
+          step_scalars(hyper, hyper.global_step ? static_cast<double>(hyper.global_step)
+                                                : 1.0 + static_cast<double>(completed_steps) * hyper.age_rate);
       row.scalars.step_size = s.step_size;
       row.scalars.bias_correction2_sqrt = s.bias_correction2_sqrt;
       row.scalars.bias_correction2_sqrt_reciprocal = s.bias_correction2_sqrt_reciprocal;
@@ -168,28 +189,45 @@ GRADDROP_EXPORT void graddrop_cpu_masked_adamw(const TensorRow* rows, int64_t nu
 }
 
 // The 16-bit draws of elements first .. first + count of a stream, natural order.
-GRADDROP_EXPORT void graddrop_cpu_uniform16(uint64_t key, uint32_t draw, uint32_t domain, int64_t first, int64_t count, uint16_t* out) {
-  struct Context { uint64_t key; uint32_t draw, domain; int64_t first, count; uint16_t* out; } context = {key, draw, domain, first, count, out};
-  run((count + kUnit - 1) / kUnit, kGrainUnits, [](int64_t begin, int64_t end, void* pointer) {
-    const Context& c = *static_cast<Context*>(pointer);
-    const int64_t start = begin * kUnit, stop = std::min(end * kUnit, c.count);
-    chosen->uniform16(c.key, c.draw, c.domain, c.first + start, stop - start, c.out + start);
-  }, &context);
+GRADDROP_EXPORT void graddrop_cpu_uniform16(uint64_t key, uint32_t draw, uint32_t domain, int64_t first, int64_t count,
+                                            uint16_t* out) {
+  struct Context {
+    uint64_t key;
+    uint32_t draw, domain;
+    int64_t first, count;
+    uint16_t* out;
+  } context = {key, draw, domain, first, count, out};
+  run((count + kUnit - 1) / kUnit, kGrainUnits,
+      [](int64_t begin, int64_t end, void* pointer) {
+        const Context& c = *static_cast<Context*>(pointer);
+        const int64_t start = begin * kUnit, stop = std::min(end * kUnit, c.count);
+        chosen->uniform16(c.key, c.draw, c.domain, c.first + start, stop - start, c.out + start);
+      },
+      &context);
 }
 
 // Bit-planes of a row's buckets: num_planes arrays of ceil(numel / 32) words.
-GRADDROP_EXPORT void graddrop_cpu_bucket_planes(const TensorRow* row, int64_t buckets, int64_t num_planes, uint32_t* planes) {
-  struct Context { const TensorRow* row; int64_t buckets, num_planes; uint32_t* planes; } context = {row, buckets, num_planes, planes};
-  run((row->numel + kUnit - 1) / kUnit, kGrainUnits, [](int64_t begin, int64_t end, void* pointer) {
-    const Context& c = *static_cast<Context*>(pointer);
-    chosen->bucket_planes(*c.row, static_cast<uint32_t>(c.buckets), static_cast<int>(c.num_planes), begin * kUnit, std::min(end * kUnit, c.row->numel), c.planes);
-  }, &context);
+GRADDROP_EXPORT void graddrop_cpu_bucket_planes(const TensorRow* row, int64_t buckets, int64_t num_planes,
+                                                uint32_t* planes) {
+  struct Context {
+    const TensorRow* row;
+    int64_t buckets, num_planes;
+    uint32_t* planes;
+  } context = {row, buckets, num_planes, planes};
+  run((row->numel + kUnit - 1) / kUnit, kGrainUnits,
+      [](int64_t begin, int64_t end, void* pointer) {
+        const Context& c = *static_cast<Context*>(pointer);
+        chosen->bucket_planes(*c.row, static_cast<uint32_t>(c.buckets), static_cast<int>(c.num_planes), begin * kUnit,
+                              std::min(end * kUnit, c.row->numel), c.planes);
+      },
+      &context);
 }
 
 // One Philox call a row, from counters and keys as given: for tests against other implementations.
 GRADDROP_EXPORT void graddrop_cpu_philox(const uint32_t* counters, const uint64_t* keys, int64_t count, uint32_t* out) {
   for (int64_t i = 0; i < count; ++i) {
-    const PhiloxWords words = philox4x32_10(counters[4 * i], counters[4 * i + 1], counters[4 * i + 2], counters[4 * i + 3], keys[i]);
+    const PhiloxWords words =
+        philox4x32_10(counters[4 * i], counters[4 * i + 1], counters[4 * i + 2], counters[4 * i + 3], keys[i]);
     std::memcpy(out + 4 * i, words.word, sizeof words.word);
   }
 }

@@ -31,7 +31,9 @@ GRADDROP_FN Vec min(Vec a, Vec b) { return Vec(_mm256_min_ps(a.x, b.x)); }
 GRADDROP_FN Vec negate_fma(Vec a, Vec b, Vec c) { return Vec(_mm256_fnmadd_ps(a.x, b.x, c.x)); }
 GRADDROP_FN Vec max(Vec a, Vec b) { return Vec(_mm256_max_ps(a.x, b.x)); }
 GRADDROP_FN Vec keep_or_zero(Lanes keep, Vec a) { return Vec(_mm256_and_ps(_mm256_castsi256_ps(keep.x), a.x)); }
-GRADDROP_FN Vec select(Lanes keep, Vec yes, Vec no) { return Vec(_mm256_blendv_ps(no.x, yes.x, _mm256_castsi256_ps(keep.x))); }
+GRADDROP_FN Vec select(Lanes keep, Vec yes, Vec no) {
+  return Vec(_mm256_blendv_ps(no.x, yes.x, _mm256_castsi256_ps(keep.x)));
+}
 GRADDROP_FN Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
   return Vec(_mm256_blendv_ps(no.x, yes.x, _mm256_cmp_ps(a.x, b.x, _CMP_LT_OQ)));
 }
@@ -58,9 +60,13 @@ GRADDROP_FN void store_half_kept(uint16_t* target, Lanes keep, __m128i a) {
 GRADDROP_FN void load(const float* source, Vec& a) { a.x = _mm256_loadu_ps(source); }
 GRADDROP_FN void store(float* target, Vec a) { _mm256_storeu_ps(target, a.x); }
 // A whole store of old and new bits blended: masked stores are many times slower on AMD processors.
-GRADDROP_FN void store_kept(float* target, Lanes keep, Vec a) { store(target, select(keep, a, Vec(_mm256_loadu_ps(target)))); }
+GRADDROP_FN void store_kept(float* target, Lanes keep, Vec a) {
+  store(target, select(keep, a, Vec(_mm256_loadu_ps(target))));
+}
 
-struct BFloat16 { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
 GRADDROP_FN void load(const BFloat16* source, Vec& a) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
   a.x = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
@@ -71,22 +77,32 @@ GRADDROP_FN __m256i round_to_bfloat16(Vec a) {  // to nearest even, in the upper
   return _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
 }
 GRADDROP_FN __m256i with_nan(Vec a, __m256i rounded) {
-  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(_mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q)));
+  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000),
+                            _mm256_castps_si256(_mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q)));
 }
 GRADDROP_FN __m128i to_bfloat16(Vec a) {
   const __m256i rounded = _mm256_srli_epi32(with_nan(a, round_to_bfloat16(a)), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
 }
-GRADDROP_FN void store(BFloat16* target, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(target), to_bfloat16(a)); }
-GRADDROP_FN void store_kept(BFloat16* target, Lanes keep, Vec a) { store_half_kept(&target->bits, keep, to_bfloat16(a)); }
+GRADDROP_FN void store(BFloat16* target, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(target), to_bfloat16(a));
+}
+GRADDROP_FN void store_kept(BFloat16* target, Lanes keep, Vec a) {
+  store_half_kept(&target->bits, keep, to_bfloat16(a));
+}
 
-struct Float16 { uint16_t bits; };
-GRADDROP_FN void load(const Float16* source, Vec& a) { a.x = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))); }
+struct Float16 {
+  uint16_t bits;
+};
+GRADDROP_FN void load(const Float16* source, Vec& a) {
+  a.x = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+}
 GRADDROP_FN __m128i to_float16(Vec a) { return _mm256_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 GRADDROP_FN void store(Float16* target, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(target), to_float16(a)); }
 GRADDROP_FN void store_kept(Float16* target, Lanes keep, Vec a) { store_half_kept(&target->bits, keep, to_float16(a)); }
 
-// table[index] for 8 indices. Tables of up to 8 and 16 entries (allocated as such) are shuffled from registers, longer ones gathered.
+// table[index] for 8 indices. Tables of up to 8 and 16 entries (allocated as such) are shuffled from registers,
+// longer ones gathered.
 GRADDROP_FN void lookup(const float* table, int64_t size, __m256i index, Vec& a) {
   if (size > 16) {
     a.x = _mm256_i32gather_ps(table, index, 4);
@@ -102,7 +118,8 @@ GRADDROP_FN void lookup(const float* table, int64_t size, const uint16_t* index,
 }
 
 // Philox calls q = first .. first + 7: as in simd_avx512.h, with 4 calls a register.
-GRADDROP_FN void philox_8_calls(uint64_t first, uint32_t draw, uint32_t domain, const PhiloxKeys& keys, uint32_t* words) {
+GRADDROP_FN void philox_8_calls(uint64_t first, uint32_t draw, uint32_t domain, const PhiloxKeys& keys,
+                                uint32_t* words) {
   const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
   __m256i a[2], b[2], c[2], d[2];
   for (int u = 0; u < 2; ++u) {
@@ -113,7 +130,8 @@ GRADDROP_FN void philox_8_calls(uint64_t first, uint32_t draw, uint32_t domain, 
   }
 #pragma GCC unroll 10
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const __m256i key0 = _mm256_set1_epi32(static_cast<int>(keys.k0[round])), key1 = _mm256_set1_epi32(static_cast<int>(keys.k1[round]));
+    const __m256i key0 = _mm256_set1_epi32(static_cast<int>(keys.k0[round])),
+                  key1 = _mm256_set1_epi32(static_cast<int>(keys.k1[round]));
     for (int u = 0; u < 2; ++u) {
       const __m256i product0 = _mm256_mul_epu32(a[u], m0), product1 = _mm256_mul_epu32(c[u], m1);
       a[u] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product1, 32), b[u]), key0);
@@ -134,7 +152,8 @@ GRADDROP_FN __m256i load_u16(const uint16_t* u16) { return _mm256_loadu_si256(re
 
 GRADDROP_FN void store_u16(uint16_t* u16, __m256i a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(u16), a); }
 
-// The keep mask of a block of 64 elements, made from draws, buckets or bits: 16 ones or zeros an element, which one instruction widens to 32.
+// The keep mask of a block of 64 elements, made from draws, buckets or bits: 16 ones or zeros an element,
+// which one instruction widens to 32.
 struct Keep {
   alignas(32) uint16_t lanes[64];
 };
@@ -144,17 +163,20 @@ GRADDROP_FN void lanes_at(const Keep& keep, int i, Lanes& lanes) {
 GRADDROP_FN void keep_bits(uint64_t bits, Keep& keep) {
   const __m256i each = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
   for (int i = 0; i < 64; i += 16)
-    store_u16(keep.lanes + i, _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(static_cast<int16_t>(bits >> i)), each), each));
+    store_u16(keep.lanes + i,
+              _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(static_cast<int16_t>(bits >> i)), each), each));
 }
 GRADDROP_FN void keep_at_least(const uint16_t* u16, uint16_t threshold, Keep& keep) {
   const __m256i thresholds = _mm256_set1_epi16(static_cast<int16_t>(threshold));
   for (int i = 0; i < 64; i += 16) {
     const __m256i draws = load_u16(u16 + i);
-    store_u16(keep.lanes + i, _mm256_cmpeq_epi16(_mm256_max_epu16(draws, thresholds), draws));  // a >= b is max(a, b) == a
+    // a >= b is max(a, b) == a
+    store_u16(keep.lanes + i, _mm256_cmpeq_epi16(_mm256_max_epu16(draws, thresholds), draws));
   }
 }
 GRADDROP_FN void keep_in_range(const uint16_t* u16, uint16_t first, uint16_t last, Keep& keep) {
-  const __m256i firsts = _mm256_set1_epi16(static_cast<int16_t>(first)), spans = _mm256_set1_epi16(static_cast<int16_t>(last - first));
+  const __m256i firsts = _mm256_set1_epi16(static_cast<int16_t>(first)),
+                spans = _mm256_set1_epi16(static_cast<int16_t>(last - first));
   for (int i = 0; i < 64; i += 16) {
     const __m256i above = _mm256_sub_epi16(load_u16(u16 + i), firsts);
     store_u16(keep.lanes + i, _mm256_cmpeq_epi16(_mm256_min_epu16(above, spans), above));
@@ -172,14 +194,15 @@ GRADDROP_FN void add_plane(uint64_t bits, int plane, uint16_t* u16) {
   const __m256i each = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
   const __m256i value = _mm256_set1_epi16(static_cast<int16_t>(1 << plane));
   for (int i = 0; i < 64; i += 16) {
-    const __m256i set = _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(static_cast<int16_t>(bits >> i)), each), each);
+    const __m256i set =
+        _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(static_cast<int16_t>(bits >> i)), each), each);
     store_u16(u16 + i, _mm256_or_si256(load_u16(u16 + i), _mm256_and_si256(set, value)));
   }
 }
 
-
-// Two registers, for rows whose tensors all hold 16 bits an element: a whole register of memory at a time. a holds the elements
-// 0, 2, 4, ..., b the elements 1, 3, 5, ...: the lower and the upper halves of 32-bit lanes, so that widening costs one instruction each.
+// Two registers, for rows whose tensors all hold 16 bits an element: a whole register of memory at a time. a holds the
+// elements 0, 2, 4, ..., b the elements 1, 3, 5, ...: the lower and the upper halves of 32-bit lanes, so that widening
+// costs one instruction each.
 struct Lanes2 {
   Lanes a, b;
   __m256i both;  // 16 bits an element, in order
@@ -205,7 +228,8 @@ GRADDROP_FN Vec2 keep_or_zero(Lanes2 keep, Vec2 x) { return {keep_or_zero(keep.a
 
 GRADDROP_FN void load(const float* source, Vec2& x) {
   const __m256 low = _mm256_loadu_ps(source), high = _mm256_loadu_ps(source + 8);
-  const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0x88)), odd = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0xDD));
+  const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0x88)),
+                odd = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0xDD));
   x.a.x = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xD8));
   x.b.x = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xD8));
 }
@@ -222,7 +246,9 @@ GRADDROP_FN __m256i to_bfloat16(Vec2 x) {
   }
   return _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xAA);
 }
-GRADDROP_FN void store(BFloat16* target, Vec2 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), to_bfloat16(x)); }
+GRADDROP_FN void store(BFloat16* target, Vec2 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), to_bfloat16(x));
+}
 GRADDROP_FN void store_kept(BFloat16* target, Lanes2 keep, Vec2 x) {
   __m256i* wide = reinterpret_cast<__m256i*>(target);
   _mm256_storeu_si256(wide, _mm256_blendv_epi8(_mm256_loadu_si256(wide), to_bfloat16(x), keep.both));
@@ -240,9 +266,13 @@ GRADDROP_FN void lookup(const float* table, int64_t size, const uint16_t* index,
 
 // The vector for rows of parameters P and moments M.
 template <typename P, typename M>
-struct VectorFor { using Type = Vec; };
+struct VectorFor {
+  using Type = Vec;
+};
 template <>
-struct VectorFor<BFloat16, BFloat16> { using Type = Vec2; };
+struct VectorFor<BFloat16, BFloat16> {
+  using Type = Vec2;
+};
 
 }  // namespace
 }  // namespace graddrop

@@ -1,4 +1,5 @@
-// 16 floats in an AVX-512 register, and the mask-making that goes with them. Included by kernels_avx512.cpp and kernels_avx512_bf16.cpp.
+// 16 floats in an AVX-512 register, and the mask-making that goes with them.
+// Included by kernels_avx512.cpp and kernels_avx512_bf16.cpp.
 #pragma once
 #include <immintrin.h>
 
@@ -30,7 +31,9 @@ GRADDROP_FN Vec negate_fma(Vec a, Vec b, Vec c) { return Vec(_mm512_fnmadd_ps(a.
 GRADDROP_FN Vec max(Vec a, Vec b) { return Vec(_mm512_max_ps(a.x, b.x)); }
 GRADDROP_FN Vec keep_or_zero(Lanes keep, Vec a) { return Vec(_mm512_maskz_mov_ps(keep, a.x)); }
 GRADDROP_FN Vec select(Lanes keep, Vec yes, Vec no) { return Vec(_mm512_mask_mov_ps(no.x, keep, yes.x)); }
-GRADDROP_FN Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return select(_mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ), yes, no); }
+GRADDROP_FN Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
+  return select(_mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ), yes, no);
+}
 GRADDROP_FN bool all_less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ) == 0xffff; }
 GRADDROP_FN Vec exponent_and_mantissa(Vec y, Vec& mantissa) {
   const __m512i sqrt_half = _mm512_set1_epi32(0x3f3504f3);
@@ -46,13 +49,17 @@ GRADDROP_FN Vec symmetric_uniform(const uint32_t* words) {
 GRADDROP_FN void load(const float* source, Vec& a) { a.x = _mm512_loadu_ps(source); }
 GRADDROP_FN void store(float* target, Vec a) { _mm512_storeu_ps(target, a.x); }
 // Whole stores of old and new bits blended: masked stores are several times slower on AMD processors.
-GRADDROP_FN void store_kept(float* target, Lanes keep, Vec a) { _mm512_storeu_ps(target, _mm512_mask_mov_ps(_mm512_loadu_ps(target), keep, a.x)); }
+GRADDROP_FN void store_kept(float* target, Lanes keep, Vec a) {
+  _mm512_storeu_ps(target, _mm512_mask_mov_ps(_mm512_loadu_ps(target), keep, a.x));
+}
 GRADDROP_FN void store_kept(uint16_t* target, Lanes keep, __m256i a) {
   __m256i* wide = reinterpret_cast<__m256i*>(target);
   _mm256_storeu_si256(wide, _mm256_mask_mov_epi16(_mm256_loadu_si256(wide), keep, a));
 }
 
-struct BFloat16 { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
 GRADDROP_FN void load(const BFloat16* source, Vec& a) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
   a.x = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
@@ -61,19 +68,29 @@ GRADDROP_FN __m512i round_to_bfloat16(Vec a) {  // to nearest even, in the upper
   const __m512i u = _mm512_castps_si512(a.x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const Lanes nan = _mm512_cmp_ps_mask(a.x, a.x, _CMP_UNORD_Q);
-  return _mm512_mask_mov_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), nan, _mm512_set1_epi32(0x7fc00000));
+  return _mm512_mask_mov_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), nan,
+                               _mm512_set1_epi32(0x7fc00000));
 }
 GRADDROP_FN __m256i to_bfloat16(Vec a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bfloat16(a), 16)); }
-GRADDROP_FN void store(BFloat16* target, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), to_bfloat16(a)); }
+GRADDROP_FN void store(BFloat16* target, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), to_bfloat16(a));
+}
 GRADDROP_FN void store_kept(BFloat16* target, Lanes keep, Vec a) { store_kept(&target->bits, keep, to_bfloat16(a)); }
 
-struct Float16 { uint16_t bits; };
-GRADDROP_FN void load(const Float16* source, Vec& a) { a.x = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))); }
+struct Float16 {
+  uint16_t bits;
+};
+GRADDROP_FN void load(const Float16* source, Vec& a) {
+  a.x = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+}
 GRADDROP_FN __m256i to_float16(Vec a) { return _mm512_cvtps_ph(a.x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-GRADDROP_FN void store(Float16* target, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), to_float16(a)); }
+GRADDROP_FN void store(Float16* target, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), to_float16(a));
+}
 GRADDROP_FN void store_kept(Float16* target, Lanes keep, Vec a) { store_kept(&target->bits, keep, to_float16(a)); }
 
-// table[index] for 16 indices. Tables of up to 16, 32 and 64 entries (allocated as such) are shuffled from registers, longer ones gathered.
+// table[index] for 16 indices. Tables of up to 16, 32 and 64 entries (allocated as such) are shuffled from registers,
+// longer ones gathered.
 GRADDROP_FN void lookup(const float* table, int64_t size, const uint16_t* index, Vec& a) {
   const __m512i i = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)));
   if (size > 64) {
@@ -89,25 +106,30 @@ GRADDROP_FN void lookup(const float* table, int64_t size, const uint16_t* index,
 }
 
 // Philox calls q = first .. first + 7: 32 words, the 16-bit draws of 64 elements, in natural order.
-// The four state words of a call lie in the low halves of 64-bit lanes, 8 calls a register; vpmuludq reads only the low halves, so that what the
-// products leave in the high halves does no harm.
-GRADDROP_FN void philox_8_calls(uint64_t first, uint32_t draw, uint32_t domain, const PhiloxKeys& keys, uint32_t* words) {
+// The four state words of a call lie in the low halves of 64-bit lanes, 8 calls a register; vpmuludq reads only the low
+// halves, so that what the products leave in the high halves does no harm.
+GRADDROP_FN void philox_8_calls(uint64_t first, uint32_t draw, uint32_t domain, const PhiloxKeys& keys,
+                                uint32_t* words) {
   const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
   // Lanes start at these offsets so that the unpacks at the end leave natural order.
-  __m512i a = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(first)), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
+  __m512i a =
+      _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(first)), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
   __m512i b = _mm512_srli_epi64(a, 32), c = _mm512_set1_epi64(draw), d = _mm512_set1_epi64(domain);
 #pragma GCC unroll 10
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const __m512i product0 = _mm512_mul_epu32(a, m0), product1 = _mm512_mul_epu32(c, m1);
-    const __m512i key0 = _mm512_set1_epi32(static_cast<int>(keys.k0[round])), key1 = _mm512_set1_epi32(static_cast<int>(keys.k1[round]));
+    const __m512i key0 = _mm512_set1_epi32(static_cast<int>(keys.k0[round])),
+                  key1 = _mm512_set1_epi32(static_cast<int>(keys.k1[round]));
     a = _mm512_ternarylogic_epi32(_mm512_srli_epi64(product1, 32), b, key0, 0x96);  // 0x96: three-way xor
     c = _mm512_ternarylogic_epi32(_mm512_srli_epi64(product0, 32), d, key1, 0x96);
     b = product1;
     d = product0;
   }
   // b into the odd 32-bit lanes of a, d into those of c: words 0, 1 and words 2, 3 of each call side by side
-  const __m512i xy = _mm512_castps_si512(_mm512_mask_moveldup_ps(_mm512_castsi512_ps(a), 0xAAAA, _mm512_castsi512_ps(b)));
-  const __m512i zw = _mm512_castps_si512(_mm512_mask_moveldup_ps(_mm512_castsi512_ps(c), 0xAAAA, _mm512_castsi512_ps(d)));
+  const __m512i xy =
+      _mm512_castps_si512(_mm512_mask_moveldup_ps(_mm512_castsi512_ps(a), 0xAAAA, _mm512_castsi512_ps(b)));
+  const __m512i zw =
+      _mm512_castps_si512(_mm512_mask_moveldup_ps(_mm512_castsi512_ps(c), 0xAAAA, _mm512_castsi512_ps(d)));
   _mm512_storeu_si512(words, _mm512_unpacklo_epi64(xy, zw));
   _mm512_storeu_si512(words + 16, _mm512_unpackhi_epi64(xy, zw));
 }
@@ -124,27 +146,31 @@ GRADDROP_FN void keep_at_least(const uint16_t* u16, uint16_t threshold, Keep& ke
   keep.bits = low | static_cast<uint64_t>(_mm512_cmpge_epu16_mask(_mm512_loadu_si512(u16 + 32), thresholds)) << 32;
 }
 GRADDROP_FN void keep_in_range(const uint16_t* u16, uint16_t first, uint16_t last, Keep& keep) {
-  const __m512i firsts = _mm512_set1_epi16(static_cast<int16_t>(first)), spans = _mm512_set1_epi16(static_cast<int16_t>(last - first));
+  const __m512i firsts = _mm512_set1_epi16(static_cast<int16_t>(first)),
+                spans = _mm512_set1_epi16(static_cast<int16_t>(last - first));
   const uint64_t low = _mm512_cmple_epu16_mask(_mm512_sub_epi16(_mm512_loadu_si512(u16), firsts), spans);
-  keep.bits = low | static_cast<uint64_t>(_mm512_cmple_epu16_mask(_mm512_sub_epi16(_mm512_loadu_si512(u16 + 32), firsts), spans)) << 32;
+  const uint64_t high = _mm512_cmple_epu16_mask(_mm512_sub_epi16(_mm512_loadu_si512(u16 + 32), firsts), spans);
+  keep.bits = low | high << 32;
 }
 
 // u16[i] = (u16[i] * buckets) >> 16, of 64 elements.
 GRADDROP_FN void to_buckets(uint16_t* u16, uint32_t buckets) {
   for (int i = 0; i < 64; i += 32)
-    _mm512_storeu_si512(u16 + i, _mm512_mulhi_epu16(_mm512_loadu_si512(u16 + i), _mm512_set1_epi16(static_cast<int16_t>(buckets))));
+    _mm512_storeu_si512(
+        u16 + i, _mm512_mulhi_epu16(_mm512_loadu_si512(u16 + i), _mm512_set1_epi16(static_cast<int16_t>(buckets))));
 }
 
 // u16[i] |= bit i << plane, of 64 elements.
 GRADDROP_FN void add_plane(uint64_t bits, int plane, uint16_t* u16) {
   for (int i = 0; i < 64; i += 32) {
-    const __m512i plane_bits = _mm512_maskz_set1_epi16(static_cast<__mmask32>(bits >> i), static_cast<int16_t>(1 << plane));
+    const __m512i plane_bits =
+        _mm512_maskz_set1_epi16(static_cast<__mmask32>(bits >> i), static_cast<int16_t>(1 << plane));
     _mm512_storeu_si512(u16 + i, _mm512_or_si512(_mm512_loadu_si512(u16 + i), plane_bits));
   }
 }
 
-
-// Two registers, for rows whose tensors all hold 16 bits an element: a whole register of memory at a time. a holds elements 0 .. 15, b 16 .. 31.
+// Two registers, for rows whose tensors all hold 16 bits an element: a whole register of memory at a time.
+// a holds elements 0 .. 15, b 16 .. 31.
 struct Lanes2 {
   Lanes a, b;
 };
@@ -174,19 +200,23 @@ GRADDROP_FN void load(const float* source, Vec2& x) {
 GRADDROP_FN void load(const BFloat16* source, Vec2& x) {
   const __m512i memory = _mm512_loadu_si512(source);
   // word j of memory into the upper half of lane j, zero into the lower
-  const __m512i low = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+  const __m512i low = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3,
+                                       0, 2, 0, 1, 0, 0, 0);
   x.a.x = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, low, memory));
-  x.b.x = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, _mm512_add_epi16(low, _mm512_set1_epi16(16)), memory));
+  x.b.x = _mm512_castsi512_ps(
+      _mm512_maskz_permutexvar_epi16(0xAAAAAAAA, _mm512_add_epi16(low, _mm512_set1_epi16(16)), memory));
 }
 GRADDROP_FN __m512i to_bfloat16(Vec2 x) {
 #if defined(__AVX512BF16__)
   // The processor's own conversion flushes denormals and keeps NaN payloads: both are rare enough to branch around it.
   constexpr int kDenormalOrNaN = 0x20 | 0x80 | 0x01;
-  if (__builtin_expect((_mm512_fpclass_ps_mask(x.a.x, kDenormalOrNaN) | _mm512_fpclass_ps_mask(x.b.x, kDenormalOrNaN)) == 0, 1))
+  if (__builtin_expect(
+          (_mm512_fpclass_ps_mask(x.a.x, kDenormalOrNaN) | _mm512_fpclass_ps_mask(x.b.x, kDenormalOrNaN)) == 0, 1))
     return (__m512i)_mm512_cvtne2ps_pbh(x.b.x, x.a.x);
 #endif
   // the upper halves of both: words 1, 3, 5, ... of the pair
-  const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
+                                         23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
   return _mm512_permutex2var_epi16(round_to_bfloat16(x.a), upper, round_to_bfloat16(x.b));
 }
 GRADDROP_FN void store(BFloat16* target, Vec2 x) { _mm512_storeu_si512(target, to_bfloat16(x)); }
@@ -205,9 +235,13 @@ GRADDROP_FN void lookup(const float* table, int64_t size, const uint16_t* index,
 
 // The vector for rows of parameters P and moments M.
 template <typename P, typename M>
-struct VectorFor { using Type = Vec; };
+struct VectorFor {
+  using Type = Vec;
+};
 template <>
-struct VectorFor<BFloat16, BFloat16> { using Type = Vec2; };
+struct VectorFor<BFloat16, BFloat16> {
+  using Type = Vec2;
+};
 
 }  // namespace
 }  // namespace graddrop

@@ -29,9 +29,10 @@ GRADDROP_FN Vec max(Vec a, Vec b) { return Vec(graddrop::max(a.x, b.x)); }
 GRADDROP_FN Vec keep_or_zero(Lanes keep, Vec a) { return keep ? a : Vec(0.0f); }
 GRADDROP_FN Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return a.x < b.x ? yes : no; }
 GRADDROP_FN bool all_less(Vec a, Vec b) { return a.x < b.x; }
-GRADDROP_FN Vec exponent_and_mantissa(Vec y, Vec& mantissa) { return Vec(graddrop::exponent_and_mantissa(y.x, mantissa.x)); }
+GRADDROP_FN Vec exponent_and_mantissa(Vec y, Vec& mantissa) {
+  return Vec(graddrop::exponent_and_mantissa(y.x, mantissa.x));
+}
 GRADDROP_FN Vec symmetric_uniform(const uint32_t* words) { return Vec(graddrop::symmetric_uniform(*words)); }
-
 
 GRADDROP_FN uint32_t bits_of(float x) {
   uint32_t u;
@@ -47,14 +48,18 @@ GRADDROP_FN float float_of(uint32_t u) {
 GRADDROP_FN void load(const float* source, Vec& a) { a.x = *source; }
 GRADDROP_FN void store(float* target, Vec a) { *target = a.x; }
 
-struct BFloat16 { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
 GRADDROP_FN void load(const BFloat16* source, Vec& a) { a.x = float_of(static_cast<uint32_t>(source->bits) << 16); }
 GRADDROP_FN void store(BFloat16* target, Vec a) {  // round to nearest even
   const uint32_t u = bits_of(a.x);
   target->bits = a.x != a.x ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
-struct Float16 { uint16_t bits; };
+struct Float16 {
+  uint16_t bits;
+};
 GRADDROP_FN void load(const Float16* source, Vec& a) {
   const uint32_t sign = (source->bits & 0x8000u) << 16, magnitude = source->bits & 0x7fffu;
   if (magnitude >= 0x7c00)  // infinity or NaN
@@ -66,8 +71,9 @@ GRADDROP_FN void store(Float16* target, Vec a) {  // round to nearest even
   const uint32_t u = bits_of(a.x), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
   uint32_t half;
   if (magnitude > 0x7f800000) half = 0x7e00 | (magnitude >> 13 & 0x3ff);  // NaN
-  else if (magnitude >= 0x477ff000) half = 0x7c00;                       // rounds to infinity
-  else if (magnitude < 0x38800000)  // below 2^-14: adding 0.5 aligns the half's denormal step with the float's last bit, and rounds
+  else if (magnitude >= 0x477ff000) half = 0x7c00;                        // rounds to infinity
+  else if (magnitude < 0x38800000)
+    // below 2^-14: adding 0.5 aligns the half's denormal step with the float's last bit, and rounds
     half = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   else half = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
   target->bits = static_cast<uint16_t>(sign | half);
@@ -80,10 +86,13 @@ GRADDROP_FN void store_kept(T* target, Lanes keep, Vec a) {
 
 GRADDROP_FN void lookup(const float* table, int64_t, const uint16_t* index, Vec& a) { a.x = table[*index]; }
 
-// Philox calls q = first .. first + 7: 32 words, the 16-bit draws of 64 elements; a little-endian machine reads them in natural order.
-GRADDROP_FN void philox_8_calls(uint64_t first, uint32_t draw, uint32_t domain, const PhiloxKeys& keys, uint32_t* words) {
+// Philox calls q = first .. first + 7: 32 words, the 16-bit draws of 64 elements;
+// a little-endian machine reads them in natural order.
+GRADDROP_FN void philox_8_calls(uint64_t first, uint32_t draw, uint32_t domain, const PhiloxKeys& keys,
+                                uint32_t* words) {
   for (int call = 0; call < 8; ++call) {
-    const PhiloxWords four = philox_call(first + call, draw, domain, keys.k0[0] | static_cast<uint64_t>(keys.k1[0]) << 32);
+    const PhiloxWords four =
+        philox_call(first + call, draw, domain, keys.k0[0] | static_cast<uint64_t>(keys.k1[0]) << 32);
     std::memcpy(words + 4 * call, four.word, sizeof four.word);
   }
 }
@@ -98,7 +107,9 @@ GRADDROP_FN void keep_in_range(const uint16_t* u16, uint16_t first, uint16_t las
   keep.bits = 0;
   for (int i = 0; i < 64; ++i) keep.bits |= static_cast<uint64_t>(first <= u16[i] && u16[i] <= last) << i;
 }
-GRADDROP_FN void keep_at_least(const uint16_t* u16, uint16_t threshold, Keep& keep) { keep_in_range(u16, threshold, 65535, keep); }
+GRADDROP_FN void keep_at_least(const uint16_t* u16, uint16_t threshold, Keep& keep) {
+  keep_in_range(u16, threshold, 65535, keep);
+}
 
 GRADDROP_FN void to_buckets(uint16_t* u16, uint32_t buckets) {
   for (int i = 0; i < 64; ++i) u16[i] = static_cast<uint16_t>(bucket_of(u16[i], buckets));
@@ -110,7 +121,9 @@ GRADDROP_FN void add_plane(uint64_t bits, int plane, uint16_t* u16) {
 
 // The vector for rows of parameters P and moments M.
 template <typename P, typename M>
-struct VectorFor { using Type = Vec; };
+struct VectorFor {
+  using Type = Vec;
+};
 
 }  // namespace
 }  // namespace graddrop

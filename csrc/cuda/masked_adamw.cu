@@ -1,4 +1,5 @@
-// The shared headers on the device, in their plainest form: one thread updates the eight elements of one Philox call. float32 rows with drawn masks.
+// The shared headers on the device, in their plainest form: one thread updates the eight elements of one Philox call.
+// float32 rows with drawn masks.
 // It keeps the headers fit for nvcc. Compiled and inspected only; it has not run on a GPU, and no backend uses it yet.
 #include "../adamw.h"
 #include "../gaussian.h"
@@ -10,7 +11,8 @@ namespace graddrop {
 constexpr int kElementsPerThread = 8;
 constexpr int kThreads = 256;
 
-__global__ void masked_adamw_float32(TensorRow row, MaskSpec mask, AdamWScalars<float> scalars, bool decay, bool amsgrad, float sign) {
+__global__ void masked_adamw_float32(TensorRow row, MaskSpec mask, AdamWScalars<float> scalars, bool decay,
+                                     bool amsgrad, float sign) {
   const int64_t call = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t first = call * kElementsPerThread;
   if (first >= row.numel) return;
@@ -50,12 +52,13 @@ using namespace graddrop;
 extern "C" __attribute__((visibility("default"))) int32_t graddrop_cuda_table_version() { return kTableVersion; }
 
 // One row on a stream; returns the cudaError_t of the launch.
-extern "C" __attribute__((visibility("default"))) int32_t graddrop_cuda_masked_adamw_float32(const TensorRow* row, const MaskSpec* mask,
-                                                                                             const AdamWScalars<float>* scalars, int32_t decay,
-                                                                                             int32_t amsgrad, float sign, void* stream) {
+extern "C" __attribute__((visibility("default"))) int32_t
+graddrop_cuda_masked_adamw_float32(const TensorRow* row, const MaskSpec* mask, const AdamWScalars<float>* scalars,
+                                   int32_t decay, int32_t amsgrad, float sign, void* stream) {
   const int64_t calls = (row->numel + kElementsPerThread - 1) / kElementsPerThread;
   if (calls == 0) return 0;
   const unsigned blocks = static_cast<unsigned>((calls + kThreads - 1) / kThreads);
-  masked_adamw_float32<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*row, *mask, *scalars, decay, amsgrad, sign);
+  masked_adamw_float32<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*row, *mask, *scalars, decay,
+                                                                                   amsgrad, sign);
   return static_cast<int32_t>(cudaGetLastError());
 }

@@ -44,6 +44,9 @@ class HyperRow(ctypes.Structure):
     ]  # fmt: skip
 
 
+assert ctypes.sizeof(TensorRow) == 104 and ctypes.sizeof(HyperRow) == 128  # as csrc/tensor_table.h asserts
+
+
 def tensor_table(batch: TensorBatch) -> np.ndarray:
     """One TensorRow a parameter, all but its gradient's address, which every step brings anew."""
     table = np.zeros(len(batch.params), TENSOR_ROW)

@@ -1,0 +1,45 @@
+"""What a parameter group holds: our keys beside torch's, and which values are allowed."""
+
+import math
+
+import torch
+
+from .policies import GradDrop
+
+# Kept in every parameter group beside torch's keys, as plain values, so that any checkpoint format carries them.
+GROUP_DEFAULTS = {
+    "mask": GradDrop().to_json(),  # the policy as one canonical JSON string, or None
+    "seed": 0,
+    "masked": None,  # None: the policy's own; "gradient" or "frozen"
+    "bias_correction": "active",  # or "global"
+    "moment_dtype": None,  # None: the parameter's; or "float32"
+    "epoch": 0,
+    "epoch_was_set": False,  # set_epoch() was called, once at least
+    "completed_steps": 0,  # steps of this group, the draw of its block masks
+    "epoch_history": "",  # "epoch:first step,...", see plan.Clock
+}
+
+
+def moment_dtype_name(dtype: torch.dtype | str | None) -> str | None:
+    if dtype not in (None, torch.float32, "float32"):
+        raise ValueError(f"moment_dtype must be None (the parameter's dtype) or torch.float32, got {dtype!r}")
+    return None if dtype is None else "float32"
+
+
+def check_options(index: int, group: dict) -> None:
+    """Raises ValueError that names the group's offending value. Comparisons are written so that NaN fails them."""
+    for name in ("lr", "eps", "weight_decay"):
+        if not 0 <= group[name] < math.inf:
+            raise ValueError(f"{name} of parameter group {index} must be a finite number >= 0, got {group[name]!r}")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas of parameter group {index} must be in [0, 1), got {group['betas']!r}")
+    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**64:
+        raise ValueError(f"seed of parameter group {index} must be an int in [0, 2^64), got {group['seed']!r}")
+    if group["masked"] not in (None, "gradient", "frozen"):
+        raise ValueError(
+            f"masked of parameter group {index} must be 'gradient', 'frozen' or None, got {group['masked']!r}"
+        )
+    if group["bias_correction"] not in ("active", "global"):
+        raise ValueError(
+            f"bias_correction of parameter group {index} must be 'active' or 'global', got {group['bias_correction']!r}"
+        )
