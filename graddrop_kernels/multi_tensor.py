@@ -90,8 +90,11 @@ class PreparedStep:
 
     def __init__(self, params: list[torch.Tensor], rows: list[Row], state: dict, made_for: object):
         self.made_for = made_for
+        self.params = params  # held, so that no other tensor can come by one of the ids
+        self.param_ids = list(map(id, params))
         self.absent = [param.grad is None for param in params]
         self.states = [row.state for row in rows]
+        self.amsgrad_states = [row.state for row in rows if row.amsgrad]
         self.state_ids = list(map(id, state.values()))  # the dicts live as long as self.states does
         self.staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.batches = self._sort(rows)
@@ -107,6 +110,7 @@ class PreparedStep:
             self.made_for == made_for
             and not self.staged
             and [grad is None for grad in grads] == self.absent
+            and list(map(id, params)) == self.param_ids
             and list(map(id, state.values())) == self.state_ids
             # no list: 400 tuples alive at once would set off the garbage collector
             and all(map(eq, map(_facts, present(grads)), self.grad_facts))
@@ -132,6 +136,7 @@ class PreparedStep:
         addresses = list(map(_address, params))
         for name in ("exp_avg", "exp_avg_sq", "step"):
             addresses += map(_address, map(itemgetter(name), self.states))
+        addresses += [state["max_exp_avg_sq"].data_ptr() for state in self.amsgrad_states]
         return addresses
 
     def _sort(self, rows: list[Row]) -> list[TensorBatch]:

@@ -16,6 +16,7 @@ from .policies import KEEP, FixedMask, GradDrop, GradDropEpoch, Policy
 from .policy_book import PolicyBook
 from .reference import keep_and_bucket
 
+
 class FusedGradDropAdamW(torch.optim.AdamW):
     """AdamW that masks the gradients as GradDrop and its variants do (O'Neill & Dutta),
     at the cost of a plain fused AdamW step.

@@ -1,4 +1,4 @@
-"""PolicyBook: the policies of an optimizer by their canonical JSON strings, which is what its groups and checkpoints hold."""
+"""PolicyBook: an optimizer's policies by their canonical JSON strings, which its groups and checkpoints hold."""
 
 from .policies import Policy, from_json
 
