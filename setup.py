@@ -63,7 +63,7 @@ def find_nvcc() -> str | None:
 
 
 def cuda_archs() -> list[str]:
-    archs = [arch for arch in os.environ.get("GRADDROP_CUDA_ARCHS", "80;90").split(";") if arch]
+    archs = [arch for arch in (os.environ.get("GRADDROP_CUDA_ARCHS") or "80;90").split(";") if arch] or ["80", "90"]
     return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs] + [
         f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"
     ]

@@ -18,7 +18,7 @@ MASK32 = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers and Weyl key increments of the paper above
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
-# Domains keep the streams of one key apart; csrc/mask.h and the Triton kernels hold the same numbers.
+# Domains keep the streams of one key apart; csrc/philox.h holds the same numbers.
 DOMAIN_ELEMENT, DOMAIN_BLOCK, DOMAIN_BUCKET, DOMAIN_GAUSSIAN, DOMAIN_ROUNDING = range(5)
 
 _CALLS_PER_PASS = 1 << 16  # int64 temporaries of 0.5 MB stay in the L2 cache: 2.5 times faster than whole tensors

@@ -70,7 +70,7 @@ class Clock:
 
     @staticmethod
     def parse_history(text: str) -> tuple[tuple[int, int], ...]:
-        """The inverse of ``format_history``: "0:0,1:44" -> ((0, 0), (1, 44))."""
+        """The inverse of ``with_this_step``: "0:0,1:44" -> ((0, 0), (1, 44))."""
         return _parse_history(text)
 
     def with_this_step(self) -> str:

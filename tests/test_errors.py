@@ -343,8 +343,17 @@ def test_a_group_that_is_refused_leaves_the_others_alone(group, kind, part, trai
 # Gradients, and parameters that have changed since.
 
 
+# Some of these keep the parameter's memory, so that nothing but the one fact has changed since the step before.
+
+
 def shrink(param):
-    param.data = param.data.flatten()[:3].clone()
+    param.data = param.data.flatten()[:3]
+
+
+def shrink_grad(param):
+    whole, param.data = param.data, param.data.flatten()[:3]
+    param.grad = torch.ones_like(param)
+    param.data = whole
 
 
 def other_dtype(param):
@@ -357,16 +366,17 @@ def overlap(param):
 
 
 def other_grad_dtype(param):
-    grad = param.grad
-    param.data, dtype = param.data.half(), param.dtype
+    grad, whole = param.grad, param.data
+    param.data = whole.half()
     param.grad = grad.half()
-    param.data = param.data.to(dtype)
+    param.data = whole
 
 
 @pytest.mark.parametrize(
     "spoil, kind, parts",
     [
         (shrink, ValueError, [r"\(6, 6\) torch.float32", r"\(3,\) torch.float32"]),
+        (shrink_grad, ValueError, [r"is \(3,\) torch.float32", r"\(6, 6\) torch.float32"]),
         (other_dtype, ValueError, ["torch.float32 on cpu", "torch.float64 on cpu"]),
         (other_grad_dtype, ValueError, [r"is \(6, 6\) torch.float16", r"\(6, 6\) torch.float32"]),
         (overlap, ValueError, ["overlapping memory", r"strides \(0, 0\)", r"\.clone\(\)"]),
@@ -393,11 +403,16 @@ def test_a_gradient_on_another_device():
     assert not optimizer.state and (weight == 1).all()
 
 
-def test_a_sparse_gradient(seed):
+@pytest.mark.parametrize("dense_steps", [0, 2])
+def test_a_sparse_gradient(dense_steps):
     embedding = nn.Embedding(9, 4, sparse=True)
     dense = nn.Parameter(torch.ones(3))
     optimizer = FusedGradDropAdamW([("dense", dense), ("words.weight", embedding.weight)])
     dense.grad = torch.ones(3)
+    for _ in range(dense_steps):
+        embedding.weight.grad = torch.ones(9, 4)
+        optimizer.step()
+    embedding.weight.grad = None
     embedding(torch.tensor([1, 2])).sum().backward()
     with refused(RuntimeError, "'words.weight'", "sparse", "sparse=False", optimizer=optimizer):
         optimizer.step()

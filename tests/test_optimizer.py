@@ -519,7 +519,9 @@ def test_none_gradients_are_skipped(seed):
 
 
 @pytest.mark.parametrize("policy", ["graddrop", "layer", "epoch-bitpacked", "fixed"])
-@pytest.mark.parametrize("what", ["all state", "one state", "one moment", "parameter", "parameter of the same memory"])
+@pytest.mark.parametrize(
+    "what", ["all state", "one state", "one moment", "strides", "parameter", "parameter of the same memory"]
+)
 def test_what_is_exchanged_between_steps_is_seen(policy, what, seed):
     """State that is deleted or exchanged, and a parameter put in another's place: each step sees what is there now."""
     model, optimizer = build(policy, amsgrad=True)
@@ -533,6 +535,8 @@ def test_what_is_exchanged_between_steps_is_seen(policy, what, seed):
         for param in twin.parameters():
             for value in reference.state[param].values():
                 value.zero_()
+    elif what == "strides":
+        chosen.data, other.data = chosen.data.t(), other.data.t().contiguous()
     elif what == "one moment":
         optimizer.state[chosen]["max_exp_avg_sq"] = torch.full_like(chosen, 3.0)
         reference.state[other]["max_exp_avg_sq"].fill_(3.0)
@@ -550,7 +554,36 @@ def test_what_is_exchanged_between_steps_is_seen(policy, what, seed):
     for each, those in ((model, optimizer), (twin, reference)):
         train(those, each.parameters(), range(13, 16), seed)
     assert state_bits(model, optimizer) == state_bits(twin, reference)
-    assert optimizer.state[chosen]["step"].item() == (7 if what == "one moment" else 3) or policy.startswith("layer")
+    assert optimizer.state[chosen]["step"].item() == (
+        7 if what in ("one moment", "strides") else 3
+    ) or policy.startswith("layer")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("seed", 2**40),
+        ("mask", GradDrop(p=0.9).to_json()),
+        ("mask", None),
+        ("mask", GradDropEpoch(2).to_json()),
+        ("amsgrad", True),
+    ],
+    ids=["seed", "p", "none", "epoch", "amsgrad"],
+)
+def test_what_is_changed_in_a_group_between_steps_is_seen(key, value, seed):
+    model, optimizer = build("graddrop")
+    train(optimizer, model.parameters(), range(2), seed)
+    before = optimizer.mask("layer.0.linear.weight")
+    for group in optimizer.param_groups[:2]:
+        group[key] = value
+    told = {name: optimizer.mask(name) for name, _ in model.named_parameters()}
+    assert torch.equal(told["layer.0.linear.weight"], before) == (key == "amsgrad")
+    for param in model.parameters():
+        param.grad = torch.full_like(param, 1e6)
+    optimizer.step()
+    for name, param in model.named_parameters():
+        assert torch.equal(optimizer.state[param]["exp_avg"] > 1e5, told[name])
+        assert ("max_exp_avg_sq" in optimizer.state[param]) == (key == "amsgrad" and name.startswith("layer."))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

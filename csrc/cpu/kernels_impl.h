@@ -102,14 +102,13 @@ template <typename V>
 GRADDROP_FN Update<V> make_update(const PreparedRow& row) {
   const AdamWScalars<float>& s = row.scalars;
   const float scale = row.mask.kind == kBernoulli || row.mask.kind == kFixed ? row.mask.scale : 1.0f;
-  const AdamWScalars<V> scalars = {V(s.lr_weight_decay),
-                                   V(s.beta1),
-                                   V(s.beta2),
-                                   V(s.step_size),
-                                   V(s.bias_correction2_sqrt),
-                                   V(s.bias_correction2_sqrt_reciprocal),
-                                   V(s.eps)};
-  return {scalars, V(row.sign * scale), row.by_age, row.num_ages, row.decay, row.amsgrad};
+  return {{V(s.lr_weight_decay), V(s.beta1), V(s.beta2), V(s.step_size), V(s.bias_correction2_sqrt),
+           V(s.bias_correction2_sqrt_reciprocal), V(s.eps)},
+          V(row.sign * scale),
+          row.by_age,
+          row.num_ages,
+          row.decay,
+          row.amsgrad};
 }
 
 // The tensors of a row from one local index on.
