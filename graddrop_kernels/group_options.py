@@ -33,6 +33,11 @@ def check_options(index: int, group: dict) -> None:
             raise ValueError(f"{name} of parameter group {index} must be a finite number >= 0, got {group[name]!r}")
     if not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"betas of parameter group {index} must be in [0, 1), got {group['betas']!r}")
+    if not all(beta < 1 - 2**-25 for beta in group["betas"]):
+        raise ValueError(
+            f"betas of parameter group {index} must not round to 1 in float32, where moments would stand still; "
+            f"the largest usable is {1 - 2**-24:.10g}, got {group['betas']!r}"
+        )
     if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**64:
         raise ValueError(f"seed of parameter group {index} must be an int in [0, 2^64), got {group['seed']!r}")
     if group["masked"] not in (None, "gradient", "frozen"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import EXACT, FUSED, assert_same_bits, instruction_set, require
 
-from graddrop_kernels import backends
+from graddrop_kernels import FusedGradDropAdamW, GaussianGradDrop, backends
 from graddrop_kernels.gaussian import normal_from_words
 from graddrop_kernels.layout import RowBlock
 from graddrop_kernels.multi_tensor import Hyper, TensorBatch
@@ -119,3 +119,24 @@ def test_fused_factors_are_the_exact_ones(base, seed):
     expected = EXACT_ROUNDING.fma(z, torch.tensor(scale), torch.tensor(1.0))
     for engine in (*FUSED, EXACT):
         assert_same_bits(gaussian_factors(engine, key, 5, base, count, scale), expected, f"factors by {engine}")
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.8])
+def test_policy_multiplies_by_the_mean_and_variance_of_its_bernoulli_mask(p, seed):
+    """GaussianGradDrop(p): factors N(1, p / (1 - p)), new ones every step and parameter; nothing is dropped."""
+    count, variance = 1_000_000, round(p * 65536) / (65536 - round(p * 65536))
+    named = [(name, torch.nn.Parameter(torch.zeros(count))) for name in ("v", "w")]
+    optimizer = FusedGradDropAdamW(named, betas=(0.0, 0.5), mask=GaussianGradDrop(p=p), seed=seed)
+    factors = []
+    for _ in range(2):
+        for _, param in named:
+            assert optimizer.mask(param).all()
+            param.grad = torch.ones(count)
+        optimizer.step()
+        factors += [optimizer.state[param]["exp_avg"].double() - 1 for _, param in named]
+    for i, factor in enumerate(factors):
+        assert abs(factor.mean()) < 6.8 * math.sqrt(variance / count)
+        assert abs(factor.square().mean() / variance - 1) < 6.8 * math.sqrt(2 / count)
+        for other in factors[:i]:
+            assert abs((factor * other).mean() / variance) < 6.8 / math.sqrt(count)
+    assert optimizer.active_fraction() == [1.0]

@@ -13,7 +13,19 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from cases import ulps_apart
-from test_optimizer import POLICIES, Encoder, bits, build, every_policy, half, random_grads, snapshot, state_bits, train
+from test_optimizer import (
+    POLICIES,
+    ROUNDED_ONCE,
+    Encoder,
+    bits,
+    build,
+    every_policy,
+    half,
+    random_grads,
+    snapshot,
+    state_bits,
+    train,
+)
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -412,7 +424,7 @@ def test_from_torch_and_back(keywords, named, seed):
     params = lambda model: model.named_parameters() if named else model.parameters()
     theirs_model, ours_model = Encoder(), Encoder()
     theirs = torch.optim.AdamW(params(theirs_model), **ARGUMENTS, **keywords)
-    ours = FusedGradDropAdamW(params(ours_model), mask=None)  # its hyper-parameters come from the file
+    ours = FusedGradDropAdamW(params(ours_model), mask=None, backend=ROUNDED_ONCE)  # hyper-parameters: the file's
     train(theirs, theirs_model.parameters(), range(1, 3), seed)
     ours.load_state_dict(through_a_file(theirs.state_dict()))
     assert (
