@@ -117,32 +117,34 @@ GRADDROP_FN void lookup(const float* table, int64_t size, const uint16_t* index,
   lookup(table, size, _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index))), a);
 }
 
-// Philox calls q = first .. first + 7: as in simd_avx512.h, with 4 calls a register.
-GRADDROP_FN void philox_8_calls(uint64_t first, uint32_t draw, uint32_t domain, const PhiloxKeys& keys,
-                                uint32_t* words) {
-  const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
+// Eight Philox calls in the making: as in simd_avx512.h, with 4 calls a register.
+struct Philox8 {
   __m256i a[2], b[2], c[2], d[2];
+};
+GRADDROP_FN void philox_start(Philox8& s, uint64_t first, uint32_t draw, uint32_t domain) {
   for (int u = 0; u < 2; ++u) {
-    a[u] = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(first + 4 * u)), _mm256_setr_epi64x(0, 2, 1, 3));
-    b[u] = _mm256_srli_epi64(a[u], 32);
-    c[u] = _mm256_set1_epi64x(draw);
-    d[u] = _mm256_set1_epi64x(domain);
+    s.a[u] = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(first + 4 * u)), _mm256_setr_epi64x(0, 2, 1, 3));
+    s.b[u] = _mm256_srli_epi64(s.a[u], 32);
+    s.c[u] = _mm256_set1_epi64x(draw);
+    s.d[u] = _mm256_set1_epi64x(domain);
   }
-#pragma GCC unroll 10
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const __m256i key0 = _mm256_set1_epi32(static_cast<int>(keys.k0[round])),
-                  key1 = _mm256_set1_epi32(static_cast<int>(keys.k1[round]));
-    for (int u = 0; u < 2; ++u) {
-      const __m256i product0 = _mm256_mul_epu32(a[u], m0), product1 = _mm256_mul_epu32(c[u], m1);
-      a[u] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product1, 32), b[u]), key0);
-      c[u] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product0, 32), d[u]), key1);
-      b[u] = product1;
-      d[u] = product0;
-    }
-  }
+}
+GRADDROP_FN void philox_round(Philox8& s, const PhiloxKeys& keys, int round) {
+  const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
+  const __m256i key0 = _mm256_set1_epi32(static_cast<int>(keys.k0[round])),
+                key1 = _mm256_set1_epi32(static_cast<int>(keys.k1[round]));
   for (int u = 0; u < 2; ++u) {
-    const __m256i xy = _mm256_blend_epi32(a[u], _mm256_slli_epi64(b[u], 32), 0xAA);
-    const __m256i zw = _mm256_blend_epi32(c[u], _mm256_slli_epi64(d[u], 32), 0xAA);
+    const __m256i product0 = _mm256_mul_epu32(s.a[u], m0), product1 = _mm256_mul_epu32(s.c[u], m1);
+    s.a[u] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product1, 32), s.b[u]), key0);
+    s.c[u] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product0, 32), s.d[u]), key1);
+    s.b[u] = product1;
+    s.d[u] = product0;
+  }
+}
+GRADDROP_FN void philox_finish(const Philox8& s, uint32_t* words) {
+  for (int u = 0; u < 2; ++u) {
+    const __m256i xy = _mm256_blend_epi32(s.a[u], _mm256_slli_epi64(s.b[u], 32), 0xAA);
+    const __m256i zw = _mm256_blend_epi32(s.c[u], _mm256_slli_epi64(s.d[u], 32), 0xAA);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + 16 * u), _mm256_unpacklo_epi64(xy, zw));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + 16 * u + 8), _mm256_unpackhi_epi64(xy, zw));
   }

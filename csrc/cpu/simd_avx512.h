@@ -105,31 +105,34 @@ GRADDROP_FN void lookup(const float* table, int64_t size, const uint16_t* index,
   }
 }
 
-// Philox calls q = first .. first + 7: 32 words, the 16-bit draws of 64 elements, in natural order.
-// The four state words of a call lie in the low halves of 64-bit lanes, 8 calls a register; vpmuludq reads only the low
-// halves, so that what the products leave in the high halves does no harm.
-GRADDROP_FN void philox_8_calls(uint64_t first, uint32_t draw, uint32_t domain, const PhiloxKeys& keys,
-                                uint32_t* words) {
-  const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
+// Eight Philox calls in the making. The four state words of a call lie in the low halves of 64-bit lanes, 8 calls a
+// register; vpmuludq reads only the low halves, so that what the products leave in the high halves does no harm.
+struct Philox8 {
+  __m512i a, b, c, d;
+};
+GRADDROP_FN void philox_start(Philox8& s, uint64_t first, uint32_t draw, uint32_t domain) {
   // Lanes start at these offsets so that the unpacks at the end leave natural order.
-  __m512i a =
-      _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(first)), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
-  __m512i b = _mm512_srli_epi64(a, 32), c = _mm512_set1_epi64(draw), d = _mm512_set1_epi64(domain);
-#pragma GCC unroll 10
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const __m512i product0 = _mm512_mul_epu32(a, m0), product1 = _mm512_mul_epu32(c, m1);
-    const __m512i key0 = _mm512_set1_epi32(static_cast<int>(keys.k0[round])),
-                  key1 = _mm512_set1_epi32(static_cast<int>(keys.k1[round]));
-    a = _mm512_ternarylogic_epi32(_mm512_srli_epi64(product1, 32), b, key0, 0x96);  // 0x96: three-way xor
-    c = _mm512_ternarylogic_epi32(_mm512_srli_epi64(product0, 32), d, key1, 0x96);
-    b = product1;
-    d = product0;
-  }
+  s.a = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(first)), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
+  s.b = _mm512_srli_epi64(s.a, 32);
+  s.c = _mm512_set1_epi64(draw);
+  s.d = _mm512_set1_epi64(domain);
+}
+GRADDROP_FN void philox_round(Philox8& s, const PhiloxKeys& keys, int round) {
+  const __m512i product0 = _mm512_mul_epu32(s.a, _mm512_set1_epi64(kPhiloxM0)),
+                product1 = _mm512_mul_epu32(s.c, _mm512_set1_epi64(kPhiloxM1));
+  const __m512i key0 = _mm512_set1_epi32(static_cast<int>(keys.k0[round])),
+                key1 = _mm512_set1_epi32(static_cast<int>(keys.k1[round]));
+  s.a = _mm512_ternarylogic_epi32(_mm512_srli_epi64(product1, 32), s.b, key0, 0x96);  // 0x96: three-way xor
+  s.c = _mm512_ternarylogic_epi32(_mm512_srli_epi64(product0, 32), s.d, key1, 0x96);
+  s.b = product1;
+  s.d = product0;
+}
+GRADDROP_FN void philox_finish(const Philox8& s, uint32_t* words) {
   // b into the odd 32-bit lanes of a, d into those of c: words 0, 1 and words 2, 3 of each call side by side
   const __m512i xy =
-      _mm512_castps_si512(_mm512_mask_moveldup_ps(_mm512_castsi512_ps(a), 0xAAAA, _mm512_castsi512_ps(b)));
+      _mm512_castps_si512(_mm512_mask_moveldup_ps(_mm512_castsi512_ps(s.a), 0xAAAA, _mm512_castsi512_ps(s.b)));
   const __m512i zw =
-      _mm512_castps_si512(_mm512_mask_moveldup_ps(_mm512_castsi512_ps(c), 0xAAAA, _mm512_castsi512_ps(d)));
+      _mm512_castps_si512(_mm512_mask_moveldup_ps(_mm512_castsi512_ps(s.c), 0xAAAA, _mm512_castsi512_ps(s.d)));
   _mm512_storeu_si512(words, _mm512_unpacklo_epi64(xy, zw));
   _mm512_storeu_si512(words + 16, _mm512_unpackhi_epi64(xy, zw));
 }

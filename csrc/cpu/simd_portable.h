@@ -86,13 +86,21 @@ GRADDROP_FN void store_kept(T* target, Lanes keep, Vec a) {
 
 GRADDROP_FN void lookup(const float* table, int64_t, const uint16_t* index, Vec& a) { a.x = table[*index]; }
 
-// Philox calls q = first .. first + 7: 32 words, the 16-bit draws of 64 elements;
-// a little-endian machine reads them in natural order.
-GRADDROP_FN void philox_8_calls(uint64_t first, uint32_t draw, uint32_t domain, const PhiloxKeys& keys,
-                                uint32_t* words) {
+// Eight Philox calls, made at the end: there is nothing to gain from making them round by round.
+struct Philox8 {
+  uint64_t first;
+  uint32_t draw, domain;
+  uint64_t key;
+};
+GRADDROP_FN void philox_start(Philox8& s, uint64_t first, uint32_t draw, uint32_t domain) {
+  s = {first, draw, domain, 0};
+}
+GRADDROP_FN void philox_round(Philox8& s, const PhiloxKeys& keys, int) {
+  s.key = keys.k0[0] | static_cast<uint64_t>(keys.k1[0]) << 32;
+}
+GRADDROP_FN void philox_finish(const Philox8& s, uint32_t* words) {  // natural order on a little-endian machine
   for (int call = 0; call < 8; ++call) {
-    const PhiloxWords four =
-        philox_call(first + call, draw, domain, keys.k0[0] | static_cast<uint64_t>(keys.k1[0]) << 32);
+    const PhiloxWords four = philox_call(s.first + call, s.draw, s.domain, s.key);
     std::memcpy(words + 4 * call, four.word, sizeof four.word);
   }
 }
