@@ -72,6 +72,8 @@ class TensorBatch:
     plans_of: list[tuple] = field(default_factory=list)  # of each hyper row
     grads: list[torch.Tensor] = field(default_factory=list)
     hypers: list[Hyper] = field(default_factory=list)
+    grad_scale: torch.Tensor | None = None  # one float32: gradients are divided by it, and written back
+    found_inf: torch.Tensor | None = None  # one float32: not 0 makes the step a no-op
     table: object = None
 
 

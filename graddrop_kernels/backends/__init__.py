@@ -13,7 +13,7 @@ import torch
 from .. import bitmask, reference
 from ..layout import RowBlock
 from ..multi_tensor import TensorBatch
-from . import cpu
+from . import cpu, triton
 
 _HALF = (torch.bfloat16, torch.float16)
 # (parameter dtype, moment dtype)
@@ -59,6 +59,14 @@ class Backend:
 
 BACKENDS = (
     Backend("cpu", "C++, one pass over memory", ("cpu",), _FUSED_DTYPES, True, cpu.unavailable, cpu.masked_adamw_),
+    Backend(
+        "triton", "Triton, one launch for any number of tensors",
+        triton.DEVICES, _FUSED_DTYPES, True, triton.unavailable, triton.masked_adamw_,
+    ),
+    Backend(
+        "triton-fast", "the same with approximate square roots and divisions",
+        triton.DEVICES, _FUSED_DTYPES, False, triton.unavailable, partial(triton.masked_adamw_, exact=False),
+    ),
     Backend(
         "reference", "plain PyTorch, slow; defines the meaning",
         None, _ANY_DTYPES, True, lambda: None, reference.masked_adamw_,

@@ -1,0 +1,209 @@
+"""DeviceTables: what the kernels on a device read in one step, kept up to date with copies that nobody waits for."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..bitmask import num_planes
+from ..layout import RowBlock
+from ..multi_tensor import Hyper, TensorBatch
+from ..plan import MaskPlan
+from .tensor_table import hyper_table, tensor_table
+
+CHUNK = 4096  # elements that one program or block of the update takes
+ALIGNMENT = 16  # bytes of the widest access
+_HYPER_BYTES, _STEP_ROW_BYTES = 128, 64
+_KEPT_LAUNCHES = 8  # sets of launches remembered: LayerGradDrop with masked="frozen" has another one every step
+_STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of the update kernel: what is compiled in, and the chunks it walks."""
+
+    kind: str  # a MaskPlan's kind; "keep" also holds dropped blocks whose gradient counts as 0
+    planes: int  # bit-planes to read a bucket from; -1: recompute it
+    aligned: bool  # every address is a multiple of 16 bytes and eight elements in a row are one Philox call
+    rows: bool  # aligned: the elements are not one contiguous run of the whole parameter
+    amsgrad: bool
+    frozen: bool  # some row keeps its dropped elements as they are
+    ages: bool  # some row has a bias correction for every bucket
+    chunks: torch.Tensor | None = None  # int64: tensor << 40 | number of the chunk in it
+
+
+class DeviceTables:
+    """The tables of csrc/tensor_table.h for one batch, in its device's memory.
+
+    ``table`` is one uint8 tensor: TensorRows, HyperRows, ages. ``step_rows`` and ``by_age`` are written by the prologue
+    kernel. ``launches`` is what to launch in this step.
+    """
+
+    def __init__(self, batch: TensorBatch, chunk: int = CHUNK):
+        self.chunk = chunk
+        self.device = batch.device
+        self.host = tensor_table(batch)
+        self.layouts = batch.layouts
+        self.num_rows = len(self.host)
+        self.hyper_rows = np.array(batch.hyper_rows)
+        self.amsgrad = np.array([tensor is not None for tensor in batch.max_exp_avg_sqs])
+        self.addresses: list[int] = []
+        self.hyper_image = b""
+        self.age_room = 0
+        self.upload: _Upload | None = None
+        self.step_rows = torch.zeros(self.num_rows, _STEP_ROW_BYTES // 4, dtype=torch.int32, device=self.device)
+        self.by_age = torch.zeros(1, dtype=torch.float32, device=self.device)
+        self.age_stride = 0
+        self._launches: dict[tuple, tuple[Launch, ...]] = {}
+
+    def refresh(self, batch: TensorBatch) -> None:
+        """Brings the tables up to the batch's gradients and hyper-parameters; copies only what has changed."""
+        addresses = list(map(torch.Tensor.data_ptr, batch.grads))
+        hypers = hyper_table(batch.hypers)
+        self._make_room(batch.hypers)
+        ages = b"".join(bytes(array) for array in hypers.age_arrays)
+        self._point_to_device_ages(hypers)
+        hyper_image = bytes(hypers) + ages
+        if addresses != self.addresses:
+            self.host["grad"] = addresses
+            self.addresses = addresses
+            self.aligned = self._aligned()
+            self.upload.write(self.host.tobytes() + hyper_image, 0)
+        elif hyper_image != self.hyper_image:
+            self.upload.write(hyper_image, self.host.nbytes)
+        self.hyper_image = hyper_image
+        self.launches = self._launches_of(batch.hypers)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """int64 [num_rows, 13]."""
+        return self.upload.device[: self.host.nbytes].view(torch.int64).view(self.num_rows, -1)
+
+    @property
+    def hypers(self) -> torch.Tensor:
+        """int64 [len(batch.hypers), 16]."""
+        begin = self.host.nbytes
+        return self.upload.device[begin : begin + self.num_hypers * _HYPER_BYTES].view(torch.int64).view(-1, 16)
+
+    def _make_room(self, hypers: list[Hyper]) -> None:
+        """Tables as large as these hyper-parameters need: ages grow with the epochs, up to the number of buckets."""
+        buckets = max((hyper.plan.buckets if hyper.plan.ages else 0 for hyper in hypers), default=0)
+        room = sum(hyper.plan.buckets for hyper in hypers if hyper.plan.ages) * 8
+        if self.upload is None or room > self.age_room:
+            self.num_hypers, self.age_room = len(hypers), room
+            size = self.host.nbytes + len(hypers) * _HYPER_BYTES + room
+            self.upload = _Upload(size, self.device)
+            self.addresses = []
+        if buckets > self.age_stride:
+            self.age_stride = buckets
+            self.by_age = torch.zeros(self.num_rows, buckets, 4, dtype=torch.float32, device=self.device)
+
+    def _point_to_device_ages(self, hypers) -> None:
+        address = self.upload.device.data_ptr() + self.host.nbytes + len(hypers) * _HYPER_BYTES
+        for row in hypers:
+            row.ages = address
+            address += 8 * row.num_ages
+
+    def _aligned(self) -> np.ndarray:
+        """Whether each row's tensors and layout allow whole vectors and whole Philox calls."""
+        together = np.bitwise_or.reduce([self.host[name] for name in _STREAMS])
+        layouts = np.array([_in_eights(layout, int(row["numel"])) for layout, row in zip(self.layouts, self.host)])
+        return (together % ALIGNMENT == 0) & layouts
+
+    def _launches_of(self, hypers: list[Hyper]) -> tuple[Launch, ...]:
+        kinds = tuple(_kind_of(hyper.plan) for hyper in hypers)
+        signature = (kinds, self.aligned.tobytes())
+        if signature not in self._launches:
+            while len(self._launches) >= _KEPT_LAUNCHES:
+                del self._launches[next(iter(self._launches))]
+            self._launches[signature] = self._make_launches(kinds)
+        return self._launches[signature]
+
+    def _make_launches(self, kinds: tuple) -> tuple[Launch, ...]:
+        """Rows that can share a launch do: one a mask kind, alignment and use of amsgrad, for any number of tensors."""
+        drawn = next((kind for kind in kinds if kind is not None and kind.is_drawn), None)
+        members: dict[tuple, list[tuple[int, _Kind]]] = {}
+        for row, (numel, layout) in enumerate(zip(self.host["numel"], self.layouts)):
+            kind = kinds[self.hyper_rows[row]]
+            if kind is None or numel == 0:
+                continue
+            if kind.name == "keep" and drawn is not None:
+                kind = drawn  # the prologue gives such a row a mask that keeps everything
+            name = "keep" if kind.name == "off" else kind.name
+            key = (name, kind.planes, bool(self.aligned[row]), bool(numel > layout.local_inner), bool(self.amsgrad[row]))
+            members.setdefault(key, []).append((row, kind))
+        return tuple(
+            Launch(*key, frozen=any(kind.frozen for _, kind in found), ages=any(kind.ages for _, kind in found),
+                   chunks=self._chunks([row for row, _ in found]))
+            for key, found in members.items()
+        )  # fmt: skip
+
+    def _chunks(self, tensors: list[int]) -> torch.Tensor:
+        tensors = np.array(tensors, np.int64)
+        counts = -(-self.host["numel"][tensors] // self.chunk)
+        ends = np.cumsum(counts)
+        within = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+        chunks = torch.from_numpy(np.repeat(tensors << 40, counts) | within)
+        if self.device.type == "cpu":
+            return chunks
+        return chunks.pin_memory().to(self.device, non_blocking=True)
+
+
+class _Kind(NamedTuple):
+    """What of a MaskPlan decides about its launch."""
+
+    name: str
+    planes: int = -1
+    frozen: bool = False
+    ages: bool = False
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether rows that keep everything can be among its rows: nothing is read for the mask."""
+        return self.name in ("bernoulli", "gaussian", "bucket") and self.planes < 0
+
+
+def _kind_of(plan: MaskPlan) -> _Kind | None:
+    """None for a plan that touches nothing."""
+    if plan.kind == "off" and plan.frozen:
+        return None
+    if plan.kind in ("off", "keep"):
+        return _Kind(plan.kind)
+    planes = num_planes(plan.buckets) if plan.kind == "bucket" and plan.bitpacked else -1
+    return _Kind(plan.kind, planes, plan.frozen, bool(plan.ages))
+
+
+def _in_eights(layout: RowBlock, numel: int) -> bool:
+    """Whether eight local elements from a multiple of 8 on are always one Philox call."""
+    one_run = numel <= layout.local_inner
+    return layout.base % 8 == 0 and (one_run or (layout.local_inner % 8 == 0 and layout.global_inner % 8 == 0))
+
+
+class _Upload:
+    """A uint8 tensor on a device that is written from the host without waiting.
+
+    A copy may still be reading its pinned buffer when the next step writes: buffers are used in turn, and one that is
+    still being read is left alone and another made.
+    """
+
+    def __init__(self, size: int, device: torch.device):
+        self.device = torch.zeros(-(-size // 16) * 16, dtype=torch.uint8, device=device)
+        self.buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+
+    def write(self, data: bytes, begin: int) -> None:
+        """Replaces the bytes from ``begin`` on, in the order of the current stream."""
+        target = self.device[begin : begin + len(data)]
+        source = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if target.device.type == "cpu":
+            target.copy_(source)
+            return
+        if not self.buffers or not self.buffers[0][1].query():
+            buffer = torch.empty(self.device.numel(), dtype=torch.uint8, pin_memory=True)
+            self.buffers.insert(0, (buffer, torch.cuda.Event()))
+        buffer, read = self.buffers.pop(0)
+        pinned = buffer[: len(data)]
+        pinned.copy_(source)
+        target.copy_(pinned, non_blocking=True)
+        read.record(torch.cuda.current_stream(target.device))
+        self.buffers.append((buffer, read))

@@ -1,0 +1,80 @@
+"""The triton backend: triton_kernels.py launched on a batch. CUDA and ROCm tensors; CPU tensors in the interpreter."""
+
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+
+from ..multi_tensor import TensorBatch
+from .device_tables import CHUNK, DeviceTables
+
+BLOCK, WARPS = 1024, 4  # 8 elements a thread; 16 need 200 registers, 4 double the cost of what is shared
+INTERPRETED_BLOCK = 65536  # the interpreter's cost is per program
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1, set before triton is imported.
+    """
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+DEVICES = ("cpu",) if interpreted() else ("cuda",)
+
+
+@lru_cache(maxsize=1)
+def unavailable() -> str | None:
+    """None when the kernels can run, else the reason and the remedy."""
+    if find_spec("triton") is None:
+        return "triton is not installed; pip install triton (Linux)"
+    if not interpreted() and not torch.cuda.is_available():
+        return "torch sees no GPU; with TRITON_INTERPRET=1 the kernels run on CPU tensors, slowly, for tests"
+    try:
+        from . import triton_kernels  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return None
+
+
+def masked_adamw_(batch: TensorBatch, exact: bool = True) -> None:
+    """One masked AdamW step on the batch, in place: a launch for the scalars, then one a mask kind and alignment."""
+    from . import triton_kernels as kernels
+
+    if batch.table is None:
+        batch.table = DeviceTables(batch, INTERPRETED_BLOCK if interpreted() else CHUNK)
+    tables = batch.table
+    tables.refresh(batch)
+    block = INTERPRETED_BLOCK if interpreted() else BLOCK
+    with on_device(batch.device):
+        kernels.prologue_kernel[(tables.num_rows,)](
+            tables.rows, tables.hypers, tables.step_rows, tables.by_age, batch.found_inf, tables.age_stride,
+            FOUND_INF=batch.found_inf is not None, AGES_=tables.age_stride > 0, LANES=32, num_warps=1,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+        for launch in tables.launches:
+            kernels.masked_adamw_kernel[(launch.chunks.numel(),)](
+                tables.rows, tables.step_rows, tables.by_age, launch.chunks, batch.grad_scale, tables.age_stride,
+                **constants(launch, batch.param_dtype, batch.moment_dtype, batch.grad_scale is not None, exact),
+                BLOCK=block, BLOCKS=tables.chunk // block, num_warps=WARPS, enable_fp_fusion=not exact,
+            )  # fmt: skip
+
+
+def constants(launch, param_dtype: torch.dtype, moment_dtype: torch.dtype, grad_scale: bool, exact: bool) -> dict:
+    """What of a launch is compiled into the kernel."""
+    import triton.language as tl
+
+    from .tensor_table import MASK_KINDS
+
+    types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    vector = 4 if torch.float32 in (param_dtype, moment_dtype) else 8
+    return {
+        "P": types[param_dtype], "M": types[moment_dtype], "KIND_": MASK_KINDS[launch.kind], "PLANES": launch.planes,
+        "VEC": vector if launch.aligned else 1, "ROWS": launch.rows, "AMSGRAD": launch.amsgrad,
+        "FROZEN_": launch.frozen, "AGES_": launch.ages, "GRAD_SCALE": grad_scale, "EXACT": exact,
+        "INTERPRETED": interpreted(),
+    }  # fmt: skip
+
+
+def on_device(device: torch.device):
+    """The device as the current one, for the launch and its stream."""
+    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
