@@ -131,7 +131,8 @@ class DeviceTables:
             if kind.name == "keep" and drawn is not None:
                 kind = drawn  # the prologue gives such a row a mask that keeps everything
             name = "keep" if kind.name == "off" else kind.name
-            key = (name, kind.planes, bool(self.aligned[row]), bool(numel > layout.local_inner), bool(self.amsgrad[row]))
+            one_run = bool(numel <= layout.local_inner)
+            key = (name, kind.planes, bool(self.aligned[row]), not one_run, bool(self.amsgrad[row]))
             members.setdefault(key, []).append((row, kind))
         return tuple(
             Launch(*key, frozen=any(kind.frozen for _, kind in found), ages=any(kind.ages for _, kind in found),

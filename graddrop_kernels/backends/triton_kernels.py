@@ -7,20 +7,20 @@ written out. Nothing that changes from step to step is a constant of the compila
 Formulation, measured on the compiled code (tests/test_triton_contract.py):
   - a program loops over a chunk in blocks of BLOCK elements; each thread holds 8 of them, as one 16-byte access a
     16-bit tensor and two a float32 one. Beside float32 tensors a vector is VEC = 4 elements, else 8.
-  - one Philox call gives the draws of 8 elements. The draws of a vector are made as VEC separate tensors, compared,
-    and joined (tl.join adds the innermost dimension) in bit-reversed order, which is the memory order of the data:
-    no element changes its thread, so there is no shared memory and no barrier.
-  - a tensor that is not so aligned goes through the GENERAL form, VEC = 1: a Philox call for every element.
+  - one Philox call gives the draws of 8 elements (triton_random.py).
+  - a tensor that is not so aligned has VEC = 1: narrow accesses and a Philox call for every element.
 """
 
 import triton
 import triton.language as tl
 
 from .tensor_table import MASK_KINDS
+from .triton_arithmetic import adamw, fma, to_storage
+from .triton_random import DOMAIN_BUCKET, DOMAIN_ELEMENT, join4, join8, normal, uniform16, words32
 
 # Columns of a TensorRow, in 8-byte words.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, STEP, MASK_WORDS = (tl.constexpr(i) for i in range(7))
-NUMEL, BASE, LOCAL_INNER, GLOBAL_INNER, KEY, HYPER = (tl.constexpr(i) for i in range(7, 13))
+NUMEL, KEY, HYPER = tl.constexpr(7), tl.constexpr(11), tl.constexpr(12)
 TENSOR_WORDS = tl.constexpr(13)
 # Columns of a HyperRow, in 8-byte words, then those of its 4-byte part.
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, SCALE, AGE_RATE, GLOBAL_STEP, AGES, NUM_AGES, DRAW = (
@@ -40,252 +40,23 @@ SKIP_FLAG, OFF_FLAG, FROZEN_FLAG, DECAY_FLAG = tl.constexpr(1), tl.constexpr(2),
 KEEP, OFF, BERNOULLI, GAUSSIAN, BUCKET, FIXED = (
     tl.constexpr(MASK_KINDS[kind]) for kind in ("keep", "off", "bernoulli", "gaussian", "bucket", "fixed")
 )
-DOMAIN_ELEMENT, DOMAIN_BUCKET, DOMAIN_GAUSSIAN = tl.constexpr(0), tl.constexpr(2), tl.constexpr(3)
-FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
-
-
-# --- arithmetic -------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def fma(a, b, c, INTERPRETED: tl.constexpr):
-    """a * b + c, rounded once."""
-    if not INTERPRETED:
-        return tl.fma(a, b, c)
-    # Triton's interpreter rounds twice (3.6, 3.7). Here the sum is rounded to odd in float64 and then to float32, which
-    # is exact (Boldo and Melquiond, 2008), as in rounding.py.
-    product = a.to(tl.float64) * b.to(tl.float64)
-    addend = c.to(tl.float64)
-    total = product + addend
-    part = total - product
-    error = (product - (total - part)) + (addend - part)
-    bits = total.to(tl.int64, bitcast=True)
-    finite = tl.abs(total) < float("inf")
-    step = tl.where((error > 0) == (total > 0), 1, -1)
-    bits = tl.where((error != 0) & ((bits & 1) == 0) & finite, bits + step, bits)
-    return bits.to(tl.float64, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def to_storage(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """float32 -> dtype, to nearest even; NaN stays NaN."""
-    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-        rounded = tl.where(x != x, bits | 0x00400000, rounded)
-        return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
-def adamw(
-    p, g, m, v, vmax, lr_weight_decay, beta1, beta2, eps, step_size, bc2_sqrt, bc2_sqrt_reciprocal, decay,
-    AMSGRAD: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """One AdamW update in float32, in the order of csrc/adamw.h. g is masked, scaled and signed."""
-    # decoupled weight decay; skipped when 0, so that an infinite parameter does not become NaN
-    p = tl.where(decay, fma(-lr_weight_decay, p, p, INTERPRETED), p)
-    m = fma(beta1, m, fma(-beta1, g, g, INTERPRETED), INTERPRETED)
-    g_squared = g * g
-    v = fma(beta2, v, fma(-beta2, g_squared, g_squared, INTERPRETED), INTERPRETED)
-    vhat = v
-    if AMSGRAD:
-        vmax = tl.where(v > vmax, v, vmax)
-        vhat = vmax
-    if EXACT:
-        root = tl.sqrt_rn(vhat)
-        # root / bc2_sqrt, rounded once: see div_by_constant in csrc/adamw.h
-        quotient = tl.minimum(root * bc2_sqrt_reciprocal, FLOAT32_MAX)
-        remainder = fma(-quotient, bc2_sqrt + tl.zeros_like(quotient), root, INTERPRETED)
-        denom = fma(remainder, bc2_sqrt_reciprocal, quotient, INTERPRETED) + eps
-        p = p - tl.div_rn(step_size * m, denom)
-    else:
-        denom = fma(tl.sqrt(vhat), bc2_sqrt_reciprocal, eps, INTERPRETED)
-        p = p - (step_size * m) / denom
-    return p, m, v, vmax
-
-
-# --- random numbers ---------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def philox(q, draw, domain: tl.constexpr, k0, k1):
-    """Philox4x32-10 of the counters (low q, high q, draw, domain): four uint32 words. csrc/philox.h."""
-    c0 = q.to(tl.uint32)
-    c1 = (q >> 32).to(tl.uint32)
-    c2 = draw + tl.zeros_like(c0)
-    c3 = tl.full(c0.shape, domain, tl.uint32)
-    for _ in tl.static_range(10):
-        # One 32 x 32 -> 64 bit multiplication each: cheaper than a high and a low one.
-        x = c0.to(tl.uint64) * 0xD2511F53
-        y = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (y >> 32).to(tl.uint32) ^ c1 ^ k0
-        c1 = y.to(tl.uint32)
-        c2 = (x >> 32).to(tl.uint32) ^ c3 ^ k1
-        c3 = x.to(tl.uint32)
-        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
-        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def select4(index, a, b, c, d):
-    """The index-th of four."""
-    return tl.where((index & 2) != 0, tl.where((index & 1) != 0, d, c), tl.where((index & 1) != 0, b, a))
-
-
-@triton.jit
-def global_index(start, row, ROWS: tl.constexpr):
-    """Local element indices -> indices in the whole parameter (RowBlock)."""
-    base = tl.load(row + BASE)
-    if ROWS:
-        inner = tl.load(row + LOCAL_INNER)
-        line = start // inner
-        return base + line * tl.load(row + GLOBAL_INNER) + (start - line * inner)
-    return base + start
-
-
-@triton.jit
-def join4(a, b, c, d):
-    """[N] x 4 -> [4 N], the four of an index side by side."""
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [a.shape[0] * 4])
-
-
-@triton.jit
-def join8(a, b, c, d, e, f, g, h):
-    """[N] x 8 -> [8 N]."""
-    low = tl.join(tl.join(a, e), tl.join(c, g))
-    return tl.reshape(tl.join(low, tl.join(tl.join(b, f), tl.join(d, h))), [a.shape[0] * 8])
-
-
-@triton.jit
-def draw16(words0, words1, words2, words3):
-    """The eight 16-bit draws of a Philox call, in element order."""
-    return (
-        words0 & 0xFFFF, words0 >> 16, words1 & 0xFFFF, words1 >> 16,
-        words2 & 0xFFFF, words2 >> 16, words3 & 0xFFFF, words3 >> 16,
-    )  # fmt: skip
-
-
-@triton.jit
-def uniform16(start, row, draw, domain: tl.constexpr, k0, k1, VEC: tl.constexpr, ROWS: tl.constexpr):
-    """The draws of VEC elements from each local index in start: 1, 4 or 8 uint32 tensors, as a tuple."""
-    element = global_index(start, row, ROWS)
-    w0, w1, w2, w3 = philox(element >> 3, draw, domain, k0, k1)
-    if VEC == 8:
-        return draw16(w0, w1, w2, w3)
-    if VEC == 4:  # two neighbouring threads make the same call and take half of it each
-        upper = (element & 4) != 0
-        a, b = tl.where(upper, w2, w0), tl.where(upper, w3, w1)
-        return a & 0xFFFF, a >> 16, b & 0xFFFF, b >> 16
-    word = select4((element >> 1).to(tl.int32), w0, w1, w2, w3)
-    return (tl.where((element & 1) != 0, word >> 16, word & 0xFFFF),)
-
-
-@triton.jit
-def words32(start, row, draw, k0, k1, VEC: tl.constexpr, ROWS: tl.constexpr):
-    """The 32-bit words of the VEC elements from each local index in start, for GaussianGradDrop: uint32 [VEC * N]."""
-    element = global_index(start, row, ROWS)
-    q = element >> 2
-    w0, w1, w2, w3 = philox(q, draw, DOMAIN_GAUSSIAN, k0, k1)
-    if VEC == 8:
-        w4, w5, w6, w7 = philox(q + 1, draw, DOMAIN_GAUSSIAN, k0, k1)
-        return join8(w0, w1, w2, w3, w4, w5, w6, w7)
-    if VEC == 4:
-        return join4(w0, w1, w2, w3)
-    return select4(element.to(tl.int32), w0, w1, w2, w3)
-
-
-@triton.jit
-def horner9(t, c0, c1, c2, c3, c4, c5, c6, c7, c8, INTERPRETED: tl.constexpr):
-    """((c0 t + c1) t + ...) t + c8."""
-    z = fma(tl.full(t.shape, c0, tl.float32), t, tl.full(t.shape, c1, tl.float32), INTERPRETED)
-    z = fma(z, t, tl.full(t.shape, c2, tl.float32), INTERPRETED)
-    z = fma(z, t, tl.full(t.shape, c3, tl.float32), INTERPRETED)
-    z = fma(z, t, tl.full(t.shape, c4, tl.float32), INTERPRETED)
-    z = fma(z, t, tl.full(t.shape, c5, tl.float32), INTERPRETED)
-    z = fma(z, t, tl.full(t.shape, c6, tl.float32), INTERPRETED)
-    z = fma(z, t, tl.full(t.shape, c7, tl.float32), INTERPRETED)
-    return fma(z, t, tl.full(t.shape, c8, tl.float32), INTERPRETED)
-
-
-@triton.jit
-def normal(word, INTERPRETED: tl.constexpr):
-    """Standard normal numbers from 32-bit words: csrc/gaussian.h, operation by operation."""
-    x = ((word.to(tl.int32, bitcast=True) >> 8).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
-    y = (1.0 - x) * (1.0 + x)
-    # ln(y) = exponent ln(2) + ln(1 + f)
-    shifted = y.to(tl.int32, bitcast=True) - 0x3F3504F3
-    f = ((shifted & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
-    polynomial = horner9(
-        f, 7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
-        -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1, INTERPRETED,
-    )  # fmt: skip
-    square = f * f
-    log1p = f + fma(polynomial, f * square, -0.5 * square, INTERPRETED)
-    log = fma((shifted >> 23).to(tl.float32), tl.full(f.shape, 0.6931471805599453, tl.float32), log1p, INTERPRETED)
-    w = 0.0 - log
-    t = w - 2.5
-    centre = horner9(
-        t, 2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087,
-        -0.00125372503, -0.00417768164, 0.246640727, 1.50140941, INTERPRETED,
-    )  # fmt: skip
-    t = tl.sqrt_rn(w) - 3.0
-    tail = horner9(
-        t, -0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573950773,
-        -0.0076224613, 0.00943887047, 1.00167406, 2.83297682, INTERPRETED,
-    )  # fmt: skip
-    return tl.where(w < 5.0, centre, tail) * x * 1.4142135623730951
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def byte_of_bits(words, plane, plane_bytes, start, VEC: tl.constexpr, in_range):
-    """The bits of the VEC elements from each local index in start, lowest first, of a bit-plane."""
-    at = words + plane * plane_bytes + (start >> 3)
-    byte = tl.load(at, mask=in_range, other=0).to(tl.uint32)
-    if VEC == 8:
-        return byte
-    return byte >> (start & 7).to(tl.uint32)
-
-
-@triton.jit
-def join_bits(byte, VEC: tl.constexpr):
-    """Bits 0 .. VEC - 1 of each element of byte, in order: uint32 0 or 1, [VEC * N]."""
+def bits_of_plane(words, plane, plane_bytes, start, numel, VEC: tl.constexpr):
+    """The bits of the VEC elements from each local index in start, of one bit-plane: uint32 0 or 1, [VEC * N]."""
+    byte = tl.load(words + plane * plane_bytes + (start >> 3), mask=start < numel, other=0).to(tl.uint32)
     if VEC == 8:
         return join8(byte & 1, (byte >> 1) & 1, (byte >> 2) & 1, (byte >> 3) & 1,
-                     (byte >> 4) & 1, (byte >> 5) & 1, (byte >> 6) & 1, (byte >> 7) & 1)  # fmt: skip
-    if VEC == 4:
+                     (byte >> 4) & 1, (byte >> 5) & 1, (byte >> 6) & 1, byte >> 7)  # fmt: skip
+    elif VEC == 4:
+        byte = byte >> (start & 4).to(tl.uint32)
         return join4(byte & 1, (byte >> 1) & 1, (byte >> 2) & 1, (byte >> 3) & 1)
-    return byte & 1
-
-
-@triton.jit
-def at_least(u16, threshold, VEC: tl.constexpr):
-    """Whether each draw is at least the threshold: bool [VEC * N]."""
-    if VEC == 8:
-        a, b, c, d, e, f, g, h = u16
-        return join8(a >= threshold, b >= threshold, c >= threshold, d >= threshold,
-                     e >= threshold, f >= threshold, g >= threshold, h >= threshold)  # fmt: skip
-    if VEC == 4:
-        a, b, c, d = u16
-        return join4(a >= threshold, b >= threshold, c >= threshold, d >= threshold)
-    return u16[0] >= threshold
-
-
-@triton.jit
-def buckets_of(u16, buckets, VEC: tl.constexpr):
-    """The bucket of each draw: uint32 [VEC * N]."""
-    if VEC == 8:
-        a, b, c, d, e, f, g, h = u16
-        return join8((a * buckets) >> 16, (b * buckets) >> 16, (c * buckets) >> 16, (d * buckets) >> 16,
-                     (e * buckets) >> 16, (f * buckets) >> 16, (g * buckets) >> 16, (h * buckets) >> 16)  # fmt: skip
-    if VEC == 4:
-        a, b, c, d = u16
-        return join4((a * buckets) >> 16, (b * buckets) >> 16, (c * buckets) >> 16, (d * buckets) >> 16)
-    return (u16[0] * buckets) >> 16
+    else:
+        return (byte >> (start & 7).to(tl.uint32)) & 1
 
 
 @triton.jit
@@ -296,21 +67,22 @@ def keep_and_bucket(
     """(keep, bucket) of the BLOCK elements from block_start on: the mask rule. PLANES < 0: buckets are recomputed."""
     start = block_start + tl.arange(0, BLOCK // VEC) * VEC
     bucket = tl.zeros([BLOCK], tl.uint32)
+    words = tl.load(row + MASK_WORDS).to(tl.pointer_type(tl.uint8))
     if KIND_ == BERNOULLI:
         u16 = uniform16(start, row, tl.load(scalars + S_DRAW), DOMAIN_ELEMENT, k0, k1, VEC, ROWS)
-        return at_least(u16, tl.load(scalars + S_THRESHOLD), VEC), bucket
-    words = tl.load(row + MASK_WORDS).to(tl.pointer_type(tl.uint8))
-    if KIND_ == FIXED:
-        return join_bits(byte_of_bits(words, 0, 0, start, VEC, start < numel), VEC) != 0, bucket
-    if PLANES < 0:
-        u16 = uniform16(start, row, tl.load(scalars + S_DRAW), DOMAIN_BUCKET, k0, k1, VEC, ROWS)
-        bucket = buckets_of(u16, tl.load(scalars + S_BUCKETS), VEC)
+        keep = u16 >= tl.load(scalars + S_THRESHOLD)
+    elif KIND_ == FIXED:
+        keep = bits_of_plane(words, 0, 0, start, numel, VEC) != 0
     else:
-        plane_bytes = ((numel + 31) >> 5) << 2
-        for plane in tl.static_range(PLANES):
-            byte = byte_of_bits(words, plane, plane_bytes, start, VEC, start < numel)
-            bucket += join_bits(byte, VEC) << plane
-    return (tl.load(scalars + S_FIRST) <= bucket) & (bucket <= tl.load(scalars + S_LAST)), bucket
+        if PLANES < 0:
+            u16 = uniform16(start, row, tl.load(scalars + S_DRAW), DOMAIN_BUCKET, k0, k1, VEC, ROWS)
+            bucket = (u16 * tl.load(scalars + S_BUCKETS)) >> 16
+        else:
+            plane_bytes = ((numel + 31) >> 5) << 2
+            for plane in tl.static_range(PLANES):
+                bucket += bits_of_plane(words, plane, plane_bytes, start, numel, VEC) << plane
+        keep = (tl.load(scalars + S_FIRST) <= bucket) & (bucket <= tl.load(scalars + S_LAST))
+    return keep, bucket
 
 
 # --- the update -------------------------------------------------------------------------------------------------------
@@ -365,7 +137,7 @@ def update_block(
         z = normal(words32(start, row, tl.load(scalars + S_DRAW), k0, k1, VEC, ROWS), INTERPRETED)
         g = g * fma(z, tl.load(as_float + DEVIATION), tl.full(z.shape, 1.0, tl.float32), INTERPRETED)
     keep, bucket = True, 0
-    if KIND_ == BERNOULLI or KIND_ == BUCKET or KIND_ == FIXED:
+    if KIND_ != KEEP and KIND_ != GAUSSIAN:
         keep, bucket = keep_and_bucket(row, scalars, block_start, numel, k0, k1, KIND_, PLANES, VEC, ROWS, BLOCK)
         g = tl.where(keep, g, 0.0)  # selection: a dropped inf or NaN is dropped
 

@@ -1,0 +1,69 @@
+"""The AdamW update in Triton, with every fused multiply-add written out: csrc/adamw.h, operation by operation.
+
+What Triton's interpreter does otherwise than a GPU is handled here, behind INTERPRETED, and nowhere else.
+"""
+
+import triton
+import triton.language as tl
+
+FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def fma(a, b, c, INTERPRETED: tl.constexpr):
+    """a * b + c, rounded once."""
+    if INTERPRETED:
+        # Triton's interpreter rounds twice (3.6, 3.7). Here the sum is rounded to odd in float64 and then to float32,
+        # which is exact (Boldo and Melquiond, 2008), as in rounding.py.
+        product = a.to(tl.float64) * b.to(tl.float64)
+        addend = c.to(tl.float64)
+        total = product + addend
+        part = total - product
+        error = (product - (total - part)) + (addend - part)
+        bits = total.to(tl.int64, bitcast=True)
+        finite = tl.abs(total) < float("inf")
+        step = tl.where((error > 0) == (total > 0), 1, -1)
+        bits = tl.where((error != 0) & ((bits & 1) == 0) & finite, bits + step, bits)
+        return bits.to(tl.float64, bitcast=True).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
+def to_storage(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """float32 -> dtype, to nearest even; NaN stays NaN."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        rounded = tl.where(x != x, bits | 0x00400000, rounded)
+        return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def adamw(
+    p, g, m, v, vmax, lr_weight_decay, beta1, beta2, eps, step_size, bc2_sqrt, bc2_sqrt_reciprocal, decay,
+    AMSGRAD: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """One AdamW update in float32, in the order of csrc/adamw.h. g is masked, scaled and signed."""
+    # decoupled weight decay; skipped when 0, so that an infinite parameter does not become NaN
+    p = tl.where(decay, fma(-lr_weight_decay, p, p, INTERPRETED), p)
+    m = fma(beta1, m, fma(-beta1, g, g, INTERPRETED), INTERPRETED)
+    g_squared = g * g
+    v = fma(beta2, v, fma(-beta2, g_squared, g_squared, INTERPRETED), INTERPRETED)
+    vhat = v
+    if AMSGRAD:
+        vmax = tl.where(v > vmax, v, vmax)
+        vhat = vmax
+    if EXACT:
+        root = tl.sqrt_rn(vhat)
+        # root / bc2_sqrt, rounded once: see div_by_constant in csrc/adamw.h
+        quotient = tl.minimum(root * bc2_sqrt_reciprocal, FLOAT32_MAX)
+        remainder = fma(-quotient, bc2_sqrt + tl.zeros_like(quotient), root, INTERPRETED)
+        denom = fma(remainder, bc2_sqrt_reciprocal, quotient, INTERPRETED) + eps
+        p = p - tl.div_rn(step_size * m, denom)
+    else:
+        denom = fma(tl.sqrt(vhat), bc2_sqrt_reciprocal, eps, INTERPRETED)
+        p = p - (step_size * m) / denom
+    return p, m, v, vmax
