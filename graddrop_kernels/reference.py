@@ -18,6 +18,8 @@ from .rounding import EXACT, PLAIN, Rounding
 
 def masked_adamw_(batch: TensorBatch, exact: bool = False) -> None:
     """One AdamW step with masked gradients on every row of the batch, in place; advances the step counts."""
+    if batch.found_inf is not None and batch.found_inf != 0:
+        return
     for row, hyper_row in enumerate(batch.hyper_rows):
         _masked_adamw_row_(batch, row, batch.hypers[hyper_row], EXACT if exact else PLAIN)
 
@@ -32,6 +34,11 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
     vmax = max_exp_avg_sq.to(dtype).flatten() if hyper.amsgrad else None
     completed_steps = int(batch.steps[row])
     batch.steps[row].add_(1)
+    grad = batch.grads[row]
+    if batch.grad_scale is not None:
+        unscaled = grad.to(dtype) / batch.grad_scale
+        grad.copy_(unscaled)
+        grad = unscaled
 
     key, layout = batch.keys[row], batch.layouts[row]
     keep, bucket = keep_and_bucket(plan, key, completed_steps, layout, p.numel(), batch.mask_words[row], param.device)
@@ -44,7 +51,7 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
     if plan.kind == "off":
         g = torch.zeros_like(p)  # the gradient is not even read
     else:
-        g = batch.grads[row].to(dtype).flatten()
+        g = grad.to(dtype).flatten()
         if hyper.maximize:
             g = -g
         if plan.kind == "gaussian":

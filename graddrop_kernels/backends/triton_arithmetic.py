@@ -30,6 +30,15 @@ def fma(a, b, c, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def to_float32(x, INTERPRETED: tl.constexpr):
+    """A 16-bit or float32 number as float32, exactly."""
+    if INTERPRETED and x.dtype == tl.bfloat16:  # the interpreter has denormals wrong
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def to_storage(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     """float32 -> dtype, to nearest even; NaN stays NaN."""
     if INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .tensor_table import MASK_KINDS
-from .triton_arithmetic import adamw, fma, to_storage
+from .triton_arithmetic import adamw, fma, to_float32, to_storage
 from .triton_random import DOMAIN_BUCKET, DOMAIN_ELEMENT, join4, join8, normal, uniform16, words32
 
 # Columns of a TensorRow, in 8-byte words.
@@ -114,8 +114,8 @@ def update_block(
     as_float = scalars.to(tl.pointer_type(tl.float32))
 
     # All loads first, so that they are in flight while the random numbers are made.
-    if KIND_ == KEEP:  # rows of a dropped block: the gradient counts as 0 and is not read
-        wanted = (flags & OFF_FLAG) == 0
+    wanted = (flags & OFF_FLAG) == 0
+    if KIND_ == KEEP and not GRAD_SCALE:  # rows of a dropped block: the gradient counts as 0 and is not read
         g_old = tl.load(g_at, mask=wanted if FULL else in_bounds & wanted, other=0.0)
     else:
         g_old = tl.load(g_at, mask=in_bounds, other=other)
@@ -127,10 +127,11 @@ def update_block(
         vmax_at = typed(row, MAX_EXP_AVG_SQ, M, VEC) + offsets
         vmax_old = tl.load(vmax_at, mask=in_bounds, other=other)
 
-    g = g_old.to(tl.float32)
+    g = to_float32(g_old, INTERPRETED)
     if GRAD_SCALE:
         g = tl.div_rn(g, tl.load(grad_scale) + tl.zeros_like(g))
         tl.store(g_at, to_storage(g, P, INTERPRETED), mask=in_bounds)
+        g = tl.where(wanted, g, 0.0)
     g = g * tl.load(as_float + FACTOR)
     if KIND_ == GAUSSIAN:
         start = block_start + tl.arange(0, BLOCK // VEC) * VEC
@@ -149,7 +150,8 @@ def update_block(
         step_size, bc2_sqrt = tl.load(as_float + STEP_SIZE), tl.load(as_float + BC2_SQRT)
         bc2_sqrt_reciprocal = tl.load(as_float + BC2_SQRT_RECIPROCAL)
     p, m, v, vmax = adamw(
-        p_old.to(tl.float32), g, m_old.to(tl.float32), v_old.to(tl.float32), vmax_old.to(tl.float32),
+        to_float32(p_old, INTERPRETED), g, to_float32(m_old, INTERPRETED), to_float32(v_old, INTERPRETED),
+        to_float32(vmax_old, INTERPRETED),
         tl.load(as_float + LR_WEIGHT_DECAY), tl.load(as_float + S_BETA1), tl.load(as_float + S_BETA2),
         tl.load(as_float + S_EPS), step_size, bc2_sqrt, bc2_sqrt_reciprocal, (flags & DECAY_FLAG) != 0,
         AMSGRAD, EXACT, INTERPRETED,

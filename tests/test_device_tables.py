@@ -1,0 +1,183 @@
+"""DeviceTables: what is launched, and what is copied, for a batch. On CPU tensors: nothing here needs a GPU."""
+
+import ctypes
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from graddrop_kernels.backends.device_tables import CHUNK, DeviceTables
+from graddrop_kernels.backends.tensor_table import HyperRow, TensorRow
+from graddrop_kernels.layout import RowBlock
+from graddrop_kernels.multi_tensor import Hyper, TensorBatch
+from graddrop_kernels.plan import MaskPlan
+
+KEEP, OFF, FROZEN_OFF = MaskPlan("keep"), MaskPlan("off"), MaskPlan("off", frozen=True)
+DROP = MaskPlan("bernoulli", threshold=13107, scale=1.25)
+AGES = MaskPlan("bucket", frozen=True, buckets=5, first_bucket=0, last_bucket=2, ages=(9, 4, 1))
+PLANES = MaskPlan("bucket", frozen=True, buckets=5, first_bucket=0, last_bucket=2, bitpacked=True, ages=(9, 4, 1))
+FIXED, NOISE = MaskPlan("fixed", frozen=True), MaskPlan("gaussian", scale=0.5)
+
+
+def batch_of(sizes, plans=(DROP,), rows=None, amsgrad=(), shifted=(), layouts=None) -> TensorBatch:
+    """One tensor a size; ``rows[i]`` is its hyper row, ``shifted`` lists those whose gradient lies off by one."""
+    batch = TensorBatch(torch.device("cpu"), torch.float32, torch.float32)
+    for i, size in enumerate(sizes):
+        new = lambda shift=0, size=size: torch.zeros(size + 16)[shift : shift + size]
+        for tensors in (batch.params, batch.exp_avgs, batch.exp_avg_sqs):
+            tensors.append(new())
+        batch.grads.append(new(1 if i in shifted else 0))
+        batch.max_exp_avg_sqs.append(new() if i in amsgrad else None)
+        batch.steps.append(torch.zeros(()))
+        batch.keys.append(i)
+        batch.layouts.append(layouts[i] if layouts else RowBlock.whole(size))
+        batch.mask_words.append(None)
+        batch.hyper_rows.append(rows[i] if rows else 0)
+    batch.hypers = [Hyper(1e-3, 0.9, 0.99, 1e-8, 0.1, False, False, plan) for plan in plans]
+    return batch
+
+
+def refreshed(batch: TensorBatch) -> DeviceTables:
+    tables = DeviceTables(batch)
+    tables.refresh(batch)
+    return tables
+
+
+def chunks(launch) -> list[tuple[int, int]]:
+    """(tensor, number of the chunk)."""
+    return [(int(chunk) >> 40, int(chunk) & (2**40 - 1)) for chunk in launch.chunks]
+
+
+def test_every_element_is_in_one_chunk():
+    sizes = [1, CHUNK - 1, CHUNK, CHUNK + 1, 0, 5 * CHUNK + 7]
+    (launch,) = refreshed(batch_of(sizes)).launches
+    expected = [(i, chunk) for i, size in enumerate(sizes) for chunk in range(-(-size // CHUNK))]
+    assert chunks(launch) == expected
+    assert launch.aligned and not launch.rows and not launch.frozen and not launch.ages and not launch.amsgrad
+
+
+@pytest.mark.parametrize("tensors", [1, 400, 4000])
+def test_one_launch_whatever_the_number_of_tensors(tensors):
+    batch = batch_of([3] * tensors, (DROP, KEEP), [i % 2 for i in range(tensors)])
+    assert len(refreshed(batch).launches) == 1
+
+
+@pytest.mark.parametrize(
+    "plans, kinds",
+    [
+        ((KEEP, KEEP), ["keep"]),
+        ((KEEP, OFF), ["keep"]),
+        ((DROP, KEEP), ["bernoulli"]),
+        ((KEEP, NOISE), ["gaussian"]),
+        ((AGES, KEEP), ["bucket"]),
+        ((PLANES, KEEP), ["bucket", "keep"]),  # a row without planes has none to read
+        ((FIXED, KEEP), ["fixed", "keep"]),
+        ((DROP, OFF), ["bernoulli", "keep"]),  # the gradient of a dropped block is not read
+        ((DROP, NOISE), ["bernoulli", "gaussian"]),
+        ((DROP, FROZEN_OFF), ["bernoulli"]),
+        ((FROZEN_OFF, FROZEN_OFF), []),
+    ],
+    ids=str,
+)
+def test_rows_that_can_share_a_launch_do(plans, kinds):
+    tables = refreshed(batch_of([10, 20, 30, 40], plans, [0, 1, 0, 1]))
+    assert [launch.kind for launch in tables.launches] == kinds
+    walked = sorted(tensor for launch in tables.launches for tensor, _ in chunks(launch))
+    assert walked == [i for i in range(4) if plans[i % 2] is not FROZEN_OFF]
+    if kinds[:1] == ["bucket"]:
+        bucket = tables.launches[0]
+        assert bucket.frozen and bucket.ages and bucket.planes == (3 if plans[0] is PLANES else -1)
+
+
+def test_a_frozen_block_costs_nothing_and_wakes_up():
+    batch = batch_of([2 * CHUNK] * 4, (DROP, FROZEN_OFF), [0, 1, 1, 0])
+    tables = refreshed(batch)
+    assert [tensor for tensor, _ in chunks(tables.launches[0])] == [0, 0, 3, 3]
+    asleep = tables.launches
+    batch.hypers = [dataclasses.replace(hyper, plan=DROP) for hyper in batch.hypers]
+    tables.refresh(batch)
+    assert [tensor for tensor, _ in chunks(tables.launches[0])] == [0, 0, 1, 1, 2, 2, 3, 3]
+    batch.hypers[1] = dataclasses.replace(batch.hypers[1], plan=FROZEN_OFF)
+    tables.refresh(batch)
+    assert tables.launches is asleep  # made once
+
+
+def test_misaligned_tensors_have_their_own_launch():
+    tables = refreshed(batch_of([100, 100, 100], shifted=[1]))
+    assert [(launch.aligned, [tensor for tensor, _ in chunks(launch)]) for launch in tables.launches] == [
+        (True, [0, 2]),
+        (False, [1]),
+    ]
+
+
+def test_amsgrad_has_its_own_launch():
+    tables = refreshed(batch_of([100, 100, 100], amsgrad=[2]))
+    assert [(launch.amsgrad, [tensor for tensor, _ in chunks(launch)]) for launch in tables.launches] == [
+        (False, [0, 1]),
+        (True, [2]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "layout, aligned, rows",
+    [
+        (RowBlock(0, 96, 96), True, False),
+        (RowBlock(2**40, 96, 96), True, False),
+        (RowBlock(4, 96, 96), False, False),
+        (RowBlock(8, 24, 64), True, True),
+        (RowBlock(8, 12, 64), False, True),
+        (RowBlock(8, 24, 60), False, True),
+        (RowBlock(8, 200, 7), True, False),  # one run: how far the next would be does not matter
+    ],
+)
+def test_whole_philox_calls_need_a_layout_in_eights(layout, aligned, rows):
+    (launch,) = refreshed(batch_of([96], layouts=[layout])).launches
+    assert (launch.aligned, launch.rows) == (aligned, rows)
+
+
+def test_only_what_changed_is_copied(monkeypatch):
+    """Gradients in place and a policy whose draw is the step count: no copy. A moved gradient: the whole table."""
+    batch = batch_of([64, 64])
+    tables = refreshed(batch)
+    written = []
+    write = tables.upload.write
+
+    def spy(data, begin):
+        written.append((begin, len(data)))
+        write(data, begin)
+
+    monkeypatch.setattr(tables.upload, "write", spy)
+    tables.refresh(batch)
+    assert written == []
+    batch.hypers = [Hyper(5e-4, 0.9, 0.99, 1e-8, 0.1, False, False, DROP)]
+    tables.refresh(batch)
+    rows = 2 * ctypes.sizeof(TensorRow)
+    assert written == [(rows, ctypes.sizeof(HyperRow))]
+    batch.grads[1] = torch.zeros(80)[:64]
+    tables.refresh(batch)
+    assert written[1:] == [(0, rows + ctypes.sizeof(HyperRow))]
+
+
+def test_the_tables_on_the_device_are_those_of_the_host():
+    batch = batch_of([64, 32], (AGES, DROP), [0, 1])
+    tables = refreshed(batch)
+    assert tables.rows[:, 0].tolist() == [param.data_ptr() for param in batch.params]
+    assert tables.rows[:, 1].tolist() == [grad.data_ptr() for grad in batch.grads]
+    assert tables.rows[:, 7].tolist() == [64, 32] and tables.rows[:, 12].tolist() == [0, 1]
+    assert tables.hypers[:, :5].view(torch.float64).tolist() == [[1e-3, 0.9, 0.99, 1e-8, 0.1]] * 2
+    address, count = tables.hypers[0, 8].item(), tables.hypers[0, 9].item()
+    ages = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_int64)), (count,))
+    assert ages.tolist() == [9, 4, 1]
+    assert tables.upload.device.data_ptr() < address < tables.upload.device.data_ptr() + tables.upload.device.numel()
+
+
+def test_ages_grow_with_the_epochs():
+    """The table on the device has room for every bucket from the start, and is not moved by a new epoch."""
+    batch = batch_of([64], (AGES,))
+    tables = refreshed(batch)
+    place = tables.upload
+    later = dataclasses.replace(AGES, last_bucket=4, ages=(5, 4, 3, 2, 1))
+    batch.hypers = [dataclasses.replace(batch.hypers[0], plan=later)]
+    tables.refresh(batch)
+    assert tables.upload is place and tables.hypers[0, 9] == 5 and tables.by_age.shape == (1, 5, 4)

@@ -1,0 +1,163 @@
+"""The triton backend alone: what the tables of cases do not reach. On a GPU, or in Triton's interpreter, where
+tests/test_triton_interpreter.py runs this file.
+"""
+
+import math
+
+import pytest
+import torch
+from cases import BF16, EXACT, F16, F32, Engine, assert_same_bits, ulps_apart
+
+from graddrop_kernels import FusedGradDropAdamW, GaussianGradDrop, GradDrop, GradDropEpoch, backends, bitmask
+from graddrop_kernels.backends import triton
+from graddrop_kernels.layout import RowBlock
+from graddrop_kernels.multi_tensor import Hyper, TensorBatch
+from graddrop_kernels.plan import MaskPlan
+
+pytestmark = pytest.mark.skipif(
+    triton.unavailable() is not None, reason=f"{triton.unavailable()} (test_triton_interpreter.py runs it there)"
+)
+TRITON = Engine("triton")
+KEEP = MaskPlan("keep")
+PLANS = {
+    "keep": KEEP,
+    "off": MaskPlan("off"),
+    "bernoulli": MaskPlan("bernoulli", threshold=30_000, scale=65536 / 35536),
+    "gaussian": MaskPlan("gaussian", scale=0.5),
+    "buckets": MaskPlan("bucket", buckets=5, first_bucket=1, last_bucket=3),
+    "buckets by age": MaskPlan("bucket", frozen=True, buckets=70, last_bucket=40, ages=tuple(range(41, 0, -1))),
+    "planes": MaskPlan("bucket", frozen=True, buckets=5, last_bucket=2, bitpacked=True, ages=(3, 2, 1)),
+    "fixed": MaskPlan("fixed", frozen=True, scale=2.0),
+}
+DTYPES = [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F16)]
+
+
+def one_batch(seed: int, dtypes, layouts, plans, rows, key: int = 99) -> TensorBatch:
+    """One tensor a (layout, numel), with hyper row ``rows[i]``; the same values for the same arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    device = torch.device(TRITON.device)
+    batch = TensorBatch(device, *dtypes)
+    batch.hypers = [
+        Hyper(3e-2 / (i + 1), 0.8, 0.95, 1e-3, 0.1 * i, True, i % 2 == 1, plan) for i, plan in enumerate(plans)
+    ]
+    for (layout, numel), row in zip(layouts, rows):
+        new = lambda dtype, numel=numel: torch.randn(numel, generator=generator).to(dtype).to(device)
+        batch.params.append(new(dtypes[0]))
+        batch.grads.append(new(dtypes[0]))
+        batch.exp_avgs.append(new(dtypes[1]))
+        batch.exp_avg_sqs.append(new(dtypes[1]).abs())
+        batch.max_exp_avg_sqs.append(new(dtypes[1]).abs())
+        batch.steps.append(torch.tensor(4.0, device=device))
+        batch.keys.append(key)
+        batch.layouts.append(layout)
+        batch.hyper_rows.append(row)
+        plan, words = plans[row], None
+        if plan.kind == "fixed":
+            words = bitmask.pack(torch.rand(numel, generator=generator) < 0.4).to(device)
+        elif plan.bitpacked:
+            words = backends.bucket_planes(key, plan.buckets, layout, numel, device)
+        batch.mask_words.append(words)
+    return batch
+
+
+def step(batch: TensorBatch, engine: Engine) -> dict[str, torch.Tensor]:
+    backends.select(engine.backend, batch.device, batch.param_dtype, batch.moment_dtype).masked_adamw_(batch)
+    lists = {"param": batch.params, "exp_avg": batch.exp_avgs, "exp_avg_sq": batch.exp_avg_sqs,
+             "max_exp_avg_sq": batch.max_exp_avg_sqs, "step": batch.steps, "grad": batch.grads}  # fmt: skip
+    return {f"{name} {i}": tensor for name, tensors in lists.items() for i, tensor in enumerate(tensors)}
+
+
+def assert_as_exact(*arguments) -> TensorBatch:
+    """Steps two equal batches, one by each; returns that of triton."""
+    mine, expected = one_batch(*arguments), one_batch(*arguments)
+    stepped = step(mine, TRITON)
+    for name, tensor in step(expected, EXACT).items():
+        assert_same_bits(stepped[name], tensor, name)
+    return mine
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("plan", PLANS)
+def test_columns_in_eights_take_the_wide_path(plan, dtypes, seed):
+    """Shards whose rows are whole Philox calls, beside some that are not."""
+    layouts = [(RowBlock(8, 24, 64), 24 * 50), (RowBlock(2**35 + 64, 64, 4096), 64 * 21), (RowBlock(3, 17, 29), 17 * 9)]
+    batch = assert_as_exact(seed, dtypes, layouts, [PLANS[plan]], [0, 0, 0])
+    assert {(launch.aligned, launch.rows) for launch in batch.table.launches} == {(True, True), (False, True)}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("plan", [name for name in PLANS if name not in ("keep", "off", "planes", "fixed")])
+def test_rows_with_other_hyper_parameters_share_a_launch(plan, dtypes, seed):
+    """Masked rows, rows that keep everything, rows of other hyper-parameters: one launch."""
+    whole = [(RowBlock.whole(numel), numel) for numel in (1000, 1, 64, 777, 0, 9)]
+    batch = assert_as_exact(seed, dtypes, whole, [PLANS[plan], KEEP, PLANS[plan]], [0, 1, 2, 1, 0, 2])
+    assert len(batch.table.launches) == 1
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32), (F16, F32)], ids=str)
+@pytest.mark.parametrize("scale", [1024.0, 3.0])
+def test_gradients_are_unscaled_in_the_kernel(dtypes, scale, seed):
+    """Divided in float32 and used so; written back rounded to the gradient's dtype."""
+    sizes = [(RowBlock.whole(numel), numel) for numel in (1000, 13, 99)]
+    arguments = (seed, dtypes, sizes, [PLANS["bernoulli"], PLANS["off"]], [0, 0, 1])
+    batch, expected = one_batch(*arguments), one_batch(*arguments)
+    written = [(grad.float() / scale).to(grad.dtype) for grad in batch.grads]
+    batch.grad_scale = expected.grad_scale = torch.tensor(scale, device=batch.device)
+    stepped = step(batch, TRITON)
+    for name, tensor in step(expected, EXACT).items():
+        assert_same_bits(stepped[name], tensor, name)
+    for i, grad in enumerate(written):
+        assert_same_bits(stepped[f"grad {i}"], grad, "the gradient")
+
+
+@pytest.mark.parametrize("found", [1.0, 2.0, math.nan])
+def test_found_inf_makes_the_step_a_no_op(found, seed):
+    arguments = (seed, (F32, F32), [(RowBlock.whole(99), 99)], [PLANS["buckets by age"]], [0])
+    batch, untouched = one_batch(*arguments), one_batch(*arguments)
+    batch.grad_scale = torch.tensor(2.0, device=batch.device)
+    batch.found_inf = torch.tensor(found, device=batch.device)
+    after = step(batch, TRITON)
+    assert_same_bits(after["step 0"], untouched.steps[0], "step")
+    for name, tensors in (("param", untouched.params), ("exp_avg", untouched.exp_avgs), ("grad", untouched.grads)):
+        assert_same_bits(after[f"{name} 0"], tensors[0], name)
+    batch.found_inf.zero_()
+    assert (step(batch, TRITON)["param 0"] != untouched.params[0]).any() and batch.steps[0] == 5
+
+
+def test_ages_of_another_epoch_and_of_another_group_do_not_linger(seed):
+    """The table by age is written by every step for every tensor."""
+    sizes = [(RowBlock.whole(500), 500)] * 2
+    arguments = (seed, (F32, F32), sizes, [PLANS["buckets by age"], PLANS["buckets"]], [0, 1])
+    mine, expected = one_batch(*arguments), one_batch(*arguments)
+    for _ in range(3):
+        stepped = step(mine, TRITON)
+        for name, tensor in step(expected, EXACT).items():
+            assert_same_bits(stepped[name], tensor, name)
+        for batch in (mine, expected):
+            batch.hypers.reverse()
+
+
+@pytest.mark.parametrize("policy", [None, GradDrop(0.3), GaussianGradDrop(0.3), GradDropEpoch(3)], ids=str)
+def test_fast_maths_is_close(policy, seed):
+    """Masks and moments bit for bit; parameters within 4 ulp of the larger of parameter and update (a division of 2
+    ulp, a square root of 1).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    value, after = torch.randn(5000, generator=generator), {}
+    grads = [torch.randn(5000, generator=generator) for _ in range(3)]
+    for engine in (TRITON, Engine("triton-fast")):
+        param = torch.nn.Parameter(value.clone().to(engine.device))
+        optimizer = FusedGradDropAdamW(
+            [("w", param)], 1e-2, (0.8, 0.95), 1e-6, 0.1, mask=policy, backend=engine.backend
+        )
+        for epoch, grad in enumerate(grads):
+            optimizer.set_epoch(epoch)
+            param.grad = grad.to(engine.device)
+            optimizer.step()
+        state = {name: tensor.cpu() for name, tensor in optimizer.state[param].items()}
+        after[engine.backend] = {"param": param.detach().cpu(), **state}
+    exact, fast = after["triton"], after["triton-fast"]
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        assert_same_bits(fast[name], exact[name], name)
+    larger = exact["param"].abs().maximum(torch.tensor(3 * 1e-2))
+    assert ulps_apart(larger, larger + (fast["param"] - exact["param"]).abs()).max() <= 4 * len(grads)
