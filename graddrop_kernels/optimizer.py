@@ -14,7 +14,6 @@ from .parameters import ParamRecord, check_fixed_mask, check_grad, check_param, 
 from .plan import Clock, MaskPlan, PlanContext
 from .policies import KEEP, FixedMask, GradDrop, GradDropEpoch, Policy
 from .policy_book import PolicyBook
-from .reference import keep_and_bucket
 
 
 class FusedGradDropAdamW(torch.optim.AdamW):
@@ -188,11 +187,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         state = self.state.get(tensor, {})
         own_step = step if step is not None else int(state["step"]) if "step" in state else 0
         words = self._mask_words(group, tensor, record)
-        keep, _ = keep_and_bucket(
-            plan, record.key, own_step, RowBlock.whole(tensor.numel()), tensor.numel(), words, tensor.device
-        )
-        if keep is None:
-            return torch.full(tensor.shape, plan.kind != "off", dtype=torch.bool, device=tensor.device)
+        numel, layout = tensor.numel(), RowBlock.whole(tensor.numel())
+        keep = backends.keep_mask(plan, record.key, own_step, layout, numel, words, tensor.device)
         return keep.view(tensor.shape)
 
     def active_fraction(self) -> list[float]:
@@ -391,6 +387,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        elif state["step"].device != param.device:  # torch's own AdamW keeps it on the CPU
+            state["step"] = state["step"].to(param.device)
 
     def _mask_words(self, group: dict, param: torch.Tensor, record: ParamRecord) -> torch.Tensor | None:
         """Bit-planes of the buckets or the bits of a fixed mask, made once a parameter and kept on its device;

@@ -12,7 +12,9 @@ from graddrop_kernels import FusedGradDropAdamW, GaussianGradDrop, GradDrop, Gra
 from graddrop_kernels.backends import triton
 from graddrop_kernels.layout import RowBlock
 from graddrop_kernels.multi_tensor import Hyper, TensorBatch
+from graddrop_kernels.philox import stream_key
 from graddrop_kernels.plan import MaskPlan
+from graddrop_kernels.reference import by_runs, keep_and_bucket
 
 pytestmark = pytest.mark.skipif(
     triton.unavailable() is not None, reason=f"{triton.unavailable()} (test_triton_interpreter.py runs it there)"
@@ -161,3 +163,53 @@ def test_fast_maths_is_close(policy, seed):
         assert_same_bits(fast[name], exact[name], name)
     larger = exact["param"].abs().maximum(torch.tensor(3 * 1e-2))
     assert ulps_apart(larger, larger + (fast["param"] - exact["param"]).abs()).max() <= 4 * len(grads)
+
+
+# --- masks by themselves ----------------------------------------------------------------------------------------------
+
+LAYOUTS = [
+    (RowBlock.whole(70_001), 70_001), (RowBlock(3, 17, 29), 17 * 9), (RowBlock(8, 24, 64), 24 * 50),
+    (RowBlock(2**38 + 8, 32, 32), 32), (RowBlock.whole(1), 1), (RowBlock.whole(1), 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout, numel", LAYOUTS, ids=str)
+@pytest.mark.parametrize("plan", ["bernoulli", "buckets", "planes", "fixed"])
+def test_masks_are_written_packed_and_counted(plan, layout, numel, seed):
+    plan, key = PLANS[plan], stream_key("w", seed)
+    device, words = torch.device(TRITON.device), None
+    if plan.kind == "fixed":
+        words = bitmask.pack(torch.rand(numel, generator=torch.Generator().manual_seed(seed)) < 0.4)
+    elif plan.bitpacked:
+        words = bitmask.pack_buckets(drawn_buckets(key, plan.buckets, layout, numel), plan.buckets)
+    expected, _ = keep_and_bucket(plan, key, 2**32 + 7, layout, numel, words)
+    arguments = (plan, key, 2**32 + 7, layout, numel, None if words is None else words.to(device), device)
+    masks = triton.masks()
+    assert_same_bits(masks.keep_mask(*arguments), expected, "mask")
+    assert_same_bits(masks.packed_mask(*arguments), bitmask.pack(expected), "bits")
+    assert masks.count_kept(*arguments) == expected.sum()
+    assert_same_bits(masks.pack(expected.to(device)), bitmask.pack(expected), "bits of given bools")
+
+
+def drawn_buckets(key: int, buckets: int, layout: RowBlock, numel: int) -> torch.Tensor:
+    return by_runs(layout, numel, None, lambda *run: bitmask.element_buckets(key, buckets, *run))
+
+
+@pytest.mark.parametrize("buckets", [1, 2, 5, 64, 4096])
+def test_bucket_planes(buckets, seed):
+    key, device = stream_key("w", seed), torch.device(TRITON.device)
+    for layout, numel in LAYOUTS[1:]:
+        expected = bitmask.pack_buckets(drawn_buckets(key, buckets, layout, numel), buckets)
+        assert_same_bits(triton.masks().bucket_planes(key, buckets, layout, numel, device), expected, str(layout))
+
+
+def test_the_optimizers_masks_are_made_by_the_kernels(seed, monkeypatch):
+    param = torch.nn.Parameter(torch.zeros(7, 9, device=TRITON.device))
+    optimizer = FusedGradDropAdamW([("w", param)], mask=GradDrop(0.3), seed=seed)
+    calls, kernel = [], triton.masks().keep_mask
+    monkeypatch.setattr(triton.masks(), "keep_mask", lambda *args: calls.append(1) or kernel(*args))
+    threshold = round(0.3 * 65536)
+    plan = MaskPlan("bernoulli", threshold=threshold, scale=65536 / (65536 - threshold))
+    expected, _ = keep_and_bucket(plan, stream_key("w", seed), 5, RowBlock.whole(63), 63)
+    assert_same_bits(optimizer.mask("w", step=5), expected.view(7, 9), "mask")
+    assert calls == [1]

@@ -13,6 +13,7 @@ import torch
 from .. import bitmask, reference
 from ..layout import RowBlock
 from ..multi_tensor import TensorBatch
+from ..plan import MaskPlan
 from . import cpu, triton
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -84,16 +85,17 @@ def available_backends() -> tuple[str, ...]:
     return tuple(backend.name for backend in BACKENDS if backend.unavailable() is None)
 
 
-def check_name(name: str) -> str:
+def check_name(name: str, given_as: str = "backend") -> str:
     """Raises ValueError for a name that is neither a backend's nor "auto"; RuntimeError for one that cannot run here,
-    with the remedy.
+    with the remedy. ``given_as``: the argument or environment variable that the name comes from.
     """
     if name != "auto":
         if name not in _BY_NAME:
-            raise ValueError(f"backend={name!r} is unknown; choose 'auto' or one of {', '.join(map(repr, _BY_NAME))}")
+            known = ", ".join(map(repr, _BY_NAME))
+            raise ValueError(f"{given_as}={name!r} is unknown; choose 'auto' or one of {known}")
         reason = _BY_NAME[name].unavailable()
         if reason:
-            raise RuntimeError(f"backend={name!r} cannot run here: {reason}")
+            raise RuntimeError(f"{given_as}={name!r} cannot run here: {reason}")
     return name
 
 
@@ -102,8 +104,9 @@ def select(name: str, device: torch.device, param_dtype: torch.dtype, moment_dty
 
     ``"auto"`` takes the first that fits, GRADDROP_BACKEND overrides ``"auto"``; a named one that does not fit raises.
     """
+    given_as = "backend"
     if name == "auto":
-        name = os.environ.get("GRADDROP_BACKEND", "auto")
+        name, given_as = os.environ.get("GRADDROP_BACKEND") or "auto", "GRADDROP_BACKEND"
     if name == "auto":
         fitting = (
             backend
@@ -117,10 +120,10 @@ def select(name: str, device: torch.device, param_dtype: torch.dtype, moment_dty
                 f"on {device.type}; float32, float64, bfloat16 and float16 are supported"
             )
         return backend
-    check_name(name)
+    check_name(name, given_as)
     reason = _BY_NAME[name].misfit(device, param_dtype, moment_dtype)
     if reason:
-        raise RuntimeError(f"backend={name!r} {reason}; use backend='auto'")
+        raise RuntimeError(f"{given_as}={name!r} {reason}; use {given_as}='auto'")
     return _BY_NAME[name]
 
 
@@ -130,8 +133,22 @@ def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int, device: 
     """
     if device.type == "cpu" and cpu.unavailable() is None:
         return cpu.bucket_planes(key, buckets, layout, numel)
+    if device.type in triton.DEVICES and triton.unavailable() is None:
+        return triton.masks().bucket_planes(key, buckets, layout, numel, device)
     drawn = reference.by_runs(layout, numel, device, lambda *run: bitmask.element_buckets(key, buckets, *run))
     return bitmask.pack_buckets(drawn, buckets)
+
+
+def keep_mask(
+    plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, numel: int, mask_words, device: torch.device
+) -> torch.Tensor:
+    """The bool keep mask of a plan, shape (numel,), made by the fastest code at hand for its device."""
+    if plan.kind not in ("bernoulli", "bucket", "fixed"):
+        return torch.full((numel,), plan.kind != "off", dtype=torch.bool, device=device)
+    if device.type in triton.DEVICES and triton.unavailable() is None:
+        return triton.masks().keep_mask(plan, key, completed_steps, layout, numel, mask_words, device)
+    keep, _ = reference.keep_and_bucket(plan, key, completed_steps, layout, numel, mask_words, device)
+    return keep
 
 
 def _short(dtype: torch.dtype) -> str:

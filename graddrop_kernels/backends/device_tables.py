@@ -108,7 +108,7 @@ class DeviceTables:
     def _aligned(self) -> np.ndarray:
         """Whether each row's tensors and layout allow whole vectors and whole Philox calls."""
         together = np.bitwise_or.reduce([self.host[name] for name in _STREAMS])
-        layouts = np.array([_in_eights(layout, int(row["numel"])) for layout, row in zip(self.layouts, self.host)])
+        layouts = np.array([in_eights(layout, int(row["numel"])) for layout, row in zip(self.layouts, self.host)])
         return (together % ALIGNMENT == 0) & layouts
 
     def _launches_of(self, hypers: list[Hyper]) -> tuple[Launch, ...]:
@@ -175,7 +175,7 @@ def _kind_of(plan: MaskPlan) -> _Kind | None:
     return _Kind(plan.kind, planes, plan.frozen, bool(plan.ages))
 
 
-def _in_eights(layout: RowBlock, numel: int) -> bool:
+def in_eights(layout: RowBlock, numel: int) -> bool:
     """Whether eight local elements from a multiple of 8 on are always one Philox call."""
     one_run = numel <= layout.local_inner
     return layout.base % 8 == 0 and (one_run or (layout.local_inner % 8 == 0 and layout.global_inner % 8 == 0))

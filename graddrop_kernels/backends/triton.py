@@ -59,6 +59,13 @@ def masked_adamw_(batch: TensorBatch, exact: bool = True) -> None:
             )  # fmt: skip
 
 
+def masks():
+    """The module triton_masks, which needs triton."""
+    from . import triton_masks
+
+    return triton_masks
+
+
 def constants(launch, param_dtype: torch.dtype, moment_dtype: torch.dtype, grad_scale: bool, exact: bool) -> dict:
     """What of a launch is compiled into the kernel."""
     import triton.language as tl
