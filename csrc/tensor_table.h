@@ -44,4 +44,46 @@ struct HyperRow {
 
 static_assert(sizeof(TensorRow) == 104 && sizeof(HyperRow) == 128, "tensor_table.py has the same sizes");
 
+// What the prologue on a GPU makes of a TensorRow and its HyperRow for one step. A launch holds rows of one mask kind;
+// rows with kind keep or off may be among them, and have values here that make that kind keep or drop everything.
+struct StepRow {
+  float lr_weight_decay, beta1, beta2, eps;
+  float step_size, bias_correction2_sqrt, bias_correction2_sqrt_reciprocal;
+  float factor;              // on kept gradients: sign, times the scale of bernoulli and fixed masks
+  float deviation;           // kGaussian: standard deviation of the factor around 1
+  uint32_t threshold, draw;  // draw: resolved, never -1; 0 for buckets
+  uint32_t buckets, first_bucket, last_bucket;
+  uint32_t flags;     // StepFlag
+  uint32_t num_ages;  // entries of by_age in use, one a bucket; 0: the scalars above hold
+};
+
+enum StepFlag : uint32_t {
+  kSkipFlag = 1,    // nothing moves: found_inf
+  kOffFlag = 2,     // the gradient counts as 0 and is not read
+  kFrozenFlag = 4,  // dropped elements are not stored
+  kDecayFlag = 8,   // weight_decay is not 0
+};
+
+constexpr int kChunk = 4096;    // elements of one tensor that one block of a GPU updates
+constexpr int kChunkBits = 40;  // an entry of a chunk list: tensor << kChunkBits | chunk number within the tensor
+
+// One launch on a GPU. The pointers are device addresses. backends/cuda.py mirrors it.
+struct LaunchSpec {
+  const TensorRow* rows;
+  const StepRow* step_rows;
+  const float* by_age;    // [rows][age_stride][4]: step_size, bias_correction2_sqrt, its reciprocal, 0
+  const int64_t* chunks;  // num_chunks entries
+  const float* grad_scale;  // gradients are divided by it, and the quotients stored; null: they are not
+  int64_t num_chunks, age_stride;
+  int32_t param_dtype, moment_dtype;  // DType
+  int32_t kind;                       // MaskKind of its rows, but for those that keep or drop everything
+  int32_t planes;                     // kBucket: read from bit-planes, else drawn
+  int32_t aligned;  // every address is a multiple of 16; eight elements from a multiple of 8 on are one Philox call
+  int32_t amsgrad;
+  int32_t frozen;  // some rows have kFrozenFlag
+  int32_t ages;    // some rows have num_ages
+};
+
+static_assert(sizeof(StepRow) == 64 && sizeof(LaunchSpec) == 88, "the Python side has the same sizes");
+
 }  // namespace graddrop

@@ -14,7 +14,7 @@ from .. import bitmask, reference
 from ..layout import RowBlock
 from ..multi_tensor import TensorBatch
 from ..plan import MaskPlan
-from . import cpu, triton
+from . import cpu, cuda, triton
 
 _HALF = (torch.bfloat16, torch.float16)
 # (parameter dtype, moment dtype)
@@ -67,6 +67,10 @@ BACKENDS = (
     Backend(
         "triton-fast", "the same with approximate square roots and divisions",
         triton.DEVICES, _FUSED_DTYPES, False, triton.unavailable, partial(triton.masked_adamw_, exact=False),
+    ),
+    Backend(
+        "cuda", "C++ for CUDA, the same headers as the CPU kernels",
+        ("cuda",), _FUSED_DTYPES, True, cuda.unavailable, cuda.masked_adamw_,
     ),
     Backend(
         "reference", "plain PyTorch, slow; defines the meaning",
@@ -135,6 +139,8 @@ def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int, device: 
         return cpu.bucket_planes(key, buckets, layout, numel)
     if device.type in triton.DEVICES and triton.unavailable() is None:
         return triton.masks().bucket_planes(key, buckets, layout, numel, device)
+    if device.type == "cuda" and cuda.unavailable() is None:
+        return cuda.bucket_planes(key, buckets, layout, numel, device)
     drawn = reference.by_runs(layout, numel, device, lambda *run: bitmask.element_buckets(key, buckets, *run))
     return bitmask.pack_buckets(drawn, buckets)
 

@@ -1,0 +1,264 @@
+// What one thread of one block does: loads of 16 bytes, the mask, the update, stores; and the same for a tensor of any
+// layout and alignment, an element at a time. No shared memory and no barrier, so that the host can run it in a loop,
+// thread after thread (masked_adamw.cu): the tests do.
+#pragma once
+#include "../adamw.h"
+#include "storage.h"
+#include "thread_mask.h"
+
+namespace graddrop {
+
+GRADDROP_FN AdamWScalars<float> scalars_of(const StepRow& step) {
+  return {step.lr_weight_decay, step.beta1, step.beta2, step.step_size, step.bias_correction2_sqrt,
+          step.bias_correction2_sqrt_reciprocal, step.eps};
+}
+
+// The scalars of an element's bucket; ages: the tensor's part of by_age.
+GRADDROP_FN void look_up_age(const float* ages, const StepRow& step, uint32_t bucket, AdamWScalars<float>& scalars) {
+  struct alignas(16) Entry {
+    float step_size, bias_correction2_sqrt, reciprocal, unused;
+  };
+  if (bucket >= step.num_ages) bucket = step.num_ages - 1;
+  const Entry entry = reinterpret_cast<const Entry*>(ages)[bucket];
+  scalars.step_size = entry.step_size;
+  scalars.bias_correction2_sqrt = entry.bias_correction2_sqrt;
+  scalars.bias_correction2_sqrt_reciprocal = entry.reciprocal;
+}
+
+// The update of one element in registers. g: kept, scaled and signed.
+GRADDROP_LONG_FN void update(float& param, AdamWElement<float>& e, float g, const AdamWScalars<float>& scalars, bool decay,
+                        bool amsgrad) {
+  const AdamWDirection<float> direction = adamw_moments(e, g, scalars, amsgrad);
+  param = adamw_param(param, direction, scalars, decay);
+}
+
+// Tells the compiler that an address that it has read from a table is one of device memory.
+GRADDROP_FN void assume_global(const void* address) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(address));
+#else
+  (void)address;
+#endif
+}
+
+// The streams of a tensor from one element on.
+template <typename P, typename M>
+struct Streams {
+  P *param, *grad;
+  M *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
+};
+template <typename P, typename M>
+GRADDROP_FN Streams<P, M> streams_at(const TensorRow& row, int64_t i) {
+  assume_global(row.param), assume_global(row.grad), assume_global(row.exp_avg), assume_global(row.exp_avg_sq);
+  assume_global(row.max_exp_avg_sq);
+  return {static_cast<P*>(row.param) + i, static_cast<P*>(const_cast<void*>(row.grad)) + i,
+          static_cast<M*>(row.exp_avg) + i, static_cast<M*>(row.exp_avg_sq) + i,
+          static_cast<M*>(row.max_exp_avg_sq) + i};
+}
+
+// Side by side in one thread: eight elements, or four where that keeps a warp's accesses in a row (thread_mask.h).
+template <typename P, typename M>
+GRADDROP_FN constexpr int vector_width() {
+  return sizeof(P) == 2 && sizeof(M) == 2 ? 8 : 4;
+}
+
+template <typename P, typename M, int kVector>
+struct Registers {
+  Group<P, kVector> param, grad;
+  Group<M, kVector> exp_avg, exp_avg_sq, max_exp_avg_sq;
+};
+
+// One turn of one lane; s: its first group. All lanes of a warp come here together. Groups that do not fit into the
+// tensor are left out.
+template <Variant kVariant, bool kAmsgrad, typename P, typename M>
+GRADDROP_LONG_FN void update_turn(const TensorRow& row, const StepRow& step, const float* ages, const float* grad_scale,
+                             const Turn& turn, const Streams<P, M>& s) {
+  constexpr int kVector = vector_width<P, M>(), kGroups = kElements / kVector, kStride = kWarp * kVector;
+  const bool off = step.flags & kOffFlag;
+  ThreadMask mask;
+  make_mask<kVariant, kVector>(row, step, turn, mask);
+
+  bool write[kElements], active[kGroups];
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    bool any_write = !freezes(kVariant) || grad_scale;
+#pragma unroll
+    for (int e = group * kVector; e < (group + 1) * kVector; ++e) {
+      write[e] = !freezes(kVariant) || mask.keep[e] || !(step.flags & kFrozenFlag);
+      any_write |= write[e];
+    }
+    // Where a whole group is frozen, it is neither read nor written.
+    active[group] = group_offset<kVector>(turn.lane, group) + kVector <= turn.left && any_write;
+  }
+
+  Registers<P, M, kVector> r[kGroups];  // of a group that is not active: undefined, computed with and not stored
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    const int i = group * kStride;
+    r[group].grad = {};
+    if (!active[group]) continue;
+    load(r[group].param, s.param + i);
+    if (!off) load(r[group].grad, s.grad + i);
+    load(r[group].exp_avg, s.exp_avg + i);
+    load(r[group].exp_avg_sq, s.exp_avg_sq + i);
+    if (kAmsgrad) load(r[group].max_exp_avg_sq, s.max_exp_avg_sq + i);
+  }
+
+  float g[kElements];
+#pragma unroll
+  for (int e = 0; e < kElements; e += 2)
+    unpack(&r[e / kVector].grad.word[e % kVector / 2 * Group<P, kVector>::kWordsAPair], g[e], g[e + 1], P{});
+  if (grad_scale && !off) {
+    const float scale = *grad_scale;
+#pragma unroll
+    for (int e = 0; e < kElements; e += 2) {
+      g[e] = div(g[e], scale), g[e + 1] = div(g[e + 1], scale);
+      merge(&r[e / kVector].grad.word[e % kVector / 2 * Group<P, kVector>::kWordsAPair], g[e], g[e + 1], true, true,
+            P{});
+    }
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group)
+      if (active[group]) store(s.grad + group * kStride, r[group].grad);
+  }
+
+  const AdamWScalars<float> shared = scalars_of(step);
+  const bool decay = step.flags & kDecayFlag;
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    Registers<P, M, kVector>& in = r[group];
+#pragma unroll
+    for (int i = 0; i < kVector; i += 2) {
+      const int first = group * kVector + i;
+      uint32_t* const param_words = &in.param.word[i / 2 * Group<P, kVector>::kWordsAPair];
+      const int m_word = i / 2 * Group<M, kVector>::kWordsAPair;
+      float param[2];
+      AdamWElement<float> e[2];
+      unpack(param_words, param[0], param[1], P{});
+      unpack(&in.exp_avg.word[m_word], e[0].exp_avg, e[1].exp_avg, M{});
+      unpack(&in.exp_avg_sq.word[m_word], e[0].exp_avg_sq, e[1].exp_avg_sq, M{});
+      if (kAmsgrad) unpack(&in.max_exp_avg_sq.word[m_word], e[0].max_exp_avg_sq, e[1].max_exp_avg_sq, M{});
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float kept = g[first + j] * step.factor;
+        if (kVariant == kFactor) kept *= mask.factor[first + j];
+        if (selects(kVariant)) kept = mask.keep[first + j] ? kept : 0.0f;
+        AdamWScalars<float> scalars = shared;
+        if (by_age(kVariant) && step.num_ages) look_up_age(ages, step, mask.bucket[first + j], scalars);
+        update(param[j], e[j], kept, scalars, decay, kAmsgrad);
+      }
+      const bool w0 = write[first], w1 = write[first + 1];
+      merge(param_words, param[0], param[1], w0, w1, P{});
+      merge(&in.exp_avg.word[m_word], e[0].exp_avg, e[1].exp_avg, w0, w1, M{});
+      merge(&in.exp_avg_sq.word[m_word], e[0].exp_avg_sq, e[1].exp_avg_sq, w0, w1, M{});
+      if (kAmsgrad) merge(&in.max_exp_avg_sq.word[m_word], e[0].max_exp_avg_sq, e[1].max_exp_avg_sq, w0, w1, M{});
+    }
+    if (active[group]) {
+      store(s.param + group * kStride, in.param);
+      store(s.exp_avg + group * kStride, in.exp_avg);
+      store(s.exp_avg_sq + group * kStride, in.exp_avg_sq);
+      if (kAmsgrad) store(s.max_exp_avg_sq + group * kStride, in.max_exp_avg_sq);
+    }
+  }
+}
+
+// How a launch masks, for one element: known when an aligned kernel is compiled; the general one reads it.
+struct ElementSpec {
+  int32_t kind;
+  bool planes, amsgrad, ages;
+};
+
+// One element of a row of any layout and alignment.
+template <typename P, typename M>
+GRADDROP_LONG_FN void update_element(const ElementSpec& spec, const TensorRow& row, const StepRow& step, const float* ages,
+                                const float* grad_scale, int64_t i) {
+  const ElementMask mask = element_mask(spec.kind, spec.planes, row, step, i);
+  const bool off = step.flags & kOffFlag, write = mask.keep || !(step.flags & kFrozenFlag);
+  const Streams<P, M> s = streams_at<P, M>(row, i);
+  float g = 0.0f;
+  if (!off && (write || grad_scale)) g = widen(*s.grad);
+  if (!off && grad_scale) {
+    g = div(g, *grad_scale);
+    narrow(g, *s.grad);
+  }
+  if (!write) return;
+  g = mask.keep ? g * step.factor * mask.factor : 0.0f;
+  AdamWScalars<float> scalars = scalars_of(step);
+  if (spec.ages && step.num_ages) look_up_age(ages, step, mask.bucket, scalars);
+  float param = widen(*s.param);
+  AdamWElement<float> e = {widen(*s.exp_avg), widen(*s.exp_avg_sq), 0.0f};
+  if (spec.amsgrad) e.max_exp_avg_sq = widen(*s.max_exp_avg_sq);
+  update(param, e, g, scalars, step.flags & kDecayFlag, spec.amsgrad);
+  narrow(param, *s.param);
+  narrow(e.exp_avg, *s.exp_avg);
+  narrow(e.exp_avg_sq, *s.exp_avg_sq);
+  if (spec.amsgrad) narrow(e.max_exp_avg_sq, *s.max_exp_avg_sq);
+}
+
+constexpr int kThreads = 256;
+constexpr int kTurn = kThreads * kElements;  // elements of a block in one turn
+
+GRADDROP_FN constexpr int32_t kind_of(Variant v) {
+  return v == kPlain ? kKeep : v == kFactor ? kGaussian : v == kDraws || v == kDrawsFrozen ? kBernoulli : kBucket;
+}
+
+// Entry c of a launch's chunk list.
+struct Chunk {
+  int64_t tensor, first;  // first: element
+};
+GRADDROP_FN Chunk chunk_at(const LaunchSpec& spec, int64_t c) {
+  const int64_t entry = spec.chunks[c];
+  return {entry >> kChunkBits, (entry & ((int64_t{1} << kChunkBits) - 1)) * kChunk};
+}
+
+// One block a chunk: then the compiler sees that what it reads of a row is the same for all threads, and keeps it in
+// uniform registers. Or, to measure: fewer blocks (masked_adamw.cu), which walk the chunk list together.
+constexpr bool kOneBlockAChunk = true;
+GRADDROP_FN int64_t next_chunk(const LaunchSpec& spec, int64_t c, int num_blocks) {
+  return kOneBlockAChunk ? spec.num_chunks : c + num_blocks;
+}
+
+// What one thread of one block does.
+template <Variant kVariant, bool kAmsgrad, typename P, typename M>
+GRADDROP_FN void aligned_thread(const LaunchSpec& spec, int block, int num_blocks, int thread) {
+  constexpr int kVector = vector_width<P, M>();
+  for (int64_t c = block; c < spec.num_chunks; c = next_chunk(spec, c, num_blocks)) {
+    const Chunk chunk = chunk_at(spec, c);
+    const StepRow step = spec.step_rows[chunk.tensor];
+    if (step.flags & kSkipFlag) continue;
+    const TensorRow row = spec.rows[chunk.tensor];  // a copy: no store can alias it
+    const float* const ages = spec.by_age + chunk.tensor * spec.age_stride * 4;
+
+    const int64_t end_of_groups = row.numel / kVector * kVector;  // the few elements after it: one by one
+    if (chunk.first + kChunk > end_of_groups && end_of_groups + thread < row.numel)
+      update_element<P, M>({kind_of(kVariant), reads_bits(kVariant), kAmsgrad, by_age(kVariant)}, row, step, ages,
+                           spec.grad_scale, end_of_groups + thread);
+
+    const int warp_offset = thread / kWarp * kWarpElements;
+    const int64_t first = chunk.first + warp_offset, left = row.numel - first;
+    Turn turn = {first, left < kChunk - warp_offset ? static_cast<int>(left) : kChunk - warp_offset, thread % kWarp};
+    Streams<P, M> s = streams_at<P, M>(row, first + turn.lane * kVector);
+#pragma unroll 1
+    for (; turn.left > 0; turn.left -= kTurn, turn.first += kTurn) {
+      update_turn<kVariant, kAmsgrad, P, M>(row, step, ages, spec.grad_scale, turn, s);
+      s = {s.param + kTurn, s.grad + kTurn, s.exp_avg + kTurn, s.exp_avg_sq + kTurn, s.max_exp_avg_sq + kTurn};
+    }
+  }
+}
+
+template <typename P, typename M>
+GRADDROP_FN void general_thread(const LaunchSpec& spec, int block, int num_blocks, int thread) {
+  for (int64_t c = block; c < spec.num_chunks; c = next_chunk(spec, c, num_blocks)) {
+    const Chunk chunk = chunk_at(spec, c);
+    const StepRow step = spec.step_rows[chunk.tensor];
+    if (step.flags & kSkipFlag) continue;
+    const TensorRow row = spec.rows[chunk.tensor];
+    const float* const ages = spec.by_age + chunk.tensor * spec.age_stride * 4;
+    const int64_t end = row.numel < chunk.first + kChunk ? row.numel : chunk.first + kChunk;
+#pragma unroll 1
+    for (int64_t i = chunk.first + thread; i < end; i += kThreads)
+      update_element<P, M>({spec.kind, spec.planes != 0, spec.amsgrad != 0, spec.ages != 0}, row, step, ages,
+                           spec.grad_scale, i);
+  }
+}
+
+}  // namespace graddrop

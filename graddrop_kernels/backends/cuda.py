@@ -1,0 +1,212 @@
+"""The cuda backend: csrc/cuda through its C functions, on CUDA tensors.
+
+Each function has an emulation in the same library, which runs the same text thread after thread on the host: on CPU
+tensors the functions below call that. It proves the kernels' logic where there is no GPU; it is no backend for CPUs.
+"""
+
+import ctypes
+from ctypes import c_char_p, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from ..bitmask import num_planes, num_words
+from ..layout import RowBlock
+from ..multi_tensor import TensorBatch
+from ..plan import MaskPlan
+from .device_tables import DeviceTables
+from .tensor_table import DTYPES, MASK_KINDS, TABLE_VERSION, TensorRow
+
+_LIBRARY = Path(__file__).resolve().parent.parent / "_cuda.so"
+_FUNCTIONS = {  # without the stream, which is the last argument of each
+    "prologue": (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
+    "masked_adamw": (c_void_p,),
+    "mask_bytes": (c_void_p, c_void_p, c_void_p),
+    "mask_words": (c_void_p, c_void_p, c_void_p),
+    "mask_count": (c_void_p, c_void_p, c_void_p),
+    "bucket_planes": (c_void_p, c_int64, c_int64, c_void_p),
+}
+
+
+class LaunchSpec(ctypes.Structure):
+    """As in csrc/tensor_table.h."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("rows", "step_rows", "by_age", "chunks", "grad_scale")),
+        *((name, c_int64) for name in ("num_chunks", "age_stride")),
+        *((name, c_int32) for name in (
+            "param_dtype", "moment_dtype", "kind", "planes", "aligned", "amsgrad", "frozen", "ages",
+        )),
+    ]  # fmt: skip
+
+
+class MaskSpec(ctypes.Structure):
+    """As in csrc/mask.h."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("kind", "frozen")),
+        *((name, c_uint32) for name in ("threshold", "draw", "buckets", "first_bucket", "last_bucket")),
+        ("num_planes", c_int32),
+        ("key", c_uint64),
+        ("scale", ctypes.c_float),
+    ]
+
+
+assert ctypes.sizeof(LaunchSpec) == 88 and ctypes.sizeof(MaskSpec) == 48
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """(library, None), or (None, why not): tried once."""
+    if not _LIBRARY.exists():
+        return None, (
+            "csrc/cuda was not compiled; install the CUDA toolkit and run pip install again "
+            "(GRADDROP_FORCE_CUDA=1 says what is missing)"
+        )
+    try:
+        library = ctypes.CDLL(str(_LIBRARY))
+        version = library.graddrop_cuda_table_version()
+        for name, arguments in _FUNCTIONS.items():
+            for form in (f"graddrop_cuda_{name}", f"graddrop_cuda_emulate_{name}"):
+                getattr(library, form).argtypes = [*arguments, c_void_p]
+        library.graddrop_cuda_error.restype = c_char_p
+    except (OSError, AttributeError) as error:
+        return None, f"{_LIBRARY.name} cannot be used: {error}; run pip install again"
+    if version != TABLE_VERSION:
+        return None, (
+            f"{_LIBRARY.name} was built from other sources (table version {version}, not {TABLE_VERSION}); "
+            "run pip install again"
+        )
+    return library, None
+
+
+def unavailable() -> str | None:
+    """None when the kernels can run, else the reason and the remedy."""
+    reason = _load()[1]
+    if reason:
+        return reason
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA; install one with CUDA from pytorch.org"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device; check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
+    return None
+
+
+def _call(name: str, device: torch.device, *arguments) -> None:
+    """Runs a C function on the current stream of a device; its emulation on the CPU.
+
+    Raises:
+        RuntimeError: no library, or the launch failed.
+    """
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(f"the cuda backend cannot run: {reason}")
+    if device.type == "cpu":
+        error = getattr(library, f"graddrop_cuda_emulate_{name}")(*arguments, None)
+    else:
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            error = getattr(library, f"graddrop_cuda_{name}")(*arguments, stream)
+    if error:
+        raise RuntimeError(
+            f"csrc/cuda: {name} cannot be launched on {device}: {library.graddrop_cuda_error(error).decode()}"
+        )
+
+
+def masked_adamw_(batch: TensorBatch) -> None:
+    """One masked AdamW step on the batch, in place: a launch for the scalars, then one a mask kind and alignment."""
+    if batch.table is None:
+        batch.table = DeviceTables(batch)
+    tables = batch.table
+    tables.refresh(batch)
+    _call(
+        "prologue", batch.device,
+        tables.rows.data_ptr(), tables.num_rows, tables.hypers.data_ptr(), tables.step_rows.data_ptr(),
+        tables.by_age.data_ptr(), tables.age_stride, _address(batch.found_inf),
+    )  # fmt: skip
+    for launch in tables.launches:
+        spec = LaunchSpec(
+            rows=tables.rows.data_ptr(),
+            step_rows=tables.step_rows.data_ptr(),
+            by_age=tables.by_age.data_ptr(),
+            chunks=launch.chunks.data_ptr(),
+            grad_scale=_address(batch.grad_scale),
+            num_chunks=launch.chunks.numel(),
+            age_stride=tables.age_stride,
+            param_dtype=DTYPES[batch.param_dtype],
+            moment_dtype=DTYPES[batch.moment_dtype],
+            kind=MASK_KINDS[launch.kind],
+            planes=launch.planes >= 0,
+            aligned=launch.aligned,
+            amsgrad=launch.amsgrad,
+            frozen=launch.frozen,
+            ages=launch.ages,
+        )
+        _call("masked_adamw", batch.device, ctypes.addressof(spec))
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def mask(
+    plan: MaskPlan, key: int, draw: int, layout: RowBlock, numel: int, device: torch.device,
+    mask_words: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """What a plan keeps of a layout's elements in local order, as reference.keep_and_bucket: bool tensor (numel,).
+
+    ``draw``: the parameter's completed steps, used where the plan names no draw. ``mask_words``: bit-planes or the bits
+    of a fixed mask, on the device.
+    """
+    out = torch.empty(numel, dtype=torch.bool, device=device)
+    _materialise("mask_bytes", plan, key, draw, layout, numel, mask_words, out)
+    return out
+
+
+def packed_mask(
+    plan: MaskPlan, key: int, draw: int, layout: RowBlock, numel: int, device: torch.device,
+    mask_words: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """``mask`` as bitmask.pack packs it: int32 tensor (num_words(numel),)."""
+    out = torch.empty(num_words(numel), dtype=torch.int32, device=device)
+    _materialise("mask_words", plan, key, draw, layout, numel, mask_words, out)
+    return out
+
+
+def count_kept(
+    plan: MaskPlan, key: int, draw: int, layout: RowBlock, numel: int, device: torch.device,
+    mask_words: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """How many elements ``mask`` keeps: int64 tensor () on the device."""
+    out = torch.zeros((), dtype=torch.int64, device=device)
+    _materialise("mask_count", plan, key, draw, layout, numel, mask_words, out)
+    return out
+
+
+def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int, device: torch.device) -> torch.Tensor:
+    """The buckets of a layout's elements as bit-planes (bitmask.pack_buckets):
+    int32 tensor of shape (num_planes(buckets), num_words(numel)).
+    """
+    planes = torch.empty(num_planes(buckets), num_words(numel), dtype=torch.int32, device=device)
+    row = _row(key, layout, numel)
+    _call("bucket_planes", planes.device, ctypes.addressof(row), buckets, planes.size(0), planes.data_ptr())
+    return planes
+
+
+def _row(key: int, layout: RowBlock, numel: int, mask_words: torch.Tensor | None = None) -> TensorRow:
+    return TensorRow(
+        numel=numel, base=layout.base, local_inner=layout.local_inner, global_inner=layout.global_inner, key=key,
+        mask_words=_address(mask_words),
+    )  # fmt: skip
+
+
+def _materialise(name: str, plan: MaskPlan, key: int, draw: int, layout: RowBlock, numel: int, mask_words, out) -> None:
+    draw = 0 if plan.kind == "bucket" else draw if plan.draw is None else plan.draw
+    spec = MaskSpec(
+        kind=MASK_KINDS[plan.kind], threshold=plan.threshold, draw=draw & 0xFFFFFFFF, buckets=plan.buckets,
+        first_bucket=plan.first_bucket, last_bucket=plan.last_bucket,
+        num_planes=num_planes(plan.buckets) if plan.bitpacked else -1,
+    )  # fmt: skip
+    row = _row(key, layout, numel, mask_words)
+    _call(name, out.device, ctypes.addressof(row), ctypes.addressof(spec), out.data_ptr())

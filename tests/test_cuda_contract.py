@@ -1,0 +1,211 @@
+"""The machine code of the CUDA kernels: registers, spills, the width of memory accesses, instructions an element.
+
+Read from the built library; needs cuobjdump and nvdisasm, no GPU.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+from collections import Counter
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+
+import pytest
+import sass
+
+from graddrop_kernels.backends import cuda
+
+LIBRARY = Path(cuda.__file__).resolve().parent.parent / "_cuda.so"
+ARCHS = ("sm_80", "sm_90")
+# Variant of csrc/cuda/thread_mask.h, in its order.
+VARIANTS = ("plain", "factor", "draws", "draws_frozen", "buckets", "buckets_by_age", "bits", "bits_by_age")
+DTYPES = {"f": "float32", "NS_8BFloat16E": "bfloat16", "NS_7Float16E": "float16"}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PAIRS = (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32"),
+         ("float16", "float16"))  # fmt: skip
+ALL = [(variant, amsgrad, *pair) for variant, amsgrad, pair in product(VARIANTS, (False, True), PAIRS)]
+ELEMENTS = 8  # of a thread in one turn
+TURNS = 2  # of a block in a chunk
+
+# Ceilings of instructions an element on the way of whole groups, what comes before the turns included: without amsgrad,
+# and what amsgrad adds. The largest of all dtypes on sm_80 and sm_90 by nvcc 13.0, plus 10 %. Bits: of one plane.
+INSTRUCTIONS = {
+    "plain": 55, "factor": 127, "draws": 72, "draws_frozen": 84, "buckets": 89, "buckets_by_age": 102,
+    "bits": 74, "bits_by_age": 83,
+}  # fmt: skip
+AMSGRAD_INSTRUCTIONS = 8
+# With amsgrad or ages, or without: two or three blocks of 256 threads share 65536 registers.
+REGISTERS = {True: 128, False: 80}
+
+
+def tool(name: str) -> str | None:
+    triton = find_spec("triton")
+    folders = [Path("/usr/local/cuda/bin")]
+    if triton:
+        folders.insert(0, Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    return next(filter(None, (shutil.which(name, path=str(folder)) for folder in folders)), shutil.which(name))
+
+
+def run(*command) -> str:
+    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
+
+
+class Instruction(sass.Instruction):
+    @property
+    def conditional(self) -> bool:
+        """BRA.DIV leads to a slower shuffle, for lanes that do not come together."""
+        return super().conditional or ".DIV" in self.opcode
+
+
+class Kernel(sass.Kernel):
+    """A function of an already disassembled module."""
+
+    def __init__(self, registers: int, stack: int, shared: int, local: int, listing: list[dict]):
+        self.registers, self.stack, self.shared, self.local = registers, stack, shared, local
+        self.instructions = [
+            Instruction(sass.INSTRUCTION_BYTES * place, entry["opcode"], entry.get("operands", ""),
+                        entry.get("predicate", "").replace("@PT", ""))
+            for place, entry in enumerate(listing)
+        ]  # fmt: skip
+        self.blocks = self._split()
+
+    def _worth(self, block: int) -> int:
+        """Leads the path through the loads and stores of full groups, past the division of gradients by a grad_scale
+        and past the elements that fill no group.
+        """
+        worth = 0
+        for i in self.blocks[block]:
+            if i.name == "STG":
+                worth += i.bytes if i.bytes >= 8 else -16
+            elif i.name == "LDG" and i.bytes == 16:
+                worth += 16
+            elif i.opcode.startswith("MUFU.RCP"):
+                worth -= 12
+        return worth
+
+    def _calls(self, block: int) -> bool:
+        """Not counting the predicated CALL with which ptxas leaves a loop on sm_80."""
+        return any(i.name == "CALL" and not i.predicate for i in self.blocks[block])
+
+    def _way(self, begin: int, ends: set[int]) -> tuple[int, int, list[int]]:
+        order, closing = self._graph
+        best: dict[int, tuple[int, int, list[int]]] = {}
+        for block in order:
+            following = [place for place in self.successors(block) if (block, place) not in closing and place in best]
+            after = max((best[place] for place in following), key=lambda way: way[:2], default=None)
+            if block in ends:
+                after = (0, 0, [])
+            if after is not None:
+                best[block] = (
+                    self._worth(block) + after[0], after[1] - len(self.blocks[block]), [block, *after[2]]
+                )  # fmt: skip
+        return best.get(begin, (-1, 0, []))
+
+    @property
+    def instructions_per_element(self) -> float:
+        return (len(self.prologue) + TURNS * len(self.body)) / (TURNS * ELEMENTS)
+
+    def wide(self, name: str) -> Counter:
+        """Accesses of 8 and 16 bytes in a turn: {bytes: number}. Predicates only say whether a group is whole."""
+        return Counter(i.bytes for i in self.body if i.name == name and i.bytes >= 8)
+
+
+@pytest.fixture(scope="session")
+def kernels(request, tmp_path_factory) -> dict[str, Kernel]:
+    """Every function of the library for one architecture, by its mangled name: disassembled once a session."""
+    arch = request.param
+    if not LIBRARY.exists():
+        pytest.skip(f"{LIBRARY.name} was not built: no nvcc, or GRADDROP_NO_CUDA")
+    tools = [tool("cuobjdump"), tool("nvdisasm")]
+    if None in tools:
+        pytest.skip("cuobjdump and nvdisasm are needed: they come with triton and with the CUDA toolkit")
+    folder = tmp_path_factory.mktemp(arch)
+    subprocess.run([tools[0], "-xelf", arch, str(LIBRARY)], cwd=folder, check=True, capture_output=True)
+    if not list(folder.glob("*.cubin")):
+        pytest.skip(f"{LIBRARY.name} was built without {arch} (GRADDROP_CUDA_ARCHS)")
+    found = {}
+    for cubin in folder.glob("*.cubin"):
+        usage = re.findall(
+            r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", run(tools[0], "-res-usage", cubin)
+        )
+        listings = {
+            entry["function-name"]: entry["sass-instructions"] for entry in json.loads(run(tools[1], "-json", cubin))[1]
+        }
+        found |= {name: Kernel(*map(int, numbers), listings[name]) for name, *numbers in usage}
+    return found
+
+
+def aligned(kernels) -> dict[tuple, Kernel]:
+    """{(variant, amsgrad, param dtype, moment dtype): kernel}."""
+    found = {}
+    for name, kernel in kernels.items():
+        match = re.search(r"aligned_kernelILNS_7VariantE(\d)ELb([01])E(f|NS_\w+?E)(f|S\d?_|NS_\w+?E)EEv", name)
+        if match:
+            variant, amsgrad, param, moments = match.groups()
+            # S1_: as the type before
+            moments = param if moments.startswith("S") else moments
+            found[(VARIANTS[int(variant)], amsgrad == "1", DTYPES[param], DTYPES[moments])] = kernel
+    return found
+
+
+every_arch = pytest.mark.parametrize("kernels", ARCHS, indirect=True)
+
+
+@every_arch
+def test_every_variant_is_there(kernels):
+    assert sorted(aligned(kernels)) == sorted(ALL)
+    assert sum("general_kernel" in name for name in kernels) == len(PAIRS)
+    for name in ("prologue", "bytes", "words", "count", "planes"):
+        assert sum(f"{name}_kernel" in found for found in kernels) == 1, name
+
+
+@every_arch
+def test_nothing_spills_and_registers_are_bounded(kernels):
+    for name, kernel in kernels.items():
+        assert (kernel.stack, kernel.local) == (0, 0), name
+        assert not any(i.name in sass.LOCAL for i in kernel.instructions), name
+    for (variant, amsgrad, *pair), kernel in aligned(kernels).items():
+        assert kernel.registers <= REGISTERS[amsgrad or variant.endswith("by_age")], (variant, amsgrad, pair)
+
+
+@every_arch
+def test_no_shared_memory_no_barrier_no_float64(kernels):
+    """Beside float32, lanes exchange halves of their draws with two shuffles a turn; nothing else meets."""
+    for (variant, amsgrad, param, moments), kernel in aligned(kernels).items():
+        names = Counter(i.name for i in kernel.instructions)
+        assert kernel.shared == 0 and not {"LDS", "STS", "BAR", "ATOMS", "RED", "ATOM"} & set(names)
+        assert not [i for i in kernel.instructions if i.pipe == "FP64"]
+        exchanges = variant.startswith(("draws", "buckets")) and "float32" in (param, moments)
+        shuffles = sum(i.name == "SHFL" for i in kernel.body)
+        assert shuffles == (2 if exchanges else 0), (variant, amsgrad, param, moments)
+    prologue = next(kernel for name, kernel in kernels.items() if "prologue_kernel" in name)  # has what is looked for
+    assert any(i.name == "BAR" for i in prologue.instructions) and any(i.pipe == "FP64" for i in prologue.instructions)
+
+
+@every_arch
+def test_memory_is_accessed_in_the_widest_pieces(kernels):
+    """16 bytes a lane; 8 where a 16-bit tensor lies beside a float32 one."""
+    for (variant, amsgrad, param, moments), kernel in aligned(kernels).items():
+        vector = 8 if param == moments != "float32" else 4
+        groups = ELEMENTS // vector
+        loads, stores = Counter(), Counter()
+        loads[vector * BYTES[param]] += 2 * groups  # parameter, gradient
+        loads[vector * BYTES[moments]] += (2 + amsgrad) * groups
+        stores[vector * BYTES[param]] += groups
+        stores[vector * BYTES[moments]] += (2 + amsgrad) * groups
+        if variant.endswith("by_age"):
+            loads[16] += ELEMENTS  # the scalars of an element's bucket
+        assert kernel.wide("LDG") == loads, (variant, amsgrad, param, moments)
+        assert kernel.wide("STG") == stores, (variant, amsgrad, param, moments)
+        assert not [i for i in kernel.body if i.name == "STG" and i.bytes < 8]
+
+
+@every_arch
+def test_instructions_per_element(kernels):
+    for (variant, amsgrad, *pair), kernel in aligned(kernels).items():
+        ceiling = INSTRUCTIONS[variant] + amsgrad * AMSGRAD_INSTRUCTIONS
+        assert 30 < kernel.instructions_per_element <= ceiling, (
+            f"{variant}, amsgrad={amsgrad}, {pair}: {kernel.instructions_per_element:.1f}"
+        )
