@@ -23,6 +23,7 @@ from graddrop_kernels import (
     available_backends,
 )  # fmt: skip
 from graddrop_kernels.backends import BACKENDS, cpu
+from graddrop_kernels.side_by_side import instruction_set
 
 # --- engines ----------------------------------------------------------------------------------------------------------
 
@@ -60,19 +61,6 @@ def require(backend: str) -> None:
     if reason and backend == "cpu" and os.environ.get("GRADDROP_NO_EXT", "0") not in ("", "0"):
         pytest.skip(f"GRADDROP_NO_EXT is set, and {reason}")
     assert not reason, f"the {backend} backend cannot run: {reason}"
-
-
-@contextlib.contextmanager
-def instruction_set(name: str | None):
-    """Selects an instruction set of the cpu backend; None leaves it as it is."""
-    in_use = cpu.isa() if name else None
-    if name:
-        cpu.select_isa(name)
-    try:
-        yield
-    finally:
-        if name:
-            cpu.select_isa(in_use)
 
 
 class Engine(NamedTuple):

@@ -1,16 +1,31 @@
-"""Fixtures: a fresh seed every run, the backends, the instruction sets of the processor."""
+"""Fixtures: a fresh seed every run, the backends, the instruction sets of the processor, a toy training."""
 
 import os
 import secrets
+from collections import Counter
 
 import pytest
+import torch
 from cases import BACKEND_NAMES, ISAS, instruction_set, require
+from toy import build, random_grads, train
 
 _SEED = int(os.environ.get("GRADDROP_TEST_SEED") or secrets.randbits(31))
 
 
 def pytest_report_header(config):
     return f"random inputs of this run: GRADDROP_TEST_SEED={_SEED}"
+
+
+def pytest_collection_modifyitems(config, items):
+    """GRADDROP_TEST_ONE_IN=4 keeps every fourth case of each test, beginning with another one every run."""
+    one_in = int(os.environ.get("GRADDROP_TEST_ONE_IN") or 1)
+    seen = Counter()
+    kept, others = [], []
+    for item in items:
+        (kept if (seen[item.function] + _SEED) % one_in == 0 else others).append(item)
+        seen[item.function] += 1
+    config.hook.pytest_deselected(items=others)
+    items[:] = kept
 
 
 @pytest.fixture
@@ -39,3 +54,13 @@ def isa(request):
     require("cpu")
     with instruction_set(request.param):
         yield request.param
+
+
+@pytest.fixture(params=["fresh", "after steps"])
+def trained(request, seed):
+    """(model, optimizer) with gradients, before its first step and after three."""
+    model, optimizer = build("graddrop")
+    if request.param == "after steps":
+        train(optimizer, model.parameters(), range(3), seed)
+    random_grads(model.parameters(), torch.Generator().manual_seed(seed))
+    return model, optimizer

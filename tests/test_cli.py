@@ -1,8 +1,13 @@
-"""`python -m graddrop_kernels`: what info prints, its exit codes, and that it starts nothing heavy."""
+"""`python -m graddrop_kernels`: what info prints, exit codes, what verify and bench are given; nothing heavy starts."""
 
+import importlib.util
 import os
+import re
+import struct
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,15 +142,111 @@ def test_the_environment_override_is_shown(capsys, monkeypatch):
 def test_a_wrong_environment_override_is_explained(capsys, monkeypatch):
     monkeypatch.setenv("GRADDROP_BACKEND", "gpu")
     line = line_of(info(capsys), "cpu", "float32")
-    assert "none" in line and "'gpu' is unknown" in line and "'reference'" in line
+    assert "none: GRADDROP_BACKEND='gpu' is unknown" in line and "'reference'" in line
 
 
-def test_cuda_is_asked_too_where_there_is_one(capsys, monkeypatch):
+@pytest.fixture
+def two_gpus(monkeypatch):
+    properties = lambda i: types.SimpleNamespace(total_memory=(8 + i) * 2**30, multi_processor_count=7 + i)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Accelerator {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+
+
+def test_facts_of_the_gpus(capsys, monkeypatch, two_gpus):
+    monkeypatch.setattr(cli, "_driver", lambda: "580.65.06")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cli, "version", lambda package: "7.8.9")
     lines = info(capsys)
-    assert "GPU: Accelerator 0, Accelerator 1" in lines
+    place = lines.index("GPU:")
+    assert lines[place + 1 : place + 4] == [
+        "  cuda:0   Accelerator 0, compute capability 9.0, 8 GiB, 7 multiprocessors",
+        "  cuda:1   Accelerator 1, compute capability 9.1, 9 GiB, 8 multiprocessors",
+        "  driver 580.65.06, torch built for CUDA 13.0, triton 7.8.9",
+    ]
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    assert "  driver 580.65.06, torch built for ROCm 6.4.1, triton 7.8.9" in info(capsys)
+
+
+def test_without_a_gpu_it_says_what_torch_was_built_for(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for cuda, text in (("12.9", "torch built for CUDA 12.9"), (None, "torch built without CUDA and ROCm")):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.version, "hip", None)
+        assert f"GPU: none that torch can use ({text})" in info(capsys)
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 2023\nGCC version: 12", "535.104.05"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (x@y)\n", "580.65.06"),
+        (None, "570.1"),
+    ],
+    ids=["closed", "open", "nvidia-smi"],
+)  # fmt: skip
+def test_the_drivers_version(text, number, monkeypatch, tmp_path):
+    told = tmp_path / "version"
+    if text:
+        told.write_text(text)
+    monkeypatch.setattr(cli, "_DRIVER_FACTS", told)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 570.1\necho 570.1\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert cli._driver() == number
+
+
+def test_a_driver_that_nothing_tells_of(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "_DRIVER_FACTS", tmp_path / "none")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli._driver() == "unknown"
+
+
+def fat_binary(*entries):
+    """As nvcc lays it out; entries: (kind, architecture, payload)."""
+    body = b"".join(
+        struct.pack("<HHIQ", kind, 0x101, 64, len(payload)) + bytes(12) + struct.pack("<I", arch) + bytes(32) + payload
+        for kind, arch, payload in entries
+    )
+    return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(body)) + body
+
+
+def test_architectures_of_a_library():
+    first = fat_binary((2, 80, b"code"), (2, 100, b"more code"), (1, 100, b"ptx"))
+    second = fat_binary((2, 80, b"x" * 1000), (2, 90, b""))
+    assert cli.cuda_architectures(b"\x7fELF" + first + bytes(7) + second + b"tail") == ([80, 90, 100], [100])
+    assert cli.cuda_architectures(b"no such thing") == ([], [])
+    assert cli.cuda_architectures(first[:90]) == ([80], [])  # cut off
+    assert cli.cuda_architectures(b"\x50\xed\x55\xba") == ([], [])
+
+
+def test_architectures_of_the_library_that_was_built(capsys):
+    """Against NVIDIA's own tool, which triton brings along."""
+    spec = importlib.util.find_spec("triton")
+    tool = spec and Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
+    if not cli._CUDA_LIBRARY.exists() or not tool or not tool.exists():
+        pytest.skip("needs a library built by nvcc, and triton for its cuobjdump")
+    command = [str(tool), "--list-elf", "--list-ptx", str(cli._CUDA_LIBRARY)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    found = [sorted({int(arch) for arch in re.findall(rf"sm_(\d+)\w?\.{kind}", listed)}) for kind in ("cubin", "ptx")]
+    assert list(cli.cuda_architectures(cli._CUDA_LIBRARY.read_bytes())) == found and found[0]
+    assert all(f"sm_{arch}" in line_of(info(capsys), "CUDA", "library:") for arch in found[0])
+
+
+def test_whether_the_cuda_library_is_there(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "_CUDA_LIBRARY", tmp_path / "_cuda.so")
+    assert "CUDA library: not built (needs nvcc at pip install)" in info(capsys)
+    (tmp_path / "_cuda.so").write_bytes(fat_binary((2, 90, b"code"), (1, 90, b"ptx")))
+    assert "CUDA library: _cuda.so for sm_90 and PTX of compute_90" in info(capsys)
+    (tmp_path / "_cuda.so").write_bytes(b"")
+    assert "CUDA library: _cuda.so for no architecture" in info(capsys)
+
+
+def test_cuda_is_asked_too_where_there_is_one(capsys, two_gpus):
+    lines = info(capsys)
     for dtype in ("float32", "bfloat16", "float16", "float64"):
         chosen = backends.select("auto", torch.device("cuda"), getattr(torch, dtype), getattr(torch, dtype)).name
         assert line_of(lines, "cuda", dtype).split()[2] == chosen != "cpu"
@@ -171,3 +272,54 @@ def test_a_compiler_that_does_not_run_is_no_error(capsys, monkeypatch, tmp_path)
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     assert "does not run" in line_of(info(capsys), "c++")
+
+
+# verify and bench: what they are given; what they do is tested in files of their own.
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """What `verify` and `bench` were called with; both return 5."""
+    calls = []
+    for name in ("verify", "bench"):
+        module = types.ModuleType(f"graddrop_kernels.{name}")
+        setattr(module, name, lambda *arguments, name=name: calls.append((name, *arguments)) or 5)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["verify"], ("verify", None, None, None, False)),
+        (
+            ["verify", "--device", "cpu", "--backend", "reference", "--seed", "12", "--quick"],
+            ("verify", "cpu", "reference", 12, True),
+        ),
+        (["bench"], ("bench", None, None, False)),
+        (["bench", "--device", "cpu", "--out", "folder", "--quick"], ("bench", "cpu", "folder", True)),
+    ],
+    ids=["verify", "verify with all", "bench", "bench with all"],
+)
+def test_arguments_reach_the_commands_and_their_exit_codes_the_caller(arguments, expected, called):
+    assert cli.main(arguments) == 5
+    assert called == [expected]
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["verify", "--backend", "gpu"], ["--backend", "'gpu'", "reference"]),
+        (["verify", "--device", "moon"], ["--device", "'moon'"]),
+        (["bench", "--device", "cuda:99"], ["--device", "'cuda:99'"]),
+        (["verify", "--seed", "x"], ["--seed", "'x'"]),
+    ],
+    ids=["backend", "device of verify", "device of bench", "seed"],
+)
+def test_bad_arguments_exit_with_2_and_name_what_is_wrong(arguments, parts, called, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and not called
+    assert all(part in error for part in parts), error
+    assert "Traceback" not in error and len(error.splitlines()[-1]) < 300

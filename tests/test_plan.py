@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
-from test_optimizer import Encoder, random_grads
 from torch import nn
+from toy import Encoder, random_grads
 
 from graddrop_kernels import (
     ExponentialAnneal,

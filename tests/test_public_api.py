@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_optimizer import build, every_policy, state_bits, train
 from torch import nn
+from toy import build, every_policy, state_bits, train
 
 import graddrop_kernels
 from graddrop_kernels import FusedGradDropAdamW, available_backends, backends

@@ -1,0 +1,81 @@
+"""How far a backend may be from "exact": bounds in ulp at the size of a step's operands."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Bound(NamedTuple):
+    """How far one step may be from the exact one, from the same state, in ulp at ``operand_sizes``.
+
+    In 16 bits a store may round the other way as well: there any bound but 0 means one ulp of the 16-bit dtype.
+    """
+
+    param: float
+    moments: float
+    gaussian: float  # for all of them under a Gaussian mask, whose random numbers go through a logarithm and a sine
+
+    def of(self, key: str, gaussian: bool) -> float:
+        """For the parameter (``"param"``) or a part of its state, in float32."""
+        if key == "step":
+            return 0
+        return self.gaussian if gaussian else self.param if key == "param" else self.moments
+
+
+# A backend without a row here must have the bits of "exact".
+BOUNDS = {
+    # Two roundings where exact has one in each fma, and torch.sqrt. Over 25 seeds of `verify --quick` at most 4, 1 and
+    # 9 were measured (torch 2.13, CPU).
+    "reference": Bound(param=8, moments=2, gaussian=16),
+    # The same moments. Square root and division are approximate (1 and 2 ulp: CUDA C++ Programming Guide, table of
+    # intrinsics), the two roundings after them may be contracted into one, and so may those of a Gaussian factor.
+    # Not yet measured on a GPU.
+    "triton-fast": Bound(param=4, moments=0, gaussian=16),
+}
+EXACT = Bound(0, 0, 0)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bit patterns of a float32 or 16-bit tensor, as integers."""
+    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+
+
+def in_dtype(bound: float, dtype: torch.dtype) -> float:
+    """A bound in float32 as one in ulp of a tensor's dtype."""
+    # Beside the store's own ulp, the float32 error: a float16's ulp is 2^13 of float32's, a bfloat16's more.
+    return bound if dtype is torch.float32 or not bound else 1 + bound / 2**13
+
+
+def ulp_at(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """One ulp of ``dtype`` at numbers of this size, float64."""
+    finfo = torch.finfo(dtype)
+    at_size = torch.frexp(size.double())[1].double().exp2() * finfo.eps / 2
+    return at_size.masked_fill(size == 0, 0).clamp(min=finfo.smallest_normal * finfo.eps)
+
+
+def operand_sizes(
+    before: dict, after: dict, beta1: float, lr_weight_decay: float, exact_moments: bool, grad: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """The size of the operands of one exact step, float64, by tensor: what a rounding error is relative to.
+
+    A moment may cancel against its gradient, (1 - beta2) g^2 is a difference of numbers of the size of g^2, and the
+    parameter may cancel against its update. Where a backend's moments are not exact, the update errs by as much more as
+    its moments have cancelled.
+
+    Args:
+        before, after: {"param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq" with amsgrad: float tensors}.
+        exact_moments: whether the backend's moments are those of "exact".
+        grad: the gradient, under a Gaussian mask: a factor 1 + deviation * z near 0 has cancelled. Else None.
+    """
+    p, m, v = (before[key].double().abs() for key in ("param", "exp_avg", "exp_avg_sq"))
+    m_new, v_new = after["exp_avg"].double(), after["exp_avg_sq"].double()
+    vhat = after["max_exp_avg_sq"].double() if "max_exp_avg_sq" in after else v_new
+    g = (m_new - beta1 * before["exp_avg"].double()).abs() / (1 - beta1)  # the gradient after mask and scale
+    if grad is not None:
+        g = g.maximum(grad.double().abs())
+    m, v = m.maximum(g), v.maximum(g * g)
+    update = (after["param"].double() - (1 - lr_weight_decay) * before["param"].double()).abs()
+    if not exact_moments:
+        update *= m / m_new.abs().clamp(min=2**-24 * m).clamp(min=1e-300)
+        update *= (v / vhat.clamp(min=1e-300)).clamp(min=1)
+    return {"param": p.maximum(update), "exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": v.maximum(vhat)}

@@ -1,0 +1,421 @@
+"""`verify`: it passes what is right and catches what is planted, with the line that says where; it needs no pytest."""
+
+import dataclasses
+import itertools
+import random
+import re
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from cases import ISAS
+
+from graddrop_kernels import backends, bounds, cli, policies, reference, side_by_side, verify, verify_cases
+from graddrop_kernels.bounds import Bound
+from graddrop_kernels.side_by_side import Engine, Findings, Training
+from graddrop_kernels.verify_cases import DTYPES, POLICIES, SIZES, SMALL_SIZES, SWITCHES, Case, make_cases
+
+EXACT = backends._BY_NAME["exact"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """plant(step, name): a backend of this name whose ``masked_adamw_`` is ``step``; one that is there is replaced."""
+
+    def plant_(step, name="planted"):
+        row = dataclasses.replace(EXACT, name=name, masked_adamw_=step)
+        table = (*(row for row in backends.BACKENDS if row.name != name), row)
+        monkeypatch.setattr(backends, "BACKENDS", table)
+        monkeypatch.setattr(backends, "_BY_NAME", {row.name: row for row in table})
+        return row
+
+    return plant_
+
+
+@pytest.fixture
+def only(monkeypatch):
+    """only(policy, ...): leaves the other policies out of the cases, for the sake of time."""
+
+    def only_(*policies):
+        monkeypatch.setattr(verify_cases, "POLICIES", {name: POLICIES[name] for name in policies})
+
+    return only_
+
+
+def run(capsys, seed, *arguments, name="planted"):
+    """(exit code, lines of the output) of `verify --quick` on one backend."""
+    capsys.readouterr()  # what the fixtures have printed
+    code = cli.main(["verify", "--quick", "--device", "cpu", "--backend", name, "--seed", str(seed), *arguments])
+    return code, capsys.readouterr().out.splitlines()
+
+
+def failures(lines):
+    """The failures shown and, as the last of them, the verdict."""
+    return [line for line in lines if line.startswith(("FAIL ", "FAIL:"))]
+
+
+# What is right passes.
+
+
+def test_a_backend_with_the_exact_bits_passes(capsys, plant, seed):
+    plant(EXACT.masked_adamw_)
+    code, lines = run(capsys, seed)
+    assert code == 0 and not failures(lines), lines
+    assert lines[0] == f"against 'exact', --seed {seed}: planted on cpu"
+    for policy in POLICIES:
+        row = next(line for line in lines if line.startswith("planted ") and f"cpu     {policy}  " in line)
+        cells = row.split(policy)[1].split()
+        masks = "-" if policy == "GaussianGradDrop" else "5/5"
+        assert cells[:2] == ["5", masks] and cells[2:7] == ["0"] * 5, row
+        assert re.search(r" 0 of [1-9][0-9]{5,}  PASS$", row), row
+    assert lines[-1].startswith("PASS: 70 cases on 1 engines, 70 comparisons in ")
+
+
+def test_every_backend_that_runs_here_passes_in_a_process_without_pytest(seed):
+    """As in an installed wheel. The instruction sets of the cpu backend are engines of their own."""
+    code = (
+        "import sys; sys.modules['pytest'] = sys.modules['hypothesis'] = None; from graddrop_kernels.cli import main; "
+        f"sys.exit(main(['verify', '--quick', '--device', 'cpu', '--seed', '{seed}']))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = result.stdout.splitlines()
+    engines = next(line for line in lines if line.startswith("against")).split(": ")[1].split(", ")
+    assert engines[: len(ISAS)] == [f"cpu/{isa} on cpu" for isa in ISAS]
+    assert "reference on cpu" in engines and not any(engine.startswith("exact") for engine in engines)
+    for backend in backends.BACKENDS:
+        if backend.name != "exact" and (backend.unavailable() or "cpu" not in (backend.devices or ("cpu",))):
+            assert any(line.startswith(f"not verified: {backend.name}: ") for line in lines)
+    assert re.fullmatch(r"70 of 70 cases, \d+ s", result.stderr.splitlines()[-1])
+
+
+# What is planted is found.
+
+
+def nudge(tensors, size, index, ulps):
+    """Moves one element of the tensor of this size by so many floating-point numbers."""
+    for tensor in tensors:
+        if tensor is not None and tensor.numel() == size:
+            bounds.bits(tensor.detach())[index] += ulps
+
+
+def flip_one_bit(plan, key, completed_steps, layout, numel, *rest):
+    keep, bucket = reference_mask(plan, key, completed_steps, layout, numel, *rest)
+    if numel == 1031 and keep is not None:
+        keep[700] = ~keep[700]
+    return keep, bucket
+
+
+reference_mask, reference_draws = reference.keep_and_bucket, reference.uniform16
+
+
+def test_one_flipped_mask_bit(capsys, plant, only, seed):
+    def step(batch):
+        with mock.patch.object(reference, "keep_and_bucket", flip_one_bit):
+            EXACT.masked_adamw_(batch)
+
+    plant(step)
+    only("GradDrop", "GradDropEpoch", "mask=None")
+    code, lines = run(capsys, seed)
+    assert code == 1
+    found = failures(lines)
+    assert len(found) == 2 * 3 + 1 and lines[-1] == found[-1] and found[-1].startswith("FAIL: 10 failures: 15 cases")
+    for line in found[:-1]:
+        assert re.search(
+            r"planted on cpu: GradDrop(Epoch)?, .*: step 0, epoch \d: mask, by what it did: 1 of \d+ elements are "
+            r"wrong, the first layers\.3\.weight7\[700\] of 1031: (trained, not dropped|dropped, not trained)$",
+            line,
+        ), line
+    assert sum("and 2 more of planted on cpu, GradDrop" in line for line in lines) == 2
+    assert any(re.search(r"GradDrop +5 +0/5 .* FAIL 5$", line) for line in lines)
+    assert any(re.search(r"mask=None +5 +5/5 .* PASS$", line) for line in lines)
+
+
+def test_a_draw_that_is_off_by_one(capsys, plant, only, seed):
+    def step(batch):
+        with mock.patch.object(reference, "uniform16", lambda key, draw, *rest: reference_draws(key, draw + 1, *rest)):
+            EXACT.masked_adamw_(batch)
+
+    plant(step)
+    only("GradDrop every epoch", "FixedMask")
+    code, lines = run(capsys, seed)
+    assert code == 1 and any(re.search(r"FixedMask +5 +5/5 .* PASS$", line) for line in lines)
+    for line in failures(lines)[:3]:
+        wrong, of = map(int, re.search(r"mask, by what it did: (\d+) of (\d+) elements are wrong", line).groups())
+        assert wrong > 0.01 * of
+
+
+def with_hyper(masked_adamw_=EXACT.masked_adamw_, **factors):
+    """A step with some hyper-parameters multiplied."""
+
+    def step(batch):
+        hypers = batch.hypers
+        batch.hypers = [
+            dataclasses.replace(hyper, **{name: getattr(hyper, name) * factor for name, factor in factors.items()})
+            for hyper in hypers
+        ]
+        masked_adamw_(batch)
+        batch.hypers = hypers
+
+    return step
+
+
+def test_a_wrong_decay_fails_where_there_is_decay(capsys, plant, only, seed):
+    plant(with_hyper(weight_decay=1.001))
+    only("GradDrop", "LayerGradDrop", "mask=None")
+    code, lines = run(capsys, seed)
+    decaying = sum("decay" in case.switches for case in make_cases(seed, True, []))
+    found = failures(lines)[:-1]
+    assert (code == 1) == (decaying > 0) and bool(found) == (decaying > 0)
+    for line in found:
+        assert ", decay" in line and re.search(r": param: \d+ of \d+ elements are more than 0 ulp apart, ", line)
+        actual, expected = re.search(r": (\S+) is not (\S+) \(", line).groups()
+        assert float(actual) != float(expected)
+
+
+@pytest.mark.parametrize("key", ["params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"])
+def test_one_ulp_in_one_element(key, capsys, plant, only, seed):
+    def step(batch):
+        EXACT.masked_adamw_(batch)
+        nudge(getattr(batch, key), 65537, 65000, 1)
+
+    plant(step)
+    only("mask=None")
+    code, lines = run(capsys, seed)
+    cases = make_cases(seed, True, [])
+    hit = sum(key != "max_exp_avg_sqs" or "amsgrad" in case.switches for case in cases)
+    assert code == (1 if hit else 0)
+    found = failures(lines)[:-1]
+    assert len(found) == min(hit, 3)
+    name = {"params": "param"}.get(key, key[:-1])
+    for line in found:
+        assert f"step 0, epoch {line.split('epoch ')[1][0]}: {name}: 1 of 66645 elements are more than 0 ulp" in line
+        assert "the first layers.0.weight8[65000] of 65537: " in line and line.endswith("(1 ulp)")
+
+
+def test_a_step_count_that_is_wrong_names_the_tensor(capsys, plant, only, seed):
+    def step(batch):
+        EXACT.masked_adamw_(batch)
+        for param, count in zip(batch.params, batch.steps):
+            if param.numel() == 0:
+                count += 1
+
+    plant(step)
+    only("GradDropEpoch toggle")
+    code, lines = run(capsys, seed)
+    assert code == 1
+    assert all("step: 1 of 9 elements are more than 0 ulp apart, the first layers.0.weight0: 2.0 is not 1.0" in line
+               for line in failures(lines)[:-1])  # fmt: skip
+
+
+def test_a_backend_that_raises_or_gives_nan(capsys, plant, only, seed):
+    def step(batch):
+        if batch.param_dtype is torch.bfloat16:
+            raise MemoryError("no room for it")
+        EXACT.masked_adamw_(batch)
+        batch.params[4].fill_(torch.nan)
+
+    plant(step)
+    only("mask=None")
+    code, lines = run(capsys, seed)
+    text = "\n".join(failures(lines))
+    assert code == 1 and "FAIL: 5 failures" in text
+    assert "raised MemoryError: no room for it" in text and "layers.0.weight4[0] of 5: nan is not " in text
+    assert re.search(r"mask=None +5 +5/5 +inf +- +-", "\n".join(lines))
+
+
+# Bounds.
+
+
+@pytest.mark.parametrize("name, ulps, passes", [("reference", 8, True), ("triton-fast", 4, True), ("other", 1, False)])
+def test_bounds_belong_to_names(name, ulps, passes, capsys, plant, only, seed):
+    """Within its bound a backend passes; any other must have the bits."""
+
+    def step(batch):
+        EXACT.masked_adamw_(batch)
+        if batch.param_dtype is torch.float32:
+            nudge(batch.params, 65537, 65000, ulps)
+
+    plant(step, name)
+    only("mask=None")
+    code, lines = run(capsys, seed, name=name)
+    assert (code == 0) == passes, lines
+
+
+@pytest.mark.parametrize("part, ulps", [("params", 9), ("exp_avgs", 1)])
+def test_triton_fast_has_a_bound_too(part, ulps, capsys, plant, only, seed):
+    def step(batch):
+        EXACT.masked_adamw_(batch)
+        for tensor in getattr(batch, part):
+            if tensor.numel() == 65537 and tensor.dtype is torch.float32:
+                index = int(tensor.detach().abs().argmax())
+                bounds.bits(tensor.detach())[index] += ulps
+
+    plant(step, "triton-fast")
+    only("mask=None")
+    code, lines = run(capsys, seed, name="triton-fast")
+    assert code == 1 and f"more than {4 if part == 'params' else 0} ulp" in failures(lines)[0]
+
+
+@pytest.mark.parametrize(
+    "factors", [{"lr": 1 + 2e-5}, {"beta1": 1 + 1e-5}, {"beta2": 1 - 1e-5}, {"eps": 1.01}], ids=lambda one: [*one][0]
+)
+def test_the_references_bound_hides_no_wrong_formula(factors, capsys, plant, only, seed):
+    plant(with_hyper(reference.masked_adamw_, **factors), "reference")
+    only("GradDrop", "FixedMask")
+    assert run(capsys, seed, name="reference")[0] == 1
+
+
+def test_operand_sizes_by_hand():
+    """m: 0.5 * 8 + 0.5 * g = 0.25, so that g = -7.5; v: 0.5 * 4 + 0.5 * 7.5^2; the update is 1, decay 0.3."""
+    before = {"param": torch.tensor([3.0]), "exp_avg": torch.tensor([8.0]), "exp_avg_sq": torch.tensor([4.0])}
+    after = {"param": torch.tensor([1.7]), "exp_avg": torch.tensor([0.25]), "exp_avg_sq": torch.tensor([30.125])}
+    sizes = bounds.operand_sizes(before, after, 0.5, 0.1, True, None)
+    assert [round(sizes[key].item(), 5) for key in ("param", "exp_avg", "exp_avg_sq")] == [3.0, 8.0, 56.25]
+    update = 1.0 * (8 / 0.25) * (56.25 / 30.125)
+    sizes = bounds.operand_sizes(before, after, 0.5, 0.1, False, None)
+    assert abs(sizes["param"].item() - update) < 1e-4
+    sizes = bounds.operand_sizes(before, after, 0.5, 0.1, True, torch.tensor([20.0]))
+    assert (sizes["exp_avg"].item(), sizes["exp_avg_sq"].item()) == (20.0, 400.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_ulp_is_the_distance_to_the_next_number(dtype):
+    below = torch.tensor([0.0, 1.0, 1.5, 3.9, 65000.0, 1e-7, torch.finfo(dtype).smallest_normal / 4])
+    below = below.to(dtype)
+    above = (bounds.bits(below) + 1).view(dtype)
+    assert torch.equal(bounds.ulp_at(below.abs(), dtype), above.double() - below.double())
+
+
+def test_a_bound_in_16_bits_is_one_ulp_and_a_little():
+    bound = Bound(param=4, moments=0, gaussian=16)
+    assert bounds.in_dtype(bound.of("param", False), torch.float32) == 4
+    assert 1 < bounds.in_dtype(bound.of("param", False), torch.float16) < 1.001
+    assert bounds.in_dtype(bound.of("exp_avg", False), torch.bfloat16) == 0
+    assert bound.of("max_exp_avg_sq", True) == 16 and bound.of("step", True) == 0
+
+
+# What is stepped.
+
+
+def test_the_cases_cover_the_table(seed):
+    cases = make_cases(seed, False, [])
+    for policy, dtypes in itertools.product(POLICIES, DTYPES):
+        own = [case for case in cases if (case.policy, case.dtypes) == (policy, dtypes)]
+        switches = {case.switches for case in own}
+        if dtypes == "f32":
+            assert len(switches) == (8 if policy in ("mask=None", "GaussianGradDrop") else 16) == len(own)
+        else:
+            assert len(switches) == len(own) == 4
+        assert {case.sizes for case in own} == {SIZES, SMALL_SIZES}
+    assert {*SIZES} >= {0, 1, 3, 4, 5, 31, 33, 1031, 65537}
+    assert {name for case in cases for name in case.switches} == {*SWITCHES}
+    assert 0.1 < sum(case.misaligned for case in cases) / len(cases) < 0.5
+    quick = make_cases(seed, True, [])
+    assert len(quick) == len(POLICIES) * len(DTYPES) and all(case.sizes == SIZES for case in quick)
+
+
+def test_a_seed_repeats_a_run_and_another_does_not(seed):
+    assert make_cases(seed, False, []) == make_cases(seed, False, []) != make_cases(seed + 1, False, [])
+
+
+def test_every_policy_of_the_package_and_of_the_readme_is_stepped(seed):
+    rng, named = random.Random(seed), [(f"layers.{i}.w", torch.ones(3)) for i in range(4)]
+    made = {type(make(rng, named)).__name__ for make in POLICIES.values()}
+    assert made == {*policies.POLICIES, "NoneType"}
+
+
+def test_misaligned_tensors_are(seed):
+    values = [("layers.0.weight0", torch.ones(40)), ("layers.1.weight1", torch.ones(9))]
+    arguments = {"amsgrad": True, "mask": None}
+    for misaligned in (False, True):
+        case = Case("mask=None", "bf16/f32", (), (40, 9), 1, str(seed), misaligned)
+        training = Training(case, values, Engine(EXACT, CPU), arguments | {"moment_dtype": torch.float32})
+        training.step((torch.ones(40), torch.ones(9)))
+        tensors = [
+            tensor
+            for param in training.params
+            for tensor in (param, param.grad, *(training.optimizer.state[param][key] for key in side_by_side._MOMENTS))
+        ]
+        assert all((tensor.data_ptr() % 64 != 0) == misaligned for tensor in tensors)
+        assert all((tensor.storage_offset() > 0) == misaligned for tensor in tensors)
+        assert len({tensor.storage_offset() for tensor in tensors}) == (6 if misaligned else 1)
+
+
+def test_a_gpu_is_given_a_long_tensor_of_every_policy(seed):
+    """Stepped on the GPU itself by "exact", which the small cases compare with the CPU's."""
+    gpu = torch.device("cuda")
+    large = [case for case in make_cases(seed, True, [gpu]) if case.reference == gpu]
+    assert [case.policy for case in large] == list(POLICIES) and all(case.sizes[0] == 2**22 + 3 for case in large)
+    row = dataclasses.replace(EXACT, name="planted", devices=("cuda",), unavailable=lambda: None)
+    assert verify._takes(Engine(row, gpu), large[0])
+    assert not verify._takes(Engine(row, CPU), large[0]) and not verify._takes(Engine(EXACT, gpu), large[0])
+    small = make_cases(seed, True, [gpu])[0]
+    assert verify._takes(Engine(EXACT, gpu), small) and verify._takes(Engine(row, gpu), small)
+
+
+def test_the_instruction_set_of_a_run_is_the_one_asked_for_and_is_put_back(capsys, monkeypatch, only, seed):
+    cpu = backends._BY_NAME["cpu"]
+    if cpu.unavailable():
+        pytest.skip(cpu.unavailable())
+    used, before = set(), backends.cpu.isa()
+    spy = lambda batch: used.add(backends.cpu.isa()) or cpu.masked_adamw_(batch)
+    row = dataclasses.replace(cpu, masked_adamw_=spy)
+    monkeypatch.setattr(backends, "BACKENDS", (row, EXACT))
+    monkeypatch.setattr(backends, "_BY_NAME", {"cpu": row, "exact": EXACT})
+    only("LayerGradDrop")
+    assert run(capsys, seed, name="cpu")[0] == 0
+    assert used == {*ISAS} and backends.cpu.isa() == before
+
+
+# The command.
+
+
+def test_nothing_to_compare_is_a_failure(capsys, plant, seed):
+    row = plant(EXACT.masked_adamw_)
+    lame = dataclasses.replace(row, unavailable=lambda: "its library is missing; install it")
+    with mock.patch.object(backends, "BACKENDS", (lame, EXACT)):
+        code, lines = run(capsys, seed)
+    assert code == 1
+    assert lines == ["not verified: planted: its library is missing; install it", "FAIL: nothing to compare"]
+    foreign = dataclasses.replace(row, devices=("cuda",))
+    with mock.patch.object(backends, "BACKENDS", (foreign, EXACT)):
+        code, lines = run(capsys, seed)
+    assert code == 1 and lines[0] == "not verified: planted: works on cuda tensors, not on cpu"
+
+
+def test_without_a_seed_every_run_is_another_and_says_which(capsys, plant, only):
+    plant(EXACT.masked_adamw_)
+    only("LayerGradDrop")
+    seeds = set()
+    for _ in range(2):
+        assert verify.verify("cpu", "planted", quick=True) == 0
+        seeds.add(re.search(r"--seed (\d+)", capsys.readouterr().out)[1])
+    assert len(seeds) == 2
+
+
+def test_progress_is_one_line_on_a_terminal(monkeypatch, capsys):
+    cases = [Case("mask=None", "f32", (), (1,), 1, "0")] * 20
+    for done in range(21):
+        verify._progress(done, cases, 1.4)
+    assert capsys.readouterr().err.splitlines() == [f"{done} of 20 cases, 1 s" for done in range(0, 21, 2)]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for done in range(21):
+        verify._progress(done, cases, 1.4)
+    written = capsys.readouterr().err
+    assert written.count("\r") == 21 and written.count("\n") == 1 and written.endswith("\n")
+
+
+def test_findings_of_instruction_sets_share_a_row():
+    row = backends._BY_NAME["reference"]
+    findings = {
+        Engine(row, CPU, isa): {"GradDrop": Findings(2, 2, wrong, 100, 7, {"f32": ulp}, ["FAIL"] * wrong)}
+        for isa, wrong, ulp in (("a", 0, 0.5), ("b", 1, 3.0))
+    }
+    line = next(line for line in verify._table(findings).splitlines() if line.startswith("reference"))
+    assert line.split() == [
+        "reference", "cpu", "GradDrop", "4", "3/4", "3", "-", "-", "-", "-", "14", "of", "200", "FAIL", "1"
+    ]  # fmt: skip

@@ -1,0 +1,190 @@
+"""What the tests of the optimizer share: a toy transformer, an optimizer of every policy, values to compare."""
+
+import contextlib
+import copy
+import io
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from graddrop_kernels import (
+    ExponentialAnneal,
+    FixedMask,
+    FusedGradDropAdamW,
+    GaussianGradDrop,
+    GradDrop,
+    GradDropEpoch,
+    GradFreeze,
+    LayerGradDrop,
+    LinearAnneal,
+    backends,
+    param_groups,
+)
+
+# The one of the best backends whose every operation is rounded once.
+ROUNDED_ONCE = "cpu" if "cpu" in backends.available_backends() else "exact"
+# Of four steps an epoch: the break is in the middle of epoch 1, two more epochs begin after it.
+BEFORE, AFTER = range(6), range(6, 13)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x):
+        return x + self.norm(self.linear(x)).tanh()
+
+
+class Encoder(nn.Module):
+    """Embeddings, blocks ``layer.0`` ..., a head; always the same start values, none of them near 0."""
+
+    def __init__(self, blocks=3, dtype=torch.float32):
+        super().__init__()
+        self.embeddings = nn.Embedding(7, 6)
+        self.layer = nn.ModuleList(Block() for _ in range(blocks))
+        self.head = nn.Linear(6, 3)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for param in self.parameters():
+                param.copy_(torch.rand(param.shape, generator=generator) + 0.5)
+        self.to(dtype)
+
+    def forward(self, ids):
+        x = self.embeddings(ids)
+        for block in self.layer:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+def random_grads(params, generator):
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+
+
+def bits(tensor):
+    """A value that is equal exactly when dtype, shape and every bit are, NaN included."""
+    if tensor is None:
+        return None
+    if tensor.layout is not torch.strided:
+        return tensor.layout, bits(tensor._indices()), bits(tensor._values())
+    if tensor.is_complex():
+        return tensor.dtype, bits(torch.view_as_real(tensor))
+    flat = tensor.detach().clone(memory_format=torch.contiguous_format).flatten()
+    return tensor.dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes()
+
+
+def snapshot(optimizer):
+    """Everything that a step can change, as a value to compare."""
+
+    def plain(value):
+        return bits(value) if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+
+    groups = [
+        {key: plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
+    params = [
+        [(id(param), bits(param), bits(param.grad)) for param in group["params"]] for group in optimizer.param_groups
+    ]
+    state = {
+        id(param): {key: plain(value) for key, value in values.items()} for param, values in optimizer.state.items()
+    }
+    return groups, params, state
+
+
+def train(optimizer, params, steps, seed, set_epoch=True):
+    """Steps ``steps`` of a training of four steps an epoch, with gradients that depend on seed and step only."""
+    params = list(params)
+    for step in steps:
+        if step % 4 == 0 and set_epoch:
+            optimizer.set_epoch(step // 4)
+        random_grads(params, torch.Generator().manual_seed(seed + step))
+        optimizer.step()
+
+
+def half(epoch):
+    return 0.5 / (epoch + 1)
+
+
+def keep_some(model):
+    return {
+        name: torch.arange(param.numel()).view(param.shape) % 3 != 0
+        for name, param in model.named_parameters()
+        if "linear" in name
+    }
+
+
+# One of every policy, for what must hold for each: (policy for a model, the optimizer's own arguments).
+POLICIES = {
+    "plain": lambda model: None,
+    "graddrop": lambda model: GradDrop(p=0.3),
+    "graddrop-epoch": lambda model: GradDrop(p=0.3, every="epoch"),
+    "graddrop-anneal": lambda model: GradDrop(p=LinearAnneal(epochs=4)),
+    "graddrop-callable": lambda model: GradDrop(p=half),
+    "gaussian": lambda model: GaussianGradDrop(p=ExponentialAnneal(0.6, 0.8)),
+    "layer": lambda model: LayerGradDrop(p=0.4),
+    "layer-epoch": lambda model: LayerGradDrop(p=half, every="epoch"),
+    "epoch": lambda model: GradDropEpoch(epochs=4),
+    "epoch-bitpacked": lambda model: GradDropEpoch(epochs=5, storage="bitpacked"),
+    "toggle": lambda model: GradDropEpoch(epochs=4, toggle=True),
+    "freeze": lambda model: GradFreeze(epochs=4),
+    "freeze-up": lambda model: GradFreeze(epochs=4, direction="bottom_up", blocks_per_epoch=1),
+    "fixed": lambda model: FixedMask(keep_some(model), scale=1.25),
+}
+every_policy = pytest.mark.parametrize("policy", POLICIES)
+
+
+def build(policy, model=None, **arguments):
+    """(model, optimizer) over the paper's scope, with none of the defaults."""
+    model = Encoder() if model is None else model
+    arguments = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "seed": 11, **arguments}
+    return model, FusedGradDropAdamW(param_groups(model, weight_decay=0.1), mask=POLICIES[policy](model), **arguments)
+
+
+def state_bits(model, optimizer):
+    """Parameters and their state by name, for comparison."""
+    state = lambda param: {key: bits(value) for key, value in optimizer.state.get(param, {}).items()}
+    return {name: (bits(param), state(param)) for name, param in model.named_parameters()}
+
+
+def assert_train_alike(pair, other, steps, seed):
+    """Trains (model, optimizer) and another such pair on the same gradients; they must come out alike to the bit."""
+    for model, optimizer in (pair, other):
+        train(optimizer, model.parameters(), steps, seed)
+    assert state_bits(*pair) == state_bits(*other)
+
+
+def through_a_file(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@contextlib.contextmanager
+def refused(kind, *parts, optimizer=None, params=()):
+    """The block raises ``kind`` with a message that matches every part (regular expressions), and changes nothing."""
+    params = list(params)
+    everything = lambda: (optimizer and snapshot(optimizer), [(bits(param), bits(param.grad)) for param in params])
+    before = everything()
+    with pytest.raises(kind) as error:
+        yield
+    for part in parts:
+        assert re.search(part, str(error.value)), (part, str(error.value))
+    assert everything() == before
+
+
+def named_params(*names):
+    return [(name, nn.Parameter(torch.linspace(1, 2, 6).view(2, 3))) for name in names or ("weight",)]
+
+
+def warned(action):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        action()
+    return [str(warning.message) for warning in caught]
+
