@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from gpu_facts import gpu_facts
 from render import RESULTS, ROOT
 
 import graddrop_kernels
@@ -47,8 +49,10 @@ def facts() -> dict:
         "graddrop_kernels": graddrop_kernels.__version__,
         "isas": available_isas(),
         "kernels_older_than_csrc": _kernels_are_stale(),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("GRADDROP_COMMIT"),  # a copy without its .git
         "dirty": bool(_git("status", "--porcelain", "--", *_CODE)),
+        "gpu": gpu_facts(),
+        "cuda_kernels_older_than_csrc": _kernels_are_stale("_cuda.so", (".h", ".cu", ".cuh")),
     }
 
 
@@ -60,6 +64,12 @@ def slug(machine: dict) -> str:
     parts.append(f"{machine['cores']} cores")
     name = re.sub(r"\((r|tm)\)", "", " ".join(parts).lower())
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def gpu_slug(machine: dict) -> str:
+    """The folder of results on the GPU: "nvidia-h200"; "no-gpu" for a rehearsal without one."""
+    name = machine["gpu"]["name"] if machine["gpu"] else "no gpu"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def available_isas() -> list[str]:
@@ -99,6 +109,15 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def gpu_arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark of the GPU has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder of the results (default: results/<GPU>)")
+    parser.add_argument("--budget", type=float, default=60, metavar="SECONDS", help="by when the last round begins")
+    parser.add_argument("--rehearse", action="store_true", help="tiny CPU tensors, a host clock: shows that it runs")
+    return parser
+
+
 def write(benchmark: str, options: argparse.Namespace, results: dict) -> Path:
     """Writes the results with the machine's facts to results/<machine>/<benchmark>.json, or into the folder ``--out``.
 
@@ -106,11 +125,39 @@ def write(benchmark: str, options: argparse.Namespace, results: dict) -> Path:
     """
     machine = facts()
     folder = options.out or (Path(tempfile.mkdtemp()) if options.quick else RESULTS / slug(machine))
+    return _write(folder, {"benchmark": benchmark, "quick": options.quick, "machine": machine}, results)
+
+
+def write_gpu(benchmark: str, options: argparse.Namespace, results: dict) -> Path:
+    """As ``write``, into the GPU's folder. Called again as the results grow. A rehearsal says what it is."""
+    machine = facts_once()
+    folder = gpu_folder(options, machine)
+    rehearsal = options.rehearse
+    head = {"benchmark": benchmark, "quick": rehearsal, "rehearsal": rehearsal, "machine": machine}
+    return _write(folder, head, results)
+
+
+def gpu_folder(options: argparse.Namespace, machine: dict | None = None) -> Path:
+    """Where the results of the GPU go; of a rehearsal nowhere near them."""
+    if options.out is None and options.rehearse:
+        options.out = Path(tempfile.mkdtemp()) / gpu_slug(machine or facts_once())
+    return options.out or RESULTS / gpu_slug(machine or facts_once())
+
+
+@functools.lru_cache(maxsize=1)
+def facts_once() -> dict:
+    """Not asked again for every file of a run."""
+    return facts()
+
+
+def _write(folder: Path, head: dict, results: dict) -> Path:
+    """Whole or not at all: a run that is killed leaves the file of before."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{benchmark}.json"
+    path = folder / f"{head['benchmark']}.json"
     when = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    head = {"benchmark": benchmark, "when": when, "quick": options.quick, "machine": machine}
-    path.write_text(json.dumps(head | results, indent=1) + "\n")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps({"benchmark": head["benchmark"], "when": when} | head | results, indent=1) + "\n")
+    unfinished.replace(path)
     return path
 
 
@@ -169,10 +216,10 @@ def _compiler() -> str | None:
         return None
 
 
-def _kernels_are_stale() -> bool | None:
+def _kernels_are_stale(library: str = "_cpu.so", suffixes: tuple[str, ...] = (".h", ".cpp")) -> bool | None:
     """Whether csrc was edited after the kernels were compiled: the commit does not describe them then."""
-    library = Path(graddrop_kernels.__file__).with_name("_cpu.so")
-    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cpp")]
+    library = Path(graddrop_kernels.__file__).with_name(library)
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes]
     if not library.exists() or not sources:
         return None
     return library.stat().st_mtime < max(path.stat().st_mtime for path in sources)

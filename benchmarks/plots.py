@@ -1,12 +1,14 @@
 """Results -> figures beside the results, for every machine. Needs matplotlib."""
 
 import argparse
+import json
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+import plots_gpu  # noqa: E402
 from matplotlib.ticker import FuncFormatter  # noqa: E402
 from render import DTYPES, RESULTS, config_of, load, names_of, row_of, threads_of  # noqa: E402
 
@@ -20,6 +22,7 @@ ISA_STYLE = {
     "portable": ("#CC79A7", "v"),
     None: ("#4D4D4D", "X"),  # torch
 }
+CONTRACT = "compile_contract.json"
 COLORS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D", "#000000", "#8C564B")
 MARKERS = ("o", "^", "D", "v", "P", "X", "*", "s")
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
@@ -173,14 +176,29 @@ def draw(results: dict[str, dict], folder: Path) -> list[Path]:
     if steps:
         paths += [frozen_blocks(steps, folder), bandwidth(steps, folder)]
     figures = {"host_overhead": host_overhead, "memory": memory}
-    return paths + [figure(results[name], folder) for name, figure in figures.items() if name in results]
+    paths += [figure(results[name], folder) for name, figure in figures.items() if name in results]
+    return paths + plots_gpu.draw(results, folder, compile_contract(folder))
+
+
+def compile_contract(folder: Path) -> list[dict]:
+    """Instructions an element of the GPU's kernels, counted without a GPU: rows of {"backend", "case", "mode",
+    "instructions_per_element"} in compile_contract.json, the machine's own or that of all machines; none: [].
+    """
+    for path in (folder / CONTRACT, folder.parent / CONTRACT):
+        if path.exists():
+            return json.loads(path.read_text())["rows"]
+    return []
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with one folder a machine")
+    parser.add_argument("--machine", help="one folder only")
+    parser.add_argument("--rehearsal", action="store_true", help="draw rehearsals too; the figures say so")
     options = parser.parse_args()
-    for name, results in load(options.results).items():
+    for name, results in load(options.results, options.rehearsal).items():
+        if options.machine not in (None, name):
+            continue
         for path in draw(results, options.results / name):
             print(path)
 

@@ -13,21 +13,14 @@ import re
 import sys
 from pathlib import Path
 
+import render_gpu
+from markdown_table import markdown, number
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 OPEN, CLOSE = r"<!-- benchmark: (\S+)(?: (\S+))? -->\n", r"<!-- /benchmark -->"
 DTYPES = ("float32", "bfloat16")
 BUSY = 0.1  # cores that other programs may use before a table warns
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """The first column is text, the others are figures."""
-    ruler = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows))
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
 
 
 # Parts of step_cpu's results. A run is one dtype on one thread count, a configuration one layout of it.
@@ -201,26 +194,33 @@ def caption(result: dict) -> str:
     return f"{where}; **{found}**" if found else where
 
 
-def load(folder: Path) -> dict[str, dict[str, dict]]:
-    """{machine: {benchmark: its JSON}}."""
+def load(folder: Path, rehearsal: bool = False) -> dict[str, dict[str, dict]]:
+    """{machine: {benchmark: its JSON}}. Raises SystemExit for a rehearsal, which is no result, unless asked for one."""
     found: dict[str, dict] = {}
     for path in sorted(folder.glob("*/*.json")):
-        found.setdefault(path.parent.name, {})[path.stem] = json.loads(path.read_text())
+        if path.name == "compile_contract.json":  # counts of a compiler, not a benchmark's
+            continue
+        result = json.loads(path.read_text())
+        if result.get("rehearsal") and not rehearsal:
+            raise SystemExit(f"{path} is a rehearsal on CPU tensors, not a result; delete it")
+        found.setdefault(path.parent.name, {})[path.stem] = result
     return found
 
 
 def section(name: str, machine: str | None, found: dict) -> str:
     """What belongs between the markers. Raises SystemExit for an unknown table or machine."""
-    if name not in TABLES:
-        raise SystemExit(f"unknown table {name!r}; known are {', '.join(TABLES)}")
+    tables = {**TABLES, **render_gpu.TABLES}
+    if name not in tables:
+        raise SystemExit(f"unknown table {name!r}; known are {', '.join(tables)}")
     if machine is not None and machine not in found:
         raise SystemExit(f"no results of machine {machine!r}; there are {', '.join(found) or 'none'}")
-    benchmarks, table = TABLES[name]
+    benchmarks, table = tables[name]
+    source = render_gpu.caption if name in render_gpu.TABLES else caption
     parts = []
     for results in [found[machine]] if machine else found.values():
         used = {benchmark: results[benchmark] for benchmark in benchmarks if benchmark in results}
         if used:
-            captions = "; ".join(dict.fromkeys(map(caption, used.values())))
+            captions = "; ".join(dict.fromkeys(map(source, used.values())))
             parts.append(f"*{captions}*\n\n{table(used)}\n")
     return "\n" + ("\n".join(parts) or "*No results yet.*\n") + "\n"
 
@@ -238,9 +238,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("files", type=Path, nargs="*", help="default: the READMEs of the project and of its benchmarks")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with one folder a machine")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--gpu-page", metavar="MACHINE", help="write every GPU table to results/MACHINE/tables.md")
+    parser.add_argument("--rehearsal", action="store_true", help="take rehearsals too; the tables say so")
     options = parser.parse_args(arguments)
     own = [path for path in (ROOT / "README.md", ROOT / "benchmarks" / "README.md") if path.exists()]
-    found, stale = load(options.results), 0
+    found, stale = load(options.results, options.rehearsal), 0
+    if options.gpu_page:
+        page = options.results / options.gpu_page / "tables.md"
+        page.write_text(render(render_gpu.page(options.gpu_page), found), encoding="utf-8")
+        print(page)
+        return 0
     for path in options.files or own:
         text = path.read_text(encoding="utf-8")
         rendered = render(text, found)

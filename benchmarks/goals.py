@@ -1,0 +1,96 @@
+"""What the project asks of itself on a GPU, beside what was measured. The figures are ratios within one run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+LARGE = "step_gpu_xlmr_large"
+MODES = ("float32", "bfloat16, float32 moments", "bfloat16")
+
+
+def label(row: dict) -> str:
+    return f"{row['name']} [{row['backend']}]" if row["backend"] else row["name"]
+
+
+def measured(rows: list[dict], **wanted) -> list[dict]:
+    """The rows with figures that have these values."""
+    return [row for row in rows if "error" not in row and all(row[key] == value for key, value in wanted.items())]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """``value`` is taken of the results of one machine, {benchmark: its JSON}; None where it was not measured."""
+
+    text: str
+    value: Callable[[dict], float | None]
+    most: float | None = None
+    least: float | None = None
+
+    @property
+    def bound(self) -> str:
+        return f"at most {self.most:g}" if self.most is not None else f"at least {self.least:g}"
+
+    def reached(self, value: float) -> bool:
+        return value <= self.most if self.most is not None else value >= self.least
+
+
+def _rows(results: dict, mode: str, **wanted) -> list[dict]:
+    configs = results.get(LARGE, {}).get("configs", ())
+    return measured([row for config in configs if config["mode"] == mode for row in config["rows"]], **wanted)
+
+
+def _ours(mode: str, key: str, best: Callable = min) -> Callable[[dict], float | None]:
+    """The best backend's figure for GradDrop on XLM-R-large."""
+    return lambda results: best((row[key] for row in _rows(results, mode, name="GradDrop", kind="ours")), default=None)
+
+
+def _against(mode: str, peer: str, peer_over_ours: bool) -> Callable[[dict], float | None]:
+    """GradDrop's time over a peer's, or the other way round."""
+
+    def value(results: dict) -> float | None:
+        own, peers = _ours(mode, "ratio")(results), _rows(results, mode, name=peer)
+        if own is None or not peers:
+            return None
+        return peers[0]["ratio"] / own if peer_over_ours else own / peers[0]["ratio"]
+
+    return value
+
+
+def _host_us(moving: bool) -> Callable[[dict], float | None]:
+    def value(results: dict) -> float | None:
+        rows = measured(results.get("host_gpu", {}).get("host", ()), name="GradDrop", moving=moving)
+        return min((row["seconds"] * 1e6 for row in rows if row["backend"]), default=None)
+
+    return value
+
+
+def _synchronizations(results: dict) -> float | None:
+    rows = measured(results.get("host_gpu", {}).get("launches", ()), name="GradDrop")
+    return min((row["synchronizations"] + bool(row["refused"]) for row in rows if row["backend"]), default=None)
+
+
+def _replayed(results: dict) -> float | None:
+    """The share of captured policies that replay bit for bit; the worst is not hidden by the best backend."""
+    graphs = results.get("host_gpu", {}).get("graphs", ())
+    return sum(row["identical"] is True for row in graphs) / len(graphs) if graphs else None
+
+
+GOALS = (
+    *(Goal(f"GradDrop, {mode}: time / torch fused", _ours(mode, "ratio"), most=1.0) for mode in MODES),
+    Goal(f"GradDrop, {MODES[1]}: time / torch fused, all float32",
+         _against(MODES[1], "torch fused, all float32", False), most=1.0),
+    *(Goal(f"GradDrop, {mode}: share of copy bandwidth", _ours(mode, "of_copy", max), least=share)
+      for mode, share in zip(MODES, (0.93, 0.90, 0.88))),
+    *(Goal(f"GradDrop, {mode}: mask on / mask off", _ours(mode, "over_unmasked"), most=1.03) for mode in MODES),
+    Goal("eager mask + torch fused / GradDrop, float32",
+         _against("float32", "eager mask + torch fused", True), least=2.5),
+    Goal("host time of 400 tensors, addresses fixed, us", _host_us(False), most=60),
+    Goal("host time of 400 tensors, addresses moving, us", _host_us(True), most=150),
+    Goal("synchronisations of a step", _synchronizations, most=0),
+    Goal("share of captured steps that replay bit for bit", _replayed, least=1),
+)  # fmt: skip
+
+
+def judge(results: dict) -> list[tuple[Goal, float | None, bool | None]]:
+    """(goal, figure, whether it is reached); None, None where nothing was measured."""
+    found = [(goal, goal.value(results)) for goal in GOALS]
+    return [(goal, value, None if value is None else goal.reached(value)) for goal, value in found]
