@@ -110,7 +110,8 @@ def update_block(
     g_at = typed(row, GRAD, P, VEC) + offsets
     m_at = typed(row, EXP_AVG, M, VEC) + offsets
     v_at = typed(row, EXP_AVG_SQ, M, VEC) + offsets
-    flags = tl.load(scalars + S_FLAGS)
+    # a lane each: the interpreter of 3.9 makes integers of a bool that is spread over lanes
+    flags = tl.load(scalars + S_FLAGS) + tl.zeros([BLOCK], tl.int32)
     as_float = scalars.to(tl.pointer_type(tl.float32))
 
     # All loads first, so that they are in flight while the random numbers are made.
@@ -278,12 +279,13 @@ def prologue_kernel(
             by_age = by_age_table + tensor * age_stride * 4
             num_ages = tl.load(hyper + NUM_AGES)
             tl.store(scalars + S_NUM_AGES, tl.maximum(num_ages, 1).to(tl.uint32))
-            ageless = first_lane & (num_ages == 0)  # one bucket for all, with the scalars above
+            ageless = lane == tl.where(num_ages == 0, 0, -1)  # one bucket for all, with the scalars above
             tl.store(by_age + lane, step_size, mask=ageless)
             tl.store(by_age + 1 + lane, bc2_sqrt, mask=ageless)
             tl.store(by_age + 2 + lane, bc2_sqrt_reciprocal, mask=ageless)
             ages = tl.load(hyper + AGES).to(tl.pointer_type(tl.int64))
-            for begin in range(0, num_ages, LANES):
+            begin = 0
+            while begin < num_ages:  # a range() of a tensor fails in the interpreter of 3.6 with numpy 2.4
                 bucket = begin + lane
                 own = tl.load(ages + bucket, mask=bucket < num_ages, other=1)
                 own = tl.minimum(tl.maximum(own, 1), completed.to(tl.int64) + 1).to(tl.float64)
@@ -294,3 +296,4 @@ def prologue_kernel(
                 tl.store(at, step_size, mask=bucket < num_ages)
                 tl.store(at + 1, bc2_sqrt, mask=bucket < num_ages)
                 tl.store(at + 2, bc2_sqrt_reciprocal, mask=bucket < num_ages)
+                begin += LANES
