@@ -4,7 +4,7 @@ VENV ?= .venv
 ARGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m graddrop_kernels.demo $(ARGS)
@@ -22,6 +22,9 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/plots.py
 	$(BIN)/python benchmarks/render.py
+
+gpu: $(VENV)/ready
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 # torch first: an unpinned one would be the newest, with gigabytes of CUDA libraries.
 $(VENV)/ready: setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*/*)

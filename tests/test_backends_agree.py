@@ -140,9 +140,8 @@ U = 2.0**-24  # unit roundoff of float32
 def spacing(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """One ulp of ``dtype`` at x, float64."""
     finfo = torch.finfo(dtype)
-    return (torch.frexp(x.abs().double())[1].double().exp2() * finfo.eps / 2).clamp(
-        min=finfo.smallest_normal * finfo.eps
-    )
+    ulp = torch.frexp(x.abs().double())[1].double().exp2() * finfo.eps / 2
+    return torch.where(x == 0, 0.0, ulp).clamp(min=finfo.smallest_normal * finfo.eps)  # frexp(0) has exponent 0
 
 
 def rounding_bounds(case: Case, before: dict, grad: torch.Tensor, after: dict, name: str) -> dict[str, torch.Tensor]:

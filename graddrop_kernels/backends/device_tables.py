@@ -36,8 +36,8 @@ class Launch:
 class DeviceTables:
     """The tables of csrc/tensor_table.h for one batch, in its device's memory.
 
-    ``table`` is one uint8 tensor: TensorRows, HyperRows, ages. ``step_rows`` and ``by_age`` are written by the prologue
-    kernel. ``launches`` is what to launch in this step.
+    ``rows`` (int64 [tensors, 13]) and ``hypers`` (int64 [hyper rows, 16]) are views of one tensor, which ages follow.
+    ``step_rows`` and ``by_age`` are written by the prologue kernel. ``launches`` is what to launch in this step.
     """
 
     def __init__(self, batch: TensorBatch, chunk: int = CHUNK):
@@ -75,25 +75,17 @@ class DeviceTables:
         self.hyper_image = hyper_image
         self.launches = self._launches_of(batch.hypers)
 
-    @property
-    def rows(self) -> torch.Tensor:
-        """int64 [num_rows, 13]."""
-        return self.upload.device[: self.host.nbytes].view(torch.int64).view(self.num_rows, -1)
-
-    @property
-    def hypers(self) -> torch.Tensor:
-        """int64 [len(batch.hypers), 16]."""
-        begin = self.host.nbytes
-        return self.upload.device[begin : begin + self.num_hypers * _HYPER_BYTES].view(torch.int64).view(-1, 16)
-
     def _make_room(self, hypers: list[Hyper]) -> None:
         """Tables as large as these hyper-parameters need: ages grow with the epochs, up to the number of buckets."""
         buckets = max((hyper.plan.buckets if hyper.plan.ages else 0 for hyper in hypers), default=0)
         room = sum(hyper.plan.buckets for hyper in hypers if hyper.plan.ages) * 8
         if self.upload is None or room > self.age_room:
-            self.num_hypers, self.age_room = len(hypers), room
+            self.age_room = room
             size = self.host.nbytes + len(hypers) * _HYPER_BYTES + room
             self.upload = _Upload(size, self.device)
+            ends = self.host.nbytes, self.host.nbytes + len(hypers) * _HYPER_BYTES
+            self.rows = self.upload.device[: ends[0]].view(torch.int64).view(self.num_rows, -1)
+            self.hypers = self.upload.device[ends[0] : ends[1]].view(torch.int64).view(len(hypers), -1)
             self.addresses = []
         if buckets > self.age_stride:
             self.age_stride = buckets
