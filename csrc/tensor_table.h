@@ -6,7 +6,7 @@
 
 namespace graddrop {
 
-constexpr int32_t kTableVersion = 1;
+constexpr int32_t kTableVersion = 2;
 
 enum DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 

@@ -126,10 +126,16 @@ class PreparedStep:
         for batch in self.batches:
             batch.grads = grads if len(self.batches) == 1 else [grads[i] for i in batch.members]
 
-    def write_back(self) -> None:
-        """Copies staged tensors back after the step."""
+    def write_back(self, grads: list[torch.Tensor | None] = ()) -> None:
+        """Copies staged tensors back after the step, and ``grads`` where the step had copies of them."""
         for tensor, copy in self.staged:
             tensor.copy_(copy)
+        if grads and not self.grads_are_contiguous:
+            grads = present(grads)
+            for batch in self.batches:
+                for position, used in zip(batch.members, batch.grads):
+                    if used is not grads[position]:
+                        grads[position].copy_(used)
 
     def _addresses(self, params: list[torch.Tensor]) -> list[int]:
         addresses = list(map(_address, params))

@@ -30,7 +30,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             ``"mask"``), or ``graddrop_kernels.param_groups(model)``, which gives the paper's scope: blocks masked,
             embeddings and head dense. Floating point.
         lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW.
-        foreach, fused: accepted, and without effect: the step is always one fused pass.
+        foreach: accepted, and without effect: the step is always one fused pass.
+        fused: True lets ``torch.amp.GradScaler`` hand its scale to the step, which then unscales the gradients and
+            skips itself when they are not finite, on the device, as torch's fused AdamW does. Without it the scaler
+            unscales and skips before the step: the same training, in more passes over the gradients.
         capturable, differentiable: must be False.
         mask: a policy of ``graddrop_kernels`` (default ``GradDrop(p=0.2)``), or None for plain AdamW.
         seed: int in [0, 2^64).
@@ -83,6 +86,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._policies = PolicyBook()
         self._forget_caches()
         self._warned: set[str] = set()
+        self._skipped_steps: dict[int, torch.Tensor] = {}  # of each group, counted on the device
         self._own_defaults = {
             **GROUP_DEFAULTS, "mask": self._policies.add(mask), "seed": seed, "masked": masked,
             "bias_correction": bias_correction, "moment_dtype": moment_dtype_name(moment_dtype),
@@ -100,9 +104,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             capturable=capturable,
             differentiable=differentiable,
         )
-        # Only now: torch's constructor would announce a fused GradScaler protocol that step() does not speak.
         for group in (self.defaults, *self.param_groups):
             group["fused"] = fused
+        self._step_supports_amp_scaling = fused is True
         self.defaults.update(self._own_defaults)
         self._constructing = False
         self._check_groups()
@@ -123,6 +127,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
         for index, group in enumerate(self.param_groups):
             check_options(index, group)
+        self._settle_skipped_steps(only_if_needed=True)
         params = [param for group in self.param_groups for param in group["params"]]
         grads = list(map(grad_of, params))
         prepared = self._prepared
@@ -130,22 +135,32 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             prepared = self._prepared = self._prepare(params, grads)
             if prepared is None:
                 return loss
+        grad_scale, found_inf = self._amp_scalars()
+        if found_inf is not None and found_inf.device.type == "cpu" and found_inf != 0:
+            return loss
         prepared.set_grads(grads)
         clocks = [self._clock(group) for group in self.param_groups]
         for batch in prepared.batches:
             batch.hypers = [self._hyper(index, unit, clocks[index]) for index, unit in batch.plans_of]
+            batch.grad_scale, batch.found_inf = (
+                scalar if scalar is None else scalar.to(batch.device, non_blocking=True)
+                for scalar in (grad_scale, found_inf)
+            )
         chosen = [
             backends.select(self._backend, batch.device, batch.param_dtype, batch.moment_dtype)
             for batch in prepared.batches
         ]
         for backend, batch in zip(chosen, prepared.batches):
             backend.masked_adamw_(batch)
-        prepared.write_back()
+        prepared.write_back(grads if grad_scale is not None else ())
         for index in {index for batch in prepared.batches for index, _ in batch.plans_of}:
             group, clock = self.param_groups[index], clocks[index]
             if not clock.history or clock.history[-1][0] != clock.epoch:
                 group["epoch_history"] = clock.with_this_step()
             group["completed_steps"] += 1
+            if found_inf is not None:
+                skipped = self._skipped_steps.get(index, 0)
+                self._skipped_steps[index] = skipped + (found_inf != 0).to(torch.int64)
         return loss
 
     def set_epoch(self, epoch: int) -> None:
@@ -155,6 +170,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         """
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"set_epoch(epoch) needs the number of the epoch, an int >= 0, got {epoch!r}")
+        self._settle_skipped_steps()
         for group in self.param_groups:
             policy = self._policy(group)
             if policy is not None and policy.follows_epochs:
@@ -176,6 +192,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         Raises:
             KeyError: no such parameter.
         """
+        self._settle_skipped_steps()
         index, position = self._find(param)
         group = self.param_groups[index]
         records, blocks = self._records(index)
@@ -195,6 +212,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         """The share of elements kept at the next step, one number a group: exact for blocks and fixed masks,
         the keep probability for random elements.
         """
+        self._settle_skipped_steps()
         fractions = []
         for index, group in enumerate(self.param_groups):
             records, blocks = self._records(index)
@@ -236,6 +254,11 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 self._forget_caches()
                 raise
 
+    def state_dict(self) -> dict:
+        """As torch's: the state of every parameter, and the groups with the policies and counts of ours."""
+        self._settle_skipped_steps()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict, strict: bool = True) -> None:
         """Loads a state dict of this class or of torch.optim.AdamW; moments keep the dtype they were saved with.
 
@@ -262,8 +285,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             last_hook.remove()
         checkpoint.restore_moment_dtypes(self, prepared)
         self._forget_caches()
+        self._skipped_steps.clear()
 
     def __getstate__(self) -> dict:
+        self._settle_skipped_steps()
         return {
             **super().__getstate__(),
             "_policies": self._policies,
@@ -274,6 +299,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_warned", set())
+        self.__dict__.setdefault("_skipped_steps", {})
+        self._step_supports_amp_scaling = self.defaults.get("fused") is True
         self._constructing = False
         self._forget_caches()
         for group in self.param_groups:
@@ -281,6 +308,26 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 group.setdefault(name, value)
 
     # One step's pieces, in the order of step().
+
+    def _amp_scalars(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(grad_scale, found_inf) that a GradScaler has put on this optimizer for this step: float32 of one element."""
+        scalars = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        return tuple(scalar if scalar is None else scalar.to(torch.float32) for scalar in scalars)
+
+    def _settle_skipped_steps(self, only_if_needed: bool = False) -> None:
+        """Takes the steps that a GradScaler made no-ops out of the groups' counts.
+
+        Only the device knows of them, and asking it waits for it: so only when the counts are looked at.
+        """
+        if not self._skipped_steps or (only_if_needed and not any(map(self._counts_steps, self.param_groups))):
+            return
+        for index, skipped in self._skipped_steps.items():
+            self.param_groups[index]["completed_steps"] -= int(skipped)
+        self._skipped_steps.clear()
+
+    def _counts_steps(self, group: dict) -> bool:
+        policy = self._policy(group)
+        return policy is not None and policy.counts_steps((group["masked"] or policy.masked) == "frozen")
 
     def _group_facts(self) -> list[tuple]:
         """What of the groups a prepared step depends on."""

@@ -44,6 +44,10 @@ class Policy:
         """Whether ``set_epoch`` changes anything."""
         return callable(getattr(self, "p", None)) or getattr(self, "every", None) == "epoch"
 
+    def counts_steps(self, frozen: bool) -> bool:
+        """Whether plans depend on how many steps the group has completed."""
+        return True
+
     def check_epoch(self, epoch: int) -> None:
         """Raises ValueError when a schedule has no usable p at this epoch."""
         if callable(getattr(self, "p", None)):
@@ -162,6 +166,9 @@ class GradDrop(Policy):
         draw = clock.epoch if self.every == "epoch" else None
         return MaskPlan("bernoulli", context.frozen, threshold, 65536 / (65536 - threshold), draw, age_rate=age_rate)
 
+    def counts_steps(self, frozen: bool) -> bool:
+        return frozen
+
     def _age_rate(self, clock) -> float:
         """The expected share of the past steps in which an element that is active now was active.
 
@@ -194,6 +201,9 @@ class GaussianGradDrop(Policy):
     def plan(self, context: PlanContext, unit) -> MaskPlan:
         threshold = quantize(drop_probability(self.p, context.clock.epoch))
         return MaskPlan("gaussian", scale=math.sqrt(threshold / (65536 - threshold))) if threshold else KEEP
+
+    def counts_steps(self, frozen: bool) -> bool:
+        return False
 
 
 class BlockPolicy(Policy):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import random
 import re
 import subprocess
@@ -80,7 +81,9 @@ def test_every_backend_that_runs_here_passes_in_a_process_without_pytest(seed):
         "import sys; sys.modules['pytest'] = sys.modules['hypothesis'] = None; from graddrop_kernels.cli import main; "
         f"sys.exit(main(['verify', '--quick', '--device', 'cpu', '--seed', '{seed}']))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    # One thread: on a busy machine several wait for each other at every one of thousands of small calls.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     engines = next(line for line in lines if line.startswith("against")).split(": ")[1].split(", ")

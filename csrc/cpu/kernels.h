@@ -20,7 +20,8 @@ struct PreparedRow {
   int64_t num_ages;
   DType param_dtype, moment_dtype;
   bool decay, amsgrad;
-  float sign;  // -1 to maximize
+  float sign;              // -1 to maximize
+  const float* grad_scale;  // gradients are divided by it and written back; null: they are not
 };
 
 struct Kernels {

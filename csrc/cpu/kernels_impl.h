@@ -108,7 +108,8 @@ struct Update {
   V factor;  // sign, times the scale of kept gradients
   AgeTables by_age;
   int64_t num_ages;
-  bool decay, amsgrad;
+  V grad_scale;
+  bool decay, amsgrad, unscale;
 };
 template <typename V>
 GRADDROP_FN Update<V> make_update(const PreparedRow& row) {
@@ -119,21 +120,22 @@ GRADDROP_FN Update<V> make_update(const PreparedRow& row) {
           V(row.sign * scale),
           row.by_age,
           row.num_ages,
+          V(row.grad_scale ? *row.grad_scale : 1.0f),
           row.decay,
-          row.amsgrad};
+          row.amsgrad,
+          row.grad_scale != nullptr};
 }
 
 // The tensors of a row from one local index on.
 template <typename P, typename M>
 struct Streams {
-  P* param;
-  const P* grad;
+  P *param, *grad;
   M *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
 };
 template <typename P, typename M>
 GRADDROP_FN Streams<P, M> streams_at(const PreparedRow& row, int64_t local) {
   const TensorRow& t = row.tensor;
-  return {static_cast<P*>(t.param) + local, static_cast<const P*>(t.grad) + local, static_cast<M*>(t.exp_avg) + local,
+  return {static_cast<P*>(t.param) + local, static_cast<P*>(const_cast<void*>(t.grad)) + local, static_cast<M*>(t.exp_avg) + local,
           static_cast<M*>(t.exp_avg_sq) + local,
           static_cast<M*>(row.amsgrad ? t.max_exp_avg_sq : t.exp_avg_sq) + local};
 }
@@ -155,7 +157,12 @@ GRADDROP_FN AdamWDirection<V> update_moments(const Update<V>& u, const BlockMask
   typename V::LaneMask keep{};
   if (selects(kVariant)) lanes_at(mask.keep, i, keep);
   V g(0.0f);
-  if (kVariant != kZeroGradient) g = load<V>(s.grad + i) * u.factor;
+  if (kVariant != kZeroGradient || u.unscale) g = load<V>(s.grad + i);
+  if (u.unscale) {
+    g = div(g, u.grad_scale);
+    store(s.grad + i, g);
+  }
+  g = kVariant == kZeroGradient ? V(0.0f) : g * u.factor;
   if (kVariant == kFactor) g = g * load<V>(mask.factors + i);
   if (selects(kVariant)) g = keep_or_zero(keep, g);
 
@@ -233,13 +240,14 @@ GRADDROP_FN void update_part(const Update<V>& u, const BlockMask& mask, const St
   P param[V::kWidth] = {}, grad[V::kWidth] = {};
   M exp_avg[V::kWidth] = {}, exp_avg_sq[V::kWidth] = {}, max_exp_avg_sq[V::kWidth] = {};
   std::memcpy(param, s.param + i, rest * sizeof(P));
-  if (kVariant != kZeroGradient) std::memcpy(grad, s.grad + i, rest * sizeof(P));
+  if (kVariant != kZeroGradient || u.unscale) std::memcpy(grad, s.grad + i, rest * sizeof(P));
   std::memcpy(exp_avg, s.exp_avg + i, rest * sizeof(M));
   std::memcpy(exp_avg_sq, s.exp_avg_sq + i, rest * sizeof(M));
   std::memcpy(max_exp_avg_sq, s.max_exp_avg_sq + i, rest * sizeof(M));
   const Streams<P, M> copies = {param - i, grad - i, exp_avg - i, exp_avg_sq - i, max_exp_avg_sq - i};
   update_param<kVariant>(u, mask, i, copies.param, update_moments<kVariant>(u, mask, i, copies));
   std::memcpy(s.param + i, param, rest * sizeof(P));
+  if (u.unscale) std::memcpy(s.grad + i, grad, rest * sizeof(P));
   std::memcpy(s.exp_avg + i, exp_avg, rest * sizeof(M));
   std::memcpy(s.exp_avg_sq + i, exp_avg_sq, rest * sizeof(M));
   if (u.amsgrad) std::memcpy(s.max_exp_avg_sq + i, max_exp_avg_sq, rest * sizeof(M));

@@ -62,7 +62,7 @@ StepScalars step_scalars(const HyperRow& hyper, double age) {
 
 // Everything of a row but its bias corrections.
 PreparedRow prepare(const TensorRow& row, const HyperRow& hyper, int64_t completed_steps, DType param_dtype,
-                    DType moment_dtype) {
+                    DType moment_dtype, const float* grad_scale) {
   PreparedRow prepared = {};
   const int64_t draw = hyper.kind == kBucket ? 0 : hyper.draw < 0 ? completed_steps : hyper.draw;
   prepared.tensor = row;
@@ -85,6 +85,7 @@ PreparedRow prepare(const TensorRow& row, const HyperRow& hyper, int64_t complet
   prepared.decay = hyper.weight_decay != 0;
   prepared.amsgrad = hyper.amsgrad;
   prepared.sign = hyper.maximize ? -1.0f : 1.0f;
+  prepared.grad_scale = grad_scale;
   return prepared;
 }
 
@@ -135,9 +136,9 @@ GRADDROP_EXPORT int32_t graddrop_cpu_select_isa(const char* name) {
 }
 
 // One masked AdamW step on every row; advances the step counts.
-// Each row is divided into units, and all units among the threads of torch's pool.
+// Each row is divided into units, and all units among the threads of torch's pool. grad_scale may be null.
 GRADDROP_EXPORT void graddrop_cpu_masked_adamw(const TensorRow* rows, int64_t num_rows, const HyperRow* hypers,
-                                               int32_t param_dtype, int32_t moment_dtype) {
+                                               int32_t param_dtype, int32_t moment_dtype, const float* grad_scale) {
   Work work;
   work.kernels = chosen;
   work.rows.reserve(num_rows);
@@ -151,7 +152,8 @@ GRADDROP_EXPORT void graddrop_cpu_masked_adamw(const TensorRow* rows, int64_t nu
     const int64_t completed_steps = static_cast<int64_t>(*rows[i].step);
     *rows[i].step += 1.0f;
     work.rows.push_back(
-        prepare(rows[i], hyper, completed_steps, static_cast<DType>(param_dtype), static_cast<DType>(moment_dtype)));
+        prepare(rows[i], hyper, completed_steps, static_cast<DType>(param_dtype), static_cast<DType>(moment_dtype),
+                grad_scale));
     PreparedRow& row = work.rows.back();
     if (completed_steps == last_steps && rows[i].hyper == last_hyper) {
       // as in the row before: two pow() and a table saved

@@ -42,6 +42,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_void_p,
         ctypes.c_int32,
         ctypes.c_int32,
+        ctypes.c_void_p,
     ]
     library.graddrop_cpu_uniform16.argtypes = [
         ctypes.c_uint64,
@@ -96,14 +97,17 @@ def select_isa(name: str) -> None:
 
 def masked_adamw_(batch: TensorBatch) -> None:
     """One masked AdamW step on the batch, in place: one call for all tensors, threads as torch.get_num_threads()."""
+    if batch.found_inf is not None and batch.found_inf != 0:
+        return
     if batch.table is None:
         batch.table = tensor_table(batch)
     table = batch.table
     table["grad"] = list(map(torch.Tensor.data_ptr, batch.grads))
     hypers = hyper_table(batch.hypers)
     library().graddrop_cpu_masked_adamw(
-        table.ctypes.data, len(table), ctypes.addressof(hypers), DTYPES[batch.param_dtype], DTYPES[batch.moment_dtype]
-    )
+        table.ctypes.data, len(table), ctypes.addressof(hypers), DTYPES[batch.param_dtype], DTYPES[batch.moment_dtype],
+        None if batch.grad_scale is None else batch.grad_scale.data_ptr(),
+    )  # fmt: skip
 
 
 def uniform16(key: int, draw: int, domain: int, first: int, count: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from ..bitmask import num_planes
 from ..multi_tensor import Hyper, TensorBatch
 
-TABLE_VERSION = 1  # kTableVersion
+TABLE_VERSION = 2  # kTableVersion
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType
 # MaskKind
 MASK_KINDS = {kind: number for number, kind in enumerate(("keep", "off", "bernoulli", "gaussian", "bucket", "fixed"))}
