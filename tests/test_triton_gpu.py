@@ -1,0 +1,113 @@
+"""What only a GPU can show, of every backend that runs there: torch's own bits, no synchronisation, CUDA graphs,
+tensors of more than 2^31 elements.
+"""
+
+import pytest
+import torch
+from cases import BF16, F32, assert_same_bits
+
+from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch, LayerGradDrop, available_backends
+from graddrop_kernels.philox import DOMAIN_ELEMENT, stream_key, uniform16
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+BACKENDS = [name for name in ("triton", "cuda") if name in available_backends()] or ["triton"]
+ARGUMENTS = {"lr": 1e-2, "eps": 1e-6, "weight_decay": 0.1}
+
+
+def parameters(sizes, seed: int, dtype=F32) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(size, generator=generator).to("cuda", dtype)) for size in sizes]
+
+
+def give_gradients(params, generator: torch.Generator) -> None:
+    """New tensors every time, so that their addresses move."""
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator).to(param.device, param.dtype)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("flags", [{}, {"amsgrad": True}, {"maximize": True}], ids=str)
+def test_without_a_mask_the_bits_are_those_of_torch(name, flags, seed):
+    """Betas that are powers of two: torch's float32 pow() is exact there, and so are the bias corrections of both."""
+    sizes = [(1000,), (33, 65), (1,), (2**20 + 3,)]
+    ours, theirs = parameters(sizes, seed), parameters(sizes, seed)
+    arguments = {**ARGUMENTS, "betas": (0.5, 0.25), **flags}
+    mine = FusedGradDropAdamW(ours, mask=None, backend=name, **arguments)
+    torchs = torch.optim.AdamW(theirs, fused=True, **arguments)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for step in range(20):
+        give_gradients(ours, generator)
+        for a, b in zip(ours, theirs):
+            b.grad = a.grad.clone()
+        mine.step()
+        torchs.step()
+        for a, b in zip(ours, theirs):
+            assert_same_bits(a, b, f"parameter after step {step}")
+            for key in torchs.state[b]:
+                assert_same_bits(mine.state[a][key], torchs.state[b][key], f"{key} after step {step}")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("policy", [GradDrop(0.3), GradDropEpoch(3), LayerGradDrop(0.5, layers=("*",))], ids=str)
+def test_a_step_waits_for_nothing(name, policy, seed):
+    """Gradients that move and an lr that changes at every step; torch raises at any synchronisation."""
+    params = parameters([(1000,), (77,), (4096,)], seed)
+    named = [(f"w{i}.x", param) for i, param in enumerate(params)]
+    optimizer = FusedGradDropAdamW(named, mask=policy, backend=name, **ARGUMENTS)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer.set_epoch(0)
+    give_gradients(params, generator)
+    optimizer.step()  # makes the state and compiles
+    moved = [[torch.randn_like(param) for param in params] for _ in range(4)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i, grads in enumerate(moved):
+            optimizer.param_groups[0]["lr"] = 1e-2 / (i + 1)
+            for param, grad in zip(params, grads):
+                param.grad = grad
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(optimizer.state[param]["step"] == 5 for param in params)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_captured_step_replays_to_the_same_bits(name, seed):
+    """The counters live on the device: every replay draws its own masks."""
+    params = parameters([(1000,), (77,), (70_001,)], seed)
+    optimizer = FusedGradDropAdamW(params, mask=GradDrop(0.3), backend=name, **ARGUMENTS)
+    give_gradients(params, torch.Generator().manual_seed(seed))
+    for _ in range(3):
+        optimizer.step()
+    tensors = [tensor for param in params for tensor in (param.detach(), *optimizer.state[param].values())]
+    start = [tensor.clone() for tensor in tensors]
+    for _ in range(4):
+        optimizer.step()
+    expected = [tensor.clone() for tensor in tensors]
+    for tensor, value in zip(tensors, start):
+        tensor.copy_(value)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.graph(graph, stream=stream):
+        optimizer.step()
+    for _ in range(4):
+        graph.replay()
+    for tensor, value in zip(tensors, expected):
+        assert_same_bits(tensor, value, "after four replays")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_more_than_two_to_the_31_elements(name, seed):
+    """The last elements of a tensor of 2^31 + 2^20 elements are masked by their own draws, and the first too."""
+    numel = 2**31 + 2**20
+    if torch.cuda.mem_get_info()[0] < 5 * numel * 2:
+        pytest.skip("needs 22 GB of the GPU's memory")
+    param = torch.nn.Parameter(torch.ones(numel, dtype=BF16, device="cuda"))
+    optimizer = FusedGradDropAdamW([("w", param)], mask=GradDrop(0.5), seed=seed, backend=name, weight_decay=0.0)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    moments = optimizer.state[param]["exp_avg"]
+    for first in (0, 2**31 - 500, numel - 1000):
+        expected = uniform16(stream_key("w", seed), 0, DOMAIN_ELEMENT, first, 1000) >= 32768
+        assert_same_bits((moments[first : first + 1000] != 0).cpu(), expected, f"from element {first}")
