@@ -21,6 +21,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/host_overhead.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/plots.py
+	$(BIN)/python benchmarks/plots_masks.py
 	$(BIN)/python benchmarks/render.py
 
 gpu: $(VENV)/ready

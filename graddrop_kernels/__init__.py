@@ -3,8 +3,11 @@
 from .backends import available_backends
 from .blocks import find_blocks
 from .groups import param_groups
+from .inspection import describe
+from .mask_plot import plot_mask
 from .optimizer import FusedGradDropAdamW
 from .policies import FixedMask, GaussianGradDrop, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop
+from .schedule_plot import plot_schedule
 from .schedules import ExponentialAnneal, LinearAnneal
 
 __version__ = "0.1.0"
@@ -19,6 +22,9 @@ __all__ = [
     "LayerGradDrop",
     "LinearAnneal",
     "available_backends",
+    "describe",
     "find_blocks",
     "param_groups",
+    "plot_mask",
+    "plot_schedule",
 ]

@@ -4,9 +4,12 @@ A bucket number (GradDropEpoch) is stored as ceil(log2 T) such bit-planes:
 plane k holds bit k of every element's bucket.
 """
 
+import numpy as np
 import torch
 
 from .philox import DOMAIN_BUCKET, uniform16
+
+_WORDS_AT_ONCE = 1 << 18  # when bits are counted: 8 MB of single bits
 
 
 def num_words(numel: int) -> int:
@@ -31,6 +34,12 @@ def unpack(words: torch.Tensor, numel: int) -> torch.Tensor:
     """int32 words -> bool tensor of shape (numel,)."""
     bits = (words.to(torch.int64).unsqueeze(1) >> torch.arange(32, device=words.device)) & 1
     return bits.flatten()[:numel].bool()
+
+
+def count_kept(words: torch.Tensor) -> int:
+    """Set bits of a packed mask, whose bits after the last element are 0."""
+    parts = words.cpu().split(_WORDS_AT_ONCE)
+    return sum(int(np.unpackbits(part.numpy().view(np.uint8)).sum(dtype=np.int64)) for part in parts)
 
 
 def element_buckets(key: int, buckets: int, first: int, count: int, device=None) -> torch.Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import backends, bitmask, checkpoint
+from . import backends, bitmask, checkpoint, inspection
 from .group_options import GROUP_DEFAULTS, check_options, moment_dtype_name
 from .layout import RowBlock
 from .multi_tensor import Hyper, PreparedStep, Row, grad_of, present
@@ -225,15 +225,15 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 plan = plans[record.unit]
                 share = plan.active_fraction
                 if plan.kind == "fixed":
-                    share = (
-                        bitmask.unpack(self._policy(group).words[record.name], param.numel()).double().mean().item()
-                        if param.numel()
-                        else 0.0
-                    )
+                    share = bitmask.count_kept(self._policy(group).words[record.name]) / max(param.numel(), 1)
                 active += share * param.numel()
                 total += param.numel()
             fractions.append(active / total if total else 1.0)
         return fractions
+
+    def describe(self) -> str:
+        """What the next step would mask, as a table of text: see ``graddrop_kernels.describe``."""
+        return inspection.describe(self)
 
     def add_param_group(self, param_group: dict) -> None:
         """As torch's; the group may have its own ``"mask"`` (a policy or None), ``"seed"``, ``"masked"``,

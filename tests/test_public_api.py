@@ -19,7 +19,8 @@ from graddrop_kernels.backends import cpu
 
 PUBLIC = {
     "ExponentialAnneal", "FixedMask", "FusedGradDropAdamW", "GaussianGradDrop", "GradDrop", "GradDropEpoch",
-    "GradFreeze", "LayerGradDrop", "LinearAnneal", "available_backends", "find_blocks", "param_groups",
+    "GradFreeze", "LayerGradDrop", "LinearAnneal", "available_backends", "describe", "find_blocks", "param_groups",
+    "plot_mask", "plot_schedule",
 }  # fmt: skip
 every_public_name = pytest.mark.parametrize("name", sorted(PUBLIC))
 
@@ -90,7 +91,7 @@ def test_every_argument_is_in_the_docstring(name):
 
 
 @pytest.mark.parametrize(
-    "method", ["step", "set_epoch", "mask", "active_fraction", "add_param_group", "load_state_dict"]
+    "method", ["step", "set_epoch", "mask", "active_fraction", "describe", "add_param_group", "load_state_dict"]
 )
 def test_the_optimizers_methods_have_docstrings_of_their_own(method):
     assert vars(FusedGradDropAdamW)[method].__doc__

@@ -1,0 +1,47 @@
+"""What the pictures share. Nothing of pyplot: no window, no global state, no figure that would have to be closed."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SHARES, _ABSENT = "Blues", "#F5DEC8"
+
+
+def new_figure(function: str, size: tuple[float, float]) -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f"{function}() needs matplotlib ({error}): pip install matplotlib") from error
+    return Figure(figsize=size, layout="constrained")
+
+
+def picture(axis, values: np.ndarray, origin: str = "upper"):
+    """An image of shares in [0, 1], float [rows, columns]; NaN has a colour of its own."""
+    image = axis.imshow(values, _SHARES, vmin=0, vmax=1, aspect="auto", origin=origin, interpolation="nearest")
+    image.set_cmap(image.get_cmap().with_extremes(bad=_ABSENT))
+    return image
+
+
+def label_ticks(set_ticks, labels: Sequence, at_most: int = 64, **style) -> None:
+    """Labels the places 0, 1, ..., every so manieth only where they are many."""
+    every = max(1, -(-len(labels) // at_most))
+    set_ticks(range(0, len(labels), every), [str(label) for label in labels[::every]], **style)
+
+
+def block_labels(names: Sequence[str]) -> tuple[list[str], str]:
+    """(labels, what is common): the numbers alone where the names differ in nothing else."""
+    parts = [name.rpartition(".") for name in names]
+    if len({stem for stem, _, _ in parts}) == 1 and all(number.isdecimal() for _, _, number in parts):
+        return [number for _, _, number in parts], parts[0][0]
+    return list(names), ""
+
+
+def finish(figure: "Figure", path: str | os.PathLike | None) -> "Figure":
+    if path is not None:
+        figure.savefig(path, dpi=130)
+    return figure
