@@ -145,7 +145,7 @@ class Kernel:
 
     @cached_property
     def _loop(self) -> int | None:
-        """First block of the loop over blocks of elements: the one whose way around stores the most without a predicate.
+        """First block of the loop over blocks of elements: the one that stores the most without a predicate.
 
         None when there is no loop.
         """

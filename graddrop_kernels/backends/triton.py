@@ -9,7 +9,7 @@ import torch
 from ..multi_tensor import TensorBatch
 from .device_tables import CHUNK, DeviceTables
 
-BLOCK, WARPS = 1024, 4  # 8 elements a thread; 16 need 200 registers, 4 double the cost of what is shared
+ELEMENTS, WARPS = 8, 4  # of a thread, of a program; 16 elements need 200 registers, 4 double the cost of what is shared
 INTERPRETED_BLOCK = 65536  # the interpreter's cost is per program
 
 
@@ -44,7 +44,7 @@ def masked_adamw_(batch: TensorBatch, exact: bool = True) -> None:
         batch.table = DeviceTables(batch, INTERPRETED_BLOCK if interpreted() else CHUNK)
     tables = batch.table
     tables.refresh(batch)
-    block = INTERPRETED_BLOCK if interpreted() else BLOCK
+    block = block_of(batch.device)
     with on_device(batch.device):
         kernels.prologue_kernel[(tables.num_rows,)](
             tables.rows, tables.hypers, tables.step_rows, tables.by_age, batch.found_inf, tables.age_stride,
@@ -57,6 +57,14 @@ def masked_adamw_(batch: TensorBatch, exact: bool = True) -> None:
                 **constants(launch, batch.param_dtype, batch.moment_dtype, batch.grad_scale is not None, exact),
                 BLOCK=block, BLOCKS=tables.chunk // block, num_warps=WARPS, enable_fp_fusion=not exact,
             )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def block_of(device: torch.device) -> int:
+    """Elements that a program updates at a time: 1024, or 2048 where a warp has 64 threads (AMD's CDNA)."""
+    if interpreted():
+        return INTERPRETED_BLOCK
+    return ELEMENTS * WARPS * (torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32)
 
 
 def masks():

@@ -51,28 +51,40 @@ def to_storage(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def adamw(
-    p, g, m, v, vmax, lr_weight_decay, beta1, beta2, eps, step_size, bc2_sqrt, bc2_sqrt_reciprocal, decay,
-    AMSGRAD: tl.constexpr, EXACT: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """One AdamW update in float32, in the order of csrc/adamw.h. g is masked, scaled and signed."""
-    # decoupled weight decay; skipped when 0, so that an infinite parameter does not become NaN
-    p = tl.where(decay, fma(-lr_weight_decay, p, p, INTERPRETED), p)
+def store(at, new, old, moves, in_bounds, dtype: tl.constexpr, FROZEN: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Stores new; with FROZEN, where an element does not move, the old bits."""
+    new = to_storage(new, dtype, INTERPRETED)
+    if FROZEN:
+        new = tl.where(moves, new, old)
+    tl.store(at, new, mask=in_bounds)
+
+
+@triton.jit
+def new_moments(g, m, v, vmax, beta1, beta2, AMSGRAD: tl.constexpr, INTERPRETED: tl.constexpr):
+    """(exp_avg, exp_avg_sq, max_exp_avg_sq) in float32, in the order of csrc/adamw.h; g is masked and scaled."""
     m = fma(beta1, m, fma(-beta1, g, g, INTERPRETED), INTERPRETED)
     g_squared = g * g
     v = fma(beta2, v, fma(-beta2, g_squared, g_squared, INTERPRETED), INTERPRETED)
-    vhat = v
     if AMSGRAD:
         vmax = tl.where(v > vmax, v, vmax)
-        vhat = vmax
+    return m, v, vmax
+
+
+@triton.jit
+def new_parameter(
+    p, m, vhat, lr_weight_decay, eps, step_size, bc2_sqrt, bc2_sqrt_reciprocal, decay,
+    EXACT: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The parameter in float32 from the new moments; vhat is exp_avg_sq, or its maximum for amsgrad."""
+    # decoupled weight decay; skipped when 0, so that an infinite parameter does not become NaN
+    p = tl.where(decay, fma(-lr_weight_decay, p, p, INTERPRETED), p)
     if EXACT:
         root = tl.sqrt_rn(vhat)
         # root / bc2_sqrt, rounded once: see div_by_constant in csrc/adamw.h
         quotient = tl.minimum(root * bc2_sqrt_reciprocal, FLOAT32_MAX)
         remainder = fma(-quotient, bc2_sqrt + tl.zeros_like(quotient), root, INTERPRETED)
         denom = fma(remainder, bc2_sqrt_reciprocal, quotient, INTERPRETED) + eps
-        p = p - tl.div_rn(step_size * m, denom)
+        return p - tl.div_rn(step_size * m, denom)
     else:
         denom = fma(tl.sqrt(vhat), bc2_sqrt_reciprocal, eps, INTERPRETED)
-        p = p - (step_size * m) / denom
-    return p, m, v, vmax
+        return p - (step_size * m) / denom

@@ -5,8 +5,10 @@ csrc/adamw.h, philox.h, mask.h and gaussian.h compute, bit for bit in the exact 
 written out. Nothing that changes from step to step is a constant of the compilation.
 
 Formulation, measured on the compiled code (tests/test_triton_contract.py):
-  - a program loops over a chunk in blocks of BLOCK elements; each thread holds 8 of them, as one 16-byte access a
-    16-bit tensor and two a float32 one. Beside float32 tensors a vector is VEC = 4 elements, else 8.
+  - a program loops over a chunk in whole blocks of BLOCK elements, with what it knows of the tensor in registers
+    (triton_row.py), and then takes a last partial block; in one loop they cost up to 40 registers more.
+  - each thread holds 8 elements of a block, as one 16-byte access a 16-bit tensor and two a float32 one. Beside
+    float32 tensors a vector is VEC = 4 elements, else 8.
   - one Philox call gives the draws of 8 elements (triton_random.py).
   - a tensor that is not so aligned has VEC = 1: narrow accesses and a Philox call for every element.
 """
@@ -15,13 +17,32 @@ import triton
 import triton.language as tl
 
 from .tensor_table import MASK_KINDS
-from .triton_arithmetic import adamw, fma, to_float32, to_storage
-from .triton_random import DOMAIN_BUCKET, DOMAIN_ELEMENT, join4, join8, normal, uniform16, words32
+from .triton_arithmetic import fma, new_moments, new_parameter, store, to_float32, to_storage
+from .triton_random import DOMAIN_BUCKET, DOMAIN_ELEMENT, high16, join4, join8, normal, words32
+from .triton_row import (
+    BC2_SQRT,
+    BC2_SQRT_RECIPROCAL,
+    DEVIATION,
+    FACTOR,
+    HYPER,
+    LR_WEIGHT_DECAY,
+    S_BETA1,
+    S_BETA2,
+    S_BUCKETS,
+    S_DRAW,
+    S_EPS,
+    S_FIRST,
+    S_FLAGS,
+    S_LAST,
+    S_NUM_AGES,
+    S_THRESHOLD,
+    STEP,
+    STEP_SIZE,
+    STEP_WORDS,
+    TENSOR_WORDS,
+    load_row,
+)
 
-# Columns of a TensorRow, in 8-byte words.
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, STEP, MASK_WORDS = (tl.constexpr(i) for i in range(7))
-NUMEL, KEY, HYPER = tl.constexpr(7), tl.constexpr(11), tl.constexpr(12)
-TENSOR_WORDS = tl.constexpr(13)
 # Columns of a HyperRow, in 8-byte words, then those of its 4-byte part.
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, SCALE, AGE_RATE, GLOBAL_STEP, AGES, NUM_AGES, DRAW = (
     tl.constexpr(i) for i in range(11)
@@ -29,12 +50,6 @@ LR, BETA1, BETA2, EPS, WEIGHT_DECAY, SCALE, AGE_RATE, GLOBAL_STEP, AGES, NUM_AGE
 KIND, FROZEN, THRESHOLD, BUCKETS, FIRST_BUCKET, LAST_BUCKET = (tl.constexpr(i) for i in range(22, 28))
 MAXIMIZE = tl.constexpr(30)
 HYPER_WORDS = tl.constexpr(16)
-# Columns of a StepRow, in 4-byte words.
-LR_WEIGHT_DECAY, S_BETA1, S_BETA2, S_EPS, STEP_SIZE, BC2_SQRT, BC2_SQRT_RECIPROCAL, FACTOR, DEVIATION = (
-    tl.constexpr(i) for i in range(9)
-)
-S_THRESHOLD, S_DRAW, S_BUCKETS, S_FIRST, S_LAST, S_FLAGS, S_NUM_AGES = (tl.constexpr(i) for i in range(9, 16))
-STEP_WORDS = tl.constexpr(16)
 SKIP_FLAG, OFF_FLAG, FROZEN_FLAG, DECAY_FLAG = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
 
 KEEP, OFF, BERNOULLI, GAUSSIAN, BUCKET, FIXED = (
@@ -61,27 +76,24 @@ def bits_of_plane(words, plane, plane_bytes, start, numel, VEC: tl.constexpr):
 
 @triton.jit
 def keep_and_bucket(
-    row, scalars, block_start, numel, k0, k1,
+    row, block_start,
     KIND_: tl.constexpr, PLANES: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(keep, bucket) of the BLOCK elements from block_start on: the mask rule. PLANES < 0: buckets are recomputed."""
     start = block_start + tl.arange(0, BLOCK // VEC) * VEC
     bucket = tl.zeros([BLOCK], tl.uint32)
-    words = tl.load(row + MASK_WORDS).to(tl.pointer_type(tl.uint8))
     if KIND_ == BERNOULLI:
-        u16 = uniform16(start, row, tl.load(scalars + S_DRAW), DOMAIN_ELEMENT, k0, k1, VEC, ROWS)
-        keep = u16 >= tl.load(scalars + S_THRESHOLD)
+        keep = high16(start, row, DOMAIN_ELEMENT, VEC, ROWS) >= row.threshold << 16
     elif KIND_ == FIXED:
-        keep = bits_of_plane(words, 0, 0, start, numel, VEC) != 0
+        keep = bits_of_plane(row.mask_words, 0, 0, start, row.numel, VEC) != 0
     else:
         if PLANES < 0:
-            u16 = uniform16(start, row, tl.load(scalars + S_DRAW), DOMAIN_BUCKET, k0, k1, VEC, ROWS)
-            bucket = (u16 * tl.load(scalars + S_BUCKETS)) >> 16
+            bucket = ((high16(start, row, DOMAIN_BUCKET, VEC, ROWS) >> 16) * row.buckets) >> 16
         else:
-            plane_bytes = ((numel + 31) >> 5) << 2
+            plane_bytes = ((row.numel + 31) >> 5) << 2
             for plane in tl.static_range(PLANES):
-                bucket += bits_of_plane(words, plane, plane_bytes, start, numel, VEC) << plane
-        keep = (tl.load(scalars + S_FIRST) <= bucket) & (bucket <= tl.load(scalars + S_LAST))
+                bucket += bits_of_plane(row.mask_words, plane, plane_bytes, start, row.numel, VEC) << plane
+        keep = (row.first_bucket <= bucket) & (bucket <= row.last_bucket)
     return keep, bucket
 
 
@@ -89,30 +101,21 @@ def keep_and_bucket(
 
 
 @triton.jit
-def typed(row, column, dtype: tl.constexpr, VEC: tl.constexpr):
-    """A pointer of a TensorRow, with what is known of its alignment."""
-    pointer = tl.load(row + column).to(tl.pointer_type(dtype))
-    return tl.multiple_of(pointer, VEC * (dtype.primitive_bitwidth // 8))
-
-
-@triton.jit
 def update_block(
-    row, scalars, by_age, grad_scale, block_start, numel, k0, k1,
+    row, by_age, divisor, block_start,
     P: tl.constexpr, M: tl.constexpr, KIND_: tl.constexpr, PLANES: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr,
     AMSGRAD: tl.constexpr, FROZEN_: tl.constexpr, AGES_: tl.constexpr, GRAD_SCALE: tl.constexpr, EXACT: tl.constexpr,
     INTERPRETED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Masks, scales and updates the elements [block_start, block_start + BLOCK) of a tensor; FULL: all are in it."""
-    offsets = block_start + tl.arange(0, BLOCK)
-    in_bounds = None if FULL else offsets < numel
+    lane = tl.arange(0, BLOCK)
+    in_bounds = None if FULL else lane < (row.numel - block_start).to(tl.int32)
     other = None if FULL else 0.0
-    p_at = typed(row, PARAM, P, VEC) + offsets
-    g_at = typed(row, GRAD, P, VEC) + offsets
-    m_at = typed(row, EXP_AVG, M, VEC) + offsets
-    v_at = typed(row, EXP_AVG_SQ, M, VEC) + offsets
     # a lane each: the interpreter of 3.9 makes integers of a bool that is spread over lanes
-    flags = tl.load(scalars + S_FLAGS) + tl.zeros([BLOCK], tl.int32)
-    as_float = scalars.to(tl.pointer_type(tl.float32))
+    flags = row.flags + tl.zeros([BLOCK], tl.uint32)
+    # The start of the block is added once a tensor, not once a thread.
+    p_at, g_at = row.param + block_start + lane, row.grad + block_start + lane
+    m_at, v_at = row.exp_avg + block_start + lane, row.exp_avg_sq + block_start + lane
 
     # All loads first, so that they are in flight while the random numbers are made.
     wanted = (flags & OFF_FLAG) == 0
@@ -125,53 +128,49 @@ def update_block(
     p_old = tl.load(p_at, mask=in_bounds, other=other)
     vmax_old = v_old
     if AMSGRAD:
-        vmax_at = typed(row, MAX_EXP_AVG_SQ, M, VEC) + offsets
+        vmax_at = row.max_exp_avg_sq + block_start + lane
         vmax_old = tl.load(vmax_at, mask=in_bounds, other=other)
 
     g = to_float32(g_old, INTERPRETED)
     if GRAD_SCALE:
-        g = tl.div_rn(g, tl.load(grad_scale) + tl.zeros_like(g))
+        g = tl.div_rn(g, divisor + tl.zeros_like(g))
         tl.store(g_at, to_storage(g, P, INTERPRETED), mask=in_bounds)
         g = tl.where(wanted, g, 0.0)
-    g = g * tl.load(as_float + FACTOR)
+    g = g * row.factor
     if KIND_ == GAUSSIAN:
         start = block_start + tl.arange(0, BLOCK // VEC) * VEC
-        z = normal(words32(start, row, tl.load(scalars + S_DRAW), k0, k1, VEC, ROWS), INTERPRETED)
-        g = g * fma(z, tl.load(as_float + DEVIATION), tl.full(z.shape, 1.0, tl.float32), INTERPRETED)
+        z = normal(words32(start, row, VEC, ROWS), INTERPRETED)
+        g = g * fma(z, row.deviation, tl.full(z.shape, 1.0, tl.float32), INTERPRETED)
     keep, bucket = True, 0
     if KIND_ != KEEP and KIND_ != GAUSSIAN:
-        keep, bucket = keep_and_bucket(row, scalars, block_start, numel, k0, k1, KIND_, PLANES, VEC, ROWS, BLOCK)
+        keep, bucket = keep_and_bucket(row, block_start, KIND_, PLANES, VEC, ROWS, BLOCK)
         g = tl.where(keep, g, 0.0)  # selection: a dropped inf or NaN is dropped
-
-    if AGES_:  # every bucket has its own bias corrections
-        age = tl.minimum(bucket, tl.load(scalars + S_NUM_AGES) - 1)
-        at = by_age + 4 * age
-        step_size, bc2_sqrt, bc2_sqrt_reciprocal = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-    else:
-        step_size, bc2_sqrt = tl.load(as_float + STEP_SIZE), tl.load(as_float + BC2_SQRT)
-        bc2_sqrt_reciprocal = tl.load(as_float + BC2_SQRT_RECIPROCAL)
-    p, m, v, vmax = adamw(
-        to_float32(p_old, INTERPRETED), g, to_float32(m_old, INTERPRETED), to_float32(v_old, INTERPRETED),
-        to_float32(vmax_old, INTERPRETED),
-        tl.load(as_float + LR_WEIGHT_DECAY), tl.load(as_float + S_BETA1), tl.load(as_float + S_BETA2),
-        tl.load(as_float + S_EPS), step_size, bc2_sqrt, bc2_sqrt_reciprocal, (flags & DECAY_FLAG) != 0,
-        AMSGRAD, EXACT, INTERPRETED,
-    )  # fmt: skip
-
-    p_new, m_new, v_new = to_storage(p, P, INTERPRETED), to_storage(m, M, INTERPRETED), to_storage(v, M, INTERPRETED)
-    vmax_new = to_storage(vmax, M, INTERPRETED)
+    moves = True
     if FROZEN_:
         moves = keep | ((flags & FROZEN_FLAG) == 0)
-        p_new, m_new = tl.where(moves, p_new, p_old), tl.where(moves, m_new, m_old)
-        v_new, vmax_new = tl.where(moves, v_new, v_old), tl.where(moves, vmax_new, vmax_old)
-    tl.store(p_at, p_new, mask=in_bounds)
-    tl.store(m_at, m_new, mask=in_bounds)
-    tl.store(v_at, v_new, mask=in_bounds)
+
+    m, v, vmax = new_moments(
+        g, to_float32(m_old, INTERPRETED), to_float32(v_old, INTERPRETED), to_float32(vmax_old, INTERPRETED),
+        row.beta1, row.beta2, AMSGRAD, INTERPRETED,
+    )  # fmt: skip
+    # Stored before the parameter is computed: held until after its division they would cost 10 to 50 registers.
+    store(m_at, m, m_old, moves, in_bounds, M, FROZEN_, INTERPRETED)
+    store(v_at, v, v_old, moves, in_bounds, M, FROZEN_, INTERPRETED)
     if AMSGRAD:
-        tl.store(vmax_at, vmax_new, mask=in_bounds)
+        store(vmax_at, vmax, vmax_old, moves, in_bounds, M, FROZEN_, INTERPRETED)
+
+    step_size, bc2_sqrt, bc2_sqrt_reciprocal = row.step_size, row.bc2_sqrt, row.bc2_sqrt_reciprocal
+    if AGES_:  # every bucket has its own bias corrections
+        at = by_age + 4 * tl.minimum(bucket, row.num_ages - 1)
+        step_size, bc2_sqrt, bc2_sqrt_reciprocal = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    p = new_parameter(
+        to_float32(p_old, INTERPRETED), m, vmax if AMSGRAD else v, row.lr_weight_decay, row.eps,
+        step_size, bc2_sqrt, bc2_sqrt_reciprocal, (flags & DECAY_FLAG) != 0, EXACT, INTERPRETED,
+    )  # fmt: skip
+    store(p_at, p, p_old, moves, in_bounds, P, FROZEN_, INTERPRETED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["age_stride"])
 def masked_adamw_kernel(
     rows, step_rows, by_age_table, chunks, grad_scale, age_stride,
     P: tl.constexpr, M: tl.constexpr, KIND_: tl.constexpr, PLANES: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr,
@@ -181,22 +180,22 @@ def masked_adamw_kernel(
     """One masked AdamW step on one chunk: BLOCKS blocks of BLOCK elements of one tensor."""
     chunk = tl.load(chunks + tl.program_id(0))
     tensor = chunk >> 40
-    row = rows + tensor * TENSOR_WORDS
-    scalars = step_rows + tensor * STEP_WORDS
+    row = load_row(rows + tensor * TENSOR_WORDS, step_rows + tensor * STEP_WORDS, P, M, VEC)
     by_age = by_age_table + tensor * age_stride * 4
-    first = (chunk & 0xFFFFFFFFFF) * (BLOCK * BLOCKS)
-    numel = tl.load(row + NUMEL)
-    key = tl.load(row + KEY)
-    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
-    if (tl.load(scalars + S_FLAGS) & SKIP_FLAG) == 0:
-        for block in range(BLOCKS):
-            start = tl.multiple_of(first + block * BLOCK, BLOCK)
-            if start + BLOCK <= numel:
-                update_block(row, scalars, by_age, grad_scale, start, numel, k0, k1, P, M, KIND_, PLANES, VEC, ROWS,
-                             AMSGRAD, FROZEN_, AGES_, GRAD_SCALE, EXACT, INTERPRETED, BLOCK, True)  # fmt: skip
-            elif start < numel:
-                update_block(row, scalars, by_age, grad_scale, start, numel, k0, k1, P, M, KIND_, PLANES, VEC, ROWS,
-                             AMSGRAD, FROZEN_, AGES_, GRAD_SCALE, EXACT, INTERPRETED, BLOCK, False)  # fmt: skip
+    if (row.flags & SKIP_FLAG) == 0:
+        divisor = tl.load(grad_scale) if GRAD_SCALE else 1.0
+        first = (chunk & 0xFFFFFFFFFF) * (BLOCK * BLOCKS)
+        end = tl.minimum(first + BLOCK * BLOCKS, row.numel)
+        start = first
+        while start + BLOCK <= end:
+            start = tl.multiple_of(start, BLOCK)
+            update_block(row, by_age, divisor, start, P, M, KIND_, PLANES, VEC, ROWS, AMSGRAD, FROZEN_, AGES_,
+                         GRAD_SCALE, EXACT, INTERPRETED, BLOCK, True)  # fmt: skip
+            start += BLOCK
+        if start < end:
+            start = tl.multiple_of(start, BLOCK)
+            update_block(row, by_age, divisor, start, P, M, KIND_, PLANES, VEC, ROWS, AMSGRAD, FROZEN_, AGES_,
+                         GRAD_SCALE, EXACT, INTERPRETED, BLOCK, False)  # fmt: skip
 
 
 # --- the scalars of a step --------------------------------------------------------------------------------------------
@@ -214,7 +213,7 @@ def bias_corrections(lr, beta1, beta2, age):
     return tl.div_rn(lr + tl.zeros_like(bc2_sqrt), bias_correction1), bc2_sqrt, tl.div_rn(one, bc2_sqrt)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["age_stride"], do_not_specialize_on_alignment=["hypers"])
 def prologue_kernel(
     rows, hypers, step_rows, by_age_table, found_inf, age_stride,
     FOUND_INF: tl.constexpr, AGES_: tl.constexpr, LANES: tl.constexpr,

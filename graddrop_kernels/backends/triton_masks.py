@@ -12,6 +12,7 @@ from .device_tables import in_eights
 from .tensor_table import MASK_KINDS, TENSOR_ROW
 from .triton import interpreted, on_device
 from .triton_kernels import keep_and_bucket
+from .triton_row import load_row
 
 _WRITE, _PACK, _COUNT, _PLANES = range(4)  # what becomes of a mask
 WRITE, PACK, COUNT, PLANES = (tl.constexpr(form) for form in range(4))
@@ -24,17 +25,17 @@ def packed_bytes(bits, BLOCK: tl.constexpr):
     return tl.sum(eights << tl.arange(0, 8)[None, :], axis=1).to(tl.uint8)
 
 
-@triton.jit(do_not_specialize=["numel", "key"])
+@triton.jit(do_not_specialize=["numel"])
 def mask_kernel(
-    row, scalars, out, numel: tl.int64, key: tl.int64,
+    table, scalars, out, numel: tl.int64,
     KIND_: tl.constexpr, PLANES_: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, FORM: tl.constexpr,
     NUM_PLANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK elements a program. The tail of the last word of packed bits is zero."""
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     element = begin + tl.arange(0, BLOCK)
-    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
-    keep, bucket = keep_and_bucket(row, scalars, begin, numel, k0, k1, KIND_, PLANES_, VEC, ROWS, BLOCK)
+    row = load_row(table, scalars, tl.float32, tl.float32, 1)  # of which only what a mask needs is read
+    keep, bucket = keep_and_bucket(row, begin, KIND_, PLANES_, VEC, ROWS, BLOCK)
     keep = keep & (element < numel)
     plane_bytes = ((numel + 31) >> 5) << 2
     byte = (begin >> 3) + tl.arange(0, BLOCK // 8)
@@ -105,7 +106,7 @@ def _run(plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, words
     if numel == 0:
         return
     row = np.zeros(1, TENSOR_ROW)
-    row["mask_words"] = 0 if words is None else words.data_ptr()
+    row["key"], row["mask_words"] = key, 0 if words is None else words.data_ptr()
     row["numel"], row["base"] = numel, layout.base
     row["local_inner"], row["global_inner"] = layout.local_inner, layout.global_inner
     draw = 0 if plan.kind == "bucket" else completed_steps if plan.draw is None else plan.draw
@@ -115,7 +116,7 @@ def _run(plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, words
     block = _block()
     with on_device(out.device):
         mask_kernel[(-(-numel // block),)](
-            to_device(row, np.int64), to_device(scalars, np.int32), out, numel, key - (key >> 63 << 64),
+            to_device(row, np.int64), to_device(scalars, np.int32), out, numel,
             KIND_=MASK_KINDS[plan.kind], PLANES_=num_planes(plan.buckets) if plan.bitpacked else -1,
             VEC=8 if in_eights(layout, numel) else 1, ROWS=numel > layout.local_inner, FORM=form,
             NUM_PLANES=planes, BLOCK=block,

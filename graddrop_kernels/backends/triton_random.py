@@ -10,8 +10,6 @@ import triton.language as tl
 
 from .triton_arithmetic import fma
 
-# Columns of a TensorRow, in 8-byte words, that say where the elements lie in the whole parameter.
-BASE, LOCAL_INNER, GLOBAL_INNER = tl.constexpr(8), tl.constexpr(9), tl.constexpr(10)
 DOMAIN_ELEMENT, DOMAIN_BUCKET, DOMAIN_GAUSSIAN = tl.constexpr(0), tl.constexpr(2), tl.constexpr(3)
 
 
@@ -44,13 +42,11 @@ def select4(index, a, b, c, d):
 @triton.jit
 def global_index(start, row, ROWS: tl.constexpr):
     """Local element indices -> indices in the whole parameter (RowBlock)."""
-    base = tl.load(row + BASE)
     if ROWS:
-        inner = tl.load(row + LOCAL_INNER)
-        line = start // inner
-        return base + line * tl.load(row + GLOBAL_INNER) + (start - line * inner)
+        line = start // row.local_inner
+        return row.base + line * row.global_inner + (start - line * row.local_inner)
     else:
-        return base + start
+        return row.base + start
 
 
 @triton.jit
@@ -67,29 +63,32 @@ def join8(a, b, c, d, e, f, g, h):
 
 
 @triton.jit
-def uniform16(start, row, draw, domain: tl.constexpr, k0, k1, VEC: tl.constexpr, ROWS: tl.constexpr):
-    """The 16-bit draws of the VEC elements from each local index in start: uint32 [VEC * N]."""
+def high16(start, row, domain: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr):
+    """The 16-bit draws of the VEC elements from each local index in start, in the upper halves of uint32 [VEC * N].
+
+    The lower halves hold anything: a draw is compared with a threshold without being shifted.
+    """
     element = global_index(start, row, ROWS)
-    w0, w1, w2, w3 = philox(element >> 3, draw, domain, k0, k1)
+    w0, w1, w2, w3 = philox(element >> 3, row.draw, domain, row.k0, row.k1)
     if VEC == 8:
-        return join8(w0 & 0xFFFF, w0 >> 16, w1 & 0xFFFF, w1 >> 16, w2 & 0xFFFF, w2 >> 16, w3 & 0xFFFF, w3 >> 16)
+        return join8(w0 << 16, w0, w1 << 16, w1, w2 << 16, w2, w3 << 16, w3)
     elif VEC == 4:  # two neighbouring threads make the same call and take half of it each
         upper = (element & 4) != 0
         a, b = tl.where(upper, w2, w0), tl.where(upper, w3, w1)
-        return join4(a & 0xFFFF, a >> 16, b & 0xFFFF, b >> 16)
+        return join4(a << 16, a, b << 16, b)
     else:
         word = select4((element >> 1).to(tl.int32), w0, w1, w2, w3)
-        return tl.where((element & 1) != 0, word >> 16, word & 0xFFFF)
+        return tl.where((element & 1) != 0, word, word << 16)
 
 
 @triton.jit
-def words32(start, row, draw, k0, k1, VEC: tl.constexpr, ROWS: tl.constexpr):
+def words32(start, row, VEC: tl.constexpr, ROWS: tl.constexpr):
     """The 32-bit words of the VEC elements from each local index in start, for GaussianGradDrop: uint32 [VEC * N]."""
     element = global_index(start, row, ROWS)
     q = element >> 2
-    w0, w1, w2, w3 = philox(q, draw, DOMAIN_GAUSSIAN, k0, k1)
+    w0, w1, w2, w3 = philox(q, row.draw, DOMAIN_GAUSSIAN, row.k0, row.k1)
     if VEC == 8:
-        w4, w5, w6, w7 = philox(q + 1, draw, DOMAIN_GAUSSIAN, k0, k1)
+        w4, w5, w6, w7 = philox(q + 1, row.draw, DOMAIN_GAUSSIAN, row.k0, row.k1)
         return join8(w0, w1, w2, w3, w4, w5, w6, w7)
     elif VEC == 4:
         return join4(w0, w1, w2, w3)

@@ -1,0 +1,156 @@
+"""Triton without a GPU: variants of the update kernel compiled for any target, and a driver that only counts."""
+
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import triton
+from sass import Kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+
+from graddrop_kernels.backends import triton as backend
+from graddrop_kernels.backends import triton_kernels as kernels
+from graddrop_kernels.backends.device_tables import CHUNK, Launch
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SM_90 = GPUTarget("cuda", 90, 32)
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+MODES = {"fff": (F32, F32), "bbf": (BF16, F32), "bbb": (BF16, BF16), "hhf": (F16, F32), "hhh": (F16, F16)}
+ALIGNED = [["tt.divisibility", 16]]  # what a real launch finds of the tables' addresses
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of the update kernel. ``mode``: parameter, gradient, moments: f(loat32), b(float16), h(alf)."""
+
+    mode: str
+    kind: str
+    exact: bool = True
+    planes: int = -1
+    aligned: bool = True
+    rows: bool = False
+    amsgrad: bool = False
+    frozen: bool = False
+    ages: bool = False
+    grad_scale: bool = False
+
+    def __str__(self) -> str:
+        flags = ("aligned", "rows", "amsgrad", "frozen", "ages", "grad_scale")
+        text = [name for name in flags if getattr(self, name) and name != "aligned"]
+        planes = f" {self.planes} planes" if self.planes >= 0 else ""
+        unaligned = [] if self.aligned else ["unaligned"]
+        return " ".join([self.mode, self.kind + planes, "exact" if self.exact else "fast", *text, *unaligned])
+
+    @property
+    def vector(self) -> int:
+        """Elements of one access."""
+        return 1 if not self.aligned else 4 if F32 in MODES[self.mode] else 8
+
+    def but(self, **changes) -> "Variant":
+        return replace(self, **changes)
+
+
+def compile_update(variant: Variant, target: GPUTarget = SM_90, **changes):
+    """As backends/triton.py launches it; ``changes`` to the constants. What triton.compile returns."""
+    launch = ("kind", "planes", "aligned", "rows", "amsgrad", "frozen", "ages")
+    flags = {name: getattr(variant, name) for name in launch}
+    block = backend.ELEMENTS * backend.WARPS * target.warp_size
+    constants = backend.constants(Launch(**flags), *MODES[variant.mode], variant.grad_scale, variant.exact)
+    constants |= {"BLOCK": block, "BLOCKS": CHUNK // block, **changes}
+    arguments = {"rows": "*i64", "step_rows": "*i32", "by_age_table": "*fp32", "chunks": "*i64", "age_stride": "i32"}
+    if variant.grad_scale:
+        arguments["grad_scale"] = "*fp32"
+    else:
+        constants["grad_scale"] = None
+    options = {"num_warps": backend.WARPS, "enable_fp_fusion": not variant.exact}
+    return _compile(kernels.masked_adamw_kernel, arguments, constants, target, options)
+
+
+def compile_prologue(found_inf: bool, ages: bool, target: GPUTarget = SM_90):
+    constants = {"FOUND_INF": found_inf, "AGES_": ages, "LANES": 32}
+    arguments = {"rows": "*i64", "hypers": "*i64", "step_rows": "*i32", "by_age_table": "*fp32", "age_stride": "i32"}
+    if found_inf:
+        arguments["found_inf"] = "*fp32"
+    else:
+        constants["found_inf"] = None
+    return _compile(kernels.prologue_kernel, arguments, constants, target, {"num_warps": 1, "enable_fp_fusion": False})
+
+
+def _compile(function, arguments: dict, constants: dict, target: GPUTarget, options: dict):
+    names = function.arg_names
+    signature = {name: arguments.get(name, "constexpr") for name in names}
+    # hypers lie behind rows of 104 bytes each
+    tables = [name for name, type_ in arguments.items() if "*" in type_ and name != "hypers"]
+    aligned = {(names.index(name),): ALIGNED for name in tables}
+    source = ASTSource(function, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
+    return triton.compile(source, target=target, options=options)
+
+
+def machine_code(compiled) -> Kernel:
+    """Of a target of NVIDIA's."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Kernel(compiled.asm["cubin"], compiled.metadata.name, TOOLS, Path(folder))
+
+
+class CountingDriver:
+    """Takes the place of the GPU's driver: kernels are compiled as for an H100, and launches only noted down."""
+
+    def __init__(self):
+        self.launches: list[tuple[str, int]] = []  # (kernel, programs)
+        self.utils = self
+        self.launcher_cls = self._launcher
+
+    def _launcher(self, source, metadata):
+        return lambda programs, *arguments: self.launches.append((metadata.name, programs))
+
+    def load_binary(self, name, *arguments):
+        return None, None, 64, 0, 1024  # module, function, registers, spills, most threads
+
+    def get_device_properties(self, device) -> dict:
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
+
+    def get_current_target(self) -> GPUTarget:
+        return SM_90
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def is_active(self) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+
+@contextmanager
+def counting_driver():
+    """Within it kernels take CPU tensors and do nothing."""
+    before, counting = driver._active, CountingDriver()
+    functions = (kernels.masked_adamw_kernel, kernels.prologue_kernel)
+    for function in functions:
+        function.device_caches.clear()
+    driver.set_active(counting)
+    try:
+        yield counting
+    finally:
+        driver._active = before
+        for function in functions:
+            function.device_caches.clear()
+
+
+def compile_keys() -> dict[str, int]:
+    """How often each kernel has been compiled under the counting driver."""
+    functions = {"update": kernels.masked_adamw_kernel, "prologue": kernels.prologue_kernel}
+    return {name: len(function.device_caches[0][0]) for name, function in functions.items()}
+
+
