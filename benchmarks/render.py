@@ -13,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 
+import render_contract
 import render_gpu
 from markdown_table import markdown, number
 
@@ -230,7 +231,12 @@ def render(text: str, found: dict) -> str:
     if len(re.findall(OPEN, text)) != len(re.findall(CLOSE, text)):
         raise SystemExit("every <!-- benchmark: ... --> needs its <!-- /benchmark -->")
     marked = re.compile(f"({OPEN}).*?({CLOSE})", re.DOTALL)
-    return marked.sub(lambda match: match[1] + section(match[2], match[3], found) + match[4], text)
+
+    def made(match: re.Match) -> str:
+        static = match[2] == render_contract.NAME
+        return render_contract.section(RESULTS) if static else section(match[2], match[3], found)
+
+    return marked.sub(lambda match: match[1] + made(match) + match[4], text)
 
 
 def main(arguments: list[str] | None = None) -> int:
