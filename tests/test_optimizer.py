@@ -63,9 +63,8 @@ def test_foreach_and_fused_have_no_effect_on_the_step(seed):
         optimizer = FusedGradDropAdamW(model.named_parameters(), lr=0.01, **keywords)
         train(optimizer, model.parameters(), range(3), seed)
         results.append(state_bits(model, optimizer))
-        assert not hasattr(
-            optimizer, "_step_supports_amp_scaling"
-        )  # else GradScaler would leave the unscaling to step()
+        # what GradScaler asks before it leaves the unscaling to step(): test_grad_scaler.py
+        assert optimizer._step_supports_amp_scaling == (keywords.get("fused") is True)
     assert all(result == results[0] for result in results)
 
 
