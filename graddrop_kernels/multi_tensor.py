@@ -100,7 +100,7 @@ class PreparedStep:
         self.batches = self._sort(rows)
         self.same_params = same_facts(params)
         self.same_grads = same_facts([row.grad for row in rows])
-        self.grads_are_contiguous = all(row.grad.is_contiguous() for row in rows)
+        self.grads_are_contiguous = all(is_plain(row.grad) for row in rows)
         self.addresses = self._addresses(params)
 
     def holds(
@@ -122,7 +122,7 @@ class PreparedStep:
         """Hands the gradients of this step to the batches."""
         grads = present(grads)
         if not self.grads_are_contiguous:
-            grads = [grad.contiguous() for grad in grads]
+            grads = [grad.contiguous().resolve_neg() for grad in grads]
         for batch in self.batches:
             batch.grads = grads if len(self.batches) == 1 else [grads[i] for i in batch.members]
 
@@ -165,11 +165,16 @@ class PreparedStep:
         return list(batches.values())
 
     def _contiguous(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.is_contiguous():
+        if is_plain(tensor):
             return tensor
-        copy = tensor.contiguous()
+        copy = tensor.contiguous().resolve_neg()
         self.staged.append((tensor, copy))
         return copy
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether its memory holds its values in order: contiguous, and no view that torch negates when it is read."""
+    return tensor.is_contiguous() and not tensor.is_neg()
 
 
 def present(grads: list[torch.Tensor | None]) -> list[torch.Tensor]:

@@ -104,6 +104,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             capturable=capturable,
             differentiable=differentiable,
         )
+        if fused and differentiable:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if fused and foreach:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         for group in (self.defaults, *self.param_groups):
             group["fused"] = fused
         self._step_supports_amp_scaling = fused is True

@@ -141,6 +141,11 @@ def check_state(name: str, param: torch.Tensor, state: dict) -> None:
                 f"{tuple(param.shape)} on {param.device}: the parameter was replaced after its state was made; "
                 "build a new optimizer, or delete optimizer.state[param]"
             )
+        if moment is not None and not moment.is_contiguous() and overlaps_itself(moment):
+            raise ValueError(
+                f"{key} of {name!r} has overlapping memory (shape {tuple(moment.shape)}, strides {moment.stride()}): "
+                "several of its elements would be stepped in one place; put a copy (.contiguous()) into the state"
+            )
 
 
 def check_grad(name: str, param: torch.Tensor, grad: torch.Tensor) -> None:
