@@ -133,6 +133,9 @@ def check_state(name: str, param: torch.Tensor, state: dict) -> None:
     """Raises ValueError for moments that do not fit their parameter: the kernels get addresses,
     and would write past an end.
     """
+    dtypes = {key: state[key].dtype for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if key in state}
+    if len(set(dtypes.values())) > 1:
+        raise ValueError(f"the moments of {name!r} have different dtypes ({dtypes}); give them one")
     for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         moment = state.get(key)
         if moment is not None and (moment.shape != param.shape or moment.device != param.device):

@@ -240,3 +240,16 @@ def test_a_closure_that_raises(trained):
 
     with refused(ZeroDivisionError, "in the model", optimizer=optimizer):
         optimizer.step(closure)
+
+
+def test_moments_of_two_dtypes_are_refused(backend):
+    """The kernels read both moments as one dtype: of two, they would write past the end of the narrower."""
+    param = torch.nn.Parameter(torch.ones(9, dtype=torch.bfloat16))
+    optimizer = FusedGradDropAdamW([("w", param)], backend=backend)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = param.detach().clone()
+    optimizer.state[param]["exp_avg_sq"] = optimizer.state[param]["exp_avg_sq"].float()
+    with pytest.raises(ValueError, match="moments of 'w' have different dtypes"):
+        optimizer.step()
+    assert torch.equal(param, before) and optimizer.state[param]["step"] == 1

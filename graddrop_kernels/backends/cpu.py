@@ -112,7 +112,7 @@ def masked_adamw_(batch: TensorBatch) -> None:
 
 def uniform16(key: int, draw: int, domain: int, first: int, count: int) -> torch.Tensor:
     """As philox.uniform16, by the kernels: uint16 tensor of shape (count,)."""
-    out = torch.empty(count, dtype=torch.uint16)
+    out = torch.empty(count, dtype=torch.uint16, device="cpu")
     library().graddrop_cpu_uniform16(key, draw & 0xFFFFFFFF, domain, first, count, out.data_ptr())
     return out
 
@@ -121,7 +121,7 @@ def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int) -> torch
     """The buckets of a layout's elements as bit-planes (bitmask.pack_buckets), by the kernels:
     int32 tensor of shape (num_planes(buckets), num_words(numel)).
     """
-    planes = torch.zeros(num_planes(buckets), num_words(numel), dtype=torch.int32)
+    planes = torch.zeros(num_planes(buckets), num_words(numel), dtype=torch.int32, device="cpu")
     row = TensorRow(
         numel=numel, base=layout.base, local_inner=layout.local_inner, global_inner=layout.global_inner, key=key
     )
