@@ -26,18 +26,32 @@ def moment_dtype_name(dtype: torch.dtype | str | None) -> str | None:
     return None if dtype is None else "float32"
 
 
+def _number(name: str, index: int, value) -> float:
+    """The value as a float. Raises ValueError for what is none: a string, None, a tensor of several elements."""
+    try:
+        return float("a string" if isinstance(value, str) else value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} of parameter group {index} must be a number, got {value!r}") from None
+
+
 def check_options(index: int, group: dict) -> None:
     """Raises ValueError that names the group's offending value. Comparisons are written so that NaN fails them."""
     for name in ("lr", "eps", "weight_decay"):
-        if not 0 <= group[name] < math.inf:
+        if not 0 <= _number(name, index, group[name]) < math.inf:
             raise ValueError(f"{name} of parameter group {index} must be a finite number >= 0, got {group[name]!r}")
-    if not all(0 <= beta < 1 for beta in group["betas"]):
+    if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
+        raise ValueError(f"betas of parameter group {index} must be two numbers in [0, 1), got {group['betas']!r}")
+    betas = [_number("betas", index, beta) for beta in group["betas"]]
+    if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas of parameter group {index} must be in [0, 1), got {group['betas']!r}")
-    if not all(beta < 1 - 2**-25 for beta in group["betas"]):
+    if not all(beta < 1 - 2**-25 for beta in betas):
         raise ValueError(
             f"betas of parameter group {index} must not round to 1 in float32, where moments would stand still; "
             f"the largest usable is {1 - 2**-24:.10g}, got {group['betas']!r}"
         )
+    for name in ("capturable", "differentiable"):
+        if group[name]:
+            raise ValueError(f"{name}=True is not supported; leave it False (parameter group {index})")
     if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**64:
         raise ValueError(f"seed of parameter group {index} must be an int in [0, 2^64), got {group['seed']!r}")
     if group["masked"] not in (None, "gradient", "frozen"):

@@ -3,11 +3,13 @@ with everything the call needs beside them in plain numbers.
 """
 
 from dataclasses import dataclass, field
-from operator import attrgetter, itemgetter
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 
 import torch
 
 from .layout import RowBlock
+from .parameters import reach
 from .plan import MaskPlan
 from .tensor_facts import same_facts
 
@@ -81,8 +83,8 @@ class PreparedStep:
     """The batches of a step, good for the next one as long as every tensor is where it was.
 
     Sorting 400 parameters into batches takes a millisecond of Python, asking each tensor for its address a tenth of it.
-    Addresses are compared, while the batches hold the tensors: an address of a tensor that is gone could come back as
-    another's.
+    All tensors are held, so that no other can come by the place of one; a tensor's own memory may still be exchanged
+    (``param.data = ...``), so addresses are compared too.
 
     An element's index is its place in contiguous order, whatever the strides, so tensors with other strides are staged
     through contiguous copies: slower, and right where torch's fused CPU kernel silently is not.
@@ -90,18 +92,18 @@ class PreparedStep:
 
     def __init__(self, params: list[torch.Tensor], rows: list[Row], state: dict, made_for: object):
         self.made_for = made_for
-        self.params = params  # held, so that no other tensor can come by one of the ids
-        self.param_ids = list(map(id, params))
+        self.params = params
         self.absent = [param.grad is None for param in params]
         self.states = [row.state for row in rows]
         self.amsgrad_states = [row.state for row in rows if row.amsgrad]
-        self.state_ids = list(map(id, state.values()))  # the dicts live as long as self.states does
+        self.all_states = list(state.values())
         self.staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.batches = self._sort(rows)
         self.same_params = same_facts(params)
         self.same_grads = same_facts([row.grad for row in rows])
         self.grads_are_contiguous = all(is_plain(row.grad) for row in rows)
-        self.addresses = self._addresses(params)
+        self.state_tensors = self._state_tensors()
+        self.addresses = list(map(_address, chain(params, self.state_tensors)))
 
     def holds(
         self, params: list[torch.Tensor], grads: list[torch.Tensor | None], state: dict, made_for: object
@@ -111,18 +113,19 @@ class PreparedStep:
             self.made_for == made_for
             and not self.staged
             and [grad is None for grad in grads] == self.absent
-            and list(map(id, params)) == self.param_ids
-            and list(map(id, state.values())) == self.state_ids
+            and same_objects(params, self.params)
+            and same_objects(list(state.values()), self.all_states)
             and self.same_params(params)
             and self.same_grads(present(grads))
-            and self._addresses(params) == self.addresses
+            and same_objects(tensors := self._state_tensors(), self.state_tensors)
+            and list(map(_address, chain(params, tensors))) == self.addresses
         )
 
     def set_grads(self, grads: list[torch.Tensor | None]) -> None:
         """Hands the gradients of this step to the batches."""
         grads = present(grads)
         if not self.grads_are_contiguous:
-            grads = [grad.contiguous().resolve_neg() for grad in grads]
+            grads = [grad if is_plain(grad) else plain_copy(grad) for grad in grads]
         for batch in self.batches:
             batch.grads = grads if len(self.batches) == 1 else [grads[i] for i in batch.members]
 
@@ -137,19 +140,22 @@ class PreparedStep:
                     if used is not grads[position]:
                         grads[position].copy_(used)
 
-    def _addresses(self, params: list[torch.Tensor]) -> list[int]:
-        addresses = list(map(_address, params))
-        for name in ("exp_avg", "exp_avg_sq", "step"):
-            addresses += map(_address, map(itemgetter(name), self.states))
-        addresses += [state["max_exp_avg_sq"].data_ptr() for state in self.amsgrad_states]
-        return addresses
+    def _state_tensors(self) -> list[torch.Tensor] | None:
+        """The moments and steps of all rows; None where one is gone."""
+        try:
+            kept = [map(itemgetter(name), self.states) for name in ("exp_avg", "exp_avg_sq", "step")]
+            return list(chain(*kept, map(itemgetter("max_exp_avg_sq"), self.amsgrad_states)))
+        except KeyError:
+            return None
 
     def _sort(self, rows: list[Row]) -> list[TensorBatch]:
         batches: dict[tuple, TensorBatch] = {}
+        turns = turns_of([row.param for row in rows])
         for position, row in enumerate(rows):
             exp_avg = row.state["exp_avg"]
-            key = (row.param.device, row.param.dtype, exp_avg.dtype)
-            batch = batches.get(key) or batches.setdefault(key, TensorBatch(*key))
+            facts = (row.param.device, row.param.dtype, exp_avg.dtype)
+            key = (*facts, turns.get(position, 0))
+            batch = batches.get(key) or batches.setdefault(key, TensorBatch(*facts))
             if row.plan_of not in batch.plans_of:
                 batch.plans_of.append(row.plan_of)
             batch.hyper_rows.append(batch.plans_of.index(row.plan_of))
@@ -167,14 +173,43 @@ class PreparedStep:
     def _contiguous(self, tensor: torch.Tensor) -> torch.Tensor:
         if is_plain(tensor):
             return tensor
-        copy = tensor.contiguous().resolve_neg()
+        copy = plain_copy(tensor)
         self.staged.append((tensor, copy))
         return copy
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether its memory holds its values in order: contiguous, and no view that torch negates when it is read."""
-    return tensor.is_contiguous() and not tensor.is_neg()
+    """Whether its memory holds its values in order: contiguous, no view that torch negates when it is read, and no
+    tensor of zeros without memory.
+    """
+    return tensor.is_contiguous() and not tensor.is_neg() and not tensor._is_zerotensor()
+
+
+def plain_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in order in memory of their own."""
+    return tensor.resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+def turns_of(params: list[torch.Tensor]) -> dict[int, int]:
+    """{position: turn} of the parameters that share memory with others, else {}: in one batch threads would step them
+    at once.
+    """
+    spans = sorted(
+        (param.data_ptr(), param.data_ptr() + reach(param), position)
+        for position, param in enumerate(params)
+        if param.numel()
+    )
+    shared, end, last = set(), 0, None
+    for start, stop, position in spans:
+        if start < end:
+            shared |= {last, position}
+        if stop > end:
+            end, last = stop, position
+    return {position: turn for turn, position in enumerate(sorted(shared), 1)}
+
+
+def same_objects(objects: list | None, others: list) -> bool:
+    return objects is not None and len(objects) == len(others) and all(map(is_, objects, others))
 
 
 def present(grads: list[torch.Tensor | None]) -> list[torch.Tensor]:

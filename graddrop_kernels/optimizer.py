@@ -10,7 +10,16 @@ from .group_options import GROUP_DEFAULTS, check_options, moment_dtype_name
 from .layout import RowBlock
 from .multi_tensor import Hyper, PreparedStep, Row, grad_of, present
 from .names import canonical_name
-from .parameters import ParamRecord, check_fixed_mask, check_grad, check_param, check_state, make_records
+from .parameters import (
+    ParamRecord,
+    check_fixed_mask,
+    check_grad,
+    check_memory,
+    check_param,
+    check_state,
+    make_records,
+    overlaps_itself,
+)
 from .plan import Clock, MaskPlan, PlanContext
 from .policies import KEEP, FixedMask, GradDrop, GradDropEpoch, Policy
 from .policy_book import PolicyBook
@@ -134,6 +143,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._settle_skipped_steps(only_if_needed=True)
         params = [param for group in self.param_groups for param in group["params"]]
         grads = list(map(grad_of, params))
+        if getattr(self, "grad_scale", None) is not None:
+            self._check_written_grads(params)
         prepared = self._prepared
         if prepared is None or not prepared.holds(params, grads, self.state, self._group_facts()):
             prepared = self._prepared = self._prepare(params, grads)
@@ -333,6 +344,16 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         policy = self._policy(group)
         return policy is not None and policy.counts_steps((group["masked"] or policy.masked) == "frozen")
 
+    def _check_written_grads(self, params: list[torch.Tensor]) -> None:
+        """Raises ValueError for a gradient that cannot be unscaled in place."""
+        for param in params:
+            if param.grad is not None and not param.grad.is_contiguous() and overlaps_itself(param.grad):
+                index, position = self._find(param)
+                raise ValueError(
+                    f"the gradient of {self._records(index)[0][position].name!r} has overlapping memory, as after "
+                    "expand(): it cannot be unscaled in place; give param.grad a copy (.clone())"
+                )
+
     def _group_facts(self) -> list[tuple]:
         """What of the groups a prepared step depends on."""
         return [
@@ -354,6 +375,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                     check_param(record.name, param)
                     check_grad(record.name, param, param.grad)
                     check_state(record.name, param, self.state.get(param, {}))
+                    check_memory(f"parameter {record.name!r}", param)
+                    check_memory(f"the gradient of {record.name!r}", param.grad)
                     found.append((index, group, param, record))
         for _, group, param, _ in found:
             backends.select(self._backend, param.device, param.dtype, self._moment_dtype(param, group))
@@ -438,8 +461,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        elif state["step"].device != param.device:  # torch's own AdamW keeps it on the CPU
-            state["step"] = state["step"].to(param.device)
+        else:  # torch's own AdamW keeps it on the CPU, in the default dtype
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
 
     def _mask_words(self, group: dict, param: torch.Tensor, record: ParamRecord) -> torch.Tensor | None:
         """Bit-planes of the buckets or the bits of a fixed mask, made once a parameter and kept on its device;
@@ -507,9 +530,6 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                     f"masked={group['masked']!r} does not apply to {type(policy).__name__}, which drops nothing; "
                     "leave it None"
                 )
-            for name in ("capturable", "differentiable"):
-                if group[name]:
-                    raise ValueError(f"{name}=True is not supported; leave it False (parameter group {index})")
             records, _ = self._records(index)
             for param, record in zip(group["params"], records):
                 check_param(record.name, param)

@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .names import block_of, canonical_name, match_layers
 from .philox import stream_key
@@ -104,6 +105,8 @@ def check_param(name: str, param: torch.Tensor) -> None:
             "sharded parameters are not supported yet, "
             "and a mask drawn for the shard alone would depend on the sharding"
         )
+    if isinstance(param, torch.nn.parameter.UninitializedTensorMixin):
+        return  # of a lazy module: checked again before its first step
     if not param.is_floating_point():
         raise TypeError(
             f"parameter {name!r} has dtype {param.dtype}; float32, float64, bfloat16 and float16 are supported"
@@ -130,24 +133,58 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def check_state(name: str, param: torch.Tensor, state: dict) -> None:
-    """Raises ValueError for moments that do not fit their parameter: the kernels get addresses,
+    """Raises ValueError or TypeError for state that does not fit its parameter: the kernels get addresses,
     and would write past an end.
     """
-    dtypes = {key: state[key].dtype for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if key in state}
-    if len(set(dtypes.values())) > 1:
-        raise ValueError(f"the moments of {name!r} have different dtypes ({dtypes}); give them one")
-    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-        moment = state.get(key)
-        if moment is not None and (moment.shape != param.shape or moment.device != param.device):
+    remedy = "build a new optimizer, or delete optimizer.state[param]"
+    step = state.get("step", 0)
+    tensor_step = isinstance(step, torch.Tensor) and step.numel() == 1 and step.device.type != "meta"
+    if not (tensor_step or isinstance(step, (int, float))):
+        raise ValueError(f"step of {name!r} must be one number, got {step!r}; {remedy}")
+    moments = {key: state[key] for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if key in state}
+    for key, moment in moments.items():
+        if not isinstance(moment, torch.Tensor):
+            raise ValueError(f"{key} of {name!r} must be a tensor, got {moment!r}; {remedy}")
+        if moment.shape != param.shape or moment.device != param.device:
             raise ValueError(
                 f"{key} of {name!r} has shape {tuple(moment.shape)} on {moment.device}, its parameter "
-                f"{tuple(param.shape)} on {param.device}: the parameter was replaced after its state was made; "
-                "build a new optimizer, or delete optimizer.state[param]"
+                f"{tuple(param.shape)} on {param.device}: the parameter was replaced after its state was made; {remedy}"
             )
-        if moment is not None and not moment.is_contiguous() and overlaps_itself(moment):
+        check_memory(f"{key} of {name!r}", moment)
+        if not moment.is_contiguous() and overlaps_itself(moment):
             raise ValueError(
                 f"{key} of {name!r} has overlapping memory (shape {tuple(moment.shape)}, strides {moment.stride()}): "
-                "several of its elements would be stepped in one place; put a copy (.contiguous()) into the state"
+                "several of its elements would be stepped in one place; put a copy (.clone()) into the state"
+            )
+    if len({moment.dtype for moment in moments.values()}) > 1:
+        found = ", ".join(f"{key} {moment.dtype}" for key, moment in moments.items())
+        raise ValueError(
+            f"the moments of {name!r} have different dtypes ({found}): convert them to one, in the file or in the state"
+        )
+    spans = sorted((each.data_ptr(), each.data_ptr() + reach(each)) for each in moments.values() if each.numel())
+    if any(end > start for (_, end), (start, _) in zip(spans, spans[1:])):
+        raise ValueError(f"the moments of {name!r} share memory: put copies (.clone()) into the state")
+
+
+def reach(tensor: torch.Tensor) -> int:
+    """Bytes from a strided tensor's first element to the end of its last."""
+    return tensor.element_size() * (1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape)))
+
+
+def check_memory(what: str, tensor: torch.Tensor) -> None:
+    """Raises TypeError or ValueError for a tensor without the memory that its shape needs."""
+    if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor) or tensor.device.type == "meta":
+        raise TypeError(
+            f"{what} is a {type(tensor).__name__} of layout {tensor.layout} on {tensor.device}, which has no memory of "
+            "its own to step in; give the optimizer a plain tensor"
+        )
+    if tensor.numel() and not tensor._is_zerotensor():
+        storage = tensor.untyped_storage()
+        needed = tensor.storage_offset() * tensor.element_size() + reach(tensor)
+        if storage.nbytes() < needed or storage.data_ptr() == 0:
+            raise ValueError(
+                f"{what} needs {needed} bytes, but its storage has {storage.nbytes()}: it was freed or resized; "
+                "step while it is allocated"
             )
 
 
