@@ -1,7 +1,6 @@
 """What a result was measured on: processor, versions, commit, load. And its file, results/<machine>/<name>.json."""
 
 import argparse
-import contextlib
 import functools
 import json
 import os
@@ -21,7 +20,6 @@ from render import RESULTS, ROOT
 import graddrop_kernels
 from graddrop_kernels.backends import cpu
 
-ISAS = ("avx512_bf16", "avx512", "avx2", "neon", "portable")
 _FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 _CODE = ("csrc", "graddrop_kernels", "setup.py", ":(glob)benchmarks/*.py")  # what a figure depends on
 
@@ -47,7 +45,7 @@ def facts() -> dict:
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "compiler": _compiler(),
         "graddrop_kernels": graddrop_kernels.__version__,
-        "isas": available_isas(),
+        "isas": list(cpu.available_isas()),
         "kernels_older_than_csrc": _kernels_are_stale(),
         "commit": _git("rev-parse", "HEAD") or os.environ.get("GRADDROP_COMMIT"),  # a copy without its .git
         "dirty": bool(_git("status", "--porcelain", "--", *_CODE)),
@@ -70,19 +68,6 @@ def gpu_slug(machine: dict) -> str:
     """The folder of results on the GPU: "nvidia-h200"; "no-gpu" for a rehearsal without one."""
     name = machine["gpu"]["name"] if machine["gpu"] else "no gpu"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def available_isas() -> list[str]:
-    """The instruction sets that this processor and this build have, the best first; empty without compiled kernels."""
-    if cpu.unavailable():
-        return []
-    in_use, found = cpu.isa(), []
-    for name in ISAS:
-        with contextlib.suppress(ValueError):
-            cpu.select_isa(name)
-            found.append(name)
-    cpu.select_isa(in_use)
-    return found
 
 
 class Load:

@@ -304,10 +304,10 @@ def main() -> None:
     parser.add_argument("--numel", type=int, default=100_000_000, help="parameters")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--isas", nargs="+", choices=machine.ISAS, help="default: all of this processor and build")
+    parser.add_argument("--isas", nargs="+", choices=cpu.ISAS, help="default: all of this processor and build")
     parser.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="for each dtype, setup included")
     options = parser.parse_args()
-    isas = options.isas or machine.available_isas()
+    isas = options.isas or list(cpu.available_isas())
     if cpu.unavailable():
         raise SystemExit(f"nothing to measure: {cpu.unavailable()}")
     numel = min(options.numel, 200_000) if options.quick else options.numel

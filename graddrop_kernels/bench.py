@@ -6,9 +6,7 @@ queued the step. The repository's benchmarks/ measure more, with more care.
 """
 
 import json
-import platform
 import random
-import re
 import statistics
 import sys
 import time
@@ -19,6 +17,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, backends
+from .backends import cpu
 from .optimizer import FusedGradDropAdamW
 from .policies import FixedMask, GaussianGradDrop, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop
 
@@ -69,16 +68,10 @@ def bench(device: str | torch.device | None = None, out: str | Path | None = Non
 
 def _machine(device: torch.device) -> dict:
     on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else _processor()
+    name = torch.cuda.get_device_name(device) if on_gpu else cpu.processor()
     threads = None if on_gpu else torch.get_num_threads()
     versions = {"torch": torch.__version__, "graddrop": __version__}
     return {"device": device.type, "name": name, "threads": threads, **versions}
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*: (.+)$", path.read_text() if path.exists() else "", re.MULTILINE)
-    return named[1] if named else platform.processor() or platform.machine()
 
 
 @dataclass

@@ -76,7 +76,7 @@ def info() -> int:
     print(f"graddrop_kernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(f"torch {torch.__version__}, {', '.join(f'{name} {_installed(name)}' for name in _OPTIONAL)}")
     isa = f"instruction set {cpu.isa()}" if cpu.unavailable() is None else "no compiled kernels"
-    print(f"CPU: {_cpu_model()}, {isa}, {torch.get_num_threads()} of {os.cpu_count()} threads")
+    print(f"CPU: {cpu.processor()}, {isa}, {torch.get_num_threads()} of {os.cpu_count()} threads")
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     print("GPU:" if gpus else f"GPU: none that torch can use ({_torch_gpu_build()})")
     for index in gpus:
@@ -180,12 +180,6 @@ def cuda_architectures(library: bytes) -> tuple[list[int], list[int]]:
             found[kind].add(struct.unpack_from("<I", library, place + 28)[0])
             place += entry_header + payload
     return sorted(found[2]), sorted(found[1])
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty there
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _compilers() -> dict[str, str]:

@@ -1,6 +1,5 @@
 """One case of `verify`: "exact" and the backends step the same values side by side, compared after every step."""
 
-import contextlib
 import random
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,32 +14,6 @@ from .optimizer import FusedGradDropAdamW
 from .verify_cases import DTYPES, F16, Case
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-
-
-def instruction_sets() -> tuple[str, ...]:
-    """Those that the cpu backend can use on this processor, the best first; () where it cannot run."""
-    if cpu.unavailable():
-        return ()
-    in_use, found = cpu.isa(), []
-    for name in ("avx512_bf16", "avx512", "avx2", "portable"):
-        with contextlib.suppress(ValueError):
-            cpu.select_isa(name)
-            found.append(name)
-    cpu.select_isa(in_use)
-    return tuple(found)
-
-
-@contextlib.contextmanager
-def instruction_set(name: str | None):
-    """Selects an instruction set of the cpu backend; None leaves it as it is."""
-    in_use = cpu.isa() if name else None
-    if name:
-        cpu.select_isa(name)
-    try:
-        yield
-    finally:
-        if name:
-            cpu.select_isa(in_use)
 
 
 class Engine(NamedTuple):
@@ -105,7 +78,7 @@ class Training:
         """One step; returns ``tensors()``."""
         for i, (param, grad) in enumerate(zip(self.params, grads)):
             param.grad = self._placed(grad.to(self.engine.device), i + 1)
-        with instruction_set(self.engine.isa):
+        with cpu.using_isa(self.engine.isa):
             self.optimizer.step()
         return self.tensors()
 

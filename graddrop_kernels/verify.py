@@ -11,9 +11,9 @@ import warnings
 import torch
 
 from . import backends
-from .backends import Backend
+from .backends import Backend, cpu
 from .bounds import BOUNDS
-from .side_by_side import Engine, Findings, instruction_sets, run_case
+from .side_by_side import Engine, Findings, run_case
 from .verify_cases import DTYPES, Case, make_cases
 
 _FAILURES_SHOWN = 3  # of one engine and policy
@@ -75,7 +75,7 @@ def _engines(devices: list[torch.device], only: str | None) -> tuple[list[Engine
             continue
         for device in fitting:
             if (backend.name, device.type) != ("exact", "cpu"):  # that is what the others are compared with
-                isas = instruction_sets() if backend.name == "cpu" else (None,)
+                isas = cpu.available_isas() if backend.name == "cpu" else (None,)
                 engines += [Engine(backend, device, isa) for isa in isas]
     return engines, absent
 

@@ -1,6 +1,5 @@
 """What the tests step: one table of policies x hyper-parameters x dtypes x sizes; the engines; comparison by bits."""
 
-import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterable
@@ -23,7 +22,6 @@ from graddrop_kernels import (
     available_backends,
 )  # fmt: skip
 from graddrop_kernels.backends import BACKENDS, cpu
-from graddrop_kernels.side_by_side import instruction_set
 
 # --- engines ----------------------------------------------------------------------------------------------------------
 
@@ -33,24 +31,7 @@ BACKEND_NAMES = tuple(
 _ROWS = {backend.name: backend for backend in BACKENDS}
 
 
-def _instruction_sets() -> tuple[str, ...]:
-    """Those of this processor and build, out of the list that the error message gives (which a test compares with
-    what torch finds).
-    """
-    if cpu.unavailable():
-        return ()
-    with pytest.raises(ValueError) as refused:
-        cpu.select_isa("every")
-    in_use, found = cpu.isa(), []
-    for name in str(refused.value).rsplit(": ", 1)[1].split(", "):
-        with contextlib.suppress(ValueError):
-            cpu.select_isa(name)
-            found.append(name)
-    cpu.select_isa(in_use)
-    return tuple(found)
-
-
-ISAS = _instruction_sets()
+ISAS = cpu.available_isas()
 
 
 def require(backend: str) -> None:
@@ -239,11 +220,11 @@ class Training:
             self.optimizer.set_epoch(epoch)
         for param, grad in zip(self.params, grads):
             param.grad = None if grad is None else grad.to(param.device, copy=True)
-        with instruction_set(self.engine.isa):
+        with cpu.using_isa(self.engine.isa):
             self.optimizer.step()
 
     def masks(self) -> list[torch.Tensor]:
-        with instruction_set(self.engine.isa):
+        with cpu.using_isa(self.engine.isa):
             return [self.optimizer.mask(param).cpu() for param in self.params]
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -6,8 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import BACKEND_NAMES, ISAS, instruction_set, require
+from cases import BACKEND_NAMES, ISAS, require
 from toy import build, random_grads, train
+
+from graddrop_kernels.backends import cpu
 
 _SEED = int(os.environ.get("GRADDROP_TEST_SEED") or secrets.randbits(31))
 
@@ -52,7 +54,7 @@ def backend(request) -> str:
 def isa(request):
     """Every instruction set of this processor, portable included, in use during the test."""
     require("cpu")
-    with instruction_set(request.param):
+    with cpu.using_isa(request.param):
         yield request.param
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import random
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,12 +29,12 @@ from cases import (
     assert_same_bits,
     assert_same_tensors,
     fused_engines,
-    instruction_set,
     named_values,
     require,
 )  # fmt: skip
 
 from graddrop_kernels import GradDrop, backends
+from graddrop_kernels.backends import cpu
 from graddrop_kernels.rounding import EXACT as EXACT_ROUNDING
 from graddrop_kernels.rounding import PLAIN as PLAIN_ROUNDING
 
@@ -278,7 +279,7 @@ def test_strides_do_not_matter(masking, dtypes, seed):
             for param, grad in zip(strided.params, grads):
                 param.grad = grad.to(engine.device)
                 assert param.grad.stride() == grad.stride()
-            with instruction_set(engine.isa):
+            with cpu.using_isa(engine.isa):
                 strided.optimizer.step()
             assert_same_tensors(strided.tensors(), contiguous.tensors(), f"{engine} after step {step}")
         for (name, _), (view, _) in zip(strided.named, views.values()):
@@ -313,7 +314,7 @@ def test_alignment_does_not_matter(dtypes, seed):
                         shifted.optimizer.state[param][key] = shift(
                             shifted.optimizer.state[param][key], 1 + (i + j + step) % 6
                         )
-            with instruction_set(engine.isa):
+            with cpu.using_isa(engine.isa):
                 shifted.optimizer.step()
             assert_same_tensors(shifted.tensors(), aligned.tensors(), f"{engine} after step {step}")
 
@@ -557,6 +558,8 @@ def test_every_instruction_set_of_the_processor_is_tested():
     assert "portable" in ISAS
     capability = torch.backends.cpu.get_cpu_capability().lower()
     assert capability not in ("avx512", "avx2") or capability in ISAS
+    cpuinfo = Path("/proc/cpuinfo")
+    assert not cpuinfo.exists() or ("avx512_bf16" in cpuinfo.read_text().split()) == ("avx512_bf16" in ISAS)
     assert {engine.isa for engine in ENGINES if engine.backend == "cpu"} == set(ISAS)
 
 

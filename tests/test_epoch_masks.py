@@ -13,10 +13,10 @@ from cases import (
     assert_same_bits,
     assert_same_tensors,
     fused_engines,
-    instruction_set,
 )
 
 from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, LinearAnneal
+from graddrop_kernels.backends import cpu
 from graddrop_kernels.bitmask import element_buckets
 from graddrop_kernels.philox import stream_key
 
@@ -322,7 +322,7 @@ def test_planes_do_not_depend_on_the_instruction_set(seed):
     for step in range(2 * len(engines)):
         grads = [torch.randn(value.shape, generator=generator) for _, value in values]
         trainings[0].step(grads, 2)
-        with instruction_set(engines[step % len(engines)].isa):
+        with cpu.using_isa(engines[step % len(engines)].isa):
             trainings[1].engine = engines[step % len(engines)]
             trainings[1].step(grads, 2)
         assert_same_tensors(

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from cases import EXACT, FUSED, assert_same_bits, instruction_set, require
+from cases import EXACT, FUSED, assert_same_bits, require
 
 from graddrop_kernels import FusedGradDropAdamW, GaussianGradDrop, backends
+from graddrop_kernels.backends import cpu
 from graddrop_kernels.gaussian import normal_from_words
 from graddrop_kernels.layout import RowBlock
 from graddrop_kernels.multi_tensor import Hyper, TensorBatch
@@ -102,7 +103,7 @@ def gaussian_factors(engine, key: int, draw: int, base: int, count: int, scale: 
     batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs = [zeros()], [zeros() + 1], [zeros()], [zeros()]
     batch.max_exp_avg_sqs, batch.steps, batch.keys = [None], [torch.tensor(float(draw), device=engine.device)], [key]
     batch.layouts, batch.mask_words, batch.hyper_rows = [RowBlock(base, count, count)], [None], [0]
-    with instruction_set(engine.isa):
+    with cpu.using_isa(engine.isa):
         backends.select(engine.backend, torch.device(engine.device), torch.float32, torch.float32).masked_adamw_(batch)
     return batch.exp_avgs[0].cpu()
 

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from cases import BF16, F16, F32, Engine, assert_same_bits, fused_engines, instruction_set
+from cases import BF16, F16, F32, Engine, assert_same_bits, fused_engines
 
 from graddrop_kernels import FusedGradDropAdamW, GaussianGradDrop, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop
+from graddrop_kernels.backends import cpu
 
 BAD_STEPS = (1, 7, 8)
 STEPS = 12
@@ -33,7 +34,7 @@ def train(values, policy, engine: Engine, fused, batches, scaler=None) -> FusedG
     """One step a batch of gradients; with a scaler the gradients come scaled, as backward() would leave them."""
     named = [(name, torch.nn.Parameter(value.clone().to(engine.device))) for name, value in values]
     optimizer = FusedGradDropAdamW(named, **ARGUMENTS, mask=policy, backend=engine.backend, fused=fused)
-    with instruction_set(engine.isa):
+    with cpu.using_isa(engine.isa):
         for epoch, grads in batches:
             optimizer.set_epoch(epoch)
             scale = scaler.scale(torch.ones((), device=engine.device)) if scaler else 1.0
@@ -105,7 +106,7 @@ def test_fused_unscaling_divides_in_float32_and_writes_back(policy, dtypes, seed
             strided = grad.t().contiguous().t() if grad.dim() == 2 else grad.clone()
             param.grad = strided.to(engine.device)
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.0), torch.tensor(0.0)
-        with instruction_set(engine.isa):
+        with cpu.using_isa(engine.isa):
             optimizer.step()
         for (name, param), grad in zip(named, grads):
             assert_same_bits(param.grad, (grad.float() / 3.0).to(dtypes[0]), f"gradient of {name} by {engine}")

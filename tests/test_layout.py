@@ -16,7 +16,6 @@ from cases import (
     Engine,
     assert_same_bits,
     fused_engines,
-    instruction_set,
     require,
 )
 
@@ -115,7 +114,7 @@ def step(
         batch.layouts.append(layout)
         batch.mask_words.append(None if words is None else words.to(device))
         batch.hyper_rows.append(0)
-    with instruction_set(engine.isa):
+    with cpu.using_isa(engine.isa):
         backends.select(engine.backend, device, *dtypes).masked_adamw_(batch)
     assert all(count == 5 for count in batch.steps)
     lists = (batch.params, batch.exp_avgs, batch.exp_avg_sqs, batch.max_exp_avg_sqs)
@@ -143,7 +142,7 @@ def test_shards_step_as_slices_of_the_whole(plan, packed, dtypes, seed):
     count = ROWS * COLUMNS
     exact = None
     for engine in (EXACT, *fused_engines(dtypes), PLAIN):
-        with instruction_set(engine.isa):
+        with cpu.using_isa(engine.isa):
             flat = {name: tensor.flatten() for name, tensor in whole.items()}
             rows = [(RowBlock.whole(count), flat, words_of(plan, key, RowBlock.whole(count), count, fixed))]
             for shard in SHARDS.values():

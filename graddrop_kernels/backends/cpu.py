@@ -1,7 +1,10 @@
 """The cpu backend: csrc/cpu through its C functions. The default on CPU tensors when it was built."""
 
+import contextlib
 import ctypes
 import os
+import platform
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from ..layout import RowBlock
 from ..multi_tensor import TensorBatch
 from .tensor_table import DTYPES, TABLE_VERSION, TensorRow, hyper_table, tensor_table
 
+ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # the best first
 _LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
 
 
@@ -58,8 +62,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     requested = os.environ.get("GRADDROP_CPU_ISA", "")
     if library.graddrop_cpu_select_isa(requested.encode()) != 0:
         return None, (
-            f"GRADDROP_CPU_ISA={requested!r} is not among this processor's and this build's: "
-            "avx512_bf16, avx512, avx2, portable"
+            f"GRADDROP_CPU_ISA={requested!r} is not among this processor's and this build's: {', '.join(ISAS)}"
         )
     return library, None
 
@@ -90,9 +93,37 @@ def select_isa(name: str) -> None:
     """
     if library().graddrop_cpu_select_isa(name.encode()) != 0:
         raise ValueError(
-            f"instruction set {name!r} is not among this processor's and this build's: "
-            "avx512_bf16, avx512, avx2, portable"
+            f"instruction set {name!r} is not among this processor's and this build's: {', '.join(ISAS)}"
         )
+
+
+@contextlib.contextmanager
+def using_isa(name: str | None):
+    """Selects an instruction set for a with block; None leaves it as it is."""
+    in_use = isa() if name else None
+    if name:
+        select_isa(name)
+    try:
+        yield
+    finally:
+        if name:
+            select_isa(in_use)
+
+
+def available_isas() -> tuple[str, ...]:
+    """Those of ISAS that this processor and this build have; () where the library cannot run."""
+    found = []
+    for name in ISAS if unavailable() is None else ():
+        with contextlib.suppress(ValueError), using_isa(name):
+            found.append(name)
+    return tuple(found)
+
+
+def processor() -> str:
+    """The processor's name."""
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty there
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def masked_adamw_(batch: TensorBatch) -> None:
