@@ -13,6 +13,8 @@ GROUP_DEFAULTS = {
     "masked": None,  # None: the policy's own; "gradient" or "frozen"
     "bias_correction": "active",  # or "global"
     "moment_dtype": None,  # None: the parameter's; or "float32"
+    "master_weights": False,  # step a float32 copy of 16-bit parameters
+    "stochastic_rounding": False,  # of bfloat16 parameters
     "epoch": 0,
     "epoch_was_set": False,  # set_epoch() was called, once at least
     "completed_steps": 0,  # steps of this group, the draw of its block masks
@@ -24,6 +26,16 @@ def moment_dtype_name(dtype: torch.dtype | str | None) -> str | None:
     if dtype not in (None, torch.float32, "float32"):
         raise ValueError(f"moment_dtype must be None (the parameter's dtype) or torch.float32, got {dtype!r}")
     return None if dtype is None else "float32"
+
+
+def has_master(param: torch.Tensor, group: dict) -> bool:
+    """Whether a float32 copy of the parameter is stepped in its place."""
+    return group["master_weights"] and param.dtype in (torch.bfloat16, torch.float16)
+
+
+def is_stochastic(param: torch.Tensor, group: dict) -> bool:
+    """Whether the parameter is rounded stochastically; one of another dtype is rounded as usual."""
+    return group["stochastic_rounding"] and param.dtype == torch.bfloat16
 
 
 def _number(name: str, index: int, value) -> float:
@@ -52,6 +64,11 @@ def check_options(index: int, group: dict) -> None:
     for name in ("capturable", "differentiable"):
         if group[name]:
             raise ValueError(f"{name}=True is not supported; leave it False (parameter group {index})")
+    if group["master_weights"] and group["stochastic_rounding"]:
+        raise ValueError(
+            f"master_weights and stochastic_rounding of parameter group {index} exclude each other: the rounding of "
+            "master weights is not lost; leave one False"
+        )
     if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**64:
         raise ValueError(f"seed of parameter group {index} must be an int in [0, 2^64), got {group['seed']!r}")
     if group["masked"] not in (None, "gradient", "frozen"):

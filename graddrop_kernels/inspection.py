@@ -146,17 +146,19 @@ def _by_group(what: str, texts: list[tuple[int, str]]) -> list[str]:
 def _backends(optimizer) -> list[str]:
     """A line for each kind of tensor: the backend that would step it, or why none can."""
     kinds = Counter(
-        (param.device, param.dtype, optimizer._moment_dtype(param, group))
+        (param.dtype, optimizer._mode(param, group))
         for group in optimizer.param_groups
         for param in group["params"]
     )
     lines = []
-    for (device, dtype, moment_dtype), tensors in kinds.items():
+    for (dtype, mode), tensors in kinds.items():
+        device, _, moment_dtype, masters, stochastic = mode
         try:
-            chosen = backends.select(optimizer._backend, device, dtype, moment_dtype).name
+            chosen = backends.select(optimizer._backend, *mode).name
         except (TypeError, ValueError, RuntimeError) as error:
             chosen = f"none: {error}"
-        dtypes = f"{dtype}, moments {moment_dtype}".replace("torch.", "")
+        extra = ", master weights" if masters else ", stochastic rounding" if stochastic else ""
+        dtypes = f"{dtype}, moments {moment_dtype}{extra}".replace("torch.", "")
         lines.append(f"backend ({tensors} tensors on {device}, {dtypes}): {chosen}")
     return lines
 

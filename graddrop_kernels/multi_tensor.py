@@ -36,7 +36,7 @@ class Hyper:
 class Row:
     """One parameter with a gradient.
 
-    ``state`` holds step (0-d float32), exp_avg, exp_avg_sq and with amsgrad max_exp_avg_sq.
+    ``state`` holds step (0-d float32), exp_avg, exp_avg_sq, with amsgrad max_exp_avg_sq, with ``master`` master_param.
     """
 
     param: torch.Tensor
@@ -47,6 +47,8 @@ class Row:
     layout: RowBlock  # where the elements lie in the whole parameter
     plan_of: tuple  # (group index, unit): rows of one pair share a Hyper
     mask_words: torch.Tensor | None = None  # int32 bit-planes of the buckets, or the bits of a fixed mask
+    master: bool = False  # master_param is stepped, and the parameter is what it rounds to
+    stochastic: bool = False  # the bfloat16 parameter is rounded up or down at random
 
 
 @dataclass
@@ -56,6 +58,9 @@ class TensorBatch:
     It knows nothing of groups or policies. ``steps`` are advanced by the backend call; ``max_exp_avg_sqs`` has None
     without amsgrad; ``hyper_rows`` are indices into ``hypers``, which, like ``grads``, is filled anew for every step.
     Everything else stays as long as no tensor moves, so that a backend may keep what it derives from it in ``table``.
+
+    With master weights ``params`` are the masters, in float32, and ``copies`` the parameters themselves, which have the
+    gradients' dtype and get the masters rounded.
     """
 
     device: torch.device
@@ -76,6 +81,10 @@ class TensorBatch:
     hypers: list[Hyper] = field(default_factory=list)
     grad_scale: torch.Tensor | None = None  # one float32: gradients are divided by it, and written back
     found_inf: torch.Tensor | None = None  # one float32: not 0 makes the step a no-op
+    clip_factor: torch.Tensor | None = None  # one float32: gradients are multiplied by it after that, in registers
+    grad_dtype: torch.dtype | None = None  # None: param_dtype
+    stochastic: bool = False  # params (bfloat16) are rounded up or down at random, with the odds of where they lie
+    copies: list[torch.Tensor] = field(default_factory=list)
     table: object = None
 
 
@@ -96,6 +105,7 @@ class PreparedStep:
         self.absent = [param.grad is None for param in params]
         self.states = [row.state for row in rows]
         self.amsgrad_states = [row.state for row in rows if row.amsgrad]
+        self.master_states = [row.state for row in rows if row.master]
         self.all_states = list(state.values())
         self.staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.batches = self._sort(rows)
@@ -144,7 +154,9 @@ class PreparedStep:
         """The moments and steps of all rows; None where one is gone."""
         try:
             kept = [map(itemgetter(name), self.states) for name in ("exp_avg", "exp_avg_sq", "step")]
-            return list(chain(*kept, map(itemgetter("max_exp_avg_sq"), self.amsgrad_states)))
+            kept.append(map(itemgetter("max_exp_avg_sq"), self.amsgrad_states))
+            kept.append(map(itemgetter("master_param"), self.master_states))
+            return list(chain(*kept))
         except KeyError:
             return None
 
@@ -152,15 +164,19 @@ class PreparedStep:
         batches: dict[tuple, TensorBatch] = {}
         turns = turns_of([row.param for row in rows])
         for position, row in enumerate(rows):
-            exp_avg = row.state["exp_avg"]
-            facts = (row.param.device, row.param.dtype, exp_avg.dtype)
-            key = (*facts, turns.get(position, 0))
-            batch = batches.get(key) or batches.setdefault(key, TensorBatch(*facts))
+            exp_avg, stepped = row.state["exp_avg"], row.state["master_param"] if row.master else row.param
+            facts = (stepped.device, stepped.dtype, exp_avg.dtype)
+            key = (*facts, row.grad.dtype, row.stochastic, turns.get(position, 0))
+            if key not in batches:
+                batches[key] = TensorBatch(*facts, grad_dtype=row.grad.dtype, stochastic=row.stochastic)
+            batch = batches[key]
             if row.plan_of not in batch.plans_of:
                 batch.plans_of.append(row.plan_of)
             batch.hyper_rows.append(batch.plans_of.index(row.plan_of))
             batch.members.append(position)
-            batch.params.append(self._contiguous(row.param))
+            batch.params.append(self._contiguous(stepped))
+            if row.master:
+                batch.copies.append(self._contiguous(row.param))
             batch.exp_avgs.append(self._contiguous(exp_avg))
             batch.exp_avg_sqs.append(self._contiguous(row.state["exp_avg_sq"]))
             batch.max_exp_avg_sqs.append(self._contiguous(row.state["max_exp_avg_sq"]) if row.amsgrad else None)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from . import backends, bitmask, checkpoint, inspection
-from .group_options import GROUP_DEFAULTS, check_options, moment_dtype_name
+from .group_options import GROUP_DEFAULTS, check_options, has_master, is_stochastic, moment_dtype_name
 from .layout import RowBlock
 from .multi_tensor import Hyper, PreparedStep, Row, grad_of, present
 from .names import canonical_name
@@ -53,6 +53,11 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             of the size of lr; ``"global"`` counts all steps: the literal form, in which a late unit starts with 3 to 6
             times lr.
         moment_dtype: None for moments in the parameter's dtype (as torch), or torch.float32.
+        master_weights: step a float32 copy of each bfloat16 or float16 parameter, kept in its state as
+            ``master_param`` with float32 moments; the parameter is that copy rounded. The copy is the truth: load new
+            weights before the first step.
+        stochastic_rounding: round bfloat16 parameters up or down at random, so that updates smaller than half their
+            last digit are kept on average; needs no memory.
         backend: ``"auto"``, or one of ``available_backends()``.
 
     Raises:
@@ -89,6 +94,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         masked: str | None = None,
         bias_correction: str = "active",
         moment_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
         backend: str = "auto",
     ):
         self._backend = backends.check_name(backend)
@@ -99,6 +106,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._own_defaults = {
             **GROUP_DEFAULTS, "mask": self._policies.add(mask), "seed": seed, "masked": masked,
             "bias_correction": bias_correction, "moment_dtype": moment_dtype_name(moment_dtype),
+            "master_weights": master_weights, "stochastic_rounding": stochastic_rounding,
         }  # fmt: skip
         self._constructing = True
         super().__init__(
@@ -162,7 +170,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 for scalar in (grad_scale, found_inf)
             )
         chosen = [
-            backends.select(self._backend, batch.device, batch.param_dtype, batch.moment_dtype)
+            backends.select(
+                self._backend, batch.device, batch.param_dtype, batch.moment_dtype, bool(batch.copies), batch.stochastic
+            )
             for batch in prepared.batches
         ]
         for backend, batch in zip(chosen, prepared.batches):
@@ -357,7 +367,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
     def _group_facts(self) -> list[tuple]:
         """What of the groups a prepared step depends on."""
         return [
-            (group["mask"], group["seed"], group["amsgrad"], len(group["params"]), group.get("param_names"))
+            (
+                group["mask"], group["seed"], group["amsgrad"], group["master_weights"], group["stochastic_rounding"],
+                len(group["params"]), group.get("param_names"),
+            )
             for group in self.param_groups
         ]
 
@@ -379,7 +392,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                     check_memory(f"the gradient of {record.name!r}", param.grad)
                     found.append((index, group, param, record))
         for _, group, param, _ in found:
-            backends.select(self._backend, param.device, param.dtype, self._moment_dtype(param, group))
+            backends.select(self._backend, *self._mode(param, group))
         probe = self._is_state_probe(grads)
         for _, group, param, _ in found:
             self._init_state(param, group)
@@ -391,14 +404,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             layout = RowBlock.whole(param.numel())
             rows.append(
                 Row(
-                    param,
-                    param.grad,
-                    self.state[param],
-                    group["amsgrad"],
-                    record.key,
-                    layout,
-                    (index, record.unit),
-                    words,
+                    param, param.grad, self.state[param], group["amsgrad"], record.key, layout, (index, record.unit),
+                    words, has_master(param, group), is_stochastic(param, group),
                 )
             )
         return PreparedStep(params, rows, self.state, self._group_facts())
@@ -449,9 +456,18 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     def _moment_dtype(self, param: torch.Tensor, group: dict) -> torch.dtype:
         state = self.state.get(param)
+        if has_master(param, group):
+            return torch.float32
         if state and "exp_avg" in state:
             return state["exp_avg"].dtype
         return torch.float32 if group["moment_dtype"] == "float32" and param.dtype != torch.float64 else param.dtype
+
+    def _mode(self, param: torch.Tensor, group: dict) -> tuple:
+        """What backends.select() asks about a parameter: device, dtypes of what is stepped and of the moments, options.
+        """
+        master = has_master(param, group)
+        stepped = torch.float32 if master else param.dtype
+        return param.device, stepped, self._moment_dtype(param, group), master, is_stochastic(param, group)
 
     def _init_state(self, param: torch.Tensor, group: dict) -> None:
         """Makes what the parameter's state lacks, as torch does: zeros in the parameter's strides."""
@@ -459,6 +475,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + group["amsgrad"]]:
             if name not in state:
                 state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            state[name] = state[name].to(dtype)  # of another dtype where master weights begin in the middle of a run
+        if has_master(param, group) and "master_param" not in state:
+            state["master_param"] = param.detach().to(torch.float32)
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         else:  # torch's own AdamW keeps it on the CPU, in the default dtype

@@ -161,9 +161,19 @@ def check_state(name: str, param: torch.Tensor, state: dict) -> None:
         raise ValueError(
             f"the moments of {name!r} have different dtypes ({found}): convert them to one, in the file or in the state"
         )
+    if "master_param" in state:
+        master = state["master_param"]
+        if not isinstance(master, torch.Tensor) or (master.shape, master.dtype, master.device) != (
+            param.shape, torch.float32, param.device,
+        ):  # fmt: skip
+            raise ValueError(
+                f"master_param of {name!r} must be float32 of shape {tuple(param.shape)} on {param.device}; {remedy}"
+            )
+        check_memory(f"master_param of {name!r}", master)
+        moments["master_param"] = master
     spans = sorted((each.data_ptr(), each.data_ptr() + reach(each)) for each in moments.values() if each.numel())
     if any(end > start for (_, end), (start, _) in zip(spans, spans[1:])):
-        raise ValueError(f"the moments of {name!r} share memory: put copies (.clone()) into the state")
+        raise ValueError(f"the tensors in the state of {name!r} share memory: put copies (.clone()) into it")
 
 
 def reach(tensor: torch.Tensor) -> int:

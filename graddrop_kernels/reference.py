@@ -11,9 +11,9 @@ from .bitmask import element_buckets, planes_to_buckets, unpack
 from .gaussian import normal_from_words
 from .layout import RowBlock
 from .multi_tensor import Hyper, TensorBatch
-from .philox import DOMAIN_ELEMENT, DOMAIN_GAUSSIAN, uniform16, words32
+from .philox import DOMAIN_ELEMENT, DOMAIN_GAUSSIAN, DOMAIN_ROUNDING, uniform16, words32
 from .plan import MaskPlan
-from .rounding import EXACT, PLAIN, Rounding
+from .rounding import EXACT, PLAIN, Rounding, stochastic_bfloat16
 
 
 def masked_adamw_(batch: TensorBatch, exact: bool = False) -> None:
@@ -39,6 +39,8 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
         unscaled = grad.to(dtype) / batch.grad_scale
         grad.copy_(unscaled)
         grad = unscaled
+    if batch.clip_factor is not None:
+        grad = grad.to(dtype) * batch.clip_factor
 
     key, layout = batch.keys[row], batch.layouts[row]
     keep, bucket = keep_and_bucket(plan, key, completed_steps, layout, p.numel(), batch.mask_words[row], param.device)
@@ -78,9 +80,14 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
     denom = rounding.sqrt(vhat) / bias_correction2_sqrt + eps
     p = p - step_size * m / denom
 
-    for target, new, before in zip(
-        (param, batch.exp_avgs[row], batch.exp_avg_sqs[row], max_exp_avg_sq), (p, m, v, vmax), old
-    ):
+    if batch.stochastic:
+        draws = lambda *run: words32(key, completed_steps, DOMAIN_ROUNDING, *run)
+        p = stochastic_bfloat16(p, by_runs(layout, p.numel(), param.device, draws))
+    targets = [param, batch.exp_avgs[row], batch.exp_avg_sqs[row], max_exp_avg_sq]
+    if batch.copies:  # of the master weights that have just been stepped
+        targets.append(batch.copies[row])
+        old += (batch.copies[row].flatten(),)
+    for target, new, before in zip(targets, (p, m, v, vmax, p.to(batch.grad_dtype or param.dtype)), old):
         if new is not None:
             if plan.frozen and keep is not None:
                 new = torch.where(keep, new, before)

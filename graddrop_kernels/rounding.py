@@ -1,4 +1,6 @@
-"""Two ways to round the reference's operations: as PyTorch happens to, or once each, as the fused kernels do."""
+"""Two ways to round the reference's operations: as PyTorch happens to, or once each, as the fused kernels do.
+And stochastic rounding.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -41,3 +43,15 @@ def _exact_sqrt(a: torch.Tensor) -> torch.Tensor:
 
 PLAIN = Rounding(lambda a, b, c: a * b + c, torch.sqrt)
 EXACT = Rounding(_exact_fma, _exact_sqrt)
+
+
+def stochastic_bfloat16(a: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """float32 rounded to one of the two bfloat16 around it, at odds that make the mean exact; stays float32.
+
+    Args:
+        a: float32. A bfloat16 stays what it is; infinities and NaN are rounded as usual.
+        words: int64 of the same shape, random 32-bit words, of which the upper half decides: the lower half of a
+            float32 is what a bfloat16 lacks.
+    """
+    bits = (a.view(torch.int32) + (words >> 16).to(torch.int32)) & -65536
+    return torch.where(a.isfinite(), bits.view(torch.float32), a)

@@ -128,8 +128,8 @@ def test_one_flipped_mask_bit(capsys, plant, only, seed):
     assert len(found) == 2 * 3 + 1 and lines[-1] == found[-1] and found[-1].startswith("FAIL: 10 failures: 15 cases")
     for line in found[:-1]:
         assert re.search(
-            r"planted on cpu: GradDrop( every epoch)?, .*: step 0, epoch \d: mask, by what it did: 1 of \d+ elements are "
-            r"wrong, the first layers\.3\.weight7\[700\] of 1031: (trained, not dropped|dropped, not trained)$",
+            r"planted on cpu: GradDrop( every epoch)?, .*: step 0, epoch \d: mask, by what it did: 1 of \d+ elements "
+            r"are wrong, the first layers\.3\.weight7\[700\] of 1031: (trained, not dropped|dropped, not trained)$",
             line,
         ), line
     assert sum("and 2 more of planted on cpu, GradDrop" in line for line in lines) == 2

@@ -35,10 +35,12 @@ class Backend:
         name: what ``backend=`` and GRADDROP_BACKEND call it.
         summary: one line for ``info``.
         devices: device types, or None for any.
-        dtypes: (parameter dtype, moment dtype) pairs.
+        dtypes: (parameter dtype, moment dtype) pairs; with master weights the masters' dtype.
         automatic: whether ``"auto"`` may pick it; the first such row that fits is picked.
         unavailable: () -> None when it can run on this machine, else the reason and the remedy.
         masked_adamw_: the step on a TensorBatch, in place.
+        masters: whether it takes batches with copies (master weights).
+        stochastic: whether it rounds stochastically.
     """
 
     name: str
@@ -48,13 +50,20 @@ class Backend:
     automatic: bool
     unavailable: Callable[[], str | None]
     masked_adamw_: Callable[[TensorBatch], None]
+    masters: bool = False
+    stochastic: bool = False
 
-    def misfit(self, device: torch.device, param_dtype: torch.dtype, moment_dtype: torch.dtype) -> str | None:
+    def misfit(
+        self, device: torch.device, param_dtype: torch.dtype, moment_dtype: torch.dtype,
+        masters: bool = False, stochastic: bool = False,
+    ) -> str | None:  # fmt: skip
         """Why it cannot step such a tensor; None when it can."""
         if self.devices is not None and device.type not in self.devices:
             return f"works on {' and '.join(self.devices)} tensors, not on {device.type}"
         if (param_dtype, moment_dtype) not in self.dtypes:
             return f"does not take {_short(param_dtype)} parameters with {_short(moment_dtype)} moments"
+        if (masters and not self.masters) or (stochastic and not self.stochastic):
+            return f"does not offer {'master weights' if masters else 'stochastic rounding'}"
         return self.unavailable()
 
 
@@ -74,11 +83,11 @@ BACKENDS = (
     ),
     Backend(
         "reference", "plain PyTorch, slow; defines the meaning",
-        None, _ANY_DTYPES, True, lambda: None, reference.masked_adamw_,
+        None, _ANY_DTYPES, True, lambda: None, reference.masked_adamw_, True, True,
     ),
     Backend(
         "exact", "the reference with every fma rounded once: the bits of the fused backends",
-        None, _ANY_DTYPES, False, lambda: None, partial(reference.masked_adamw_, exact=True),
+        None, _ANY_DTYPES, False, lambda: None, partial(reference.masked_adamw_, exact=True), True, True,
     ),
 )  # fmt: skip
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -103,20 +112,20 @@ def check_name(name: str, given_as: str = "backend") -> str:
     return name
 
 
-def select(name: str, device: torch.device, param_dtype: torch.dtype, moment_dtype: torch.dtype) -> Backend:
+def select(
+    name: str, device: torch.device, param_dtype: torch.dtype, moment_dtype: torch.dtype,
+    masters: bool = False, stochastic: bool = False,
+) -> Backend:  # fmt: skip
     """The backend for one batch.
 
     ``"auto"`` takes the first that fits, GRADDROP_BACKEND overrides ``"auto"``; a named one that does not fit raises.
     """
+    mode = device, param_dtype, moment_dtype, masters, stochastic
     given_as = "backend"
     if name == "auto":
         name, given_as = os.environ.get("GRADDROP_BACKEND") or "auto", "GRADDROP_BACKEND"
     if name == "auto":
-        fitting = (
-            backend
-            for backend in BACKENDS
-            if backend.automatic and not backend.misfit(device, param_dtype, moment_dtype)
-        )
+        fitting = (backend for backend in BACKENDS if backend.automatic and not backend.misfit(*mode))
         backend = next(fitting, None)
         if backend is None:
             raise TypeError(
@@ -125,7 +134,7 @@ def select(name: str, device: torch.device, param_dtype: torch.dtype, moment_dty
             )
         return backend
     check_name(name, given_as)
-    reason = _BY_NAME[name].misfit(device, param_dtype, moment_dtype)
+    reason = _BY_NAME[name].misfit(*mode)
     if reason:
         raise RuntimeError(f"{given_as}={name!r} {reason}; use {given_as}='auto'")
     return _BY_NAME[name]
