@@ -28,16 +28,6 @@ def moment_dtype_name(dtype: torch.dtype | str | None) -> str | None:
     return None if dtype is None else "float32"
 
 
-def has_master(param: torch.Tensor, group: dict) -> bool:
-    """Whether a float32 copy of the parameter is stepped in its place."""
-    return group["master_weights"] and param.dtype in (torch.bfloat16, torch.float16)
-
-
-def is_stochastic(param: torch.Tensor, group: dict) -> bool:
-    """Whether the parameter is rounded stochastically; one of another dtype is rounded as usual."""
-    return group["stochastic_rounding"] and param.dtype == torch.bfloat16
-
-
 def _number(name: str, index: int, value) -> float:
     """The value as a float. Raises ValueError for what is none: a string, None, a tensor of several elements."""
     try:

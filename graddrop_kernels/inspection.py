@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from . import backends
+from .param_state import mode
 from .policies import Policy
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def describe(optimizer: "FusedGradDropAdamW") -> str:
     rows, clocks, active_blocks, notes = [], [], [], []
     all_blocks, all_tensors, all_elements, active = set(), 0, 0, 0.0
     for index, (group, share) in enumerate(zip(optimizer.param_groups, optimizer.active_fraction())):
-        policy, params, blocks = optimizer._policy(group), group["params"], _blocks_of_group(optimizer, index)
+        policy, params, blocks = optimizer._groups.policy(index), group["params"], _blocks_of_group(optimizer, index)
         numel = sum(param.numel() for param in params)
         all_blocks.update(blocks)
         all_tensors, all_elements, active = all_tensors + len(params), all_elements + numel, active + share * numel
@@ -56,8 +57,7 @@ def describe(optimizer: "FusedGradDropAdamW") -> str:
         ))  # fmt: skip
         clocks.append((index, f"{clock_text(group)}, seed {group['seed']}"))
         if policy is not None and policy.needs_blocks:
-            clock, known = optimizer._clock(group), optimizer._records(index)[1]
-            kept = [block for block in blocks if optimizer._plan(group, block, known, clock).kind != "off"]
+            kept = [block for block in blocks if optimizer._groups.plan(index, block).kind != "off"]
             active_blocks.append((index, f"{len(kept)} of {len(blocks)}: {_join_names(kept) or 'none'}"))
         notes += [(index, note) for note in _notes(group, policy)]
     share = active / all_elements if all_elements else 1.0
@@ -95,10 +95,9 @@ def clock_text(group: dict) -> str:
 
 def _blocks_of_group(optimizer, index: int) -> list[str]:
     """The blocks in which the group's tensors lie, in forward order; [] where nobody has named any."""
-    group, policy = optimizer.param_groups[index], optimizer._policy(optimizer.param_groups[index])
+    group, policy = optimizer.param_groups[index], optimizer._groups.policy(index)
     if policy is not None and policy.needs_blocks:
-        records, known = optimizer._records(index)
-        own = {record.unit for record in records}
+        known, own = optimizer._groups.blocks(index), {record.unit for record in optimizer._groups.records(index)}
     else:
         known, own = group.get("blocks", ()), set(group.get("param_blocks", ()))
     return [block for block in known if block in own]
@@ -146,15 +145,15 @@ def _by_group(what: str, texts: list[tuple[int, str]]) -> list[str]:
 def _backends(optimizer) -> list[str]:
     """A line for each kind of tensor: the backend that would step it, or why none can."""
     kinds = Counter(
-        (param.dtype, optimizer._mode(param, group))
+        (param.dtype, mode(param, group, optimizer.state.get(param, {})))
         for group in optimizer.param_groups
         for param in group["params"]
     )
     lines = []
-    for (dtype, mode), tensors in kinds.items():
-        device, _, moment_dtype, masters, stochastic = mode
+    for (dtype, asked), tensors in kinds.items():
+        device, _, moment_dtype, masters, stochastic = asked
         try:
-            chosen = backends.select(optimizer._backend, *mode).name
+            chosen = backends.select(optimizer._backend, *asked).name
         except (TypeError, ValueError, RuntimeError) as error:
             chosen = f"none: {error}"
         extra = ", master weights" if masters else ", stochastic rounding" if stochastic else ""

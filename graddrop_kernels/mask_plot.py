@@ -57,8 +57,8 @@ def plot_mask(
         ValueError: no parameters at all, or a ``param`` without elements.
     """
     require_optimizer("plot_mask", optimizer)
-    index, position = _largest(optimizer) if param is None else optimizer._find(param)
-    group, record = optimizer.param_groups[index], optimizer._records(index)[0][position]
+    index, position = _largest(optimizer) if param is None else optimizer._groups.find(param)
+    group, record = optimizer.param_groups[index], optimizer._groups.records(index)[position]
     crop = _crop(optimizer, index, position)
     shares, kinds, blocks = _shares_by_kind(optimizer)
     labels, stem = block_labels([block for block in blocks if block is not None])
@@ -94,17 +94,16 @@ def _largest(optimizer) -> tuple[int, int]:
 
 
 def _plan_of(optimizer, index: int, position: int) -> MaskPlan:
-    group, (records, blocks) = optimizer.param_groups[index], optimizer._records(index)
-    plan = optimizer._plan(group, records[position].unit, blocks, optimizer._clock(group))
+    plan = optimizer._groups.plan(index, optimizer._groups.records(index)[position].unit)
     return replace(plan, bitpacked=False)  # the same masks, with nothing to be stored for the whole tensor
 
 
 def _keep(optimizer, index: int, position: int, layout: RowBlock, numel: int) -> torch.Tensor:
     """The keep mask of ``numel`` of a parameter's elements, bool, shape (numel,)."""
-    group, record = optimizer.param_groups[index], optimizer._records(index)[0][position]
+    group, record = optimizer.param_groups[index], optimizer._groups.records(index)[position]
     param, plan = group["params"][position], _plan_of(optimizer, index, position)
     if plan.kind == "fixed":
-        words = optimizer._policy(group).words[record.name]
+        words = optimizer._groups.policy(index).words[record.name]
         runs = [_bits(words, first, count) for _, first, count in layout.runs(numel)]
         return torch.cat(runs) if runs else torch.empty(0, dtype=torch.bool)
     completed_steps = int(optimizer.state.get(param, {}).get("step", 0))
@@ -130,8 +129,8 @@ def _share(optimizer, index: int, position: int) -> float:
     """The share of a parameter's elements that the next step keeps; of a large random mask that of a sample."""
     numel, plan = optimizer.param_groups[index]["params"][position].numel(), _plan_of(optimizer, index, position)
     if plan.kind == "fixed":
-        record = optimizer._records(index)[0][position]
-        return count_kept(optimizer._policy(optimizer.param_groups[index]).words[record.name]) / numel
+        record = optimizer._groups.records(index)[position]
+        return count_kept(optimizer._groups.policy(index).words[record.name]) / numel
     if plan.kind not in ("bernoulli", "bucket"):
         return plan.active_fraction
     layout = RowBlock.whole(numel) if numel <= SAMPLE else RowBlock(0, SAMPLE // _RUNS, numel // _RUNS)
@@ -143,10 +142,10 @@ def _shares_by_kind(optimizer) -> tuple[np.ndarray, list[str], list[str | None]]
     groups = optimizer.param_groups
     known: dict[str, None] = {}
     for index, group in enumerate(groups):
-        known.update(dict.fromkeys([*group.get("blocks", ()), *optimizer._records(index)[1]]))
+        known.update(dict.fromkeys([*group.get("blocks", ()), *optimizer._groups.blocks(index)]))
     kept: dict[tuple[str, str | None], list[float]] = {}
     for index, group in enumerate(groups):
-        for position, (param, record) in enumerate(zip(group["params"], optimizer._records(index)[0])):
+        for position, (param, record) in enumerate(zip(group["params"], optimizer._groups.records(index))):
             if param.numel():
                 block, kind = _place(record.name, known, "param_names" in group)
                 sums = kept.setdefault((kind, block), [0.0, 0])

@@ -9,7 +9,7 @@ from operator import attrgetter, is_, itemgetter
 import torch
 
 from .layout import RowBlock
-from .parameters import reach
+from .memory import is_plain, plain_copy, turns_of
 from .plan import MaskPlan
 from .tensor_facts import same_facts
 
@@ -192,36 +192,6 @@ class PreparedStep:
         copy = plain_copy(tensor)
         self.staged.append((tensor, copy))
         return copy
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether its memory holds its values in order: contiguous, no view that torch negates when it is read, and no
-    tensor of zeros without memory.
-    """
-    return tensor.is_contiguous() and not tensor.is_neg() and not tensor._is_zerotensor()
-
-
-def plain_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values in order in memory of their own."""
-    return tensor.resolve_neg().clone(memory_format=torch.contiguous_format)
-
-
-def turns_of(params: list[torch.Tensor]) -> dict[int, int]:
-    """{position: turn} of the parameters that share memory with others, else {}: in one batch threads would step them
-    at once.
-    """
-    spans = sorted(
-        (param.data_ptr(), param.data_ptr() + reach(param), position)
-        for position, param in enumerate(params)
-        if param.numel()
-    )
-    shared, end, last = set(), 0, None
-    for start, stop, position in spans:
-        if start < end:
-            shared |= {last, position}
-        if stop > end:
-            end, last = stop, position
-    return {position: turn for turn, position in enumerate(sorted(shared), 1)}
 
 
 def same_objects(objects: list | None, others: list) -> bool:

@@ -1,27 +1,21 @@
 """FusedGradDropAdamW: torch.optim.AdamW with the paper's gradient masks inside its one fused step."""
 
+import sys
 import warnings
 from collections.abc import Callable
 
 import torch
 
-from . import backends, bitmask, checkpoint, inspection
-from .group_options import GROUP_DEFAULTS, check_options, has_master, is_stochastic, moment_dtype_name
+from . import backends, checkpoint, inspection
+from .group_options import GROUP_DEFAULTS, check_options, moment_dtype_name
 from .layout import RowBlock
-from .multi_tensor import Hyper, PreparedStep, Row, grad_of, present
-from .names import canonical_name
-from .parameters import (
-    ParamRecord,
-    check_fixed_mask,
-    check_grad,
-    check_memory,
-    check_param,
-    check_state,
-    make_records,
-    overlaps_itself,
-)
-from .plan import Clock, MaskPlan, PlanContext
-from .policies import KEEP, FixedMask, GradDrop, GradDropEpoch, Policy
+from .masked_groups import MaskedGroups
+from .memory import check_memory, overlaps_itself
+from .multi_tensor import PreparedStep, Row, grad_of, present
+from .param_state import check_state, has_master, is_stochastic, make_state, mode
+from .parameters import check_grad, check_param
+from .plan import Clock
+from .policies import GradDrop, Policy
 from .policy_book import PolicyBook
 
 
@@ -99,12 +93,12 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         backend: str = "auto",
     ):
         self._backend = backends.check_name(backend)
-        self._policies = PolicyBook()
-        self._forget_caches()
+        self._groups = MaskedGroups(self, PolicyBook())
+        self._prepared: PreparedStep | None = None
         self._warned: set[str] = set()
         self._skipped_steps: dict[int, torch.Tensor] = {}  # of each group, counted on the device
         self._own_defaults = {
-            **GROUP_DEFAULTS, "mask": self._policies.add(mask), "seed": seed, "masked": masked,
+            **GROUP_DEFAULTS, "mask": self._groups.policies.add(mask), "seed": seed, "masked": masked,
             "bias_correction": bias_correction, "moment_dtype": moment_dtype_name(moment_dtype),
             "master_weights": master_weights, "stochastic_rounding": stochastic_rounding,
         }  # fmt: skip
@@ -130,7 +124,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._step_supports_amp_scaling = fused is True
         self.defaults.update(self._own_defaults)
         self._constructing = False
-        self._check_groups()
+        self._groups.check()
         self._warn_of_position_names()
 
     @torch.no_grad()
@@ -148,13 +142,14 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
         for index, group in enumerate(self.param_groups):
             check_options(index, group)
-        self._settle_skipped_steps(only_if_needed=True)
+        if self._skipped_steps:
+            self._settle_skipped_steps(only_if_needed=True)
         params = [param for group in self.param_groups for param in group["params"]]
         grads = list(map(grad_of, params))
         if getattr(self, "grad_scale", None) is not None:
             self._check_written_grads(params)
         prepared = self._prepared
-        if prepared is None or not prepared.holds(params, grads, self.state, self._group_facts()):
+        if prepared is None or not prepared.holds(params, grads, self.state, self._groups.facts()):
             prepared = self._prepared = self._prepare(params, grads)
             if prepared is None:
                 return loss
@@ -162,9 +157,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf != 0:
             return loss
         prepared.set_grads(grads)
-        clocks = [self._clock(group) for group in self.param_groups]
+        clocks = list(map(self._groups.clock, self._groups.indices()))
         for batch in prepared.batches:
-            batch.hypers = [self._hyper(index, unit, clocks[index]) for index, unit in batch.plans_of]
+            batch.hypers = [self._groups.hyper(index, unit, clocks[index]) for index, unit in batch.plans_of]
             batch.grad_scale, batch.found_inf = (
                 scalar if scalar is None else scalar.to(batch.device, non_blocking=True)
                 for scalar in (grad_scale, found_inf)
@@ -196,8 +191,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"set_epoch(epoch) needs the number of the epoch, an int >= 0, got {epoch!r}")
         self._settle_skipped_steps()
-        for group in self.param_groups:
-            policy = self._policy(group)
+        for policy in map(self._groups.policy, self._groups.indices()):
             if policy is not None and policy.follows_epochs:
                 policy.check_epoch(epoch)
                 self._warn_once(policy.after_last_epoch(epoch))
@@ -218,17 +212,15 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             KeyError: no such parameter.
         """
         self._settle_skipped_steps()
-        index, position = self._find(param)
-        group = self.param_groups[index]
-        records, blocks = self._records(index)
-        tensor, record = group["params"][position], records[position]
-        clock = self._clock(group)
+        index, position = self._groups.find(param)
+        tensor, record = self.param_groups[index]["params"][position], self._groups.records(index)[position]
+        clock = self._groups.clock(index)
         if step is not None:
             clock = Clock(clock.epoch, step, clock.history)
-        plan = self._plan(group, record.unit, blocks, clock)
+        plan = self._groups.plan(index, record.unit, clock)
         state = self.state.get(tensor, {})
         own_step = step if step is not None else int(state["step"]) if "step" in state else 0
-        words = self._mask_words(group, tensor, record)
+        words = self._groups.mask_words(index, tensor, record)
         numel, layout = tensor.numel(), RowBlock.whole(tensor.numel())
         keep = backends.keep_mask(plan, record.key, own_step, layout, numel, words, tensor.device)
         return keep.view(tensor.shape)
@@ -238,23 +230,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         the keep probability for random elements.
         """
         self._settle_skipped_steps()
-        fractions = []
-        for index, group in enumerate(self.param_groups):
-            records, blocks = self._records(index)
-            clock = self._clock(group)
-            plans: dict = {}
-            active = total = 0
-            for param, record in zip(group["params"], records):
-                if record.unit not in plans:
-                    plans[record.unit] = self._plan(group, record.unit, blocks, clock)
-                plan = plans[record.unit]
-                share = plan.active_fraction
-                if plan.kind == "fixed":
-                    share = bitmask.count_kept(self._policy(group).words[record.name]) / max(param.numel(), 1)
-                active += share * param.numel()
-                total += param.numel()
-            fractions.append(active / total if total else 1.0)
-        return fractions
+        return list(map(self._groups.active_fraction, self._groups.indices()))
 
     def describe(self) -> str:
         """What the next step would mask, as a table of text: see ``graddrop_kernels.describe``."""
@@ -267,13 +243,13 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         if isinstance(param_group, dict):
             clock = {} if self._constructing else {key: self.param_groups[0][key] for key in ("epoch", "epoch_was_set")}
             param_group = {**self._own_defaults, **clock, **param_group}
-            param_group["mask"] = self._policies.add(param_group["mask"])
+            param_group["mask"] = self._groups.policies.add(param_group["mask"])
             param_group["moment_dtype"] = moment_dtype_name(param_group["moment_dtype"])
         super().add_param_group(param_group)
         if not self._constructing:
             self._forget_caches()
             try:
-                self._check_groups()
+                self._groups.check()
             except Exception:
                 self.param_groups.pop()
                 self._forget_caches()
@@ -316,12 +292,15 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._settle_skipped_steps()
         return {
             **super().__getstate__(),
-            "_policies": self._policies,
+            "_policies": self._groups.policies,
             "_backend": self._backend,
             "_own_defaults": self._own_defaults,
         }
 
     def __setstate__(self, state: dict) -> None:
+        state = dict(state)
+        if "_policies" in state:  # not from load_state_dict, which comes by here too
+            self._groups = MaskedGroups(self, state.pop("_policies"))
         super().__setstate__(state)
         self.__dict__.setdefault("_warned", set())
         self.__dict__.setdefault("_skipped_steps", {})
@@ -344,35 +323,22 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
         Only the device knows of them, and asking it waits for it: so only when the counts are looked at.
         """
-        if not self._skipped_steps or (only_if_needed and not any(map(self._counts_steps, self.param_groups))):
+        needed = not only_if_needed or any(map(self._groups.counts_steps, self._groups.indices()))
+        if not self._skipped_steps or not needed:
             return
         for index, skipped in self._skipped_steps.items():
             self.param_groups[index]["completed_steps"] -= int(skipped)
         self._skipped_steps.clear()
 
-    def _counts_steps(self, group: dict) -> bool:
-        policy = self._policy(group)
-        return policy is not None and policy.counts_steps((group["masked"] or policy.masked) == "frozen")
-
     def _check_written_grads(self, params: list[torch.Tensor]) -> None:
         """Raises ValueError for a gradient that cannot be unscaled in place."""
         for param in params:
             if param.grad is not None and not param.grad.is_contiguous() and overlaps_itself(param.grad):
-                index, position = self._find(param)
+                index, position = self._groups.find(param)
                 raise ValueError(
-                    f"the gradient of {self._records(index)[0][position].name!r} has overlapping memory, as after "
+                    f"the gradient of {self._groups.records(index)[position].name!r} has overlapping memory, as after "
                     "expand(): it cannot be unscaled in place; give param.grad a copy (.clone())"
                 )
-
-    def _group_facts(self) -> list[tuple]:
-        """What of the groups a prepared step depends on."""
-        return [
-            (
-                group["mask"], group["seed"], group["amsgrad"], group["master_weights"], group["stochastic_rounding"],
-                len(group["params"]), group.get("param_names"),
-            )
-            for group in self.param_groups
-        ]
 
     def _prepare(self, params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> PreparedStep | None:
         """Checks every parameter and gradient, then makes missing state and masks.
@@ -383,7 +349,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         """
         found = []
         for index, group in enumerate(self.param_groups):
-            for param, record in zip(group["params"], self._records(index)[0]):
+            for param, record in zip(group["params"], self._groups.records(index)):
                 if param.grad is not None:
                     check_param(record.name, param)
                     check_grad(record.name, param, param.grad)
@@ -392,15 +358,16 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                     check_memory(f"the gradient of {record.name!r}", param.grad)
                     found.append((index, group, param, record))
         for _, group, param, _ in found:
-            backends.select(self._backend, *self._mode(param, group))
+            backends.select(self._backend, *mode(param, group, self.state.get(param, {})))
         probe = self._is_state_probe(grads)
+        self._warn_of_unknown_epochs({index for index, _, _, _ in found})
         for _, group, param, _ in found:
-            self._init_state(param, group)
+            make_state(param, group, self.state[param])
         if probe:
             return None
         rows = []
         for index, group, param, record in found:
-            words = self._mask_words(group, param, record)
+            words = self._groups.mask_words(index, param, record)
             layout = RowBlock.whole(param.numel())
             rows.append(
                 Row(
@@ -408,7 +375,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                     words, has_master(param, group), is_stochastic(param, group),
                 )
             )
-        return PreparedStep(params, rows, self.state, self._group_facts())
+        return PreparedStep(params, rows, self.state, self._groups.facts())
 
     def _is_state_probe(self, grads: list[torch.Tensor | None]) -> bool:
         """torch.distributed.checkpoint asks a fresh optimizer for its state by a step with lr 0 and zero gradients:
@@ -421,145 +388,19 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         )
         return fresh and not any(grad.any() for grad in present(grads))
 
-    def _hyper(self, index: int, unit, clock: Clock) -> Hyper:
-        """The hyper-parameters and the mask of this step, for one unit of one group."""
-        group, policy = self.param_groups[index], self._policy(self.param_groups[index])
-        if policy is not None and policy.follows_epochs and not group["epoch_was_set"]:
-            self._warn_once(
-                f"{type(policy).__name__} follows epochs, but set_epoch(epoch) was not called: "
-                "call it at the start of every epoch, 0 first"
-            )
-        beta1, beta2 = map(float, group["betas"])
-        plan = self._plan(group, unit, self._records(index)[1], clock)
-        return Hyper(
-            float(group["lr"]),
-            beta1,
-            beta2,
-            group["eps"],
-            group["weight_decay"],
-            group["amsgrad"],
-            group["maximize"],
-            plan,
-        )
-
-    def _plan(self, group: dict, unit, blocks: tuple[str, ...], clock: Clock) -> MaskPlan:
-        policy = self._policy(group)
-        if policy is None:
-            return KEEP
-        frozen = (group["masked"] or policy.masked) == "frozen"
-        return policy.plan(
-            PlanContext(clock, group["seed"], frozen, group["bias_correction"] == "active", blocks), unit
-        )
-
-    def _clock(self, group: dict) -> Clock:
-        return Clock(group["epoch"], group["completed_steps"], Clock.parse_history(group["epoch_history"]))
-
-    def _moment_dtype(self, param: torch.Tensor, group: dict) -> torch.dtype:
-        state = self.state.get(param)
-        if has_master(param, group):
-            return torch.float32
-        if state and "exp_avg" in state:
-            return state["exp_avg"].dtype
-        return torch.float32 if group["moment_dtype"] == "float32" and param.dtype != torch.float64 else param.dtype
-
-    def _mode(self, param: torch.Tensor, group: dict) -> tuple:
-        """What backends.select() asks about a parameter: device, dtypes of what is stepped and of the moments, options.
-        """
-        master = has_master(param, group)
-        stepped = torch.float32 if master else param.dtype
-        return param.device, stepped, self._moment_dtype(param, group), master, is_stochastic(param, group)
-
-    def _init_state(self, param: torch.Tensor, group: dict) -> None:
-        """Makes what the parameter's state lacks, as torch does: zeros in the parameter's strides."""
-        dtype, state = self._moment_dtype(param, group), self.state[param]
-        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + group["amsgrad"]]:
-            if name not in state:
-                state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-            state[name] = state[name].to(dtype)  # of another dtype where master weights begin in the middle of a run
-        if has_master(param, group) and "master_param" not in state:
-            state["master_param"] = param.detach().to(torch.float32)
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        else:  # torch's own AdamW keeps it on the CPU, in the default dtype
-            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
-
-    def _mask_words(self, group: dict, param: torch.Tensor, record: ParamRecord) -> torch.Tensor | None:
-        """Bit-planes of the buckets or the bits of a fixed mask, made once a parameter and kept on its device;
-        None where the policy stores none.
-        """
-        policy = self._policy(group)
-        if isinstance(policy, FixedMask):
-            buckets = 0
-            if record.name not in policy.words:
-                return None
-        elif isinstance(policy, GradDropEpoch) and policy.storage == "bitpacked":
-            buckets = policy.epochs
-        else:
-            return None
-        made_for = (record.key, buckets, param.device, param.numel())
-        cached = self._words.get(param)
-        if cached is None or cached[0] != made_for:
-            if buckets:
-                words = backends.bucket_planes(
-                    record.key, buckets, RowBlock.whole(param.numel()), param.numel(), param.device
-                )
-            else:
-                words = policy.words[record.name].to(param.device)
-            cached = self._words[param] = (made_for, words)
-        return cached[1]
-
-    # Policies, names and what is derived from them.
-
-    def _policy(self, group: dict) -> Policy | None:
-        return self._policies.get(group["mask"])
-
     def _forget_caches(self) -> None:
-        """Everything here can be made again from param_groups; nothing of it survives a load or a new group."""
-        self._records_of: dict[int, tuple] = {}
-        self._words: dict[torch.Tensor, tuple] = {}
+        """Nothing that was derived from the groups survives a load or a new group."""
+        self._groups.forget()
         self._prepared: PreparedStep | None = None
 
-    def _records(self, index: int) -> tuple[list[ParamRecord], tuple[str, ...]]:
-        group = self.param_groups[index]
-        made_from = (group["seed"], group["mask"], len(group["params"]), group.get("param_names"))
-        cached = self._records_of.get(index)
-        if cached is None or cached[0] != made_from:
-            cached = self._records_of[index] = (made_from, make_records(self.param_groups, index, self._policy(group)))
-        return cached[1]
-
-    def _find(self, param: torch.Tensor | str) -> tuple[int, int]:
-        wanted = canonical_name(param) if isinstance(param, str) else None
-        for index, group in enumerate(self.param_groups):
-            for position, (tensor, record) in enumerate(zip(group["params"], self._records(index)[0])):
-                if tensor is param or record.name == wanted:
-                    return index, position
-        raise KeyError(
-            f"{param!r} is not a parameter of this optimizer"
-            if wanted
-            else "this tensor is not a parameter of this optimizer"
-        )
-
-    def _check_groups(self) -> None:
-        fixed: dict[FixedMask, dict[str, torch.Tensor]] = {}
-        for index, group in enumerate(self.param_groups):
-            check_options(index, group)
-            policy = self._policy(group)
-            if policy is not None and policy.masked is None and group["masked"] is not None:
-                raise ValueError(
-                    f"masked={group['masked']!r} does not apply to {type(policy).__name__}, which drops nothing; "
-                    "leave it None"
+    def _warn_of_unknown_epochs(self, indices: set[int]) -> None:
+        for index in sorted(indices):
+            policy = self._groups.policy(index)
+            if policy is not None and policy.follows_epochs and not self.param_groups[index]["epoch_was_set"]:
+                self._warn_once(
+                    f"{type(policy).__name__} follows epochs, but set_epoch(epoch) was not called: "
+                    "call it at the start of every epoch, 0 first"
                 )
-            records, _ = self._records(index)
-            for param, record in zip(group["params"], records):
-                check_param(record.name, param)
-            if len(set(group["params"])) != len(group["params"]):
-                raise ValueError(f"a parameter appears twice in parameter group {index}; give each parameter once")
-            if isinstance(policy, FixedMask):
-                fixed.setdefault(policy, {}).update(
-                    {record.name: param for param, record in zip(group["params"], records)}
-                )
-        for policy, named in fixed.items():
-            check_fixed_mask(policy, named)
 
     def _warn_of_position_names(self) -> None:
         distributed = (
@@ -576,4 +417,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
     def _warn_once(self, message: str | None) -> None:
         if message is not None and message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, stacklevel=4)
+            frame, level = sys._getframe(), 1  # shown at the caller's line, however deep we are
+            while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("graddrop_kernels", "torch"):
+                frame, level = frame.f_back, level + 1
+            warnings.warn(message, stacklevel=level)

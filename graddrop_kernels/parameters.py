@@ -6,8 +6,8 @@ import difflib
 from dataclasses import dataclass
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .memory import overlaps_itself
 from .names import block_of, canonical_name, match_layers
 from .philox import stream_key
 from .policies import FixedMask, Policy
@@ -117,85 +117,6 @@ def check_param(name: str, param: torch.Tensor) -> None:
             "as after expand(): several of its elements would be stepped in one place; "
             "give the optimizer a copy (.clone() or .contiguous())"
         )
-
-
-def overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether two elements of a strided tensor may share memory (exact for expanded, transposed and sliced tensors,
-    else on the safe side).
-    """
-    span = 0  # the farthest offset that the smaller strides reach
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
-        if size > 1:
-            if stride <= span:
-                return tensor.numel() > 1
-            span += stride * (size - 1)
-    return False
-
-
-def check_state(name: str, param: torch.Tensor, state: dict) -> None:
-    """Raises ValueError or TypeError for state that does not fit its parameter: the kernels get addresses,
-    and would write past an end.
-    """
-    remedy = "build a new optimizer, or delete optimizer.state[param]"
-    step = state.get("step", 0)
-    tensor_step = isinstance(step, torch.Tensor) and step.numel() == 1 and step.device.type != "meta"
-    if not (tensor_step or isinstance(step, (int, float))):
-        raise ValueError(f"step of {name!r} must be one number, got {step!r}; {remedy}")
-    moments = {key: state[key] for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if key in state}
-    for key, moment in moments.items():
-        if not isinstance(moment, torch.Tensor):
-            raise ValueError(f"{key} of {name!r} must be a tensor, got {moment!r}; {remedy}")
-        if moment.shape != param.shape or moment.device != param.device:
-            raise ValueError(
-                f"{key} of {name!r} has shape {tuple(moment.shape)} on {moment.device}, its parameter "
-                f"{tuple(param.shape)} on {param.device}: the parameter was replaced after its state was made; {remedy}"
-            )
-        check_memory(f"{key} of {name!r}", moment)
-        if not moment.is_contiguous() and overlaps_itself(moment):
-            raise ValueError(
-                f"{key} of {name!r} has overlapping memory (shape {tuple(moment.shape)}, strides {moment.stride()}): "
-                "several of its elements would be stepped in one place; put a copy (.clone()) into the state"
-            )
-    if len({moment.dtype for moment in moments.values()}) > 1:
-        found = ", ".join(f"{key} {moment.dtype}" for key, moment in moments.items())
-        raise ValueError(
-            f"the moments of {name!r} have different dtypes ({found}): convert them to one, in the file or in the state"
-        )
-    if "master_param" in state:
-        master = state["master_param"]
-        if not isinstance(master, torch.Tensor) or (master.shape, master.dtype, master.device) != (
-            param.shape, torch.float32, param.device,
-        ):  # fmt: skip
-            raise ValueError(
-                f"master_param of {name!r} must be float32 of shape {tuple(param.shape)} on {param.device}; {remedy}"
-            )
-        check_memory(f"master_param of {name!r}", master)
-        moments["master_param"] = master
-    spans = sorted((each.data_ptr(), each.data_ptr() + reach(each)) for each in moments.values() if each.numel())
-    if any(end > start for (_, end), (start, _) in zip(spans, spans[1:])):
-        raise ValueError(f"the tensors in the state of {name!r} share memory: put copies (.clone()) into it")
-
-
-def reach(tensor: torch.Tensor) -> int:
-    """Bytes from a strided tensor's first element to the end of its last."""
-    return tensor.element_size() * (1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape)))
-
-
-def check_memory(what: str, tensor: torch.Tensor) -> None:
-    """Raises TypeError or ValueError for a tensor without the memory that its shape needs."""
-    if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor) or tensor.device.type == "meta":
-        raise TypeError(
-            f"{what} is a {type(tensor).__name__} of layout {tensor.layout} on {tensor.device}, which has no memory of "
-            "its own to step in; give the optimizer a plain tensor"
-        )
-    if tensor.numel() and not tensor._is_zerotensor():
-        storage = tensor.untyped_storage()
-        needed = tensor.storage_offset() * tensor.element_size() + reach(tensor)
-        if storage.nbytes() < needed or storage.data_ptr() == 0:
-            raise ValueError(
-                f"{what} needs {needed} bytes, but its storage has {storage.nbytes()}: it was freed or resized; "
-                "step while it is allocated"
-            )
 
 
 def check_grad(name: str, param: torch.Tensor, grad: torch.Tensor) -> None:

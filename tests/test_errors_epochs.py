@@ -58,6 +58,14 @@ def test_an_epoch_policy_without_set_epoch_warns_exactly_once(policy, seed):
     assert not warned(lambda: train(optimizer, model.parameters(), range(9), seed))
 
 
+def test_a_warning_is_shown_at_the_line_that_caused_it():
+    optimizer = FusedGradDropAdamW(named_params("a"), mask=GradDropEpoch(epochs=9))
+    optimizer.param_groups[0]["params"][0].grad = torch.ones_like(optimizer.param_groups[0]["params"][0])
+    with pytest.warns(UserWarning, match="set_epoch") as caught:
+        optimizer.step()
+    assert caught[0].filename == __file__
+
+
 @pytest.mark.parametrize("policy", ["plain", "graddrop", "layer", "fixed"])
 def test_other_policies_need_no_set_epoch(policy, seed):
     model, optimizer = build(policy)

@@ -27,6 +27,8 @@ def test_arguments_are_those_of_torch_in_their_order():
         "masked": None,
         "bias_correction": "active",
         "moment_dtype": None,
+        "master_weights": False,
+        "stochastic_rounding": False,
         "backend": "auto",
     }
     assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in extra)

@@ -1,0 +1,174 @@
+"""MaskedGroups: an optimizer's parameter groups as its steps see them: policies, names, random streams, plans."""
+
+import torch
+
+from . import backends
+from .bitmask import count_kept
+from .group_options import check_options
+from .layout import RowBlock
+from .multi_tensor import Hyper
+from .names import canonical_name
+from .parameters import ParamRecord, check_fixed_mask, check_param, make_records
+from .plan import Clock, MaskPlan, PlanContext
+from .policies import KEEP, FixedMask, GradDropEpoch, Policy
+from .policy_book import PolicyBook
+
+
+class MaskedGroups:
+    """A view of ``optimizer.param_groups``. What it keeps can be made again from them; ``forget()`` drops it, after a
+    load or a new group.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, policies: PolicyBook):
+        self._optimizer = optimizer
+        self.policies = policies
+        self.forget()
+
+    def forget(self) -> None:
+        self._records: dict[int, tuple] = {}
+        self._words: dict[torch.Tensor, tuple] = {}
+
+    def __getitem__(self, index: int) -> dict:
+        return self._optimizer.param_groups[index]
+
+    def indices(self) -> range:
+        return range(len(self._optimizer.param_groups))
+
+    def facts(self) -> list[tuple]:
+        """What of the groups a prepared step depends on."""
+        return [
+            (
+                group["mask"], group["seed"], group["amsgrad"], group["master_weights"], group["stochastic_rounding"],
+                len(group["params"]), group.get("param_names"),
+            )
+            for group in self
+        ]  # fmt: skip
+
+    # Policies and their plans.
+
+    def policy(self, index: int) -> Policy | None:
+        return self.policies.get(self[index]["mask"])
+
+    def is_frozen(self, index: int) -> bool:
+        """Whether dropped elements stay as they are, instead of having a gradient of 0."""
+        return (self[index]["masked"] or self.policy(index).masked) == "frozen"
+
+    def counts_steps(self, index: int) -> bool:
+        """Whether the masks of a group depend on how many steps it has made."""
+        policy = self.policy(index)
+        return policy is not None and policy.counts_steps(self.is_frozen(index))
+
+    def clock(self, index: int) -> Clock:
+        group = self[index]
+        return Clock(group["epoch"], group["completed_steps"], Clock.parse_history(group["epoch_history"]))
+
+    def plan(self, index: int, unit, clock: Clock | None = None) -> MaskPlan:
+        """What the policy does to one unit of a group at a time (default: in the next step)."""
+        policy, group = self.policy(index), self[index]
+        if policy is None:
+            return KEEP
+        count_active_steps = group["bias_correction"] == "active"
+        context = PlanContext(
+            clock or self.clock(index), group["seed"], self.is_frozen(index), count_active_steps, self.blocks(index)
+        )
+        return policy.plan(context, unit)
+
+    def hyper(self, index: int, unit, clock: Clock) -> Hyper:
+        """The hyper-parameters and the mask of this step, for one unit of one group."""
+        group = self[index]
+        beta1, beta2 = map(float, group["betas"])
+        return Hyper(
+            float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], group["amsgrad"], group["maximize"],
+            self.plan(index, unit, clock),
+        )  # fmt: skip
+
+    def active_fraction(self, index: int) -> float:
+        """The share of a group's elements kept at the next step: exact for blocks and fixed masks."""
+        plans: dict = {}
+        active = total = 0
+        for param, record in zip(self[index]["params"], self.records(index)):
+            if record.unit not in plans:
+                plans[record.unit] = self.plan(index, record.unit)
+            plan = plans[record.unit]
+            share = plan.active_fraction
+            if plan.kind == "fixed":
+                share = count_kept(self.policy(index).words[record.name]) / max(param.numel(), 1)
+            active += share * param.numel()
+            total += param.numel()
+        return active / total if total else 1.0
+
+    # Parameters.
+
+    def records(self, index: int) -> list[ParamRecord]:
+        return self._records_and_blocks(index)[0]
+
+    def blocks(self, index: int) -> tuple[str, ...]:
+        """The model's blocks in forward order; empty where the policy needs none."""
+        return self._records_and_blocks(index)[1]
+
+    def _records_and_blocks(self, index: int) -> tuple[list[ParamRecord], tuple[str, ...]]:
+        group = self[index]
+        made_from = (group["seed"], group["mask"], len(group["params"]), group.get("param_names"))
+        cached = self._records.get(index)
+        if cached is None or cached[0] != made_from:
+            made = make_records(self._optimizer.param_groups, index, self.policy(index))
+            cached = self._records[index] = (made_from, made)
+        return cached[1]
+
+    def find(self, param: torch.Tensor | str) -> tuple[int, int]:
+        """(group, position) of a parameter or of its name. Raises KeyError."""
+        wanted = canonical_name(param) if isinstance(param, str) else None
+        for index, group in enumerate(self):
+            for position, (tensor, record) in enumerate(zip(group["params"], self.records(index))):
+                if tensor is param or record.name == wanted:
+                    return index, position
+        raise KeyError(
+            f"{param!r} is not a parameter of this optimizer"
+            if wanted
+            else "this tensor is not a parameter of this optimizer"
+        )
+
+    def mask_words(self, index: int, param: torch.Tensor, record: ParamRecord) -> torch.Tensor | None:
+        """Bit-planes of the buckets or the bits of a fixed mask, made once a parameter and kept on its device;
+        None where the policy stores none.
+        """
+        policy = self.policy(index)
+        if isinstance(policy, FixedMask):
+            buckets = 0
+            if record.name not in policy.words:
+                return None
+        elif isinstance(policy, GradDropEpoch) and policy.storage == "bitpacked":
+            buckets = policy.epochs
+        else:
+            return None
+        made_for = (record.key, buckets, param.device, param.numel())
+        cached = self._words.get(param)
+        if cached is None or cached[0] != made_for:
+            if buckets:
+                layout = RowBlock.whole(param.numel())
+                words = backends.bucket_planes(record.key, buckets, layout, param.numel(), param.device)
+            else:
+                words = policy.words[record.name].to(param.device)
+            cached = self._words[param] = (made_for, words)
+        return cached[1]
+
+    def check(self) -> None:
+        """Raises ValueError or TypeError for options, policies and parameters that no step could use."""
+        fixed: dict[FixedMask, dict[str, torch.Tensor]] = {}
+        for index, group in enumerate(self):
+            check_options(index, group)
+            policy = self.policy(index)
+            if policy is not None and policy.masked is None and group["masked"] is not None:
+                raise ValueError(
+                    f"masked={group['masked']!r} does not apply to {type(policy).__name__}, which drops nothing; "
+                    "leave it None"
+                )
+            named = {record.name: param for param, record in zip(group["params"], self.records(index))}
+            for param, record in zip(group["params"], self.records(index)):
+                check_param(record.name, param)
+            if len(set(group["params"])) != len(group["params"]):
+                raise ValueError(f"a parameter appears twice in parameter group {index}; give each parameter once")
+            if isinstance(policy, FixedMask):
+                fixed.setdefault(policy, {}).update(named)
+        for policy, named in fixed.items():
+            check_fixed_mask(policy, named)

@@ -1,0 +1,69 @@
+"""Where tensors lie: strides, overlaps, storages that are too short. The kernels get addresses and trust them."""
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether its memory holds its values in order: contiguous, no view that torch negates when it is read, and no
+    tensor of zeros without memory.
+    """
+    return tensor.is_contiguous() and not tensor.is_neg() and not tensor._is_zerotensor()
+
+
+def plain_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in order in memory of their own."""
+    return tensor.resolve_neg().clone(memory_format=torch.contiguous_format)
+
+
+def reach(tensor: torch.Tensor) -> int:
+    """Bytes from a strided tensor's first element to the end of its last."""
+    return tensor.element_size() * (1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape)))
+
+
+def overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements of a strided tensor may share memory (exact for expanded, transposed and sliced tensors,
+    else on the safe side).
+    """
+    span = 0  # the farthest offset that the smaller strides reach
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1:
+            if stride <= span:
+                return tensor.numel() > 1
+            span += stride * (size - 1)
+    return False
+
+
+def check_memory(what: str, tensor: torch.Tensor) -> None:
+    """Raises TypeError or ValueError for a tensor without the memory that its shape needs."""
+    if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor) or tensor.device.type == "meta":
+        raise TypeError(
+            f"{what} is a {type(tensor).__name__} of layout {tensor.layout} on {tensor.device}, which has no memory of "
+            "its own to step in; give the optimizer a plain tensor"
+        )
+    if tensor.numel() and not tensor._is_zerotensor():
+        storage = tensor.untyped_storage()
+        needed = tensor.storage_offset() * tensor.element_size() + reach(tensor)
+        if storage.nbytes() < needed or storage.data_ptr() == 0:
+            raise ValueError(
+                f"{what} needs {needed} bytes, but its storage has {storage.nbytes()}: it was freed or resized; "
+                "step while it is allocated"
+            )
+
+
+def turns_of(params: list[torch.Tensor]) -> dict[int, int]:
+    """{position: turn} of the parameters that share memory with others, else {}: in one batch threads would step them
+    at once.
+    """
+    spans = sorted(
+        (param.data_ptr(), param.data_ptr() + reach(param), position)
+        for position, param in enumerate(params)
+        if param.numel()
+    )
+    shared, end, last = set(), 0, None
+    for start, stop, position in spans:
+        if start < end:
+            shared |= {last, position}
+        if stop > end:
+            end, last = stop, position
+    return {position: turn for turn, position in enumerate(sorted(shared), 1)}
