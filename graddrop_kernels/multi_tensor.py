@@ -87,6 +87,11 @@ class TensorBatch:
     copies: list[torch.Tensor] = field(default_factory=list)
     table: object = None
 
+    @property
+    def mode(self) -> tuple:
+        """What backends.select() asks about it."""
+        return self.device, self.param_dtype, self.moment_dtype, bool(self.copies), self.stochastic
+
 
 class PreparedStep:
     """The batches of a step, good for the next one as long as every tensor is where it was.
@@ -109,6 +114,7 @@ class PreparedStep:
         self.all_states = list(state.values())
         self.staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.batches = self._sort(rows)
+        self.group_indices = {index for batch in self.batches for index, _ in batch.plans_of}
         self.same_params = same_facts(params)
         self.same_grads = same_facts([row.grad for row in rows])
         self.grads_are_contiguous = all(is_plain(row.grad) for row in rows)

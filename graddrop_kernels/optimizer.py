@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 
 from . import backends, checkpoint, inspection
+from .clipping import check_max_grad_norm, clip_
 from .group_options import GROUP_DEFAULTS, check_options, moment_dtype_name
+from .in_backward import StepInBackward
 from .layout import RowBlock
 from .masked_groups import MaskedGroups
 from .memory import check_memory, overlaps_itself
@@ -52,6 +54,11 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             weights before the first step.
         stochastic_rounding: round bfloat16 parameters up or down at random, so that updates smaller than half their
             last digit are kept on average; needs no memory.
+        max_grad_norm: scale the gradients of all groups together so that their norm is at most this, as
+            ``torch.nn.utils.clip_grad_norm_`` before the step, but inside it: gradients are read once more for the
+            norm, and not written. ``optimizer.grad_norm`` is the norm of the last step, a 0-d tensor on the device.
+        norm_after_mask: take the norm of what the masks leave of the gradients, scaled by 1/(1-p) where the policy
+            does, instead of the norm of the gradients as they come.
         backend: ``"auto"``, or one of ``available_backends()``.
 
     Raises:
@@ -90,6 +97,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         moment_dtype: torch.dtype | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
+        max_grad_norm: float | None = None,
+        norm_after_mask: bool = False,
         backend: str = "auto",
     ):
         self._backend = backends.check_name(backend)
@@ -97,6 +106,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._prepared: PreparedStep | None = None
         self._warned: set[str] = set()
         self._skipped_steps: dict[int, torch.Tensor] = {}  # of each group, counted on the device
+        self._in_backward: StepInBackward | None = None
+        self.max_grad_norm, self.norm_after_mask = check_max_grad_norm(max_grad_norm), norm_after_mask
+        self.grad_norm: torch.Tensor | None = None
         self._own_defaults = {
             **GROUP_DEFAULTS, "mask": self._groups.policies.add(mask), "seed": seed, "masked": masked,
             "bias_correction": bias_correction, "moment_dtype": moment_dtype_name(moment_dtype),
@@ -140,8 +152,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
 
-        for index, group in enumerate(self.param_groups):
-            check_options(index, group)
+        self._check_options()
         if self._skipped_steps:
             self._settle_skipped_steps(only_if_needed=True)
         params = [param for group in self.param_groups for param in group["params"]]
@@ -156,32 +167,16 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         grad_scale, found_inf = self._amp_scalars()
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf != 0:
             return loss
-        prepared.set_grads(grads)
         clocks = list(map(self._groups.clock, self._groups.indices()))
-        for batch in prepared.batches:
-            batch.hypers = [self._groups.hyper(index, unit, clocks[index]) for index, unit in batch.plans_of]
-            batch.grad_scale, batch.found_inf = (
-                scalar if scalar is None else scalar.to(batch.device, non_blocking=True)
-                for scalar in (grad_scale, found_inf)
-            )
-        chosen = [
-            backends.select(
-                self._backend, batch.device, batch.param_dtype, batch.moment_dtype, bool(batch.copies), batch.stochastic
-            )
-            for batch in prepared.batches
-        ]
-        for backend, batch in zip(chosen, prepared.batches):
-            backend.masked_adamw_(batch)
-        prepared.write_back(grads if grad_scale is not None else ())
-        for index in {index for batch in prepared.batches for index, _ in batch.plans_of}:
-            group, clock = self.param_groups[index], clocks[index]
-            if not clock.history or clock.history[-1][0] != clock.epoch:
-                group["epoch_history"] = clock.with_this_step()
-            group["completed_steps"] += 1
-            if found_inf is not None:
-                skipped = self._skipped_steps.get(index, 0)
-                self._skipped_steps[index] = skipped + (found_inf != 0).to(torch.int64)
+        self._run(prepared, grads, clocks, grad_scale, found_inf)
+        self._count_step(prepared.group_indices | self._stepped_in_backward(), clocks, found_inf)
         return loss
+
+    def step_in_backward(self) -> "StepInBackward":
+        """From now on steps each parameter in the backward pass, as its gradient arrives, and frees the gradient: see
+        StepInBackward.
+        """
+        return StepInBackward(self)
 
     def set_epoch(self, epoch: int) -> None:
         """Tells the policies that an epoch begins.
@@ -295,6 +290,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             "_policies": self._groups.policies,
             "_backend": self._backend,
             "_own_defaults": self._own_defaults,
+            "max_grad_norm": self.max_grad_norm,
+            "norm_after_mask": self.norm_after_mask,
         }
 
     def __setstate__(self, state: dict) -> None:
@@ -304,6 +301,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         super().__setstate__(state)
         self.__dict__.setdefault("_warned", set())
         self.__dict__.setdefault("_skipped_steps", {})
+        self.__dict__.setdefault("_in_backward", None)
+        self.__dict__.setdefault("grad_norm", None)
         self._step_supports_amp_scaling = self.defaults.get("fused") is True
         self._constructing = False
         self._forget_caches()
@@ -312,6 +311,41 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 group.setdefault(name, value)
 
     # One step's pieces, in the order of step().
+
+    def _run(self, prepared: PreparedStep, grads: list, clocks: list[Clock], grad_scale=None, found_inf=None) -> None:
+        """Masks and updates what is prepared; counts nothing but the parameters' own steps."""
+        prepared.set_grads(grads)
+        for batch in prepared.batches:
+            batch.hypers = [self._groups.hyper(index, unit, clocks[index]) for index, unit in batch.plans_of]
+            batch.grad_scale, batch.found_inf = (
+                scalar if scalar is None else scalar.to(batch.device, non_blocking=True)
+                for scalar in (grad_scale, found_inf)
+            )
+        chosen = [backends.select(self._backend, *batch.mode) for batch in prepared.batches]
+        if self.max_grad_norm is not None:
+            self.grad_norm = clip_(prepared.batches, chosen, self.max_grad_norm, self.norm_after_mask, grad_scale)
+        for backend, batch in zip(chosen, prepared.batches):
+            backend.masked_adamw_(batch)
+        prepared.write_back(grads if grad_scale is not None else ())
+
+    def _count_step(self, indices: set[int], clocks: list[Clock], found_inf: torch.Tensor | None) -> None:
+        """Counts the step that these groups have made."""
+        for index in indices:
+            group, clock = self.param_groups[index], clocks[index]
+            if not clock.history or clock.history[-1][0] != clock.epoch:
+                group["epoch_history"] = clock.with_this_step()
+            group["completed_steps"] += 1
+            if found_inf is not None:
+                skipped = self._skipped_steps.get(index, 0)
+                self._skipped_steps[index] = skipped + (found_inf != 0).to(torch.int64)
+
+    def _stepped_in_backward(self) -> set[int]:
+        return self._in_backward.finish() if self._in_backward is not None else set()
+
+    def _check_options(self) -> None:
+        for index, group in enumerate(self.param_groups):
+            check_options(index, group)
+        check_max_grad_norm(self.max_grad_norm)
 
     def _amp_scalars(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(grad_scale, found_inf) that a GradScaler has put on this optimizer for this step: float32 of one element."""
@@ -340,17 +374,19 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                     "expand(): it cannot be unscaled in place; give param.grad a copy (.clone())"
                 )
 
-    def _prepare(self, params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> PreparedStep | None:
-        """Checks every parameter and gradient, then makes missing state and masks.
+    def _prepare(
+        self, params: list[torch.Tensor], grads: list[torch.Tensor | None], alone: bool = False
+    ) -> PreparedStep | None:
+        """Checks the parameters that have gradients, then makes missing state and masks.
 
-        None: this was a question for the state, not a step.
+        None: this was a question for the state, not a step. ``alone``: one parameter, whatever becomes of the others.
 
         Raises before anything has changed.
         """
-        found = []
+        found, wanted = [], set(map(id, params))
         for index, group in enumerate(self.param_groups):
             for param, record in zip(group["params"], self._groups.records(index)):
-                if param.grad is not None:
+                if param.grad is not None and id(param) in wanted:
                     check_param(record.name, param)
                     check_grad(record.name, param, param.grad)
                     check_state(record.name, param, self.state.get(param, {}))
@@ -359,7 +395,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                     found.append((index, group, param, record))
         for _, group, param, _ in found:
             backends.select(self._backend, *mode(param, group, self.state.get(param, {})))
-        probe = self._is_state_probe(grads)
+        probe = not alone and self._is_state_probe(grads)
         self._warn_of_unknown_epochs({index for index, _, _, _ in found})
         for _, group, param, _ in found:
             make_state(param, group, self.state[param])
@@ -375,7 +411,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                     words, has_master(param, group), is_stochastic(param, group),
                 )
             )
-        return PreparedStep(params, rows, self.state, self._groups.facts())
+        state = {param: self.state[param] for param in params} if alone else self.state
+        return PreparedStep(params, rows, state, self._groups.facts())
 
     def _is_state_probe(self, grads: list[torch.Tensor | None]) -> bool:
         """torch.distributed.checkpoint asks a fresh optimizer for its state by a step with lr 0 and zero gradients:

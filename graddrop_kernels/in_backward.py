@@ -1,0 +1,103 @@
+"""StepInBackward: parameters are stepped in the backward pass, and their gradients freed one by one."""
+
+import weakref
+
+import torch
+
+from .multi_tensor import PreparedStep
+
+
+class StepInBackward:
+    """Steps each parameter of an optimizer as soon as its gradient is complete, then frees the gradient, so that the
+    gradients of a model are never all there at once. Masks and results are those of a normal step.
+
+    ``optimizer.step()`` stays where it was in the loop: it ends the step, counts it, and steps what has a gradient
+    still. ``remove()`` goes back to normal.
+
+    What needs all gradients at once is refused: accumulation over several backward passes, ``max_grad_norm``, a
+    GradScaler (``fused=True``), and more than one process, where the hook may run before the gradients are averaged.
+
+    Raises:
+        ValueError, RuntimeError: one of these, with the remedy. Accumulation shows in the backward pass only.
+
+    Example:
+        >>> import torch
+        >>> from graddrop_kernels import FusedGradDropAdamW
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = FusedGradDropAdamW(model.named_parameters(), lr=2e-5)
+        >>> handle = optimizer.step_in_backward()
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> model.weight.grad is None
+        True
+        >>> optimizer.step()
+        >>> handle.remove()
+    """
+
+    def __init__(self, optimizer):
+        if optimizer._in_backward is not None:
+            raise RuntimeError("step_in_backward() is on already; remove() the handle of the first call before another")
+        self._optimizer = weakref.proxy(optimizer)
+        self._check()
+        self._prepared: dict[torch.Tensor, PreparedStep] = {}
+        self._clocks: list | None = None  # of the step that is under way
+        self._done: dict[torch.Tensor, int] = {}  # parameters stepped in it, and their groups
+        self._hooks = [
+            param.register_post_accumulate_grad_hook(self._step_one)
+            for group in optimizer.param_groups
+            for param in group["params"]
+            if param.requires_grad
+        ]
+        optimizer._in_backward = self
+
+    def remove(self) -> None:
+        """Ends it; a step under way must have been ended by ``optimizer.step()``."""
+        if self._done:
+            raise RuntimeError("a step is under way: call optimizer.step() after backward(), then remove()")
+        for hook in self._hooks:
+            hook.remove()
+        self._optimizer._in_backward = None
+
+    def finish(self) -> set[int]:
+        """Ends the step under way; returns the groups that have stepped in it."""
+        indices = set(self._done.values())
+        self._done, self._clocks = {}, None
+        return indices
+
+    def _check(self) -> None:
+        optimizer = self._optimizer
+        if optimizer.max_grad_norm is not None:
+            raise ValueError(
+                f"max_grad_norm={optimizer.max_grad_norm!r} needs all gradients before the first is used; "
+                "set it to None, or do not step in the backward pass"
+            )
+        if any(group["fused"] for group in optimizer.param_groups):
+            raise ValueError(
+                "fused=True lets a GradScaler look for infinities in all gradients before a step: "
+                "leave fused=None, and do not use a GradScaler with steps in the backward pass"
+            )
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise RuntimeError(
+                "steps in the backward pass would use gradients that DDP and FSDP have not averaged yet; "
+                "with more than one process call optimizer.step() after backward() instead"
+            )
+
+    @torch.no_grad()
+    def _step_one(self, param: torch.Tensor) -> None:
+        optimizer = self._optimizer
+        if param in self._done:
+            raise RuntimeError(
+                "a second gradient for a parameter that has been stepped already: with step_in_backward() call "
+                "optimizer.step() after every backward(); gradients cannot be accumulated, they are gone"
+            )
+        self._check()
+        optimizer._check_options()
+        groups = optimizer._groups
+        prepared, grads, facts = self._prepared.get(param), [param.grad], groups.facts()
+        if prepared is None or not prepared.holds([param], grads, {param: optimizer.state[param]}, facts):
+            prepared = self._prepared[param] = optimizer._prepare([param], grads, alone=True)
+        if self._clocks is None:
+            self._clocks = list(map(groups.clock, groups.indices()))
+        optimizer._run(prepared, grads, self._clocks)
+        self._done |= dict.fromkeys([param], *prepared.group_indices)
+        param.grad = None

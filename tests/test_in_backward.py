@@ -1,0 +1,176 @@
+"""Steps in the backward pass: those of a normal loop, with no gradient left; and what cannot work so is refused."""
+
+import copy
+
+import pytest
+import torch
+from toy import Encoder, bits
+
+from graddrop_kernels import (
+    FusedGradDropAdamW,
+    GaussianGradDrop,
+    GradDrop,
+    GradDropEpoch,
+    GradFreeze,
+    LayerGradDrop,
+    param_groups,
+)
+
+POLICIES = {
+    "plain": None,
+    "graddrop": GradDrop(0.3),
+    "gaussian": GaussianGradDrop(0.3),
+    "layer": LayerGradDrop(0.5),
+    "frozen layer": LayerGradDrop(0.5),
+    "epoch": GradDropEpoch(3),
+    "freeze": GradFreeze(3),
+}
+
+
+def make(policy, backend, seed, **more):
+    torch.manual_seed(seed)
+    model = Encoder()
+    masked = {"masked": "frozen"} if policy == "frozen layer" else {}
+    optimizer = FusedGradDropAdamW(
+        param_groups(model, weight_decay=0.1), lr=0.02, betas=(0.8, 0.95), eps=1e-4, mask=POLICIES[policy], seed=seed,
+        backend=backend, **masked, **more,
+    )  # fmt: skip
+    return model, optimizer
+
+
+def loss_of(model, step, seed):
+    ids = torch.randint(7, (4, 5), generator=torch.Generator().manual_seed(seed + step))
+    return model(ids).square().mean()
+
+
+def params_and_state(model, optimizer):
+    return [
+        (bits(param), {key: bits(value) for key, value in optimizer.state[param].items()})
+        for param in model.parameters()
+    ], [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_step_in_the_backward_pass_is_a_normal_one(policy, backend, seed):
+    normal, other = make(policy, backend, seed), make(policy, backend, seed)
+    handle = other[1].step_in_backward()
+    for step in range(6):
+        for model, optimizer in (normal, other):
+            optimizer.set_epoch(step // 2)
+            optimizer.zero_grad()
+            loss_of(model, step, seed).backward()
+            if optimizer is other[1]:
+                assert all(param.grad is None for param in model.parameters())
+            optimizer.step()
+        assert params_and_state(*normal) == params_and_state(*other), step
+    handle.remove()
+    for model, optimizer in (normal, other):  # and on in the usual way
+        optimizer.zero_grad()
+        loss_of(model, 6, seed).backward()
+        assert any(param.grad is not None for param in model.parameters())
+        optimizer.step()
+    assert params_and_state(*normal) == params_and_state(*other)
+
+
+def test_gradients_are_never_all_there(seed):
+    """When a parameter's gradient arrives, those of all that arrived before are gone."""
+    model, optimizer = make("graddrop", "auto", seed)
+    alive = []
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(
+            lambda _: alive.append(sum(other.grad is not None for other in model.parameters()))
+        )
+    handle = optimizer.step_in_backward()
+    loss_of(model, 0, seed).backward()
+    assert len(alive) == len(list(model.parameters())) and set(alive) == {1}
+    optimizer.step()
+    handle.remove()
+
+
+def test_what_has_a_gradient_still_is_stepped_at_the_end(seed):
+    """A parameter that was frozen when the hooks were set gets its gradient later."""
+    normal, other = make("graddrop", "auto", seed), make("graddrop", "auto", seed)
+    late = [next(model.parameters()) for model, _ in (normal, other)]
+    late[1].requires_grad_(False)
+    handle = other[1].step_in_backward()
+    late[1].requires_grad_(True)
+    for step in range(2):
+        for model, optimizer in (normal, other):
+            optimizer.zero_grad()
+            loss_of(model, step, seed).backward()
+            optimizer.step()
+    assert params_and_state(*normal) == params_and_state(*other)
+    handle.remove()
+
+
+def test_a_closure_steps_too(seed):
+    normal, other = make("graddrop", "auto", seed), make("graddrop", "auto", seed)
+    handle = other[1].step_in_backward()
+    losses = []
+    for model, optimizer in (normal, other):
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = loss_of(model, 0, seed)
+            loss.backward()
+            return loss
+
+        losses.append(optimizer.step(closure).item())
+    assert losses[0] == losses[1] and params_and_state(*normal) == params_and_state(*other)
+    handle.remove()
+
+
+def test_accumulation_is_refused(seed):
+    model, optimizer = make("graddrop", "auto", seed)
+    handle = optimizer.step_in_backward()
+    loss_of(model, 0, seed).backward()
+    with pytest.raises(RuntimeError, match=r"call optimizer\.step\(\) after every backward\(\)"):
+        loss_of(model, 1, seed).backward()
+    with pytest.raises(RuntimeError, match="a step is under way"):
+        handle.remove()
+    optimizer.step()
+    handle.remove()
+
+
+@pytest.mark.parametrize(
+    "argument, word", [({"max_grad_norm": 1.0}, r"max_grad_norm=1\.0 needs"), ({"fused": True}, "GradScaler")], ids=str
+)
+def test_what_needs_all_gradients_at_once_is_refused(argument, word, seed):
+    model, optimizer = make("graddrop", "auto", seed, **argument)
+    with pytest.raises(ValueError, match=word):
+        optimizer.step_in_backward()
+    loss_of(model, 0, seed).backward()
+    assert all(param.grad is not None for param in model.parameters())  # no hook was left
+
+
+def test_a_norm_that_is_asked_for_later_is_refused_before_anything_moves(seed):
+    model, optimizer = make("graddrop", "auto", seed)
+    optimizer.step_in_backward()
+    optimizer.max_grad_norm = 0.5
+    before = [bits(param) for param in model.parameters()]
+    with pytest.raises(ValueError, match=r"max_grad_norm=0\.5"):
+        loss_of(model, 0, seed).backward()
+    assert [bits(param) for param in model.parameters()] == before and not optimizer.state
+
+
+def test_several_processes_are_refused(monkeypatch, seed):
+    model, optimizer = make("graddrop", "auto", seed)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="more than one process"):
+        optimizer.step_in_backward()
+
+
+def test_a_second_call_is_refused(seed):
+    model, optimizer = make("graddrop", "auto", seed)
+    handle = optimizer.step_in_backward()
+    with pytest.raises(RuntimeError, match="on already"):
+        optimizer.step_in_backward()
+    handle.remove()
+    optimizer.step_in_backward()
+
+
+def test_a_copy_of_the_optimizer_steps_normally(seed):
+    model, optimizer = make("graddrop", "auto", seed)
+    optimizer.step_in_backward()
+    assert copy.deepcopy(optimizer)._in_backward is None
