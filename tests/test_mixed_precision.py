@@ -1,0 +1,258 @@
+"""Training in 16 bits: what stochastic rounding and float32 master weights promise, on every backend that offers them."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+from cases import BACKEND_NAMES, BF16, F16, F32
+from toy import bits
+
+from graddrop_kernels import (
+    FusedGradDropAdamW,
+    GaussianGradDrop,
+    GradDrop,
+    GradDropEpoch,
+    LayerGradDrop,
+    backends,
+)
+from graddrop_kernels.philox import DOMAIN_ROUNDING, stream_key, words32
+from graddrop_kernels.rounding import stochastic_bfloat16
+
+ARGUMENTS = {"lr": 3e-4, "betas": (0.75, 0.96875), "eps": 1e-5, "weight_decay": 0.2}
+POLICIES = {
+    "plain": (None, {}),
+    "graddrop": (GradDrop(0.3), {}),
+    "frozen": (GradDrop(0.4), {"masked": "frozen"}),
+    "gaussian": (GaussianGradDrop(0.3), {}),
+    "layer": (LayerGradDrop(0.5, layers=["layer.*"]), {}),
+    "epoch": (GradDropEpoch(3), {}),
+}
+OFFERED = [row.name for row in backends.BACKENDS if row.masters and row.stochastic and row.name in BACKEND_NAMES]
+offered = pytest.mark.parametrize("backend", OFFERED)
+
+
+def make(dtype, seed, backend, policy="graddrop", **more):
+    """(parameters, optimizer): two tensors in two blocks, at values that a bfloat16 holds."""
+    generator = torch.Generator().manual_seed(seed)
+    values = [torch.randn(size, generator=generator).bfloat16() for size in (1031, 64)]
+    params = [torch.nn.Parameter(value.to(dtype)) for value in values]
+    mask, masked = POLICIES[policy]
+    optimizer = FusedGradDropAdamW(
+        [(f"layer.{i}.weight", param) for i, param in enumerate(params)],
+        **{**ARGUMENTS, **masked, **more}, mask=mask, seed=seed, backend=backend,
+    )  # fmt: skip
+    optimizer.set_epoch(1)
+    return params, optimizer
+
+
+def give_grads(params, step, seed):
+    generator = torch.Generator().manual_seed(1000 * seed + step)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator).bfloat16().to(param.dtype)
+
+
+# Stochastic rounding.
+
+
+def test_mean_of_100_000_roundings_is_exact(seed):
+    """Of values between two bfloat16, at many places, signs and sizes; 5 standard errors."""
+    repeats, generator = 100_000, torch.Generator().manual_seed(seed)
+    values = torch.randn(24, generator=generator) * torch.logspace(-30, 30, 24)
+    key = stream_key("weight", seed)
+    for i, value in enumerate(values):
+        words = words32(key, i, DOMAIN_ROUNDING, 0, repeats, torch.device("cpu"))
+        rounded = stochastic_bfloat16(value.expand(repeats).contiguous(), words)
+        assert torch.equal(rounded, rounded.bfloat16().float())
+        low = (value.view(torch.int32) & -65536).view(torch.float32).double().item()
+        high = ((value.view(torch.int32) & -65536) + 65536).view(torch.float32).double().item()
+        assert set(rounded.double().tolist()) <= {low, high}
+        share = (value.double().item() - low) / (high - low)
+        error = abs((rounded.double().mean().item() - low) / (high - low) - share)
+        assert error < 5 * math.sqrt(share * (1 - share) / repeats) + 1e-9, (value.item(), error)
+
+
+def test_what_is_a_bfloat16_stays_and_infinities_and_nan_too(seed):
+    words = torch.randint(2**32, (2000,), generator=torch.Generator().manual_seed(seed))
+    exact = torch.randn(2000, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
+    assert bits(stochastic_bfloat16(exact, words)) == bits(exact)
+    special = torch.tensor([math.inf, -math.inf, 0.0, -0.0])
+    assert bits(stochastic_bfloat16(special, words[:4])) == bits(special)
+    nan = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32).view(F32)  # -1: a negative NaN, all bits set
+    assert stochastic_bfloat16(nan, torch.full((3,), 2**32 - 1)).bfloat16().isnan().all()
+
+
+@offered
+@pytest.mark.parametrize("policy", POLICIES)
+def test_small_updates_survive_on_average(policy, backend, seed):
+    """lr 3e-4 is below half the last digit of most values near 1: rounded to nearest they never move. Rounded
+    stochastically the mean moves as in float32.
+    """
+    ends = {}
+    for name, dtype, more in (
+        ("float32", F32, {}),
+        ("nearest", BF16, {"moment_dtype": F32}),
+        ("stochastic", BF16, {"moment_dtype": F32, "stochastic_rounding": True}),
+    ):
+        torch.manual_seed(seed)
+        param = torch.nn.Parameter(torch.ones(20_000, dtype=dtype))
+        mask, masked = POLICIES[policy]
+        arguments = {**ARGUMENTS, "weight_decay": 0.0, **masked, **more}
+        optimizer = FusedGradDropAdamW([("layer.0.weight", param)], mask=mask, seed=seed, backend=backend, **arguments)
+        optimizer.set_epoch(2)
+        for _ in range(8):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        ends[name] = param.detach().double().mean().item() - 1
+    assert ends["nearest"] == 0 > ends["float32"]
+    # 2^-8 is the last digit below 1; a step is a coin of at most that size.
+    assert abs(ends["stochastic"] - ends["float32"]) < 6 * 2**-8 * math.sqrt(8 / 20_000), ends
+
+
+@offered
+def test_other_dtypes_round_as_always(backend, seed):
+    for dtype in (F32, F16):
+        plain, stochastic = make(dtype, seed, backend), make(dtype, seed, backend, stochastic_rounding=True)
+        for step in range(3):
+            for params, optimizer in (plain, stochastic):
+                give_grads(params, step, seed)
+                optimizer.step()
+        assert list(map(bits, plain[0])) == list(map(bits, stochastic[0]))
+
+
+# Master weights.
+
+
+@offered
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_master_weights_are_those_of_a_float32_run(policy, dtype, backend, seed):
+    """Bit for bit, given the same gradients; and the parameters are what they round to."""
+    wide, narrow = make(F32, seed, backend, policy), make(dtype, seed, backend, policy, master_weights=True)
+    for step in range(5):
+        for params, optimizer in (wide, narrow):
+            give_grads(params, step, seed)
+            optimizer.step()
+        for theirs, ours in zip(wide[0], narrow[0]):
+            state = narrow[1].state[ours]
+            assert bits(state["master_param"]) == bits(theirs)
+            assert bits(ours) == bits(theirs.to(dtype))
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert bits(state[key]) == bits(wide[1].state[theirs][key])
+
+
+@offered
+@pytest.mark.parametrize("mode", [{"master_weights": True}, {"stochastic_rounding": True}], ids=str)
+@pytest.mark.parametrize("policy", ["frozen", "epoch"])
+def test_frozen_elements_stay_bit_for_bit(policy, mode, backend, seed):
+    """Also those that no longer are what their master rounds to."""
+    params, optimizer = make(BF16, seed, backend, policy, lr=0.05, **mode)
+    give_grads(params, 0, seed)
+    optimizer.step()
+    with torch.no_grad():
+        params[0].add_(1)
+    before, keep = params[0].detach().clone(), optimizer.mask(params[0])
+    give_grads(params, 1, seed)
+    optimizer.step()
+    assert 0.2 < keep.float().mean() < 0.8
+    assert bits(params[0][~keep]) == bits(before[~keep])
+    assert (params[0][keep] != before[keep]).float().mean() > 0.5
+
+
+@offered
+@pytest.mark.parametrize("mode", [{"master_weights": True}, {"stochastic_rounding": True}], ids=str)
+def test_a_resumed_run_goes_on_bit_for_bit(mode, backend, seed, tmp_path):
+    whole, first = make(BF16, seed, backend, "graddrop", **mode), make(BF16, seed, backend, "graddrop", **mode)
+    for step in range(6):
+        give_grads(whole[0], step, seed)
+        whole[1].step()
+    for step in range(3):
+        give_grads(first[0], step, seed)
+        first[1].step()
+    torch.save({"params": first[0], "optimizer": first[1].state_dict()}, tmp_path / "file")
+    saved = torch.load(tmp_path / "file", weights_only=True)
+    params, optimizer = make(BF16, seed, backend, "graddrop", **mode)
+    with torch.no_grad():
+        for param, value in zip(params, saved["params"]):
+            param.copy_(value)
+    optimizer.load_state_dict(saved["optimizer"])
+    for step in range(3, 6):
+        give_grads(params, step, seed)
+        optimizer.step()
+    for ours, theirs in zip(params, whole[0]):
+        assert bits(ours) == bits(theirs)
+        for key, value in whole[1].state[theirs].items():
+            assert bits(optimizer.state[ours][key]) == bits(value), key
+
+
+@offered
+def test_master_weights_begin_in_the_middle_of_a_run(backend, seed):
+    """A checkpoint of torch's AdamW in bfloat16 is taken up: moments widened, masters made of the parameters."""
+    params, _ = make(BF16, seed, backend)
+    theirs = torch.optim.AdamW(params, lr=1e-3)
+    give_grads(params, 0, seed)
+    theirs.step()
+    before = [param.detach().clone() for param in params]
+    optimizer = FusedGradDropAdamW(params, **ARGUMENTS, mask=None, backend=backend, master_weights=True)
+    optimizer.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    wide = [torch.nn.Parameter(value.float()) for value in before]
+    reference = FusedGradDropAdamW(wide, **ARGUMENTS, mask=None, backend=backend)
+    reference.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    for each in (optimizer, reference):
+        each.param_groups[0].update(ARGUMENTS)
+    give_grads(params, 1, seed)
+    give_grads(wide, 1, seed)
+    optimizer.step()
+    reference.step()
+    for ours, full in zip(params, wide):
+        assert optimizer.state[ours]["step"] == 2 and optimizer.state[ours]["exp_avg"].dtype == F32
+        assert bits(optimizer.state[ours]["master_param"]) == bits(full)
+
+
+@offered
+def test_float32_parameters_are_their_own_masters(backend, seed):
+    """As of layer norms kept in float32 beside bfloat16 matrices: one group, one option."""
+    params, optimizer = make(F32, seed, backend, master_weights=True)
+    give_grads(params, 0, seed)
+    optimizer.step()
+    assert all("master_param" not in optimizer.state[param] for param in params)
+
+
+# What is refused.
+
+
+def test_both_at_once(seed):
+    with pytest.raises(ValueError, match="master_weights and stochastic_rounding of parameter group 0 exclude"):
+        make(BF16, seed, "auto", master_weights=True, stochastic_rounding=True)
+
+
+@pytest.mark.parametrize(
+    "spoiled", [torch.ones(1031, dtype=BF16), torch.ones(5), None], ids=["another dtype", "another shape", "none"]
+)
+def test_a_master_that_does_not_fit(spoiled, seed):
+    params, optimizer = make(BF16, seed, "auto", master_weights=True)
+    give_grads(params, 0, seed)
+    optimizer.step()
+    optimizer.state[params[0]]["master_param"] = spoiled
+    before = [bits(param) for param in params]
+    with pytest.raises(ValueError, match=r"master_param of 'layer\.0\.weight' must be float32 of shape \(1031,\)"):
+        optimizer.step()
+    assert [bits(param) for param in params] == before
+
+
+def test_a_backend_that_does_not_offer_it(seed, monkeypatch):
+    without = tuple(dataclasses.replace(row, masters=False) for row in backends.BACKENDS)
+    monkeypatch.setattr(backends, "_BY_NAME", {row.name: row for row in without})
+    params, optimizer = make(BF16, seed, "exact", master_weights=True)
+    give_grads(params, 0, seed)
+    with pytest.raises(RuntimeError, match="backend='exact' does not offer master weights; use backend='auto'"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_describe_names_the_mode(seed):
+    _, optimizer = make(BF16, seed, "auto", master_weights=True)
+    assert "bfloat16, moments float32, master weights" in optimizer.describe()
+    _, optimizer = make(BF16, seed, "auto", stochastic_rounding=True)
+    assert "bfloat16, moments bfloat16, stochastic rounding" in optimizer.describe()
