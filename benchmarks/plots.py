@@ -12,6 +12,8 @@ import plots_gpu  # noqa: E402
 from matplotlib.ticker import FuncFormatter  # noqa: E402
 from render import DTYPES, RESULTS, config_of, load, names_of, row_of, threads_of  # noqa: E402
 
+from graddrop_kernels.demo import report  # noqa: E402
+
 # Okabe and Ito's colours, which colour-blind readers tell apart; shapes say the same.
 TARGET = "#D55E00"
 ISA_STYLE = {
@@ -169,13 +171,29 @@ def memory(result: dict, folder: Path) -> Path:
     return save(figure, folder / "memory.png")
 
 
+def precision(result: dict, folder: Path) -> Path:
+    """Training loss by step, a line a way of keeping the weights: mean over the seeds, and the band of all of them."""
+    figure, axis = plt.subplots(figsize=(9, 5.2))
+    for number, weights in enumerate(dict.fromkeys(row["weights"] for row in result["rows"])):
+        curves = [report.smooth(row["losses"]) for row in result["rows"] if row["weights"] == weights]
+        lowest, mean, highest = zip(*((min(step), sum(step) / len(step), max(step)) for step in zip(*curves)))
+        steps = range(1, len(mean) + 1)
+        axis.fill_between(steps, lowest, highest, color=COLORS[number], alpha=0.15, linewidth=0)
+        axis.plot(steps, mean, color=COLORS[number], marker=MARKERS[number], markevery=12, label=weights)
+    axis.set(xlabel="step", ylabel=f"training loss, mean of {report.SMOOTHING} steps", ylim=(0, None))
+    axis.grid(axis="y")
+    axis.legend(title=f"weights; line: mean of {len(curves)} seeds, band: all of them")
+    figure.suptitle(title(f"{result['method']}, {result['model']}, SIB-200 topics in English", result))
+    return save(figure, folder / "precision.png")
+
+
 def draw(results: dict[str, dict], folder: Path) -> list[Path]:
     """Every figure of one machine that its results allow."""
     steps = {name: results[name] for name in (f"step_cpu_{dtype}" for dtype in DTYPES) if name in results}
     paths = [step_ratios(result, folder) for result in steps.values()]
     if steps:
         paths += [frozen_blocks(steps, folder), bandwidth(steps, folder)]
-    figures = {"host_overhead": host_overhead, "memory": memory}
+    figures = {"host_overhead": host_overhead, "memory": memory, "precision": precision}
     paths += [figure(results[name], folder) for name, figure in figures.items() if name in results]
     return paths + plots_gpu.draw(results, folder, compile_contract(folder))
 

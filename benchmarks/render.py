@@ -10,6 +10,7 @@
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -150,6 +151,21 @@ def _memory(results: dict) -> str:
     return markdown(["bytes a parameter: kept + during a step", "mask bits", *labels], table)
 
 
+def _precision(results: dict) -> str:
+    """Mean and, after the sign, the standard deviation over the seeds."""
+    rows = results["precision"]["rows"]
+    languages, table = list(rows[0]["accuracy"]), []
+    for weights in dict.fromkeys(row["weights"] for row in rows):
+        own = [row for row in rows if row["weights"] == weights]
+        tails = [row["losses"][-10:] for row in own]
+        columns = [[row["accuracy"][language] for row in own] for language in languages]
+        columns.append([sum(tail) / len(tail) for tail in tails])
+        spread = lambda values: f" ± {number(statistics.stdev(values))}" if len(values) > 1 else ""
+        cells = [f"{number(statistics.mean(values))}{spread(values)}" for values in columns]
+        table.append([weights, str(len(own)), *cells])
+    return markdown(["weights", "seeds", *(f"{name}, %" for name in languages), "loss, last 10 steps"], table)
+
+
 def _machine(results: dict) -> str:
     facts = next(iter(results.values()))["machine"]
     processor = f"{facts['cpu']} (family {facts['family']}, model {facts['model']}), {facts['cores']} cores"
@@ -175,6 +191,7 @@ TABLES = {  # name in the marker: (benchmarks of which it needs one, the table)
     "bandwidth": (("bandwidth",), _bandwidth),
     "host-overhead": (("host_overhead",), _host_overhead),
     "memory": (("memory",), _memory),
+    "precision": (("precision",), _precision),
 }
 
 

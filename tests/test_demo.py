@@ -41,6 +41,7 @@ SETTINGS = Settings(
     dropout=0.0,
     seed=5,
     precision="float32",
+    weights="float32",
 )
 
 

@@ -1,4 +1,4 @@
-"""Training in 16 bits: what stochastic rounding and float32 master weights promise, on every backend that offers them."""
+"""Training in 16 bits: what stochastic rounding and master weights promise, on every backend that offers them."""
 
 import copy
 import dataclasses

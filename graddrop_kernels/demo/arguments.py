@@ -6,7 +6,7 @@ from pathlib import Path
 from .. import backends
 from . import sib200
 from .classifier import BUNDLED
-from .methods import METHODS
+from .methods import METHODS, WEIGHTS
 
 DESCRIPTION = """\
 Fine-tune a multilingual transformer on 701 English sentences (SIB-200: which of seven topics?) with a method of the
@@ -45,6 +45,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", help="(default: cuda if there is one, else cpu)")
     chosen = "bf16 is autocast; auto (default) takes it where the processor computes in it"
     add("--precision", default="auto", choices=("auto", "bf16", "float32"), help=chosen)
+    stored = "dtype of the body's weights; bf16 with float32 masters, or rounded stochastically (default: %(default)s)"
+    add("--weights", default="float32", choices=WEIGHTS, help=stored)
     add("--threads", type=_positive, help="of PyTorch (default: its own choice)")
     add("--save-every", type=_positive, metavar="N", help="checkpoint every N steps, not only after every epoch")
     add("--max-steps", type=_positive, metavar="N", help="stop after N steps; learning rates as in the whole run")

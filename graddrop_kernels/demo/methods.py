@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from .. import FusedGradDropAdamW, param_groups
@@ -22,6 +23,15 @@ METHODS: dict[str, Callable[[int, float], Policy | None]] = {
     "graddrop-epoch-toggle": lambda epochs, p: GradDropEpoch(epochs, toggle=True),
     "gradfreeze-topdown": lambda epochs, p: GradFreeze(epochs, direction="top_down"),
     "gradfreeze-bottomup": lambda epochs, p: GradFreeze(epochs, direction="bottom_up"),
+}
+
+# How the pretrained body's weights are kept: (their dtype, the optimizer's arguments). Moments have their dtype, but
+# beside masters, where they are float32.
+WEIGHTS: dict[str, tuple[torch.dtype, dict]] = {
+    "float32": (torch.float32, {}),
+    "bf16": (torch.bfloat16, {}),
+    "bf16-master": (torch.bfloat16, {"master_weights": True}),
+    "bf16-stochastic": (torch.bfloat16, {"stochastic_rounding": True}),
 }
 
 
@@ -45,6 +55,7 @@ class Settings:
     dropout: float
     seed: int
     precision: str
+    weights: str
 
     @property
     def policy(self) -> Policy | None:
@@ -67,7 +78,8 @@ def build_optimizer(model: nn.Module, settings: Settings, backend: str = "auto")
             groups.append({**group, "params": body})
         if head:
             groups.append({**group, "params": head, "name": f"head_{group['name']}", "lr": settings.head_lr})
-    return FusedGradDropAdamW(groups, lr=settings.lr, mask=settings.policy, seed=settings.seed, backend=backend)
+    arguments = {"lr": settings.lr, "mask": settings.policy, "seed": settings.seed, "backend": backend}
+    return FusedGradDropAdamW(groups, **arguments, **WEIGHTS[settings.weights][1])
 
 
 def active_share(optimizer: FusedGradDropAdamW) -> float:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from .. import __version__
 from . import report, sib200
 from .classifier import ModelSource
-from .methods import Settings, build_optimizer
+from .methods import WEIGHTS, Settings, build_optimizer
 from .train import Examples, accuracy, train
 
 NOTE = "one seed, one sentence is 0.49 points of a language: this shows that training works, not which method is best"
@@ -55,7 +55,8 @@ def run(arguments: argparse.Namespace) -> dict:
     for name, split in splits.items():
         examples[name] = Examples(source.encode(split.texts, arguments.max_length), split.labels)
     print(f"model: {source.description}")
-    print(f"data: SIB-200, training in English; {device}, {arguments.precision}, {torch.get_num_threads()} threads")
+    how = f"{arguments.precision}, weights {arguments.weights}, {torch.get_num_threads()} threads"
+    print(f"data: SIB-200, training in English; {device}, {how}")
     print(f"note: {NOTE}")
 
     result = {
@@ -89,6 +90,7 @@ def run_method(method: str, arguments: argparse.Namespace, device: torch.device,
         values["dropout"] = 0.0  # masked methods train without activation dropout, as in the paper
     settings = Settings(**{field.name: values[field.name] for field in fields(Settings)})
     model = source.model(settings.seed, settings.dropout).to(device)
+    getattr(model, model.base_model_prefix).to(WEIGHTS[settings.weights][0])
     optimizer = build_optimizer(model, settings, arguments.backend)
     pad = source.tokenizer.pad_token_id
     progress = train(
