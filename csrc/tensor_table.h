@@ -6,13 +6,13 @@
 
 namespace graddrop {
 
-constexpr int32_t kTableVersion = 2;
+constexpr int32_t kTableVersion = 3;
 
 enum DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
 struct TensorRow {
   void* param;
-  const void* grad;  // param's dtype
+  const void* grad;  // param's dtype, or with master weights the copy's
   void* exp_avg;     // moments: float32 or param's dtype
   void* exp_avg_sq;
   void* max_exp_avg_sq;        // null without amsgrad
@@ -22,6 +22,7 @@ struct TensorRow {
   int64_t base, local_inner, global_inner;  // RowBlock: global index of local element i
   uint64_t key;                             // Philox key of the parameter's stream
   int64_t hyper;                            // index of its HyperRow
+  void* copy;                               // param is a float32 master, and this gets it rounded; null: it is none
 };
 
 struct HyperRow {
@@ -42,7 +43,7 @@ struct HyperRow {
   int32_t reserved;
 };
 
-static_assert(sizeof(TensorRow) == 104 && sizeof(HyperRow) == 128, "tensor_table.py has the same sizes");
+static_assert(sizeof(TensorRow) == 112 && sizeof(HyperRow) == 128, "tensor_table.py has the same sizes");
 
 // What the prologue on a GPU makes of a TensorRow and its HyperRow for one step. A launch holds rows of one mask kind;
 // rows with kind keep or off may be among them, and have values here that make that kind keep or drop everything.

@@ -24,12 +24,31 @@ def masked_adamw_(batch: TensorBatch, exact: bool = False) -> None:
         _masked_adamw_row_(batch, row, batch.hypers[hyper_row], EXACT if exact else PLAIN)
 
 
+def sum_of_squares(batch: TensorBatch, masked: bool, exact: bool = False) -> torch.Tensor:
+    """The sum of the squares of all gradients, float64 tensor () on the batch's device; changes nothing.
+
+    Args:
+        masked: of what the masks of the next step make of them: a dropped element counts 0, a kept one with its scale.
+            Neither ``grad_scale`` nor ``clip_factor`` is applied.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=batch.device)
+    for row, hyper_row in enumerate(batch.hyper_rows):
+        g = batch.grads[row].to(_working_dtype(batch.params[row])).flatten()
+        if masked:
+            plan = batch.hypers[hyper_row].plan
+            completed_steps = int(batch.steps[row])
+            keep, _ = _keep_and_bucket(batch, row, plan, completed_steps)
+            g = _masked_gradient(g, batch, row, plan, completed_steps, keep, EXACT if exact else PLAIN)
+        total += g.double().square().sum()
+    return total
+
+
 def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rounding) -> None:
     plan, fma = hyper.plan, rounding.fma
     if plan.kind == "off" and plan.frozen:
         return  # nothing moves, nor the step count
     param, max_exp_avg_sq = batch.params[row], batch.max_exp_avg_sqs[row]
-    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    dtype = _working_dtype(param)
     p, m, v = (tensor.to(dtype).flatten() for tensor in (param, batch.exp_avgs[row], batch.exp_avg_sqs[row]))
     vmax = max_exp_avg_sq.to(dtype).flatten() if hyper.amsgrad else None
     completed_steps = int(batch.steps[row])
@@ -43,30 +62,17 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
         grad = grad.to(dtype) * batch.clip_factor
 
     key, layout = batch.keys[row], batch.layouts[row]
-    keep, bucket = keep_and_bucket(plan, key, completed_steps, layout, p.numel(), batch.mask_words[row], param.device)
+    keep, bucket = _keep_and_bucket(batch, row, plan, completed_steps)
     beta1, beta2, eps, neg_lr_wd, step_size, bias_correction2_sqrt = _scalars(
         hyper, completed_steps + 1, dtype, param.device
     )
     if plan.ages:  # every bucket has its own age
         step_size, bias_correction2_sqrt = step_size[bucket], bias_correction2_sqrt[bucket]
 
-    if plan.kind == "off":
-        g = torch.zeros_like(p)  # the gradient is not even read
-    else:
-        g = grad.to(dtype).flatten()
-        if hyper.maximize:
-            g = -g
-        if plan.kind == "gaussian":
-            z = normal_from_words(
-                by_runs(
-                    layout, p.numel(), param.device, lambda *run: words32(key, completed_steps, DOMAIN_GAUSSIAN, *run)
-                ),
-                rounding,
-            )
-            g = g * fma(z, z.new_tensor(plan.scale), z.new_tensor(1.0)).to(dtype)
-        elif keep is not None:
-            # Selection, not multiplication: a dropped inf or NaN is dropped.
-            g = torch.where(keep, g * g.new_tensor(plan.scale), 0.0)
+    g = grad.to(dtype).flatten()
+    if hyper.maximize:
+        g = -g
+    g = _masked_gradient(g, batch, row, plan, completed_steps, keep, rounding)
 
     old = p, m, v, vmax
     if hyper.weight_decay != 0:
@@ -94,6 +100,26 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
             target.copy_(new.view_as(target))
 
 
+def _working_dtype(param: torch.Tensor) -> torch.dtype:
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def _masked_gradient(
+    g: torch.Tensor, batch: TensorBatch, row: int, plan: MaskPlan, completed_steps: int, keep, rounding: Rounding
+) -> torch.Tensor:
+    """What the mask makes of a row's gradient g, flat and of the working dtype."""
+    if plan.kind == "off":
+        return torch.zeros_like(g)  # the fused backends do not even read it
+    if plan.kind == "gaussian":
+        words = lambda *run: words32(batch.keys[row], completed_steps, DOMAIN_GAUSSIAN, *run)
+        z = normal_from_words(by_runs(batch.layouts[row], g.numel(), g.device, words), rounding)
+        return g * rounding.fma(z, z.new_tensor(plan.scale), z.new_tensor(1.0)).to(g.dtype)
+    if keep is not None:
+        # Selection, not multiplication: a dropped inf or NaN is dropped.
+        return torch.where(keep, g * g.new_tensor(plan.scale), 0.0)
+    return g
+
+
 def _scalars(hyper: Hyper, step: int, dtype: torch.dtype, device):
     """The scalars of one update as tensors of the working dtype;
     the last two have one entry a bucket where the plan has ages.
@@ -112,6 +138,13 @@ def _scalars(hyper: Hyper, step: int, dtype: torch.dtype, device):
     bias_correction1 = torch.tensor([1 - float(beta1) ** age for age in ages], dtype=dtype, device=device)
     bias_correction2_sqrt = torch.tensor([(1 - float(beta2) ** age) ** 0.5 for age in ages], dtype=dtype, device=device)
     return beta1, beta2, eps, -(lr * weight_decay), lr / bias_correction1, bias_correction2_sqrt
+
+
+def _keep_and_bucket(batch: TensorBatch, row: int, plan: MaskPlan, completed_steps: int):
+    param = batch.params[row]
+    return keep_and_bucket(
+        plan, batch.keys[row], completed_steps, batch.layouts[row], param.numel(), batch.mask_words[row], param.device
+    )
 
 
 def keep_and_bucket(

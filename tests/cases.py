@@ -58,8 +58,10 @@ class Engine(NamedTuple):
         devices = _ROWS[self.backend].devices
         return "cpu" if devices is None or "cpu" in devices else devices[0]
 
-    def takes(self, dtypes: tuple[torch.dtype, torch.dtype]) -> bool:
-        return dtypes in _ROWS[self.backend].dtypes
+    def takes(self, dtypes: tuple[torch.dtype, torch.dtype], masters: bool = False, stochastic: bool = False) -> bool:
+        row = _ROWS[self.backend]
+        stepped = (F32, F32) if masters else dtypes
+        return stepped in row.dtypes and row.masters >= masters and row.stochastic >= stochastic
 
 
 EXACT, PLAIN = Engine("exact"), Engine("reference")
@@ -76,13 +78,15 @@ _CHOSEN = os.environ.get("GRADDROP_TEST_BACKENDS", "").split() or available_back
 FUSED = tuple(engine for engine in _COMPILED if engine.backend != "triton-fast" and engine.backend in _CHOSEN)
 
 
-def fused_engines(dtypes: tuple[torch.dtype, torch.dtype]) -> list[Engine]:
-    """The fused engines that take (parameter dtype, moment dtype).
+def fused_engines(
+    dtypes: tuple[torch.dtype, torch.dtype], masters: bool = False, stochastic: bool = False
+) -> list[Engine]:
+    """The fused engines that take (parameter dtype, moment dtype), and the modes asked for.
 
     Fails where a table of the cpu's dtypes would leave the test empty.
     """
     require("cpu")
-    return [engine for engine in FUSED if engine.takes(dtypes)]
+    return [engine for engine in FUSED if engine.takes(dtypes, masters, stochastic)]
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -167,10 +171,17 @@ class Case:
     hyper: str
     dtypes: tuple[torch.dtype, torch.dtype]
     sizes: tuple[int, ...]
+    masters: bool = False
+    stochastic: bool = False
 
     def __str__(self):
         param, moments = (str(dtype).removeprefix("torch.") for dtype in self.dtypes)
-        return f"{self.masking}-{self.hyper}-{param}-{moments}"
+        mode = "-masters" * self.masters + "-stochastic" * self.stochastic
+        return f"{self.masking}-{self.hyper}-{param}-{moments}{mode}"
+
+    def engines(self) -> list[Engine]:
+        """The fused engines that can step it."""
+        return fused_engines(self.dtypes, self.masters, self.stochastic)
 
 
 # Every policy under all hyper-parameters in float32; under each of them once in the other dtypes together.
@@ -185,6 +196,13 @@ ALL_CASES = [
 LONG_CASES = [
     Case(masking, list(HYPERS)[(i + j) % len(HYPERS)], dtypes, SIZES)
     for (i, masking), (j, dtypes) in itertools.product(enumerate(MASKINGS), enumerate(DTYPES))
+]
+# (parameter and moment dtype, master weights, stochastic rounding)
+MODES = (((BF16, F32), True, False), ((F16, F32), True, False), ((BF16, BF16), False, True), ((BF16, F32), False, True))
+# Every policy in every mode, the hyper-parameters in turn; both short tensors and one of many units.
+MODE_CASES = [
+    Case(masking, list(HYPERS)[(i + j) % len(HYPERS)], dtypes, (*SMALL_SIZES, 9000), masters, stochastic)
+    for (i, masking), (j, (dtypes, masters, stochastic)) in itertools.product(enumerate(MASKINGS), enumerate(MODES))
 ]
 
 
@@ -209,7 +227,10 @@ class Training:
     def of(cls, case: Case, values, engine: Engine, seed: int) -> "Training":
         masking = MASKINGS[case.masking]
         wide = {"moment_dtype": F32} if case.dtypes[1] is not case.dtypes[0] else {}
-        return cls(values, engine, seed, mask=masking.policy(values), **HYPERS[case.hyper], **masking.arguments, **wide)
+        mode = {"master_weights": case.masters, "stochastic_rounding": case.stochastic}
+        return cls(
+            values, engine, seed, mask=masking.policy(values), **HYPERS[case.hyper], **masking.arguments, **wide, **mode
+        )
 
     @property
     def params(self) -> list[torch.Tensor]:
@@ -240,7 +261,7 @@ class Training:
         """The inverse of ``tensors``; state that is not there yet is made."""
         for name, param in self.named:
             param.data.copy_(tensors[name])
-            for key in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            for key in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param"):
                 if f"{key} of {name}" in tensors:
                     self.optimizer.state[param][key] = tensors[f"{key} of {name}"].to(param.device, copy=True)
 

@@ -22,6 +22,7 @@ from cases import (
     ISAS,
     LONG_CASES,
     MASKINGS,
+    MODE_CASES,
     PAST_THE_LAST_EPOCH,
     PLAIN,
     Case,
@@ -80,7 +81,7 @@ def kept_by_effect(before: dict, after: dict, name: str, beta1: float, frozen: b
         working = F64 if old.dtype is F64 else F32
         return after[moment] != (torch.tensor(beta1, dtype=working) * old.to(working)).to(old.dtype)
     kept = after[moment] != old
-    for key in ("", "exp_avg_sq of ", "max_exp_avg_sq of "):
+    for key in ("", "exp_avg_sq of ", "max_exp_avg_sq of ", "master_param of "):
         if key + name in before:
             assert_same_bits(after[key + name][~kept], before[key + name][~kept], f"{key}{name} of frozen elements")
     return kept
@@ -125,12 +126,18 @@ def test_fused_backends_have_the_exact_bits(case, seed):
     """20 steps over several epochs, one visited twice, one left out, one past the last; parameters, moments, step
     counts and masks after each.
     """
-    run_in_step(case, seed, fused_engines(case.dtypes), len(EPOCH_OF_STEP), assert_bits)
+    run_in_step(case, seed, case.engines(), len(EPOCH_OF_STEP), assert_bits)
 
 
 @pytest.mark.parametrize("case", LONG_CASES, ids=str)
 def test_fused_backends_have_the_exact_bits_on_long_tensors(case, seed):
-    run_in_step(case, seed, fused_engines(case.dtypes), 3, assert_bits, start=8)
+    run_in_step(case, seed, case.engines(), 3, assert_bits, start=8)
+
+
+@pytest.mark.parametrize("case", MODE_CASES, ids=str)
+def test_fused_backends_have_the_exact_bits_in_every_mode(case, seed):
+    """Master weights and stochastic rounding: parameters, masters, moments, step counts and masks after each step."""
+    run_in_step(case, seed, case.engines(), 5, assert_bits, start=3)
 
 
 # --- plain "reference" ------------------------------------------------------------------------------------------------

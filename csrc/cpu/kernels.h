@@ -11,6 +11,14 @@ struct AgeTables {
   const float *step_size, *bias_correction2_sqrt, *bias_correction2_sqrt_reciprocal;
 };
 
+// What all rows of a call share.
+struct Mode {
+  DType param_dtype, grad_dtype, moment_dtype;
+  bool stochastic;          // bfloat16 parameters are rounded up or down at random
+  const float* grad_scale;  // gradients are divided by it and written back; null: they are not
+  const float* clip_factor;  // and then multiplied by it; null: they are not
+};
+
 // A TensorRow with everything that does not change from element to element worked out.
 struct PreparedRow {
   TensorRow tensor;
@@ -18,16 +26,18 @@ struct PreparedRow {
   AdamWScalars<float> scalars;
   AgeTables by_age;  // num_ages entries, or num_ages = 0: then the scalars above count
   int64_t num_ages;
-  DType param_dtype, moment_dtype;
+  Mode mode;
+  uint32_t rounding_draw;  // third counter word of stochastic rounding
   bool decay, amsgrad;
-  float sign;              // -1 to maximize
-  const float* grad_scale;  // gradients are divided by it and written back; null: they are not
+  float sign;  // -1 to maximize
 };
 
 struct Kernels {
   const char* isa;
   // One step on the elements [begin, end) of a row, local flat indices.
   void (*masked_adamw)(const PreparedRow& row, int64_t begin, int64_t end);
+  // The sum of the squares of the gradients of elements [begin, end) in float64; masked: of what the mask makes of them.
+  double (*sum_of_squares)(const PreparedRow& row, bool masked, int64_t begin, int64_t end);
   // The 16-bit draws of elements first .. first + count of a stream.
   void (*uniform16)(uint64_t key, uint32_t draw, uint32_t domain, int64_t first, int64_t count, uint16_t* out);
   // Bit-planes of the buckets of local elements [begin, end); begin is a multiple of 32.

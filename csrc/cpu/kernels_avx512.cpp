@@ -5,5 +5,5 @@
 // clang-format on
 
 namespace graddrop {
-extern const Kernels kAvx512Kernels = {"avx512", masked_adamw, uniform16, bucket_planes};
+extern const Kernels kAvx512Kernels = {"avx512", masked_adamw, sum_of_squares, uniform16, bucket_planes};
 }  // namespace graddrop

@@ -12,6 +12,7 @@
 #pragma once
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "../gaussian.h"
 #include "kernels.h"
@@ -20,6 +21,18 @@ namespace graddrop {
 namespace {
 
 constexpr int kBlock = 64;  // elements
+
+// The elements of a row's parameters, gradients and moments, and the register they are computed in.
+template <typename Param, typename Grad, typename Moment, bool kRoundsStochastically = false>
+struct Types {
+  using P = Param;
+  using G = Grad;
+  using M = Moment;
+  using V = typename VectorFor<P, M>::Type;
+  // the parameters are masters, and copies of the gradients' type get them rounded
+  static constexpr bool kMaster = !std::is_same<P, G>::value;
+  static constexpr bool kStochastic = kRoundsStochastically;
+};
 
 template <typename V, typename T>
 GRADDROP_FN V load(const T* source) {
@@ -43,6 +56,7 @@ struct BlockMask {
   Keep keep;
   const uint16_t* buckets = nullptr;  // of each element, for the ages
   const float* factors = nullptr;     // kGaussian
+  const uint32_t* rounding = nullptr;  // random words: stochastic rounding
 };
 
 // What an update does with the mask; one instance of the update loop each.
@@ -100,6 +114,10 @@ GRADDROP_FN void mask_from_draws(const MaskSpec& mask, uint16_t* u16, BlockMask&
 
 GRADDROP_FN uint32_t domain_of(const MaskSpec& mask) { return mask.kind == kBucket ? kDomainBucket : kDomainElement; }
 
+GRADDROP_FN float scale_of(const MaskSpec& mask) {  // of kept gradients
+  return mask.kind == kBernoulli || mask.kind == kFixed ? mask.scale : 1.0f;
+}
+
 // What all vectors of a row share, to be kept in registers: copy it into the loop that uses it,
 // so that no store can alias it.
 template <typename V>
@@ -108,34 +126,42 @@ struct Update {
   V factor;  // sign, times the scale of kept gradients
   AgeTables by_age;
   int64_t num_ages;
-  V grad_scale;
+  V grad_scale, clip_factor;
   bool decay, amsgrad, unscale;
+  bool rescale;  // by any of the two
 };
 template <typename V>
 GRADDROP_FN Update<V> make_update(const PreparedRow& row) {
   const AdamWScalars<float>& s = row.scalars;
-  const float scale = row.mask.kind == kBernoulli || row.mask.kind == kFixed ? row.mask.scale : 1.0f;
   return {{V(s.lr_weight_decay), V(s.beta1), V(s.beta2), V(s.step_size), V(s.bias_correction2_sqrt),
            V(s.bias_correction2_sqrt_reciprocal), V(s.eps)},
-          V(row.sign * scale),
+          V(row.sign * scale_of(row.mask)),
           row.by_age,
           row.num_ages,
-          V(row.grad_scale ? *row.grad_scale : 1.0f),
+          V(row.mode.grad_scale ? *row.mode.grad_scale : 1.0f),
+          V(row.mode.clip_factor ? *row.mode.clip_factor : 1.0f),
           row.decay,
           row.amsgrad,
-          row.grad_scale != nullptr};
+          row.mode.grad_scale != nullptr,
+          row.mode.grad_scale || row.mode.clip_factor};
 }
 
 // The tensors of a row from one local index on.
-template <typename P, typename M>
+template <typename T>
 struct Streams {
-  P *param, *grad;
-  M *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
+  typename T::P* param;
+  typename T::G *grad, *copy;  // copy: with masters
+  typename T::M *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
 };
-template <typename P, typename M>
-GRADDROP_FN Streams<P, M> streams_at(const PreparedRow& row, int64_t local) {
+template <typename T>
+GRADDROP_FN Streams<T> streams_at(const PreparedRow& row, int64_t local) {
+  using G = typename T::G;
+  using M = typename T::M;
   const TensorRow& t = row.tensor;
-  return {static_cast<P*>(t.param) + local, static_cast<P*>(const_cast<void*>(t.grad)) + local, static_cast<M*>(t.exp_avg) + local,
+  return {static_cast<typename T::P*>(t.param) + local,
+          static_cast<G*>(const_cast<void*>(t.grad)) + local,
+          static_cast<G*>(T::kMaster ? t.copy : const_cast<void*>(t.grad)) + local,
+          static_cast<M*>(t.exp_avg) + local,
           static_cast<M*>(t.exp_avg_sq) + local,
           static_cast<M*>(row.amsgrad ? t.max_exp_avg_sq : t.exp_avg_sq) + local};
 }
@@ -145,26 +171,36 @@ constexpr bool selects(Variant variant) {
 }
 constexpr bool freezes(Variant variant) { return variant == kFrozen || variant == kFrozenByAge; }
 
-template <Variant kVariant, typename T, typename V>
-GRADDROP_FN void store_result(T* target, const typename V::LaneMask& keep, V value) {
+template <Variant kVariant, typename E, typename V>
+GRADDROP_FN void store_result(E* target, const typename V::LaneMask& keep, V value) {
   if (freezes(kVariant)) store_kept(target, keep, value);
   else store(target, value);
 }
 
+// What the mask makes of a vector of gradients.
+template <Variant kVariant, typename V>
+GRADDROP_FN V masked_gradient(V g, V factor, const typename V::LaneMask& keep, const BlockMask& mask, int i) {
+  g = kVariant == kZeroGradient ? V(0.0f) : g * factor;
+  if (kVariant == kFactor) g = g * load<V>(mask.factors + i);
+  if (selects(kVariant)) g = keep_or_zero(keep, g);
+  return g;
+}
+
 // The moments of one vector, elements i .. i + V::kWidth of a block.
-template <Variant kVariant, typename V, typename P, typename M>
-GRADDROP_FN AdamWDirection<V> update_moments(const Update<V>& u, const BlockMask& mask, int i, const Streams<P, M>& s) {
+template <Variant kVariant, typename T, typename V>
+GRADDROP_FN AdamWDirection<V> update_moments(const Update<V>& u, const BlockMask& mask, int i, const Streams<T>& s) {
   typename V::LaneMask keep{};
   if (selects(kVariant)) lanes_at(mask.keep, i, keep);
   V g(0.0f);
   if (kVariant != kZeroGradient || u.unscale) g = load<V>(s.grad + i);
-  if (u.unscale) {
-    g = div(g, u.grad_scale);
-    store(s.grad + i, g);
+  if (u.rescale) {  // one branch for both, so that a step with neither pays for one
+    if (u.unscale) {
+      g = div(g, u.grad_scale);
+      store(s.grad + i, g);
+    }
+    g = g * u.clip_factor;
   }
-  g = kVariant == kZeroGradient ? V(0.0f) : g * u.factor;
-  if (kVariant == kFactor) g = g * load<V>(mask.factors + i);
-  if (selects(kVariant)) g = keep_or_zero(keep, g);
+  g = masked_gradient<kVariant>(g, u.factor, keep, mask, i);
 
   AdamWScalars<V> scalars = u.scalars;
   if (kVariant == kFrozenByAge) lookup(u.by_age.step_size, u.num_ages, mask.buckets + i, scalars.step_size);
@@ -179,10 +215,10 @@ GRADDROP_FN AdamWDirection<V> update_moments(const Update<V>& u, const BlockMask
   return direction;
 }
 
-// The parameters of one vector.
-template <Variant kVariant, typename V, typename P>
-GRADDROP_FN void update_param(const Update<V>& u, const BlockMask& mask, int i, P* param,
-                              const AdamWDirection<V>& direction) {
+// The parameters of one vector, and their copies.
+template <Variant kVariant, typename T, typename V>
+GRADDROP_FN void update_param(const Update<V>& u, const BlockMask& mask, int i, typename T::P* param,
+                              typename T::G* copy, const AdamWDirection<V>& direction) {
   typename V::LaneMask keep{};
   if (freezes(kVariant)) lanes_at(mask.keep, i, keep);
   AdamWScalars<V> scalars = u.scalars;
@@ -191,29 +227,34 @@ GRADDROP_FN void update_param(const Update<V>& u, const BlockMask& mask, int i, 
     lookup(u.by_age.bias_correction2_sqrt_reciprocal, u.num_ages, mask.buckets + i,
            scalars.bias_correction2_sqrt_reciprocal);
   }
-  store_result<kVariant>(param + i, keep, adamw_param(load<V>(param + i), direction, scalars, u.decay));
+  V updated = adamw_param(load<V>(param + i), direction, scalars, u.decay);
+  if (T::kStochastic) updated = round_stochastically(updated, mask.rounding + i);
+  store_result<kVariant>(param + i, keep, updated);
+  if (T::kMaster) store_result<kVariant>(copy + i, keep, updated);
 }
 
 // Vectors whose moments are done and whose parameters are not: the last kLag of the block before.
 constexpr int kLag = 2;
-template <typename V, typename P>
+template <typename T>
 struct Pending {
-  P* param = nullptr;  // of the block before
+  typename T::P* param = nullptr;  // of the block before
+  typename T::G* copy = nullptr;
   const BlockMask* mask = nullptr;
-  AdamWDirection<V> direction[kLag];
+  AdamWDirection<typename T::V> direction[kLag];
 };
 
-template <Variant kVariant, typename V, typename P>
-GRADDROP_FN void finish(const Update<V>& u, const Pending<V, P>& pending) {
+template <Variant kVariant, typename T, typename V>
+GRADDROP_FN void finish(const Update<V>& u, const Pending<T>& pending) {
   if (!pending.param) return;
 #pragma GCC unroll 8
   for (int j = 0; j < kLag; ++j)
-    update_param<kVariant>(u, *pending.mask, kBlock + (j - kLag) * V::kWidth, pending.param, pending.direction[j]);
+    update_param<kVariant, T>(u, *pending.mask, kBlock + (j - kLag) * V::kWidth, pending.param, pending.copy,
+                              pending.direction[j]);
 }
 
 // The moments of a whole block, and the parameters of its vectors kLag later, so that their square roots are ready.
-template <Variant kVariant, typename V, typename P, typename M, typename Between>
-GRADDROP_FN void update_block(const Update<V>& u, const BlockMask& mask, const Streams<P, M>& s, Pending<V, P>& pending,
+template <Variant kVariant, typename T, typename V, typename Between>
+GRADDROP_FN void update_block(const Update<V>& u, const BlockMask& mask, const Streams<T>& s, Pending<T>& pending,
                               Between between) {
   constexpr int kVectors = kBlock / V::kWidth;
 #pragma GCC unroll 8
@@ -221,86 +262,134 @@ GRADDROP_FN void update_block(const Update<V>& u, const BlockMask& mask, const S
     between(j, kVectors);
     const AdamWDirection<V> direction = update_moments<kVariant>(u, mask, j * V::kWidth, s);
     AdamWDirection<V>& before = pending.direction[j % kLag];
-    if (j >= kLag) update_param<kVariant>(u, mask, (j - kLag) * V::kWidth, s.param, before);
-    else if (pending.param) update_param<kVariant>(u, *pending.mask, kBlock + (j - kLag) * V::kWidth, pending.param, before);
+    if (j >= kLag)
+      update_param<kVariant, T>(u, mask, (j - kLag) * V::kWidth, s.param, s.copy, before);
+    else if (pending.param)
+      update_param<kVariant, T>(u, *pending.mask, kBlock + (j - kLag) * V::kWidth, pending.param, pending.copy, before);
     before = direction;
   }
   pending.param = s.param;
+  pending.copy = s.copy;
   pending.mask = &mask;
 }
 
 // Up to a block: whole vectors, then the last few elements through copies on the stack.
-template <Variant kVariant, typename V, typename P, typename M>
-GRADDROP_FN void update_part(const Update<V>& u, const BlockMask& mask, const Streams<P, M>& s, int count) {
+template <Variant kVariant, typename T, typename V>
+GRADDROP_FN void update_part(const Update<V>& u, const BlockMask& mask, const Streams<T>& s, int count) {
+  using P = typename T::P;
+  using G = typename T::G;
+  using M = typename T::M;
   int i = 0;
   for (; i + V::kWidth <= count; i += V::kWidth)
-    update_param<kVariant>(u, mask, i, s.param, update_moments<kVariant>(u, mask, i, s));
+    update_param<kVariant, T>(u, mask, i, s.param, s.copy, update_moments<kVariant>(u, mask, i, s));
   if (i >= count) return;
   const size_t rest = count - i;
-  P param[V::kWidth] = {}, grad[V::kWidth] = {};
+  P param[V::kWidth] = {};
+  G grad[V::kWidth] = {}, copy[V::kWidth] = {};
   M exp_avg[V::kWidth] = {}, exp_avg_sq[V::kWidth] = {}, max_exp_avg_sq[V::kWidth] = {};
   std::memcpy(param, s.param + i, rest * sizeof(P));
-  if (kVariant != kZeroGradient || u.unscale) std::memcpy(grad, s.grad + i, rest * sizeof(P));
+  if (kVariant != kZeroGradient || u.unscale) std::memcpy(grad, s.grad + i, rest * sizeof(G));
+  if (T::kMaster) std::memcpy(copy, s.copy + i, rest * sizeof(G));
   std::memcpy(exp_avg, s.exp_avg + i, rest * sizeof(M));
   std::memcpy(exp_avg_sq, s.exp_avg_sq + i, rest * sizeof(M));
   std::memcpy(max_exp_avg_sq, s.max_exp_avg_sq + i, rest * sizeof(M));
-  const Streams<P, M> copies = {param - i, grad - i, exp_avg - i, exp_avg_sq - i, max_exp_avg_sq - i};
-  update_param<kVariant>(u, mask, i, copies.param, update_moments<kVariant>(u, mask, i, copies));
+  const Streams<T> copies = {param - i, grad - i, copy - i, exp_avg - i, exp_avg_sq - i, max_exp_avg_sq - i};
+  update_param<kVariant, T>(u, mask, i, copies.param, copies.copy, update_moments<kVariant>(u, mask, i, copies));
   std::memcpy(s.param + i, param, rest * sizeof(P));
-  if (u.unscale) std::memcpy(s.grad + i, grad, rest * sizeof(P));
+  if (u.unscale) std::memcpy(s.grad + i, grad, rest * sizeof(G));
+  if (T::kMaster) std::memcpy(s.copy + i, copy, rest * sizeof(G));
   std::memcpy(s.exp_avg + i, exp_avg, rest * sizeof(M));
   std::memcpy(s.exp_avg_sq + i, exp_avg_sq, rest * sizeof(M));
   if (u.amsgrad) std::memcpy(s.max_exp_avg_sq + i, max_exp_avg_sq, rest * sizeof(M));
 }
 
-// Factors 1 + scale * z of count <= 64 elements from a global index on; a 32-bit word an element, four a call.
-GRADDROP_FN void make_factors(const MaskSpec& mask, const PhiloxKeys& keys, int64_t global, int count, float* factors) {
-  alignas(64) uint32_t words[kBlock + 32 + Vec::kWidth];
+// Random words of 32 bits, four a call, of up to 64 elements from any global index on.
+struct Words {
+  alignas(64) uint32_t word[kBlock + 32 + Vec::kWidth];
+};
+// Those of count elements: the result is the first one's. The last vector may read some of what comes after them.
+GRADDROP_FN const uint32_t* make_words(uint32_t draw, uint32_t domain, const PhiloxKeys& keys, int64_t global,
+                                       int count, Words& words) {
   const int lead = static_cast<int>(global & 3);
   for (int i = 0; i < lead + count; i += 32)
-    philox_8_calls((static_cast<uint64_t>(global) >> 2) + i / 4, mask.draw, kDomainGaussian, keys, words + i);
+    philox_8_calls((static_cast<uint64_t>(global) >> 2) + i / 4, draw, domain, keys, words.word + i);
+  return words.word + lead;
+}
+
+// Those of stochastic rounding; one copy of the code, which is called once a block.
+static __attribute__((noinline)) const uint32_t* make_rounding(const PreparedRow& row, const PhiloxKeys& keys,
+                                                               int64_t global, int count, Words& words) {
+  return make_words(row.rounding_draw, kDomainRounding, keys, global, count, words);
+}
+
+// Factors 1 + scale * z of count <= 64 elements from a global index on.
+GRADDROP_FN void make_factors(const MaskSpec& mask, const PhiloxKeys& keys, int64_t global, int count, float* factors) {
+  Words words;
+  const uint32_t* first = make_words(mask.draw, kDomainGaussian, keys, global, count, words);
   for (int i = 0; i < count; i += Vec::kWidth)
-    store(factors + i, fma(normal_from_uniform(symmetric_uniform(words + lead + i)), Vec(mask.scale), Vec(1.0f)));
+    store(factors + i, fma(normal_from_uniform(symmetric_uniform(first + i)), Vec(mask.scale), Vec(1.0f)));
+}
+
+// The mask of up to 64 elements, and the memory that it needs.
+struct PartMask {
+  BlockMask mask;
+  alignas(64) uint32_t words[kBlock];
+  alignas(64) float factors[kBlock];
+};
+template <Variant kVariant>
+GRADDROP_FN void make_mask(const PreparedRow& row, const PhiloxKeys& keys, int64_t local, int64_t global, int count,
+                           PartMask& part) {
+  uint16_t* u16 = reinterpret_cast<uint16_t*>(part.words);
+  part.mask.factors = part.factors;
+  if (kVariant == kFactor) {
+    make_factors(row.mask, keys, global, count, part.factors);
+  } else if (selects(kVariant) && row.mask.kind == kFixed) {
+    keep_bits(bits_at(row.tensor.mask_words, row.tensor.numel, local), part.mask.keep);
+  } else if (selects(kVariant) && row.mask.kind == kBucket && row.mask.num_planes >= 0) {
+    mask_from_planes(row, local, u16, part.mask);
+  } else if (selects(kVariant)) {
+    // Draws begin at a whole call; the first `lead` of them belong to the elements before.
+    // lead + count <= 64, see part_of.
+    philox_8_calls(static_cast<uint64_t>(global) >> 3, row.mask.draw, domain_of(row.mask), keys, part.words);
+    mask_from_draws(row.mask, u16 + (global & 7), part.mask);
+  }
+}
+
+// How many of the elements left from a global index on make a part: up to 64, and up to a multiple of 8 in the global
+// index, so that only a run's first part begins in the middle of a Philox call.
+GRADDROP_FN int64_t part_of(int64_t left, int64_t global) { return std::min<int64_t>(left, kBlock - (global & 7)); }
+
+// Whether a row's masks depend on where its elements lie in the whole parameter.
+template <Variant kVariant>
+GRADDROP_FN bool is_drawn(const MaskSpec& mask) {
+  return kVariant == kFactor ||
+         (selects(kVariant) && (mask.kind == kBernoulli || (mask.kind == kBucket && mask.num_planes < 0)));
 }
 
 // Up to 64 elements whose mask is made on the spot:
 // where blocks do not follow each other in step with the Philox calls.
-template <Variant kVariant, typename P, typename M>
+template <Variant kVariant, typename T>
 static __attribute__((noinline)) void masked_part(const PreparedRow& row, const PhiloxKeys& keys, int64_t local,
                                                   int64_t global, int count) {
-  using V = typename VectorFor<P, M>::Type;
-  alignas(64) uint32_t words[kBlock];
-  alignas(64) float factors[kBlock];
-  uint16_t* u16 = reinterpret_cast<uint16_t*>(words);
-  BlockMask mask;
-  mask.factors = factors;
-  if (kVariant == kFactor) {
-    make_factors(row.mask, keys, global, count, factors);
-  } else if (selects(kVariant) && row.mask.kind == kFixed) {
-    keep_bits(bits_at(row.tensor.mask_words, row.tensor.numel, local), mask.keep);
-  } else if (selects(kVariant) && row.mask.kind == kBucket && row.mask.num_planes >= 0) {
-    mask_from_planes(row, local, u16, mask);
-  } else if (selects(kVariant)) {
-    // Draws begin at a whole call; the first `lead` of them belong to the elements before.
-    // lead + count <= 64, see below.
-    philox_8_calls(static_cast<uint64_t>(global) >> 3, row.mask.draw, domain_of(row.mask), keys, words);
-    mask_from_draws(row.mask, u16 + (global & 7), mask);
-  }
-  update_part<kVariant>(make_update<V>(row), mask, streams_at<P, M>(row, local), count);
+  PartMask part;
+  Words rounding;
+  make_mask<kVariant>(row, keys, local, global, count, part);
+  if (T::kStochastic) part.mask.rounding = make_rounding(row, keys, global, count, rounding);
+  update_part<kVariant>(make_update<typename T::V>(row), part.mask, streams_at<T>(row, local), count);
 }
 
-// Whole blocks, one after the other; drawn masks begin at a global index that is a multiple of 8.
-template <Variant kVariant, bool kDrawn, typename P, typename M>
+// Whole blocks, one after the other; what is drawn begins at a global index that is a multiple of 8.
+template <Variant kVariant, bool kDrawn, typename T>
 GRADDROP_FN void whole_blocks(const PreparedRow& row, const PhiloxKeys& keys, int64_t local, int64_t global,
                               int64_t blocks) {
-  using V = typename VectorFor<P, M>::Type;
-  const auto u = make_update<V>(row);
+  const auto u = make_update<typename T::V>(row);
   const MaskSpec spec = row.mask;
   const uint32_t domain = domain_of(spec);
-  Pending<V, P> pending;
+  Pending<T> pending;
   BlockMask masks[2];  // of this block, and of the one before, whose parameters are still to be done
   alignas(64) uint32_t words[3][kBlock / 2];  // and of the next
   alignas(64) float factors[kBlock];
+  Words rounding[2];  // of this block and of the one before
   Philox8 next;
   uint64_t call = static_cast<uint64_t>(global) >> 3;
   if (kDrawn && selects(kVariant) && blocks > 0) philox_8_calls(call, spec.draw, domain, keys, words[0]);
@@ -320,7 +409,9 @@ GRADDROP_FN void whole_blocks(const PreparedRow& row, const PhiloxKeys& keys, in
     } else if (selects(kVariant)) {
       mask_from_planes(row, local, u16, mask);
     }
-    update_block<kVariant>(u, mask, streams_at<P, M>(row, local), pending, [&](int j, int vectors) __attribute__((always_inline)) {
+    if (T::kStochastic)
+      mask.rounding = make_rounding(row, keys, global + block * kBlock, kBlock, rounding[block % 2]);
+    update_block<kVariant>(u, mask, streams_at<T>(row, local), pending, [&](int j, int vectors) __attribute__((always_inline)) {
       if (!kDrawn || !selects(kVariant)) return;
 #pragma GCC unroll 10
       for (int round = 0; round < kPhiloxRounds; ++round)
@@ -331,28 +422,25 @@ GRADDROP_FN void whole_blocks(const PreparedRow& row, const PhiloxKeys& keys, in
   finish<kVariant>(u, pending);
 }
 
-template <Variant kVariant, typename P, typename M>
+template <Variant kVariant, typename T>
 static __attribute__((noinline)) void masked_adamw_variant(const PreparedRow& row, int64_t begin, int64_t end) {
-  const bool drawn =
-      kVariant == kFactor ||
-      (selects(kVariant) && (row.mask.kind == kBernoulli || (row.mask.kind == kBucket && row.mask.num_planes < 0)));
+  const bool drawn = is_drawn<kVariant>(row.mask);
   const PhiloxKeys keys = philox_keys(row.mask.key);
-  if (!drawn) {  // nothing random: the layout does not matter
+  if (!drawn && !T::kStochastic) {  // nothing random: the layout does not matter
     const int64_t blocks = (end - begin) / kBlock, rest = begin + blocks * kBlock;
-    whole_blocks<kVariant, false, P, M>(row, keys, begin, 0, blocks);
-    if (rest < end) masked_part<kVariant, P, M>(row, keys, rest, 0, static_cast<int>(end - rest));
+    whole_blocks<kVariant, false, T>(row, keys, begin, 0, blocks);
+    if (rest < end) masked_part<kVariant, T>(row, keys, rest, 0, static_cast<int>(end - rest));
     return;
   }
   for_each_run(row.tensor, begin, end, [&](int64_t local, int64_t global, int64_t left) {
     while (left > 0) {
-      // Up to a multiple of 8 in the global index,
-      // so that only a run's first part begins in the middle of a Philox call.
-      int64_t count = std::min<int64_t>(left, kBlock - (global & 7));
+      int64_t count = part_of(left, global);
       if (count == kBlock) {
         count = left / kBlock * kBlock;
-        whole_blocks<kVariant, true, P, M>(row, keys, local, global, left / kBlock);
+        if (drawn || !T::kStochastic) whole_blocks<kVariant, true, T>(row, keys, local, global, left / kBlock);
+        else whole_blocks<kVariant, false, T>(row, keys, local, global, left / kBlock);
       } else {
-        masked_part<kVariant, P, M>(row, keys, local, global, static_cast<int>(count));
+        masked_part<kVariant, T>(row, keys, local, global, static_cast<int>(count));
       }
       local += count;
       global += count;
@@ -361,29 +449,99 @@ static __attribute__((noinline)) void masked_adamw_variant(const PreparedRow& ro
   });
 }
 
-template <typename P, typename M>
+template <typename T>
 static void masked_adamw_typed(const PreparedRow& row, int64_t begin, int64_t end) {
   switch (row.mask.kind) {
-    case kKeep: return masked_adamw_variant<kPlain, P, M>(row, begin, end);
-    case kOff: return row.mask.frozen ? void() : masked_adamw_variant<kZeroGradient, P, M>(row, begin, end);
-    case kGaussian: return masked_adamw_variant<kFactor, P, M>(row, begin, end);
+    case kKeep: return masked_adamw_variant<kPlain, T>(row, begin, end);
+    case kOff: return row.mask.frozen ? void() : masked_adamw_variant<kZeroGradient, T>(row, begin, end);
+    case kGaussian: return masked_adamw_variant<kFactor, T>(row, begin, end);
     default:
-      if (!row.mask.frozen) return masked_adamw_variant<kMaskedGradient, P, M>(row, begin, end);
-      if (row.num_ages) return masked_adamw_variant<kFrozenByAge, P, M>(row, begin, end);
-      return masked_adamw_variant<kFrozen, P, M>(row, begin, end);
+      if (!row.mask.frozen) return masked_adamw_variant<kMaskedGradient, T>(row, begin, end);
+      if (row.num_ages) return masked_adamw_variant<kFrozenByAge, T>(row, begin, end);
+      return masked_adamw_variant<kFrozen, T>(row, begin, end);
   }
 }
 
 static void masked_adamw(const PreparedRow& row, int64_t begin, int64_t end) {
-  const bool wide_moments = row.moment_dtype == kFloat32;
-  switch (row.param_dtype) {
-    case kFloat32: return masked_adamw_typed<float, float>(row, begin, end);
+  const Mode& mode = row.mode;
+  const bool wide_moments = mode.moment_dtype == kFloat32;
+  switch (mode.param_dtype) {
+    case kFloat32:
+      if (mode.grad_dtype == kBFloat16) return masked_adamw_typed<Types<float, BFloat16, float>>(row, begin, end);
+      if (mode.grad_dtype == kFloat16) return masked_adamw_typed<Types<float, Float16, float>>(row, begin, end);
+      return masked_adamw_typed<Types<float, float, float>>(row, begin, end);
     case kBFloat16:
-      if (wide_moments) return masked_adamw_typed<BFloat16, float>(row, begin, end);
-      return masked_adamw_typed<BFloat16, BFloat16>(row, begin, end);
+      if (mode.stochastic) {
+        if (wide_moments) return masked_adamw_typed<Types<BFloat16, BFloat16, float, true>>(row, begin, end);
+        return masked_adamw_typed<Types<BFloat16, BFloat16, BFloat16, true>>(row, begin, end);
+      }
+      if (wide_moments) return masked_adamw_typed<Types<BFloat16, BFloat16, float>>(row, begin, end);
+      return masked_adamw_typed<Types<BFloat16, BFloat16, BFloat16>>(row, begin, end);
     case kFloat16:
-      if (wide_moments) return masked_adamw_typed<Float16, float>(row, begin, end);
-      return masked_adamw_typed<Float16, Float16>(row, begin, end);
+      if (wide_moments) return masked_adamw_typed<Types<Float16, Float16, float>>(row, begin, end);
+      return masked_adamw_typed<Types<Float16, Float16, Float16>>(row, begin, end);
+  }
+}
+
+// Element i of a part is added to sum i % 16, whatever the width of a vector: every instruction set gives the same bits.
+constexpr int kSums = 16;
+
+template <Variant kVariant, typename G>
+static __attribute__((noinline)) double sum_of_squares_variant(const PreparedRow& row, int64_t begin, int64_t end) {
+  const PhiloxKeys keys = philox_keys(row.mask.key);
+  const Vec factor(kVariant == kPlain ? 1.0f : scale_of(row.mask));
+  Squares sums[kSums / Vec::kWidth];
+  const auto masked_at = [&](const G* grad, const BlockMask& mask, int i) __attribute__((always_inline)) {
+    Lanes keep{};
+    if (selects(kVariant)) lanes_at(mask.keep, i, keep);
+    return masked_gradient<kVariant>(load<Vec>(grad + i), factor, keep, mask, i);
+  };
+  const auto add = [&](int64_t local, int64_t global, int64_t left) {
+    while (left > 0) {
+      const int count = static_cast<int>(part_of(left, global));
+      const G* grad = static_cast<const G*>(row.tensor.grad) + local;
+      PartMask part;
+      make_mask<kVariant>(row, keys, local, global, count, part);
+      if (count == kBlock) {
+        for (int i = 0; i < kBlock; i += kSums)
+#pragma GCC unroll 16
+          for (int j = 0; j < kSums; j += Vec::kWidth)
+            add_square(sums[j / Vec::kWidth], masked_at(grad, part.mask, i + j));
+      } else {
+        G padded[kBlock] = {};
+        alignas(64) float masked[kBlock] = {};
+        std::memcpy(padded, grad, count * sizeof(G));
+        for (int i = 0; i < count; i += Vec::kWidth) store(masked + i, masked_at(padded, part.mask, i));
+        for (int i = 0; i < kBlock; i += kSums)
+#pragma GCC unroll 16
+          for (int j = 0; j < kSums; j += Vec::kWidth) add_square(sums[j / Vec::kWidth], load<Vec>(masked + i + j));
+      }
+      local += count;
+      global += count;
+      left -= count;
+    }
+  };
+  if (is_drawn<kVariant>(row.mask)) for_each_run(row.tensor, begin, end, add);
+  else add(begin, 0, end - begin);
+  double lanes[kSums], total = 0;
+  for (int j = 0; j < kSums; j += Vec::kWidth) store(lanes + j, sums[j / Vec::kWidth]);
+  for (double lane : lanes) total += lane;
+  return total;
+}
+
+template <typename G>
+static double sum_of_squares_typed(const PreparedRow& row, bool masked, int64_t begin, int64_t end) {
+  if (!masked || row.mask.kind == kKeep) return sum_of_squares_variant<kPlain, G>(row, begin, end);
+  if (row.mask.kind == kOff) return 0;
+  if (row.mask.kind == kGaussian) return sum_of_squares_variant<kFactor, G>(row, begin, end);
+  return sum_of_squares_variant<kMaskedGradient, G>(row, begin, end);
+}
+
+static double sum_of_squares(const PreparedRow& row, bool masked, int64_t begin, int64_t end) {
+  switch (row.mode.grad_dtype) {
+    case kBFloat16: return sum_of_squares_typed<BFloat16>(row, masked, begin, end);
+    case kFloat16: return sum_of_squares_typed<Float16>(row, masked, begin, end);
+    default: return sum_of_squares_typed<float>(row, masked, begin, end);
   }
 }
 

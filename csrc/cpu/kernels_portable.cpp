@@ -5,5 +5,5 @@
 // clang-format on
 
 namespace graddrop {
-extern const Kernels kPortableKernels = {"portable", masked_adamw, uniform16, bucket_planes};
+extern const Kernels kPortableKernels = {"portable", masked_adamw, sum_of_squares, uniform16, bucket_planes};
 }  // namespace graddrop

@@ -61,8 +61,7 @@ StepScalars step_scalars(const HyperRow& hyper, double age) {
 }
 
 // Everything of a row but its bias corrections.
-PreparedRow prepare(const TensorRow& row, const HyperRow& hyper, int64_t completed_steps, DType param_dtype,
-                    DType moment_dtype, const float* grad_scale) {
+PreparedRow prepare(const TensorRow& row, const HyperRow& hyper, int64_t completed_steps, const Mode& mode) {
   PreparedRow prepared = {};
   const int64_t draw = hyper.kind == kBucket ? 0 : hyper.draw < 0 ? completed_steps : hyper.draw;
   prepared.tensor = row;
@@ -80,30 +79,57 @@ PreparedRow prepare(const TensorRow& row, const HyperRow& hyper, int64_t complet
   prepared.scalars.beta1 = static_cast<float>(hyper.beta1);
   prepared.scalars.beta2 = static_cast<float>(hyper.beta2);
   prepared.scalars.eps = static_cast<float>(hyper.eps);
-  prepared.param_dtype = param_dtype;
-  prepared.moment_dtype = moment_dtype;
+  prepared.mode = mode;
+  prepared.rounding_draw = static_cast<uint32_t>(completed_steps);
   prepared.decay = hyper.weight_decay != 0;
   prepared.amsgrad = hyper.amsgrad;
   prepared.sign = hyper.maximize ? -1.0f : 1.0f;
-  prepared.grad_scale = grad_scale;
   return prepared;
 }
 
 struct Work {
   std::vector<PreparedRow> rows;
-  std::vector<int64_t> first_unit;  // of each row; one more entry at the end
-  const Kernels* kernels;
+  std::vector<int64_t> first_unit = {0};  // of each row, and where the next one's will be
+  const Kernels* kernels = chosen;
+
+  explicit Work(int64_t num_rows) {
+    rows.reserve(num_rows);
+    first_unit.reserve(num_rows + 1);
+  }
+  void add(const PreparedRow& row) {
+    rows.push_back(row);
+    first_unit.push_back(units() + (row.tensor.numel + kUnit - 1) / kUnit);
+  }
+  int64_t units() const { return first_unit.back(); }
+  size_t row_of(int64_t unit) const {
+    return std::upper_bound(first_unit.begin(), first_unit.end(), unit) - first_unit.begin() - 1;
+  }
 };
 
 void run_units(int64_t begin, int64_t end, void* context) {
   const Work& work = *static_cast<const Work*>(context);
-  size_t row = std::upper_bound(work.first_unit.begin(), work.first_unit.end(), begin) - work.first_unit.begin() - 1;
-  for (; begin < end; ++row) {
+  for (size_t row = work.row_of(begin); begin < end; ++row) {
     const int64_t stop = std::min(end, work.first_unit[row + 1]), numel = work.rows[row].tensor.numel;
     if (begin == stop) continue;  // an empty tensor
     const int64_t first = (begin - work.first_unit[row]) * kUnit, last = (stop - work.first_unit[row]) * kUnit;
     work.kernels->masked_adamw(work.rows[row], first, std::min(last, numel));
     begin = stop;
+  }
+}
+
+struct SquaresWork : Work {
+  using Work::Work;
+  bool masked;
+  std::vector<double> sums;  // of each unit
+};
+
+void sum_units(int64_t begin, int64_t end, void* context) {
+  SquaresWork& work = *static_cast<SquaresWork*>(context);
+  for (size_t row = work.row_of(begin); begin < end; ++begin) {
+    while (work.first_unit[row + 1] <= begin) ++row;
+    const int64_t first = (begin - work.first_unit[row]) * kUnit;
+    work.sums[begin] = work.kernels->sum_of_squares(work.rows[row], work.masked, first,
+                                                    std::min(first + kUnit, work.rows[row].tensor.numel));
   }
 }
 
@@ -136,24 +162,23 @@ GRADDROP_EXPORT int32_t graddrop_cpu_select_isa(const char* name) {
 }
 
 // One masked AdamW step on every row; advances the step counts.
-// Each row is divided into units, and all units among the threads of torch's pool. grad_scale may be null.
+// Each row is divided into units, and all units among the threads of torch's pool. grad_scale and clip_factor may be
+// null. Where the gradients' dtype is not the parameters', these are masters, and all rows have copies.
 GRADDROP_EXPORT void graddrop_cpu_masked_adamw(const TensorRow* rows, int64_t num_rows, const HyperRow* hypers,
-                                               int32_t param_dtype, int32_t moment_dtype, const float* grad_scale) {
-  Work work;
-  work.kernels = chosen;
-  work.rows.reserve(num_rows);
-  work.first_unit.reserve(num_rows + 1);
+                                               int32_t param_dtype, int32_t grad_dtype, int32_t moment_dtype,
+                                               int32_t stochastic, const float* grad_scale, const float* clip_factor) {
+  const Mode mode = {static_cast<DType>(param_dtype), static_cast<DType>(grad_dtype), static_cast<DType>(moment_dtype),
+                     stochastic != 0, grad_scale, clip_factor};
+  Work work(num_rows);
   // per-bucket scalars; inner buffers stay where they are when the outer vector grows
   std::vector<std::vector<float>> tables;
-  int64_t units = 0, last_steps = -1, last_hyper = -1;
+  int64_t last_steps = -1, last_hyper = -1;
   for (int64_t i = 0; i < num_rows; ++i) {
     const HyperRow& hyper = hypers[rows[i].hyper];
     if (hyper.kind == kOff && hyper.frozen) continue;  // nothing moves, nor its step count
     const int64_t completed_steps = static_cast<int64_t>(*rows[i].step);
     *rows[i].step += 1.0f;
-    work.rows.push_back(
-        prepare(rows[i], hyper, completed_steps, static_cast<DType>(param_dtype), static_cast<DType>(moment_dtype),
-                grad_scale));
+    work.add(prepare(rows[i], hyper, completed_steps, mode));
     PreparedRow& row = work.rows.back();
     if (completed_steps == last_steps && rows[i].hyper == last_hyper) {
       // as in the row before: two pow() and a table saved
@@ -183,11 +208,26 @@ GRADDROP_EXPORT void graddrop_cpu_masked_adamw(const TensorRow* rows, int64_t nu
     row.num_ages = hyper.num_ages ? hyper.buckets : 0;
     last_steps = completed_steps;
     last_hyper = rows[i].hyper;
-    work.first_unit.push_back(units);
-    units += (row.tensor.numel + kUnit - 1) / kUnit;
   }
-  work.first_unit.push_back(units);
-  run(units, kGrainUnits, run_units, &work);
+  run(work.units(), kGrainUnits, run_units, &work);
+}
+
+// The sum of the squares of all gradients as they are, or with masked of what the next step's masks make of them.
+// float64 throughout, of exact squares: 16 sums a unit, added, and the units' sums in their order, so that the number
+// of threads does not matter. Its relative error is at most (number of units + 272) 2^-53: 3e-11 for 10^9 elements.
+GRADDROP_EXPORT double graddrop_cpu_sum_of_squares(const TensorRow* rows, int64_t num_rows, const HyperRow* hypers,
+                                                   int32_t grad_dtype, int32_t masked) {
+  Mode mode = {};
+  mode.grad_dtype = static_cast<DType>(grad_dtype);
+  SquaresWork work(num_rows);
+  work.masked = masked != 0;
+  for (int64_t i = 0; i < num_rows; ++i)
+    work.add(prepare(rows[i], hypers[rows[i].hyper], static_cast<int64_t>(*rows[i].step), mode));
+  work.sums.resize(work.units());
+  run(work.units(), kGrainUnits, sum_units, &work);
+  double total = 0;
+  for (double sum : work.sums) total += sum;
+  return total;
 }
 
 // The 16-bit draws of elements first .. first + count of a stream, natural order.

@@ -49,6 +49,36 @@ GRADDROP_FN Vec symmetric_uniform(const uint32_t* words) {
   return Vec(_mm256_mul_ps(_mm256_add_ps(_mm256_cvtepi32_ps(top), _mm256_set1_ps(0.5f)), _mm256_set1_ps(0x1p-23f)));
 }
 
+// As in csrc/stochastic.h, of 8 floats and the random words beside them.
+GRADDROP_FN Vec round_stochastically(Vec a, __m256i words) {
+  const __m256i u = _mm256_castps_si256(a.x), exponent = _mm256_set1_epi32(0x7f800000);
+  const __m256i special = _mm256_cmpeq_epi32(_mm256_and_si256(u, exponent), exponent);
+  const __m256i sum = _mm256_add_epi32(u, _mm256_srli_epi32(words, 16));
+  const __m256i rounded = _mm256_and_si256(sum, _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+  return Vec(_mm256_castsi256_ps(_mm256_blendv_epi8(rounded, u, special)));
+}
+GRADDROP_FN __m256i load_words(const uint32_t* words) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
+}
+GRADDROP_FN Vec round_stochastically(Vec a, const uint32_t* words) {
+  return round_stochastically(a, load_words(words));
+}
+
+// Sums of squares in float64, one a lane. The square of a float32 is exact there.
+struct Squares {
+  __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
+};
+GRADDROP_FN void add_square(Squares& sums, Vec a) {
+  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(a.x)),
+                high = _mm256_cvtps_pd(_mm256_extractf128_ps(a.x, 1));
+  sums.low = _mm256_fmadd_pd(low, low, sums.low);
+  sums.high = _mm256_fmadd_pd(high, high, sums.high);
+}
+GRADDROP_FN void store(double* target, const Squares& sums) {
+  _mm256_storeu_pd(target, sums.low);
+  _mm256_storeu_pd(target + 4, sums.high);
+}
+
 GRADDROP_FN __m128i to_half_lanes(Lanes keep) {  // 8 lanes of 32 bits -> 8 lanes of 16 bits
   return _mm_packs_epi32(_mm256_castsi256_si128(keep.x), _mm256_extracti128_si256(keep.x, 1));
 }
@@ -234,6 +264,12 @@ GRADDROP_FN void load(const float* source, Vec2& x) {
                 odd = _mm256_castps_pd(_mm256_shuffle_ps(low, high, 0xDD));
   x.a.x = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xD8));
   x.b.x = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xD8));
+}
+GRADDROP_FN Vec2 round_stochastically(Vec2 x, const uint32_t* words) {
+  // the upper halves of 16 words, which is all that counts of them, in memory's order: even ones low, odd ones high
+  const __m256i low = _mm256_srli_epi32(load_words(words), 16), high = _mm256_srli_epi32(load_words(words + 8), 16);
+  const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xD8);
+  return {round_stochastically(x.a, _mm256_slli_epi32(halves, 16)), round_stochastically(x.b, halves)};
 }
 GRADDROP_FN void load(const BFloat16* source, Vec2& x) {
   const __m256i memory = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));

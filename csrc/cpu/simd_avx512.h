@@ -89,6 +89,30 @@ GRADDROP_FN void store(Float16* target, Vec a) {
 }
 GRADDROP_FN void store_kept(Float16* target, Lanes keep, Vec a) { store_kept(&target->bits, keep, to_float16(a)); }
 
+// As in csrc/stochastic.h, of 16 floats and the random words beside them.
+GRADDROP_FN Vec round_stochastically(Vec a, const uint32_t* words) {
+  const __m512i u = _mm512_castps_si512(a.x), exponent = _mm512_set1_epi32(0x7f800000);
+  const Lanes finite = _mm512_cmpneq_epi32_mask(_mm512_and_si512(u, exponent), exponent);
+  const __m512i sum = _mm512_add_epi32(u, _mm512_srli_epi32(_mm512_loadu_si512(words), 16));
+  return Vec(_mm512_castsi512_ps(
+      _mm512_mask_and_epi32(u, finite, sum, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))));
+}
+
+// Sums of squares in float64, one a lane. The square of a float32 is exact there.
+struct Squares {
+  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+};
+GRADDROP_FN void add_square(Squares& sums, Vec a) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a.x)),
+                high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.x, 1));
+  sums.low = _mm512_fmadd_pd(low, low, sums.low);
+  sums.high = _mm512_fmadd_pd(high, high, sums.high);
+}
+GRADDROP_FN void store(double* target, const Squares& sums) {
+  _mm512_storeu_pd(target, sums.low);
+  _mm512_storeu_pd(target + 8, sums.high);
+}
+
 // table[index] for 16 indices. Tables of up to 16, 32 and 64 entries (allocated as such) are shuffled from registers,
 // longer ones gathered.
 GRADDROP_FN void lookup(const float* table, int64_t size, const uint16_t* index, Vec& a) {
@@ -199,6 +223,9 @@ GRADDROP_FN Vec2 keep_or_zero(Lanes2 keep, Vec2 x) { return {keep_or_zero(keep.a
 GRADDROP_FN void load(const float* source, Vec2& x) {
   load(source, x.a);
   load(source + 16, x.b);
+}
+GRADDROP_FN Vec2 round_stochastically(Vec2 x, const uint32_t* words) {
+  return {round_stochastically(x.a, words), round_stochastically(x.b, words + 16)};
 }
 GRADDROP_FN void load(const BFloat16* source, Vec2& x) {
   const __m512i memory = _mm512_loadu_si512(source);

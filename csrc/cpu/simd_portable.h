@@ -4,6 +4,7 @@
 
 #include "../gaussian.h"
 #include "../mask.h"
+#include "../stochastic.h"
 
 namespace graddrop {
 namespace {
@@ -47,6 +48,16 @@ GRADDROP_FN float float_of(uint32_t u) {
 
 GRADDROP_FN void load(const float* source, Vec& a) { a.x = *source; }
 GRADDROP_FN void store(float* target, Vec a) { *target = a.x; }
+GRADDROP_FN Vec round_stochastically(Vec a, const uint32_t* words) {
+  return Vec(graddrop::round_stochastically(a.x, *words));
+}
+
+// Sums of squares in float64, one a lane. The square of a float32 is exact there.
+struct Squares {
+  double x = 0;
+};
+GRADDROP_FN void add_square(Squares& sums, Vec a) { sums.x += static_cast<double>(a.x) * static_cast<double>(a.x); }
+GRADDROP_FN void store(double* target, const Squares& sums) { *target = sums.x; }
 
 struct BFloat16 {
   uint16_t bits;

@@ -41,6 +41,7 @@ class Backend:
         masked_adamw_: the step on a TensorBatch, in place.
         masters: whether it takes batches with copies (master weights).
         stochastic: whether it rounds stochastically.
+        sum_of_squares: (batch, masked) -> float64 tensor (), the sum of the gradients' squares; None where it has none.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Backend:
     masked_adamw_: Callable[[TensorBatch], None]
     masters: bool = False
     stochastic: bool = False
+    sum_of_squares: Callable[[TensorBatch, bool], torch.Tensor] | None = None
 
     def misfit(
         self, device: torch.device, param_dtype: torch.dtype, moment_dtype: torch.dtype,
@@ -68,7 +70,10 @@ class Backend:
 
 
 BACKENDS = (
-    Backend("cpu", "C++, one pass over memory", ("cpu",), _FUSED_DTYPES, True, cpu.unavailable, cpu.masked_adamw_),
+    Backend(
+        "cpu", "C++, one pass over memory",
+        ("cpu",), _FUSED_DTYPES, True, cpu.unavailable, cpu.masked_adamw_, True, True, cpu.sum_of_squares,
+    ),
     Backend(
         "triton", "Triton, one launch for any number of tensors",
         triton.DEVICES, _FUSED_DTYPES, True, triton.unavailable, triton.masked_adamw_,
@@ -84,10 +89,12 @@ BACKENDS = (
     Backend(
         "reference", "plain PyTorch, slow; defines the meaning",
         None, _ANY_DTYPES, True, lambda: None, reference.masked_adamw_, True, True,
+        reference.sum_of_squares,
     ),
     Backend(
         "exact", "the reference with every fma rounded once: the bits of the fused backends",
         None, _ANY_DTYPES, False, lambda: None, partial(reference.masked_adamw_, exact=True), True, True,
+        partial(reference.sum_of_squares, exact=True),
     ),
 )  # fmt: skip
 _BY_NAME = {backend.name: backend for backend in BACKENDS}

@@ -40,14 +40,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         )
     except (OSError, AttributeError, StopIteration) as error:
         return None, f"{_LIBRARY.name} cannot be loaded with torch {torch.__version__}: {error}"
-    library.graddrop_cpu_masked_adamw.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-        ctypes.c_int32,
-        ctypes.c_int32,
-        ctypes.c_void_p,
-    ]
+    tables = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+    library.graddrop_cpu_masked_adamw.argtypes = [*tables, *[ctypes.c_int32] * 4, *[ctypes.c_void_p] * 2]
+    library.graddrop_cpu_sum_of_squares.argtypes = [*tables, ctypes.c_int32, ctypes.c_int32]
+    library.graddrop_cpu_sum_of_squares.restype = ctypes.c_double
     library.graddrop_cpu_uniform16.argtypes = [
         ctypes.c_uint64,
         ctypes.c_uint32,
@@ -130,15 +126,35 @@ def masked_adamw_(batch: TensorBatch) -> None:
     """One masked AdamW step on the batch, in place: one call for all tensors, threads as torch.get_num_threads()."""
     if batch.found_inf is not None and batch.found_inf != 0:
         return
+    table, hypers = _tables(batch)
+    grad_scale, clip_factor = (
+        None if scalar is None else scalar.data_ptr() for scalar in (batch.grad_scale, batch.clip_factor)
+    )
+    library().graddrop_cpu_masked_adamw(
+        table.ctypes.data, len(table), ctypes.addressof(hypers),
+        DTYPES[batch.param_dtype], DTYPES[batch.grad_dtype or batch.param_dtype], DTYPES[batch.moment_dtype],
+        batch.stochastic, grad_scale, clip_factor,
+    )  # fmt: skip
+
+
+def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
+    """As reference.sum_of_squares: float64 tensor () on the CPU. The same bits for any number of threads and any
+    instruction set.
+    """
+    table, hypers = _tables(batch)
+    grad_dtype = DTYPES[batch.grad_dtype or batch.param_dtype]
+    total = library().graddrop_cpu_sum_of_squares(
+        table.ctypes.data, len(table), ctypes.addressof(hypers), grad_dtype, masked
+    )
+    return torch.tensor(total, dtype=torch.float64, device="cpu")
+
+
+def _tables(batch: TensorBatch):
+    """The tables of csrc/tensor_table.h for this step: (TensorRows, HyperRows)."""
     if batch.table is None:
         batch.table = tensor_table(batch)
-    table = batch.table
-    table["grad"] = list(map(torch.Tensor.data_ptr, batch.grads))
-    hypers = hyper_table(batch.hypers)
-    library().graddrop_cpu_masked_adamw(
-        table.ctypes.data, len(table), ctypes.addressof(hypers), DTYPES[batch.param_dtype], DTYPES[batch.moment_dtype],
-        None if batch.grad_scale is None else batch.grad_scale.data_ptr(),
-    )  # fmt: skip
+    batch.table["grad"] = list(map(torch.Tensor.data_ptr, batch.grads))
+    return batch.table, hyper_table(batch.hypers)
 
 
 def uniform16(key: int, draw: int, domain: int, first: int, count: int) -> torch.Tensor:

@@ -1,0 +1,19 @@
+// Stochastic rounding of a float32 to bfloat16: up or down at the odds of where it lies between its two neighbours.
+// The same as stochastic_bfloat16 in graddrop_kernels/rounding.py. csrc/cpu/simd_*.h have it for a register of floats.
+#pragma once
+#include "host_device.h"
+
+namespace graddrop {
+
+// One of the two bfloat16 around x, as a float; x itself where it is infinite or NaN, which are rounded as usual.
+// The upper half of a random word is added to the half that a bfloat16 lacks, and the sum cut off.
+GRADDROP_FN float round_stochastically(float x, uint32_t word) {
+  union {
+    float f;
+    uint32_t u;
+  } bits = {x};
+  if ((bits.u & 0x7f800000u) != 0x7f800000u) bits.u = (bits.u + (word >> 16)) & 0xffff0000u;
+  return bits.f;
+}
+
+}  // namespace graddrop
