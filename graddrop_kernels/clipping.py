@@ -13,7 +13,9 @@ _EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 def check_max_grad_norm(max_grad_norm: float | None) -> float | None:
     """Raises ValueError for one that cannot be used. Written so that NaN fails it."""
-    if max_grad_norm is not None and not 0 < max_grad_norm <= math.inf:
+    if max_grad_norm is None:
+        return None
+    if isinstance(max_grad_norm, (bool, str)) or not 0 < max_grad_norm <= math.inf:
         raise ValueError(f"max_grad_norm must be a number > 0, or None for no clipping, got {max_grad_norm!r}")
     return max_grad_norm
 

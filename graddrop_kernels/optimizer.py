@@ -317,12 +317,13 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         prepared.set_grads(grads)
         for batch in prepared.batches:
             batch.hypers = [self._groups.hyper(index, unit, clocks[index]) for index, unit in batch.plans_of]
+            batch.clip_factor = None
             batch.grad_scale, batch.found_inf = (
                 scalar if scalar is None else scalar.to(batch.device, non_blocking=True)
                 for scalar in (grad_scale, found_inf)
             )
         chosen = [backends.select(self._backend, *batch.mode) for batch in prepared.batches]
-        if self.max_grad_norm is not None:
+        if self.max_grad_norm is not None and prepared.batches:
             self.grad_norm = clip_(prepared.batches, chosen, self.max_grad_norm, self.norm_after_mask, grad_scale)
         for backend, batch in zip(chosen, prepared.batches):
             backend.masked_adamw_(batch)

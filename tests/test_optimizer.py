@@ -29,6 +29,8 @@ def test_arguments_are_those_of_torch_in_their_order():
         "moment_dtype": None,
         "master_weights": False,
         "stochastic_rounding": False,
+        "max_grad_norm": None,
+        "norm_after_mask": False,
         "backend": "auto",
     }
     assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in extra)
