@@ -6,7 +6,7 @@
 
 namespace graddrop {
 
-constexpr int32_t kTableVersion = 2;
+constexpr int32_t kTableVersion = 3;
 
 enum DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
@@ -22,6 +22,7 @@ struct TensorRow {
   int64_t base, local_inner, global_inner;  // RowBlock: global index of local element i
   uint64_t key;                             // Philox key of the parameter's stream
   int64_t hyper;                            // index of its HyperRow
+  void* copy;  // with master weights: param (float32) rounded, which is the parameter itself; else null
 };
 
 struct HyperRow {
@@ -42,7 +43,7 @@ struct HyperRow {
   int32_t reserved;
 };
 
-static_assert(sizeof(TensorRow) == 104 && sizeof(HyperRow) == 128, "tensor_table.py has the same sizes");
+static_assert(sizeof(TensorRow) == 112 && sizeof(HyperRow) == 128, "tensor_table.py has the same sizes");
 
 // What the prologue on a GPU makes of a TensorRow and its HyperRow for one step. A launch holds rows of one mask kind;
 // rows with kind keep or off may be among them, and have values here that make that kind keep or drop everything.

@@ -83,8 +83,7 @@ def compile_prologue(found_inf: bool, ages: bool, target: GPUTarget = SM_90):
 def _compile(function, arguments: dict, constants: dict, target: GPUTarget, options: dict):
     names = function.arg_names
     signature = {name: arguments.get(name, "constexpr") for name in names}
-    # hypers lie behind rows of 104 bytes each
-    tables = [name for name, type_ in arguments.items() if "*" in type_ and name != "hypers"]
+    tables = [name for name, type_ in arguments.items() if "*" in type_]
     aligned = {(names.index(name),): ALIGNED for name in tables}
     source = ASTSource(function, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     return triton.compile(source, target=target, options=options)

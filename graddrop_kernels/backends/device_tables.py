@@ -16,7 +16,7 @@ CHUNK = 4096  # elements that one program or block of the update takes
 ALIGNMENT = 16  # bytes of the widest access
 _HYPER_BYTES, _STEP_ROW_BYTES = 128, 64
 _KEPT_LAUNCHES = 8  # sets of launches remembered: LayerGradDrop with masked="frozen" has another one every step
-_STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "copy")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Launch:
 class DeviceTables:
     """The tables of csrc/tensor_table.h for one batch, in its device's memory.
 
-    ``rows`` (int64 [tensors, 13]) and ``hypers`` (int64 [hyper rows, 16]) are views of one tensor, which ages follow.
+    ``rows`` (int64 [tensors, 14]) and ``hypers`` (int64 [hyper rows, 16]) are views of one tensor, which ages follow.
     ``step_rows`` and ``by_age`` are written by the prologue kernel. ``launches`` is what to launch in this step.
     """
 

@@ -9,7 +9,7 @@ import torch
 from ..bitmask import num_planes
 from ..multi_tensor import Hyper, TensorBatch
 
-TABLE_VERSION = 2  # kTableVersion
+TABLE_VERSION = 3  # kTableVersion
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType
 # MaskKind
 MASK_KINDS = {kind: number for number, kind in enumerate(("keep", "off", "bernoulli", "gaussian", "bucket", "fixed"))}
@@ -24,6 +24,7 @@ class TensorRow(ctypes.Structure):
         *((name, c_int64) for name in ("numel", "base", "local_inner", "global_inner")),
         ("key", c_uint64),
         ("hyper", c_int64),
+        ("copy", c_void_p),
     ]
 
 
@@ -44,7 +45,7 @@ class HyperRow(ctypes.Structure):
     ]  # fmt: skip
 
 
-assert ctypes.sizeof(TensorRow) == 104 and ctypes.sizeof(HyperRow) == 128  # as csrc/tensor_table.h asserts
+assert ctypes.sizeof(TensorRow) == 112 and ctypes.sizeof(HyperRow) == 128  # as csrc/tensor_table.h asserts
 
 
 def tensor_table(batch: TensorBatch) -> np.ndarray:
@@ -53,6 +54,7 @@ def tensor_table(batch: TensorBatch) -> np.ndarray:
     for column, tensors in (
         ("param", batch.params), ("exp_avg", batch.exp_avgs), ("exp_avg_sq", batch.exp_avg_sqs),
         ("max_exp_avg_sq", batch.max_exp_avg_sqs), ("step", batch.steps), ("mask_words", batch.mask_words),
+        ("copy", batch.copies or [None] * len(batch.params)),
     ):  # fmt: skip
         table[column] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     table["numel"] = [tensor.numel() for tensor in batch.params]

@@ -213,7 +213,7 @@ def bias_corrections(lr, beta1, beta2, age):
     return tl.div_rn(lr + tl.zeros_like(bc2_sqrt), bias_correction1), bc2_sqrt, tl.div_rn(one, bc2_sqrt)
 
 
-@triton.jit(do_not_specialize=["age_stride"], do_not_specialize_on_alignment=["hypers"])
+@triton.jit(do_not_specialize=["age_stride"])
 def prologue_kernel(
     rows, hypers, step_rows, by_age_table, found_inf, age_stride,
     FOUND_INF: tl.constexpr, AGES_: tl.constexpr, LANES: tl.constexpr,

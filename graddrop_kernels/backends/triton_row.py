@@ -7,8 +7,8 @@ import triton.language as tl
 
 # Columns of a TensorRow, in 8-byte words.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, STEP, MASK_WORDS, NUMEL = (tl.constexpr(i) for i in range(8))
-BASE, LOCAL_INNER, GLOBAL_INNER, KEY, HYPER = (tl.constexpr(i) for i in range(8, 13))
-TENSOR_WORDS = tl.constexpr(13)
+BASE, LOCAL_INNER, GLOBAL_INNER, KEY, HYPER, COPY = (tl.constexpr(i) for i in range(8, 14))
+TENSOR_WORDS = tl.constexpr(14)
 # Columns of a StepRow, in 4-byte words.
 LR_WEIGHT_DECAY, S_BETA1, S_BETA2, S_EPS, STEP_SIZE, BC2_SQRT, BC2_SQRT_RECIPROCAL, FACTOR, DEVIATION = (
     tl.constexpr(i) for i in range(9)
