@@ -19,7 +19,9 @@ from graddrop_kernels.backends.device_tables import CHUNK, Launch
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SM_90 = GPUTarget("cuda", 90, 32)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-MODES = {"fff": (F32, F32), "bbf": (BF16, F32), "bbb": (BF16, BF16), "hhf": (F16, F32), "hhh": (F16, F16)}
+_DTYPES = {"f": F32, "b": BF16, "h": F16}
+# Of parameters, gradients, moments; parameters other than their gradients are master weights.
+MODES = {name: tuple(_DTYPES[letter] for letter in name) for name in ("fff", "bbf", "bbb", "hhf", "hhh", "fbf", "fhf")}
 ALIGNED = [["tt.divisibility", 16]]  # what a real launch finds of the tables' addresses
 
 
@@ -37,9 +39,11 @@ class Variant:
     frozen: bool = False
     ages: bool = False
     grad_scale: bool = False
+    clip: bool = False
+    stochastic: bool = False
 
     def __str__(self) -> str:
-        flags = ("aligned", "rows", "amsgrad", "frozen", "ages", "grad_scale")
+        flags = ("aligned", "rows", "amsgrad", "frozen", "ages", "grad_scale", "clip", "stochastic")
         text = [name for name in flags if getattr(self, name) and name != "aligned"]
         planes = f" {self.planes} planes" if self.planes >= 0 else ""
         unaligned = [] if self.aligned else ["unaligned"]
@@ -50,6 +54,11 @@ class Variant:
         """Elements of one access."""
         return 1 if not self.aligned else 4 if F32 in MODES[self.mode] else 8
 
+    @property
+    def copies(self) -> bool:
+        """Whether there are master weights."""
+        return self.mode[0] != self.mode[1]
+
     def but(self, **changes) -> "Variant":
         return replace(self, **changes)
 
@@ -59,19 +68,24 @@ def compile_update(variant: Variant, target: GPUTarget = SM_90, **changes):
     launch = ("kind", "planes", "aligned", "rows", "amsgrad", "frozen", "ages")
     flags = {name: getattr(variant, name) for name in launch}
     block = backend.ELEMENTS * backend.WARPS * target.warp_size
-    constants = backend.constants(Launch(**flags), *MODES[variant.mode], variant.grad_scale, variant.exact)
+    param, grad, moments = MODES[variant.mode]
+    constants = backend.constants(
+        Launch(**flags), param, moments, grad, variant.copies, variant.stochastic, variant.grad_scale, variant.clip,
+        variant.exact,
+    )  # fmt: skip
     constants |= {"BLOCK": block, "BLOCKS": CHUNK // block, **changes}
     arguments = {"rows": "*i64", "step_rows": "*i32", "by_age_table": "*fp32", "chunks": "*i64", "age_stride": "i32"}
-    if variant.grad_scale:
-        arguments["grad_scale"] = "*fp32"
-    else:
-        constants["grad_scale"] = None
+    for name, given in (("grad_scale", variant.grad_scale), ("clip_factor", variant.clip)):
+        if given:
+            arguments[name] = "*fp32"
+        else:
+            constants[name] = None
     options = {"num_warps": backend.WARPS, "enable_fp_fusion": not variant.exact}
     return _compile(kernels.masked_adamw_kernel, arguments, constants, target, options)
 
 
-def compile_prologue(found_inf: bool, ages: bool, target: GPUTarget = SM_90):
-    constants = {"FOUND_INF": found_inf, "AGES_": ages, "LANES": 32}
+def compile_prologue(found_inf: bool, ages: bool, target: GPUTarget = SM_90, advance: bool = True):
+    constants = {"FOUND_INF": found_inf, "AGES_": ages, "ADVANCE": advance, "LANES": 32}
     arguments = {"rows": "*i64", "hypers": "*i64", "step_rows": "*i32", "by_age_table": "*fp32", "age_stride": "i32"}
     if found_inf:
         arguments["found_inf"] = "*fp32"

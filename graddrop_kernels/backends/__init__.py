@@ -71,11 +71,12 @@ BACKENDS = (
     Backend("cpu", "C++, one pass over memory", ("cpu",), _FUSED_DTYPES, True, cpu.unavailable, cpu.masked_adamw_),
     Backend(
         "triton", "Triton, one launch for any number of tensors",
-        triton.DEVICES, _FUSED_DTYPES, True, triton.unavailable, triton.masked_adamw_,
+        triton.DEVICES, _FUSED_DTYPES, True, triton.unavailable, triton.masked_adamw_, True, True,
     ),
     Backend(
         "triton-fast", "the same with approximate square roots and divisions",
         triton.DEVICES, _FUSED_DTYPES, False, triton.unavailable, partial(triton.masked_adamw_, exact=False),
+        True, True,
     ),
     Backend(
         "cuda", "C++ for CUDA, the same headers as the CPU kernels",
