@@ -2,6 +2,7 @@
 tests/test_triton_interpreter.py runs this file.
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -195,6 +196,19 @@ def test_a_mask_and_the_rounding_are_drawn_from_streams_of_their_own(seed):
         assert len(assert_as_exact(*arguments, stochastic=True).table.launches) == 1
 
 
+@pytest.mark.parametrize("options", [{"copies": BF16}, {"stochastic": True}], ids=str)
+def test_whole_blocks_and_the_rest(options, seed):
+    """In the interpreter a block is of 65536 elements."""
+    long = [(RowBlock.whole(70_001), 70_001)]
+    dtypes = (BF16, F32) if "stochastic" in options else (F32, F32)
+
+    def clip(batch):
+        batch.clip_factor = torch.tensor(0.3, device=batch.device)
+
+    for plan in (PLANS["bernoulli"], PLANS["fixed"]):
+        assert_as_exact(seed, dtypes, long, [plan], [0], change=clip, **options)
+
+
 @pytest.mark.parametrize("found", [1.0, 2.0, math.nan])
 def test_found_inf_makes_the_step_a_no_op(found, seed):
     arguments = (seed, (F32, F32), [(RowBlock.whole(99), 99)], [PLANS["buckets by age"]], [0])
@@ -246,6 +260,96 @@ def test_fast_maths_is_close(policy, seed):
         assert_same_bits(fast[name], exact[name], name)
     larger = exact["param"].abs().maximum(torch.tensor(3 * 1e-2))
     assert ulps_apart(larger, larger + (fast["param"] - exact["param"]).abs()).max() <= 4 * len(grads)
+
+
+# --- the norm ---------------------------------------------------------------------------------------------------------
+
+
+def squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
+    found = backends.select("triton", batch.device, batch.param_dtype, batch.moment_dtype).sum_of_squares(batch, masked)
+    assert (found.shape, found.dtype, found.device.type) == ((), torch.float64, batch.device.type)
+    return found.cpu()
+
+
+def sum_of(tensors) -> torch.Tensor:
+    return sum(tensor.double().square().sum() for tensor in tensors).cpu()
+
+
+@pytest.mark.parametrize("scale", [None, 3.0])
+@pytest.mark.parametrize("grads", [F32, BF16], ids=str)
+@pytest.mark.parametrize("plan", [*PLANS, "frozen block"])
+def test_the_sum_of_squares_of_masked_gradients(plan, grads, scale, seed):
+    """With beta1 = 0 the first moment is the masked gradient. Rows that keep everything are among them, and nothing
+    moves: the step after it is the one without it.
+    """
+    plan = PLANS.get(plan) or MaskPlan("off", frozen=True)
+    long = [*shards(), (RowBlock.whole(70_001), 70_001), (RowBlock.whole(1), 0)]
+    arguments = (seed, (grads, F32), long, [plan, KEEP], [0, 0, 1, 0, 0, 0, 0])
+    mine, expected, untouched = one_batch(*arguments), one_batch(*arguments), one_batch(*arguments)
+    for batch in (mine, expected):
+        batch.grad_scale = scale and torch.tensor(scale, device=batch.device)
+        batch.clip_factor = torch.tensor(0.3, device=batch.device)  # is made of the norm, and not in it
+    given = [grad.float() / (scale or 1) for grad in mine.grads]
+    torch.testing.assert_close(squares(mine, False), sum_of(given), rtol=1e-12, atol=0)
+    found = squares(mine, True)
+    for name in ("params", "exp_avgs", "steps"):
+        for tensor, before in zip(getattr(mine, name), getattr(untouched, name)):
+            assert_same_bits(tensor, before, name)
+
+    bare = one_batch(*arguments)
+    bare.grads = [grad.clone() for grad in mine.grads]
+    bare.grad_scale = mine.grad_scale
+    bare.hypers = [dataclasses.replace(hyper, beta1=0.0) for hyper in bare.hypers]
+    for moment in bare.exp_avgs:
+        moment.zero_()
+    step(bare, EXACT)
+    torch.testing.assert_close(found, sum_of(bare.exp_avgs), rtol=1e-12, atol=0)
+
+    stepped = step(mine, TRITON)
+    for name, tensor in step(expected, EXACT).items():
+        assert_same_bits(stepped[name], tensor, name)
+    if plan.kind in ("bernoulli", "gaussian"):
+        assert squares(mine, True) != found, "the next step has another mask"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_order_in_which_programs_run_does_not_show(masked, seed, monkeypatch):
+    """One program a launch, in any order: the same bits."""
+    from graddrop_kernels.backends import triton_norm
+
+    sizes = [(RowBlock.whole(numel), numel) for numel in (70_001, 1, 64, 777, 0, 9, 1000)]
+    batch = one_batch(seed, (F32, F32), sizes, [PLANS["bernoulli"], PLANS["fixed"]], [0, 1, 0, 0, 1, 0, 1])
+    expected, kernel = squares(batch, masked), triton_norm.sum_of_squares_kernel
+    generator = torch.Generator().manual_seed(seed)
+
+    class OneByOne:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: pending.extend((i, arguments, constants) for i in range(*grid))
+
+    for _ in range(3):
+        pending = []
+        with monkeypatch.context() as patch:
+            patch.setattr(triton_norm, "sum_of_squares_kernel", OneByOne())
+            out = triton_norm.sum_of_squares(batch, masked)
+        for i in torch.randperm(len(pending), generator=generator).tolist():
+            place, (rows, step_rows, chunks, *given, first, total), constants = pending[i]
+            assert out == 0, "before the last program has run"
+            kernel[(1,)](rows, step_rows, chunks[place : place + 1], *given, first + place, total, **constants)
+        assert_same_bits(out, expected, "sum of squares")
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_an_infinite_gradient_shows_in_the_sum_unless_it_is_dropped(value, seed):
+    batch = one_batch(seed, (F32, F32), [(RowBlock.whole(99), 99)] * 2, [PLANS["bernoulli"], PLANS["off"]], [0, 1])
+    keep, _ = keep_and_bucket(PLANS["bernoulli"], 99, 4, RowBlock.whole(99), 99)
+    batch.grads[0][~keep] = value
+    batch.grads[1].fill_(value)
+    assert squares(batch, True).isfinite() and not squares(batch, False).isfinite()
+    batch.grads[0].fill_(value)
+    assert not squares(batch, True).isfinite()
+    batch.grads[0].fill_(2.0**100)  # its square is beyond float32
+    expected = 2.0**200 * PLANS["bernoulli"].scale ** 2 * keep.sum().item()
+    assert math.isclose(squares(batch, True), expected, rel_tol=1e-6)
 
 
 # --- masks by themselves ----------------------------------------------------------------------------------------------

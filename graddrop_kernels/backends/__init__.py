@@ -41,6 +41,8 @@ class Backend:
         masked_adamw_: the step on a TensorBatch, in place.
         masters: whether it takes batches with copies (master weights).
         stochastic: whether it rounds stochastically.
+        sum_of_squares: (batch, masked) -> float64 0-d tensor on the batch's device: of all its gradients, divided by
+            grad_scale; masked: as the next step masks them. Advances nothing. None: not offered.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Backend:
     masked_adamw_: Callable[[TensorBatch], None]
     masters: bool = False
     stochastic: bool = False
+    sum_of_squares: Callable[[TensorBatch, bool], torch.Tensor] | None = None
 
     def misfit(
         self, device: torch.device, param_dtype: torch.dtype, moment_dtype: torch.dtype,
@@ -71,12 +74,13 @@ BACKENDS = (
     Backend("cpu", "C++, one pass over memory", ("cpu",), _FUSED_DTYPES, True, cpu.unavailable, cpu.masked_adamw_),
     Backend(
         "triton", "Triton, one launch for any number of tensors",
-        triton.DEVICES, _FUSED_DTYPES, True, triton.unavailable, triton.masked_adamw_, True, True,
+        triton.DEVICES, _FUSED_DTYPES, True, triton.unavailable, triton.masked_adamw_,
+        True, True, triton.sum_of_squares,
     ),
     Backend(
         "triton-fast", "the same with approximate square roots and divisions",
         triton.DEVICES, _FUSED_DTYPES, False, triton.unavailable, partial(triton.masked_adamw_, exact=False),
-        True, True,
+        True, True, triton.sum_of_squares,
     ),
     Backend(
         "cuda", "C++ for CUDA, the same headers as the CPU kernels",

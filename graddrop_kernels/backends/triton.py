@@ -57,6 +57,13 @@ def masked_adamw_(batch: TensorBatch, exact: bool = True) -> None:
             )  # fmt: skip
 
 
+def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
+    """See triton_norm.py, which needs triton."""
+    from . import triton_norm
+
+    return triton_norm.sum_of_squares(batch, masked)
+
+
 def tables_of(batch: TensorBatch) -> DeviceTables:
     """The batch's tables, up to date."""
     if batch.table is None:
