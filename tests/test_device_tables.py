@@ -195,6 +195,25 @@ def test_only_what_changed_is_copied(monkeypatch):
     assert written[1:] == [(0, rows + ctypes.sizeof(HyperRow))]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_an_lr_on_the_device_is_not_fetched(dtype, monkeypatch):
+    """Its address is in the table, and stays there when its value changes: nothing to copy."""
+    batch, lr = batch_of([64]), torch.tensor(1e-3, dtype=dtype)
+    batch.hypers = [dataclasses.replace(batch.hypers[0], lr=lr)]
+    with monkeypatch.context() as patch:
+        for name in ("__float__", "item", "tolist"):
+            patch.setattr(torch.Tensor, name, lambda *args: pytest.fail("the host waits for the device"))
+        tables = DeviceTables(batch, reads_lr=True)
+        tables.refresh(batch)
+        patch.setattr(tables.upload, "write", lambda *args: pytest.fail("copied"))
+        lr.fill_(5e-4)
+        tables.refresh(batch)
+    assert tables.hypers[0, 0] == lr.data_ptr()
+    assert tables.hypers[0].view(torch.int32)[31] == (1 if dtype == torch.float32 else 2)
+    by_value = refreshed(batch).hypers  # for a prologue that looks for a number there
+    assert by_value[0, :1].view(torch.float64) == lr and by_value[0].view(torch.int32)[31] == 0
+
+
 def test_the_tables_on_the_device_are_those_of_the_host():
     batch = batch_of([64, 32], (AGES, DROP), [0, 1])
     tables = refreshed(batch)

@@ -236,6 +236,22 @@ def test_ages_of_another_epoch_and_of_another_group_do_not_linger(seed):
             batch.hypers.reverse()
 
 
+@pytest.mark.parametrize("dtype", [F32, torch.float64, BF16], ids=str)
+def test_lr_in_a_tensor_on_the_device(dtype, seed):
+    """Read at every step anew, for tensors with ages and without; another dtype is taken by its value."""
+    sizes = [(RowBlock.whole(500), 500)] * 2
+    arguments = (seed, (F32, F32), sizes, [PLANS["buckets by age"], PLANS["bernoulli"]], [0, 1])
+    mine, expected = one_batch(*arguments), one_batch(*arguments)
+    lr = torch.tensor(0.1, dtype=dtype, device=mine.device)
+    mine.hypers = [dataclasses.replace(hyper, lr=lr) for hyper in mine.hypers]
+    for _ in range(2):
+        expected.hypers = [dataclasses.replace(hyper, lr=lr.item()) for hyper in expected.hypers]
+        stepped = step(mine, TRITON)
+        for name, tensor in step(expected, EXACT).items():
+            assert_same_bits(stepped[name], tensor, name)
+        lr.mul_(0.3)
+
+
 @pytest.mark.parametrize("policy", [None, GradDrop(0.3), GaussianGradDrop(0.3), GradDropEpoch(3)], ids=str)
 def test_fast_maths_is_close(policy, seed):
     """Masks and moments bit for bit; parameters within 4 ulp of the larger of parameter and update (a division of 2

@@ -40,8 +40,10 @@ class DeviceTables:
     ``step_rows`` and ``by_age`` are written by the prologue kernel. ``launches`` is what to launch in this step.
     """
 
-    def __init__(self, batch: TensorBatch, chunk: int = CHUNK):
+    def __init__(self, batch: TensorBatch, chunk: int = CHUNK, reads_lr: bool = False):
+        """``reads_lr``: whether the prologue finds an lr in a tensor on the device by its address."""
         self.chunk = chunk
+        self.lr_on = batch.device if reads_lr else None
         self.device = batch.device
         self.host = tensor_table(batch)
         self.layouts = batch.layouts
@@ -62,7 +64,7 @@ class DeviceTables:
     def refresh(self, batch: TensorBatch) -> None:
         """Brings the tables up to the batch's gradients and hyper-parameters; copies only what has changed."""
         addresses = list(map(torch.Tensor.data_ptr, batch.grads))
-        hypers = hyper_table(batch.hypers)
+        hypers = hyper_table(batch.hypers, self.lr_on)
         self._make_room(batch.hypers)
         ages = b"".join(bytes(array) for array in hypers.age_arrays)
         self._point_to_device_ages(hypers)

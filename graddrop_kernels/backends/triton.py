@@ -67,7 +67,7 @@ def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
 def tables_of(batch: TensorBatch) -> DeviceTables:
     """The batch's tables, up to date."""
     if batch.table is None:
-        batch.table = DeviceTables(batch, INTERPRETED_BLOCK if interpreted() else CHUNK)
+        batch.table = DeviceTables(batch, INTERPRETED_BLOCK if interpreted() else CHUNK, reads_lr=True)
     batch.table.refresh(batch)
     return batch.table
 

@@ -53,7 +53,7 @@ LR, BETA1, BETA2, EPS, WEIGHT_DECAY, SCALE, AGE_RATE, GLOBAL_STEP, AGES, NUM_AGE
     tl.constexpr(i) for i in range(11)
 )
 KIND, FROZEN, THRESHOLD, BUCKETS, FIRST_BUCKET, LAST_BUCKET = (tl.constexpr(i) for i in range(22, 28))
-MAXIMIZE = tl.constexpr(30)
+MAXIMIZE, LR_AT = tl.constexpr(30), tl.constexpr(31)
 HYPER_WORDS = tl.constexpr(16)
 
 
@@ -204,6 +204,11 @@ def prologue_kernel(
             tl.store(step_at, completed + 1.0)
 
         lr, weight_decay = tl.load(doubles + LR).to(tl.float32), tl.load(doubles + WEIGHT_DECAY).to(tl.float32)
+        lr_at = tl.load(ints + LR_AT)
+        if lr_at == 1:  # in a tensor on the device
+            lr = tl.load(tl.load(hyper + LR).to(tl.pointer_type(tl.float32)))
+        elif lr_at == 2:
+            lr = tl.load(tl.load(hyper + LR).to(tl.pointer_type(tl.float64))).to(tl.float32)
         beta1, beta2 = tl.load(doubles + BETA1).to(tl.float32), tl.load(doubles + BETA2).to(tl.float32)
         global_step, draw = tl.load(hyper + GLOBAL_STEP), tl.load(hyper + DRAW)
         scale = tl.load(doubles + SCALE).to(tl.float32)
