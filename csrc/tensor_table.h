@@ -40,7 +40,7 @@ struct HyperRow {
   int32_t num_planes;  // -1: recompute buckets
   int32_t amsgrad;
   int32_t maximize;
-  int32_t reserved;
+  int32_t lr_at;  // Triton: 1, 2: in the place of lr is the device address of a float, a double. Elsewhere 0
 };
 
 static_assert(sizeof(TensorRow) == 112 && sizeof(HyperRow) == 128, "tensor_table.py has the same sizes");

@@ -111,6 +111,42 @@ def test_misaligned_tensors_have_their_own_launch():
     ]
 
 
+def test_a_misaligned_copy_has_its_own_launch():
+    """Two bytes off eight: the masters could be read in vectors, but not the parameters that are kept of them."""
+    batch = batch_of([100, 100, 100])
+    batch.grad_dtype = torch.bfloat16
+    for tensors in (batch.grads, batch.copies):
+        tensors[:] = [torch.zeros(116, dtype=torch.bfloat16)[:100] for _ in range(3)]
+    batch.copies[2] = torch.zeros(116, dtype=torch.bfloat16)[1:101]
+    tables = refreshed(batch)
+    assert tables.rows[:, 13].tolist() == [copy.data_ptr() for copy in batch.copies]
+    assert [(launch.aligned, [tensor for tensor, _ in chunks(launch)]) for launch in tables.launches] == [
+        (True, [0, 1]),
+        (False, [2]),
+    ]
+
+
+def test_the_rows_have_no_copy_without_master_weights():
+    assert refreshed(batch_of([10, 20])).rows[:, 13].tolist() == [0, 0]
+
+
+def test_what_looks_at_gradients_alone_walks_every_row():
+    """Dropped and frozen ones too; the step's own launches stay."""
+    batch = batch_of([2 * CHUNK, 10, 0, 30], (DROP, FROZEN_OFF, OFF), [0, 1, 0, 2])
+    tables = refreshed(batch)
+    before = tables.launches
+    (launch,) = tables.launches_of_all()
+    assert (launch.kind, chunks(launch)) == ("keep", [(0, 0), (0, 1), (1, 0), (3, 0)])
+    assert tables.launches is before and tables.launches_of_all()[0] is launch
+
+
+def test_places_of_sums_grow_and_are_kept():
+    tables = refreshed(batch_of([10]))
+    sums, arrived = tables.places(7)
+    assert sums.shape == (7,) and sums.dtype == torch.float64 and arrived == 0
+    assert tables.places(5)[0] is sums and tables.places(8)[0].shape == (8,)
+
+
 def test_amsgrad_has_its_own_launch():
     tables = refreshed(batch_of([100, 100, 100], amsgrad=[2]))
     assert [(launch.amsgrad, [tensor for tensor, _ in chunks(launch)]) for launch in tables.launches] == [
@@ -157,6 +193,25 @@ def test_only_what_changed_is_copied(monkeypatch):
     batch.grads[1] = torch.zeros(80)[:64]
     tables.refresh(batch)
     assert written[1:] == [(0, rows + ctypes.sizeof(HyperRow))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_an_lr_on_the_device_is_not_fetched(dtype, monkeypatch):
+    """Its address is in the table, and stays there when its value changes: nothing to copy."""
+    batch, lr = batch_of([64]), torch.tensor(1e-3, dtype=dtype)
+    batch.hypers = [dataclasses.replace(batch.hypers[0], lr=lr)]
+    with monkeypatch.context() as patch:
+        for name in ("__float__", "item", "tolist"):
+            patch.setattr(torch.Tensor, name, lambda *args: pytest.fail("the host waits for the device"))
+        tables = DeviceTables(batch, reads_lr=True)
+        tables.refresh(batch)
+        patch.setattr(tables.upload, "write", lambda *args: pytest.fail("copied"))
+        lr.fill_(5e-4)
+        tables.refresh(batch)
+    assert tables.hypers[0, 0] == lr.data_ptr()
+    assert tables.hypers[0].view(torch.int32)[31] == (1 if dtype == torch.float32 else 2)
+    by_value = refreshed(batch).hypers  # for a prologue that looks for a number there
+    assert by_value[0, :1].view(torch.float64) == lr and by_value[0].view(torch.int32)[31] == 0
 
 
 def test_the_tables_on_the_device_are_those_of_the_host():

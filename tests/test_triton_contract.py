@@ -25,6 +25,7 @@ from triton_targets import (
     GPUTarget,
     Variant,
     compile_keys,
+    compile_norm,
     compile_prologue,
     compile_update,
     counting_driver,
@@ -42,8 +43,11 @@ from graddrop_kernels import (
 )
 from graddrop_kernels.backends import triton as backend
 from graddrop_kernels.backends.device_tables import CHUNK
+from graddrop_kernels.layout import RowBlock
+from graddrop_kernels.multi_tensor import Hyper, TensorBatch
+from graddrop_kernels.plan import MaskPlan
 
-MAIN = [mode for mode in MODES if mode[0] != "h"]
+MAIN = ["fff", "bbf", "bbb"]
 KINDS = {"keep": -1, "bernoulli": -1, "gaussian": -1, "bucket": -1, "planes": 3, "fixed": -1}
 PLAIN = [
     Variant(mode, "bucket" if name == "planes" else name, exact, planes)
@@ -64,6 +68,14 @@ MIXED = [  # amsgrad, frozen, ages, grad_scale and the float16 modes, each with 
     Variant("bbb", "fixed", amsgrad=True),
     Variant("hhf", "bernoulli"),
     Variant("hhh", "bernoulli", False),
+    Variant("fbf", "bernoulli"),
+    Variant("fbf", "gaussian", False),
+    Variant("fbf", "bucket", frozen=True, ages=True),
+    Variant("fhf", "bernoulli", frozen=True, amsgrad=True, grad_scale=True, clip=True),
+    Variant("bbb", "bernoulli", stochastic=True),
+    Variant("bbf", "bernoulli", stochastic=True, clip=True),
+    Variant("bbb", "keep", False, stochastic=True),
+    Variant("bbf", "gaussian", stochastic=True, frozen=True, amsgrad=True),
 ]
 # Narrow accesses, or divisions of 64-bit indices by subroutine: right, not fast.
 SLOW = [
@@ -74,6 +86,8 @@ SLOW = [
     Variant("bbb", "bucket", planes=3, aligned=False, frozen=True),
     Variant("bbf", "bernoulli", rows=True),
     Variant("bbb", "bucket", rows=True, frozen=True, ages=True),
+    Variant("fbf", "bernoulli", aligned=False, frozen=True),
+    Variant("bbf", "bernoulli", aligned=False, stochastic=True),
 ]
 
 # Ceilings: the largest of fff, bbf, bbb by Triton 3.7.1 on sm_90 plus 10 %. Instructions an element: those of a whole
@@ -82,7 +96,7 @@ INSTRUCTIONS = {
     "keep": (54, 37), "bernoulli": (70, 53), "gaussian": (139, 120), "bucket": (78, 60), "planes": (72, 53),
     "fixed": (60, 40),
 }  # fmt: skip
-ADDED = {"amsgrad": 6, "frozen": 8, "ages": 16, "grad_scale": 13}
+ADDED = {"amsgrad": 6, "frozen": 8, "ages": 16, "grad_scale": 13, "clip": 3, "copies": 4, "stochastic": 22}
 # 64 registers (which 3.9 takes where 3.7 takes 48): eight programs of 128 threads share 65536; 96: five; 128: four.
 REGISTERS = {"keep": 64, "bernoulli": 64, "gaussian": 96, "bucket": 72, "planes": 64, "fixed": 64}
 MOST_REGISTERS = 128
@@ -98,10 +112,12 @@ def instructions_per_element(code: sass.Kernel) -> float:
 
 
 def widths(variant: Variant, streams: str) -> Counter:
-    """Accesses of a thread in a turn, as wide as they can be: {bytes: number}. p, g: parameters' dtype; m: moments'."""
+    """Accesses of a thread in a turn, as wide as they can be: {bytes: number}. p: parameters, g: gradients and copies,
+    m: moments.
+    """
     counts = Counter()
     for stream in streams:
-        itemsize = MODES[variant.mode][stream == "m"].itemsize
+        itemsize = MODES[variant.mode]["pgm".index(stream)].itemsize
         counts[variant.vector * itemsize] += ELEMENTS // variant.vector
     return counts
 
@@ -134,12 +150,13 @@ def test_update_of_whole_vectors(variant):
     # A turn reads and writes its elements and nothing else: what it knows of the tensor is in registers.
     loads = Counter(i.bytes for i in code.body if i.name == "LDG")
     moments = "mmm" if variant.amsgrad else "mm"
+    copy_read = "g" * (variant.copies and variant.frozen)  # its dropped elements stay
     if variant.planes >= 0 or variant.kind == "fixed":
         assert loads.pop(1) == max(variant.planes, 1) * ELEMENTS // variant.vector, "a byte of bits a vector"
     if variant.ages:
         assert loads.pop(4) == ELEMENTS * (3 if variant.exact else 2)
-    assert loads == widths(variant, "pg" + moments)
-    assert code.accesses("STG") == widths(variant, "p" + moments + "g" * variant.grad_scale)
+    assert loads == widths(variant, "pg" + moments + copy_read)
+    assert code.accesses("STG") == widths(variant, "p" + moments + "g" * (variant.grad_scale + variant.copies))
 
     added = sum(more for flag, more in ADDED.items() if getattr(variant, flag))
     most = INSTRUCTIONS[name_of(variant)][not variant.exact] + added
@@ -156,19 +173,46 @@ def test_update_of_other_tensors(variant):
     assert widest_store(code) == widest(variant), "an access wider than the alignment allows is a fault on the GPU"
 
 
-@pytest.mark.parametrize("ages", [False, True])
-@pytest.mark.parametrize("found_inf", [False, True])
-def test_prologue(found_inf, ages):
-    code = machine_code(compile_prologue(found_inf, ages))
+@pytest.mark.parametrize("found_inf, ages, advance", [*product((False, True), (False, True), (True,)), (False,) * 3])
+def test_prologue(found_inf, ages, advance):
+    code = machine_code(compile_prologue(found_inf, ages, advance=advance))
     assert code.stack == code.local == code.shared == 0
     assert code.registers <= 56
     assert [i for i in code.instructions if i.pipe == "FP64"], "bias corrections are made in float64"
+
+
+NORMS = [
+    (Variant("fff", "keep"), False),
+    (Variant("bbb", "keep"), True),
+    (Variant("bbf", "bernoulli"), True),
+    (Variant("bbb", "gaussian"), True),
+    (Variant("fff", "bucket", planes=3, grad_scale=True), True),
+    (Variant("fbf", "bucket"), True),
+]
+
+
+@pytest.mark.parametrize("variant, masked", NORMS, ids=str)
+def test_norm(variant, masked):
+    """Whole vectors of gradients; one thread stores the sum of its program and counts it, in this order for all."""
+    code = machine_code(compile_norm(variant, masked))
+    assert code.stack == code.local == 0 and code.registers <= (96 if variant.kind == "gaussian" else 72)
+    itemsize = MODES[variant.mode][1].itemsize
+    assert sum(i.bytes == 16 for i in code.instructions if i.name == "LDG") == ELEMENTS * itemsize // 16
+    names = [i.name for i in code.instructions]
+    count, stores = names.index("ATOMG"), [place for place, name in enumerate(names) if name == "STG"]
+    assert len(stores) == 3 and stores[0] < names.index("MEMBAR") < count < names.index("CCTL") < stores[1]
+    text = compile_norm(variant, masked).asm["ptx"]
+    (counting,) = re.findall(r"(@%p\d+) atom\.global\.gpu\.acq_rel", text)
+    storing, *_ = re.findall(r"(@%p\d+) st\.global\.b64", text)
+    assert counting == storing, "another thread counts than stores"
 
 
 ELSEWHERE = [
     Variant("fff", "bernoulli"),
     Variant("bbf", "bucket", planes=3, frozen=True, ages=True),
     Variant("bbb", "gaussian", amsgrad=True),
+    Variant("fbf", "bernoulli", frozen=True),
+    Variant("bbb", "keep", stochastic=True, clip=True),
 ]
 NVIDIA = [GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 100, 120)]
 AMD = [GPUTarget("hip", arch, threads) for arch, threads in (("gfx90a", 64), ("gfx942", 64), ("gfx1100", 32))]
@@ -181,7 +225,8 @@ def test_other_targets_of_nvidia(target):
         assert_nothing_spilled(code)
         assert code.shared == 0 and not [i for i in code.instructions if i.name in sass.SHARED], variant
         assert widest_store(code) == widest(variant), variant
-    assert machine_code(compile_prologue(True, True, target)).stack == 0
+    for code in map(machine_code, (compile_prologue(True, True, target), compile_norm(ELSEWHERE[0], True, target))):
+        assert code.stack == 0
 
 
 @pytest.mark.parametrize("target", AMD, ids=lambda target: target.arch)
@@ -192,6 +237,8 @@ def test_targets_of_amd(target):
         found = {name: int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in names}
         assert not any(found.values()), found
         assert not re.search(r"\bds_\w+|\bs_barrier", text), "elements change their thread"
+    text = compile_norm(ELSEWHERE[0], True, target).asm["amdgcn"]
+    assert re.search(r"\.vgpr_spill_count:\s*0\b", text)
 
 
 # --- a training run ---------------------------------------------------------------------------------------------------
@@ -214,7 +261,7 @@ def driver(monkeypatch):
         yield counting
 
 
-def train(mask, count: int, *, groups=1, steps=4, dtype=F32, misaligned=0, seed=0) -> None:
+def train(mask, count: int, *, groups=1, steps=4, dtype=F32, misaligned=0, seed=0, **options) -> None:
     """Steps of FusedGradDropAdamW in which whatever may change does: gradients are new tensors, lr is another float,
     the epoch advances every other step, and p with it.
     """
@@ -224,7 +271,7 @@ def train(mask, count: int, *, groups=1, steps=4, dtype=F32, misaligned=0, seed=
     given = [{"params": named[i::groups], "lr": 1e-3 * (i + 1), "weight_decay": 0.1 * i} for i in range(groups)]
     if isinstance(mask, FixedMask):
         mask = FixedMask({name: torch.rand(param.shape) < 0.5 for name, param in named})
-    optimizer = FusedGradDropAdamW(given, mask=mask, backend="triton", seed=seed)
+    optimizer = FusedGradDropAdamW(given, mask=mask, backend="triton", seed=seed, **options)
     for step in range(steps):
         held = [param.grad for _, param in named]  # so that the new ones lie elsewhere
         for _, param in named:
@@ -262,6 +309,33 @@ def test_launches_do_not_grow_with_the_number_of_tensors(driver):
     train(GradDrop(0.2), 4000, steps=2, groups=2)
     assert len(driver.launches) == 4
     assert compile_keys() == {"update": 1, "prologue": 1}
+
+
+@pytest.mark.parametrize("options", [{"master_weights": True}, {"stochastic_rounding": True}], ids=str)
+def test_master_weights_and_random_rounding_are_one_compilation(options, driver):
+    """Of tensors of one alignment, whatever their number."""
+    for count in (20, 7):
+        train(GradDrop(0.2), count, steps=2, dtype=BF16, **options)
+    assert [name for name, _ in driver.launches] == ["prologue_kernel", "masked_adamw_kernel"] * 4
+    assert compile_keys() == {"update": 1, "prologue": 1}
+
+
+def test_the_norm_is_one_launch(driver):
+    """After the scalars that its masks need. Other gradients, numbers of tensors and steps: no other compilation."""
+    for count in (20, 399):
+        sizes = shapes_of_a_transformer(count)
+        batch = TensorBatch(torch.device("cpu"), F32, F32, hyper_rows=[i % 2 for i in range(count)])
+        for tensors in (batch.params, batch.exp_avgs, batch.exp_avg_sqs, batch.grads):
+            tensors.extend(map(torch.zeros, sizes))
+        batch.steps, batch.keys = [torch.zeros(()) for _ in sizes], list(range(count))
+        batch.max_exp_avg_sqs = batch.mask_words = [None] * count
+        batch.layouts = [RowBlock.whole(size) for size in sizes]
+        plans = MaskPlan("bernoulli", threshold=1000, scale=65536 / 64536), MaskPlan("keep")
+        batch.hypers = [Hyper(1e-3, 0.9, 0.99, 1e-8, 0.1, False, False, plan) for plan in plans]
+        for masked in (True, False):
+            backend.sum_of_squares(batch, masked)
+    assert [name for name, _ in driver.launches] == ["prologue_kernel", *["sum_of_squares_kernel"] * 2] * 2
+    assert compile_keys() == {"prologue": 1, "norm": 2}
 
 
 def test_misaligned_tensors_have_a_launch_of_their_own(driver):

@@ -14,12 +14,18 @@ from triton.runtime.driver import driver
 
 from graddrop_kernels.backends import triton as backend
 from graddrop_kernels.backends import triton_kernels as kernels
+from graddrop_kernels.backends import triton_norm as norm
 from graddrop_kernels.backends.device_tables import CHUNK, Launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SM_90 = GPUTarget("cuda", 90, 32)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-MODES = {"fff": (F32, F32), "bbf": (BF16, F32), "bbb": (BF16, BF16), "hhf": (F16, F32), "hhh": (F16, F16)}
+_DTYPES = {"f": F32, "b": BF16, "h": F16}
+# Of parameters, gradients, moments; parameters other than their gradients are master weights.
+MODES = {name: tuple(_DTYPES[letter] for letter in name) for name in ("fff", "bbf", "bbb", "hhf", "hhh", "fbf", "fhf")}
+_KERNELS = {
+    "update": kernels.masked_adamw_kernel, "prologue": kernels.prologue_kernel, "norm": norm.sum_of_squares_kernel,
+}  # fmt: skip
 ALIGNED = [["tt.divisibility", 16]]  # what a real launch finds of the tables' addresses
 
 
@@ -37,9 +43,11 @@ class Variant:
     frozen: bool = False
     ages: bool = False
     grad_scale: bool = False
+    clip: bool = False
+    stochastic: bool = False
 
     def __str__(self) -> str:
-        flags = ("aligned", "rows", "amsgrad", "frozen", "ages", "grad_scale")
+        flags = ("aligned", "rows", "amsgrad", "frozen", "ages", "grad_scale", "clip", "stochastic")
         text = [name for name in flags if getattr(self, name) and name != "aligned"]
         planes = f" {self.planes} planes" if self.planes >= 0 else ""
         unaligned = [] if self.aligned else ["unaligned"]
@@ -50,28 +58,59 @@ class Variant:
         """Elements of one access."""
         return 1 if not self.aligned else 4 if F32 in MODES[self.mode] else 8
 
+    @property
+    def copies(self) -> bool:
+        """Whether there are master weights."""
+        return self.mode[0] != self.mode[1]
+
+    @property
+    def launch(self) -> Launch:
+        names = ("kind", "planes", "aligned", "rows", "amsgrad", "frozen", "ages")
+        return Launch(**{name: getattr(self, name) for name in names})
+
     def but(self, **changes) -> "Variant":
         return replace(self, **changes)
 
 
 def compile_update(variant: Variant, target: GPUTarget = SM_90, **changes):
     """As backends/triton.py launches it; ``changes`` to the constants. What triton.compile returns."""
-    launch = ("kind", "planes", "aligned", "rows", "amsgrad", "frozen", "ages")
-    flags = {name: getattr(variant, name) for name in launch}
-    block = backend.ELEMENTS * backend.WARPS * target.warp_size
-    constants = backend.constants(Launch(**flags), *MODES[variant.mode], variant.grad_scale, variant.exact)
-    constants |= {"BLOCK": block, "BLOCKS": CHUNK // block, **changes}
+    param, grad, moments = MODES[variant.mode]
+    constants = backend.constants(
+        variant.launch, param, moments, grad, variant.copies, variant.stochastic, variant.grad_scale, variant.clip,
+        variant.exact,
+    )  # fmt: skip
+    constants |= {**blocks(target), **changes}
     arguments = {"rows": "*i64", "step_rows": "*i32", "by_age_table": "*fp32", "chunks": "*i64", "age_stride": "i32"}
-    if variant.grad_scale:
-        arguments["grad_scale"] = "*fp32"
-    else:
-        constants["grad_scale"] = None
+    for name, given in (("grad_scale", variant.grad_scale), ("clip_factor", variant.clip)):
+        if given:
+            arguments[name] = "*fp32"
+        else:
+            constants[name] = None
     options = {"num_warps": backend.WARPS, "enable_fp_fusion": not variant.exact}
     return _compile(kernels.masked_adamw_kernel, arguments, constants, target, options)
 
 
-def compile_prologue(found_inf: bool, ages: bool, target: GPUTarget = SM_90):
-    constants = {"FOUND_INF": found_inf, "AGES_": ages, "LANES": 32}
+def compile_norm(variant: Variant, masked: bool = True, target: GPUTarget = SM_90):
+    """As backends/triton_norm.py launches it."""
+    constants = norm.norm_constants(variant.launch, MODES[variant.mode][1], variant.grad_scale, masked)
+    constants |= blocks(target)
+    arguments = {"rows": "*i64", "step_rows": "*i32", "chunks": "*i64", "sums": "*fp64", "arrived": "*i32",
+                 "out": "*fp64", "first": "i32", "total": "i32"}  # fmt: skip
+    if variant.grad_scale:
+        arguments["grad_scale"] = "*fp32"
+    else:
+        constants["grad_scale"] = None
+    options = {"num_warps": backend.WARPS, "enable_fp_fusion": False}
+    return _compile(norm.sum_of_squares_kernel, arguments, constants, target, options)
+
+
+def blocks(target: GPUTarget) -> dict[str, int]:
+    block = backend.ELEMENTS * backend.WARPS * target.warp_size
+    return {"BLOCK": block, "BLOCKS": CHUNK // block}
+
+
+def compile_prologue(found_inf: bool, ages: bool, target: GPUTarget = SM_90, advance: bool = True):
+    constants = {"FOUND_INF": found_inf, "AGES_": ages, "ADVANCE": advance, "LANES": 32}
     arguments = {"rows": "*i64", "hypers": "*i64", "step_rows": "*i32", "by_age_table": "*fp32", "age_stride": "i32"}
     if found_inf:
         arguments["found_inf"] = "*fp32"
@@ -83,8 +122,7 @@ def compile_prologue(found_inf: bool, ages: bool, target: GPUTarget = SM_90):
 def _compile(function, arguments: dict, constants: dict, target: GPUTarget, options: dict):
     names = function.arg_names
     signature = {name: arguments.get(name, "constexpr") for name in names}
-    # hypers lie behind rows of 104 bytes each
-    tables = [name for name, type_ in arguments.items() if "*" in type_ and name != "hypers"]
+    tables = [name for name, type_ in arguments.items() if "*" in type_]
     aligned = {(names.index(name),): ALIGNED for name in tables}
     source = ASTSource(function, signature, {(names.index(name),): value for name, value in constants.items()}, aligned)
     return triton.compile(source, target=target, options=options)
@@ -136,21 +174,20 @@ class CountingDriver:
 def counting_driver():
     """Within it kernels take CPU tensors and do nothing."""
     before, counting = driver._active, CountingDriver()
-    functions = (kernels.masked_adamw_kernel, kernels.prologue_kernel)
-    for function in functions:
+    for function in _KERNELS.values():
         function.device_caches.clear()
     driver.set_active(counting)
     try:
         yield counting
     finally:
         driver._active = before
-        for function in functions:
+        for function in _KERNELS.values():
             function.device_caches.clear()
 
 
 def compile_keys() -> dict[str, int]:
-    """How often each kernel has been compiled under the counting driver."""
-    functions = {"update": kernels.masked_adamw_kernel, "prologue": kernels.prologue_kernel}
-    return {name: len(function.device_caches[0][0]) for name, function in functions.items()}
+    """How often each kernel that was launched has been compiled under the counting driver."""
+    counts = {name: len(function.device_caches[0][0]) for name, function in _KERNELS.items()}
+    return {name: count for name, count in counts.items() if count}
 
 

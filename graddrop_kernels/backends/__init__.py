@@ -77,10 +77,12 @@ BACKENDS = (
     Backend(
         "triton", "Triton, one launch for any number of tensors",
         triton.DEVICES, _FUSED_DTYPES, True, triton.unavailable, triton.masked_adamw_,
+        True, True, triton.sum_of_squares,
     ),
     Backend(
         "triton-fast", "the same with approximate square roots and divisions",
         triton.DEVICES, _FUSED_DTYPES, False, triton.unavailable, partial(triton.masked_adamw_, exact=False),
+        True, True, triton.sum_of_squares,
     ),
     Backend(
         "cuda", "C++ for CUDA, the same headers as the CPU kernels",

@@ -40,8 +40,10 @@ class DeviceTables:
     ``step_rows`` and ``by_age`` are written by the prologue kernel. ``launches`` is what to launch in this step.
     """
 
-    def __init__(self, batch: TensorBatch, chunk: int = CHUNK):
+    def __init__(self, batch: TensorBatch, chunk: int = CHUNK, reads_lr: bool = False):
+        """``reads_lr``: whether the prologue finds an lr in a tensor on the device by its address."""
         self.chunk = chunk
+        self.lr_on = batch.device if reads_lr else None
         self.device = batch.device
         self.host = tensor_table(batch)
         self.layouts = batch.layouts
@@ -55,12 +57,14 @@ class DeviceTables:
         self.step_rows = torch.zeros(self.num_rows, _STEP_ROW_BYTES // 4, dtype=torch.int32, device=self.device)
         self.by_age = torch.zeros(1, dtype=torch.float32, device=self.device)
         self.age_stride = 0
+        self.sums = torch.zeros(1, dtype=torch.float64, device=self.device)
+        self.arrived = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._launches: dict[tuple, tuple[Launch, ...]] = {}
 
     def refresh(self, batch: TensorBatch) -> None:
         """Brings the tables up to the batch's gradients and hyper-parameters; copies only what has changed."""
         addresses = list(map(torch.Tensor.data_ptr, batch.grads))
-        hypers = hyper_table(batch.hypers)
+        hypers = hyper_table(batch.hypers, self.lr_on)
         self._make_room(batch.hypers)
         ages = b"".join(bytes(array) for array in hypers.age_arrays)
         self._point_to_device_ages(hypers)
@@ -73,7 +77,19 @@ class DeviceTables:
         elif hyper_image != self.hyper_image:
             self.upload.write(hyper_image, self.host.nbytes)
         self.hyper_image = hyper_image
-        self.launches = self._launches_of(batch.hypers)
+        self.launches = self._launches_of([_kind_of(hyper.plan) for hyper in batch.hypers])
+
+    def launches_of_all(self) -> tuple[Launch, ...]:
+        """Launches over every row, dropped or not, as though each kept everything."""
+        return self._launches_of([_Kind("keep")] * len(self.hypers))
+
+    def places(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(float64 [count or more], int32 [1] that is 0 between launches): where programs leave what they have added
+        up, and count themselves.
+        """
+        if self.sums.numel() < count:
+            self.sums = torch.zeros(count, dtype=torch.float64, device=self.device)
+        return self.sums, self.arrived
 
     def _make_room(self, hypers: list[Hyper]) -> None:
         """Tables as large as these hyper-parameters need: ages grow with the epochs, up to the number of buckets."""
@@ -103,16 +119,16 @@ class DeviceTables:
         layouts = np.array([in_eights(layout, int(row["numel"])) for layout, row in zip(self.layouts, self.host)])
         return (together % ALIGNMENT == 0) & layouts
 
-    def _launches_of(self, hypers: list[Hyper]) -> tuple[Launch, ...]:
-        kinds = tuple(_kind_of(hyper.plan) for hyper in hypers)
-        signature = (kinds, self.aligned.tobytes())
+    def _launches_of(self, kinds: list) -> tuple[Launch, ...]:
+        """By the _Kind of each hyper row, or None where nothing is touched."""
+        signature = (tuple(kinds), self.aligned.tobytes())
         if signature not in self._launches:
             while len(self._launches) >= _KEPT_LAUNCHES:
                 del self._launches[next(iter(self._launches))]
             self._launches[signature] = self._make_launches(kinds)
         return self._launches[signature]
 
-    def _make_launches(self, kinds: tuple) -> tuple[Launch, ...]:
+    def _make_launches(self, kinds: list) -> tuple[Launch, ...]:
         """Rows that can share a launch do: one a mask kind, alignment and use of amsgrad, for any number of tensors."""
         drawn = next((kind for kind in kinds if kind is not None and kind.is_drawn), None)
         members: dict[tuple, list[tuple[int, _Kind]]] = {}

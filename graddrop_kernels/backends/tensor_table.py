@@ -11,6 +11,7 @@ from ..multi_tensor import Hyper, TensorBatch
 
 TABLE_VERSION = 3  # kTableVersion
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType
+LR_AT = {torch.float32: 1, torch.float64: 2}  # HyperRow.lr_at
 # MaskKind
 MASK_KINDS = {kind: number for number, kind in enumerate(("keep", "off", "bernoulli", "gaussian", "bucket", "fixed"))}
 
@@ -40,7 +41,7 @@ class HyperRow(ctypes.Structure):
         ("draw", c_int64),
         *((name, c_int32) for name in (
             "kind", "frozen", "threshold", "buckets", "first_bucket", "last_bucket",
-            "num_planes", "amsgrad", "maximize", "reserved",
+            "num_planes", "amsgrad", "maximize", "lr_at",
         )),
     ]  # fmt: skip
 
@@ -65,15 +66,24 @@ def tensor_table(batch: TensorBatch) -> np.ndarray:
     return table
 
 
-def hyper_table(hypers: list[Hyper]) -> ctypes.Array:
-    """One HyperRow a Hyper; the age arrays stay alive with the table."""
+def hyper_table(hypers: list[Hyper], lr_on: torch.device | None = None) -> ctypes.Array:
+    """One HyperRow a Hyper; the age arrays stay alive with the table.
+
+    ``lr_on``: an lr that is a tensor on this device goes in by its address. Any other goes in by its value, for which
+    the host may wait for a device.
+    """
     table = (HyperRow * len(hypers))()
     table.age_arrays = []
     for row, hyper in zip(table, hypers):
         plan = hyper.plan
         ages = (c_int64 * len(plan.ages))(*plan.ages)
         table.age_arrays.append(ages)
-        row.lr, row.beta1, row.beta2 = hyper.lr, hyper.beta1, hyper.beta2
+        lr, row.beta1, row.beta2 = hyper.lr, hyper.beta1, hyper.beta2
+        if isinstance(lr, torch.Tensor) and lr.device == lr_on and lr.dtype in LR_AT:
+            row.lr_at = LR_AT[lr.dtype]
+            ctypes.c_int64.from_buffer(row, HyperRow.lr.offset).value = lr.data_ptr()
+        else:
+            row.lr = float(lr)
         row.eps, row.weight_decay = hyper.eps, hyper.weight_decay
         row.scale, row.age_rate, row.global_step = plan.scale, plan.age_rate, plan.global_step
         row.ages, row.num_ages = ctypes.addressof(ages), len(plan.ages)

@@ -40,23 +40,46 @@ def masked_adamw_(batch: TensorBatch, exact: bool = True) -> None:
     """One masked AdamW step on the batch, in place: a launch for the scalars, then one a mask kind and alignment."""
     from . import triton_kernels as kernels
 
-    if batch.table is None:
-        batch.table = DeviceTables(batch, INTERPRETED_BLOCK if interpreted() else CHUNK)
-    tables = batch.table
-    tables.refresh(batch)
+    tables = tables_of(batch)
     block = block_of(batch.device)
+    compiled = {
+        "param_dtype": batch.param_dtype, "moment_dtype": batch.moment_dtype, "grad_dtype": batch.grad_dtype,
+        "copies": bool(batch.copies), "stochastic": batch.stochastic, "grad_scale": batch.grad_scale is not None,
+        "clip": batch.clip_factor is not None, "exact": exact,
+    }  # fmt: skip
     with on_device(batch.device):
-        kernels.prologue_kernel[(tables.num_rows,)](
-            tables.rows, tables.hypers, tables.step_rows, tables.by_age, batch.found_inf, tables.age_stride,
-            FOUND_INF=batch.found_inf is not None, AGES_=tables.age_stride > 0, LANES=32, num_warps=1,
-            enable_fp_fusion=False,
-        )  # fmt: skip
+        prologue(tables, batch.found_inf, ages=tables.age_stride > 0, advance=True)
         for launch in tables.launches:
             kernels.masked_adamw_kernel[(launch.chunks.numel(),)](
-                tables.rows, tables.step_rows, tables.by_age, launch.chunks, batch.grad_scale, tables.age_stride,
-                **constants(launch, batch.param_dtype, batch.moment_dtype, batch.grad_scale is not None, exact),
+                tables.rows, tables.step_rows, tables.by_age, launch.chunks, batch.grad_scale, batch.clip_factor,
+                tables.age_stride, **constants(launch, **compiled),
                 BLOCK=block, BLOCKS=tables.chunk // block, num_warps=WARPS, enable_fp_fusion=not exact,
             )  # fmt: skip
+
+
+def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
+    """See triton_norm.py, which needs triton."""
+    from . import triton_norm
+
+    return triton_norm.sum_of_squares(batch, masked)
+
+
+def tables_of(batch: TensorBatch) -> DeviceTables:
+    """The batch's tables, up to date."""
+    if batch.table is None:
+        batch.table = DeviceTables(batch, INTERPRETED_BLOCK if interpreted() else CHUNK, reads_lr=True)
+    batch.table.refresh(batch)
+    return batch.table
+
+
+def prologue(tables: DeviceTables, found_inf: torch.Tensor | None, ages: bool, advance: bool) -> None:
+    """Writes the step rows, on the current device; with ``ages`` the table by age, with ``advance`` the step counts."""
+    from . import triton_kernels as kernels
+
+    kernels.prologue_kernel[(tables.num_rows,)](
+        tables.rows, tables.hypers, tables.step_rows, tables.by_age, found_inf, tables.age_stride,
+        FOUND_INF=found_inf is not None, AGES_=ages, ADVANCE=advance, LANES=32, num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=64)
@@ -74,19 +97,23 @@ def masks():
     return triton_masks
 
 
-def constants(launch, param_dtype: torch.dtype, moment_dtype: torch.dtype, grad_scale: bool, exact: bool) -> dict:
+def constants(
+    launch, param_dtype: torch.dtype, moment_dtype: torch.dtype, grad_dtype: torch.dtype | None = None,
+    copies: bool = False, stochastic: bool = False, grad_scale: bool = False, clip: bool = False, exact: bool = True,
+) -> dict:  # fmt: skip
     """What of a launch is compiled into the kernel."""
     import triton.language as tl
 
     from .tensor_table import MASK_KINDS
 
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    vector = 4 if torch.float32 in (param_dtype, moment_dtype) else 8
+    grad_dtype = grad_dtype or param_dtype
+    vector = 4 if torch.float32 in (param_dtype, grad_dtype, moment_dtype) else 8
     return {
-        "P": types[param_dtype], "M": types[moment_dtype], "KIND_": MASK_KINDS[launch.kind], "PLANES": launch.planes,
-        "VEC": vector if launch.aligned else 1, "ROWS": launch.rows, "AMSGRAD": launch.amsgrad,
-        "FROZEN_": launch.frozen, "AGES_": launch.ages, "GRAD_SCALE": grad_scale, "EXACT": exact,
-        "INTERPRETED": interpreted(),
+        "P": types[param_dtype], "G": types[grad_dtype], "M": types[moment_dtype], "KIND_": MASK_KINDS[launch.kind],
+        "PLANES": launch.planes, "VEC": vector if launch.aligned else 1, "ROWS": launch.rows,
+        "AMSGRAD": launch.amsgrad, "FROZEN_": launch.frozen, "AGES_": launch.ages, "COPY_": copies,
+        "STOCHASTIC": stochastic, "GRAD_SCALE": grad_scale, "CLIP": clip, "EXACT": exact, "INTERPRETED": interpreted(),
     }  # fmt: skip
 
 

@@ -51,6 +51,16 @@ def to_storage(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def stochastic_bfloat16(x, words):
+    """float32 rounded to one of the two bfloat16 around it, by the upper half of its random word; stays float32.
+
+    A bfloat16 stays what it is; infinities and NaN are left to the usual rounding.
+    """
+    bits = (x.to(tl.uint32, bitcast=True) + (words >> 16)) & 0xFFFF0000
+    return tl.where(tl.abs(x) < float("inf"), bits.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def store(at, new, old, moves, in_bounds, dtype: tl.constexpr, FROZEN: tl.constexpr, INTERPRETED: tl.constexpr):
     """Stores new; with FROZEN, where an element does not move, the old bits."""
     new = to_storage(new, dtype, INTERPRETED)

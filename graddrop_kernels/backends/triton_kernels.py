@@ -16,16 +16,19 @@ Formulation, measured on the compiled code (tests/test_triton_contract.py):
 import triton
 import triton.language as tl
 
-from .tensor_table import MASK_KINDS
-from .triton_arithmetic import fma, new_moments, new_parameter, store, to_float32, to_storage
-from .triton_random import DOMAIN_BUCKET, DOMAIN_ELEMENT, high16, join4, join8, normal, words32
+from .triton_arithmetic import new_moments, new_parameter, stochastic_bfloat16, store, to_float32, to_storage
+from .triton_gradient import BERNOULLI, BUCKET, FIXED, GAUSSIAN, KEEP, OFF, load_gradient, masked_gradient
+from .triton_random import DOMAIN_ROUNDING, words32
 from .triton_row import (
     BC2_SQRT,
     BC2_SQRT_RECIPROCAL,
+    DECAY_FLAG,
     DEVIATION,
     FACTOR,
+    FROZEN_FLAG,
     HYPER,
     LR_WEIGHT_DECAY,
+    OFF_FLAG,
     S_BETA1,
     S_BETA2,
     S_BUCKETS,
@@ -36,9 +39,11 @@ from .triton_row import (
     S_LAST,
     S_NUM_AGES,
     S_THRESHOLD,
+    SKIP_FLAG,
     STEP,
     STEP_SIZE,
     STEP_WORDS,
+    STEPS_SHIFT,
     TENSOR_WORDS,
     load_row,
 )
@@ -48,53 +53,8 @@ LR, BETA1, BETA2, EPS, WEIGHT_DECAY, SCALE, AGE_RATE, GLOBAL_STEP, AGES, NUM_AGE
     tl.constexpr(i) for i in range(11)
 )
 KIND, FROZEN, THRESHOLD, BUCKETS, FIRST_BUCKET, LAST_BUCKET = (tl.constexpr(i) for i in range(22, 28))
-MAXIMIZE = tl.constexpr(30)
+MAXIMIZE, LR_AT = tl.constexpr(30), tl.constexpr(31)
 HYPER_WORDS = tl.constexpr(16)
-SKIP_FLAG, OFF_FLAG, FROZEN_FLAG, DECAY_FLAG = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
-
-KEEP, OFF, BERNOULLI, GAUSSIAN, BUCKET, FIXED = (
-    tl.constexpr(MASK_KINDS[kind]) for kind in ("keep", "off", "bernoulli", "gaussian", "bucket", "fixed")
-)
-
-
-# --- masks ------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def bits_of_plane(words, plane, plane_bytes, start, numel, VEC: tl.constexpr):
-    """The bits of the VEC elements from each local index in start, of one bit-plane: uint32 0 or 1, [VEC * N]."""
-    byte = tl.load(words + plane * plane_bytes + (start >> 3), mask=start < numel, other=0).to(tl.uint32)
-    if VEC == 8:
-        return join8(byte & 1, (byte >> 1) & 1, (byte >> 2) & 1, (byte >> 3) & 1,
-                     (byte >> 4) & 1, (byte >> 5) & 1, (byte >> 6) & 1, byte >> 7)  # fmt: skip
-    elif VEC == 4:
-        byte = byte >> (start & 4).to(tl.uint32)
-        return join4(byte & 1, (byte >> 1) & 1, (byte >> 2) & 1, (byte >> 3) & 1)
-    else:
-        return (byte >> (start & 7).to(tl.uint32)) & 1
-
-
-@triton.jit
-def keep_and_bucket(
-    row, block_start,
-    KIND_: tl.constexpr, PLANES: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """(keep, bucket) of the BLOCK elements from block_start on: the mask rule. PLANES < 0: buckets are recomputed."""
-    start = block_start + tl.arange(0, BLOCK // VEC) * VEC
-    bucket = tl.zeros([BLOCK], tl.uint32)
-    if KIND_ == BERNOULLI:
-        keep = high16(start, row, DOMAIN_ELEMENT, VEC, ROWS) >= row.threshold << 16
-    elif KIND_ == FIXED:
-        keep = bits_of_plane(row.mask_words, 0, 0, start, row.numel, VEC) != 0
-    else:
-        if PLANES < 0:
-            bucket = ((high16(start, row, DOMAIN_BUCKET, VEC, ROWS) >> 16) * row.buckets) >> 16
-        else:
-            plane_bytes = ((row.numel + 31) >> 5) << 2
-            for plane in tl.static_range(PLANES):
-                bucket += bits_of_plane(row.mask_words, plane, plane_bytes, start, row.numel, VEC) << plane
-        keep = (row.first_bucket <= bucket) & (bucket <= row.last_bucket)
-    return keep, bucket
 
 
 # --- the update -------------------------------------------------------------------------------------------------------
@@ -102,9 +62,10 @@ def keep_and_bucket(
 
 @triton.jit
 def update_block(
-    row, by_age, divisor, block_start,
-    P: tl.constexpr, M: tl.constexpr, KIND_: tl.constexpr, PLANES: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr,
-    AMSGRAD: tl.constexpr, FROZEN_: tl.constexpr, AGES_: tl.constexpr, GRAD_SCALE: tl.constexpr, EXACT: tl.constexpr,
+    row, by_age, divisor, clip, block_start,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, KIND_: tl.constexpr, PLANES: tl.constexpr, VEC: tl.constexpr,
+    ROWS: tl.constexpr, AMSGRAD: tl.constexpr, FROZEN_: tl.constexpr, AGES_: tl.constexpr, COPY_: tl.constexpr,
+    STOCHASTIC: tl.constexpr, GRAD_SCALE: tl.constexpr, CLIP: tl.constexpr, EXACT: tl.constexpr,
     INTERPRETED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Masks, scales and updates the elements [block_start, block_start + BLOCK) of a tensor; FULL: all are in it."""
@@ -119,10 +80,8 @@ def update_block(
 
     # All loads first, so that they are in flight while the random numbers are made.
     wanted = (flags & OFF_FLAG) == 0
-    if KIND_ == KEEP and not GRAD_SCALE:  # rows of a dropped block: the gradient counts as 0 and is not read
-        g_old = tl.load(g_at, mask=wanted if FULL else in_bounds & wanted, other=0.0)
-    else:
-        g_old = tl.load(g_at, mask=in_bounds, other=other)
+    # rows of a dropped block: the gradient counts as 0 and is not read, unless it is written back
+    g_old = load_gradient(g_at, in_bounds, wanted, KIND_ == KEEP and not GRAD_SCALE, FULL)
     m_old = tl.load(m_at, mask=in_bounds, other=other)
     v_old = tl.load(v_at, mask=in_bounds, other=other)
     p_old = tl.load(p_at, mask=in_bounds, other=other)
@@ -130,21 +89,17 @@ def update_block(
     if AMSGRAD:
         vmax_at = row.max_exp_avg_sq + block_start + lane
         vmax_old = tl.load(vmax_at, mask=in_bounds, other=other)
+    if COPY_:
+        copy_at = row.copy + block_start + lane
+        copy_old = tl.load(copy_at, mask=in_bounds, other=other) if FROZEN_ else 0
 
     g = to_float32(g_old, INTERPRETED)
     if GRAD_SCALE:
         g = tl.div_rn(g, divisor + tl.zeros_like(g))
-        tl.store(g_at, to_storage(g, P, INTERPRETED), mask=in_bounds)
-        g = tl.where(wanted, g, 0.0)
-    g = g * row.factor
-    if KIND_ == GAUSSIAN:
-        start = block_start + tl.arange(0, BLOCK // VEC) * VEC
-        z = normal(words32(start, row, VEC, ROWS), INTERPRETED)
-        g = g * fma(z, row.deviation, tl.full(z.shape, 1.0, tl.float32), INTERPRETED)
-    keep, bucket = True, 0
-    if KIND_ != KEEP and KIND_ != GAUSSIAN:
-        keep, bucket = keep_and_bucket(row, block_start, KIND_, PLANES, VEC, ROWS, BLOCK)
-        g = tl.where(keep, g, 0.0)  # selection: a dropped inf or NaN is dropped
+        tl.store(g_at, to_storage(g, G, INTERPRETED), mask=in_bounds)
+    g, keep, bucket = masked_gradient(
+        row, g, clip, wanted, block_start, KIND_, PLANES, VEC, ROWS, GRAD_SCALE or CLIP, CLIP, INTERPRETED, BLOCK
+    )
     moves = True
     if FROZEN_:
         moves = keep | ((flags & FROZEN_FLAG) == 0)
@@ -167,35 +122,42 @@ def update_block(
         to_float32(p_old, INTERPRETED), m, vmax if AMSGRAD else v, row.lr_weight_decay, row.eps,
         step_size, bc2_sqrt, bc2_sqrt_reciprocal, (flags & DECAY_FLAG) != 0, EXACT, INTERPRETED,
     )  # fmt: skip
+    if STOCHASTIC:
+        start = block_start + tl.arange(0, BLOCK // VEC) * VEC
+        p = stochastic_bfloat16(p, words32(start, row, row.flags >> STEPS_SHIFT, DOMAIN_ROUNDING, VEC, ROWS))
     store(p_at, p, p_old, moves, in_bounds, P, FROZEN_, INTERPRETED)
+    if COPY_:
+        store(copy_at, p, copy_old, moves, in_bounds, G, FROZEN_, INTERPRETED)
 
 
 @triton.jit(do_not_specialize=["age_stride"])
 def masked_adamw_kernel(
-    rows, step_rows, by_age_table, chunks, grad_scale, age_stride,
-    P: tl.constexpr, M: tl.constexpr, KIND_: tl.constexpr, PLANES: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr,
-    AMSGRAD: tl.constexpr, FROZEN_: tl.constexpr, AGES_: tl.constexpr, GRAD_SCALE: tl.constexpr, EXACT: tl.constexpr,
+    rows, step_rows, by_age_table, chunks, grad_scale, clip_factor, age_stride,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, KIND_: tl.constexpr, PLANES: tl.constexpr, VEC: tl.constexpr,
+    ROWS: tl.constexpr, AMSGRAD: tl.constexpr, FROZEN_: tl.constexpr, AGES_: tl.constexpr, COPY_: tl.constexpr,
+    STOCHASTIC: tl.constexpr, GRAD_SCALE: tl.constexpr, CLIP: tl.constexpr, EXACT: tl.constexpr,
     INTERPRETED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One masked AdamW step on one chunk: BLOCKS blocks of BLOCK elements of one tensor."""
     chunk = tl.load(chunks + tl.program_id(0))
     tensor = chunk >> 40
-    row = load_row(rows + tensor * TENSOR_WORDS, step_rows + tensor * STEP_WORDS, P, M, VEC)
+    row = load_row(rows + tensor * TENSOR_WORDS, step_rows + tensor * STEP_WORDS, P, G, M, VEC)
     by_age = by_age_table + tensor * age_stride * 4
     if (row.flags & SKIP_FLAG) == 0:
         divisor = tl.load(grad_scale) if GRAD_SCALE else 1.0
+        clip = tl.load(clip_factor) if CLIP else 1.0
         first = (chunk & 0xFFFFFFFFFF) * (BLOCK * BLOCKS)
         end = tl.minimum(first + BLOCK * BLOCKS, row.numel)
         start = first
         while start + BLOCK <= end:
             start = tl.multiple_of(start, BLOCK)
-            update_block(row, by_age, divisor, start, P, M, KIND_, PLANES, VEC, ROWS, AMSGRAD, FROZEN_, AGES_,
-                         GRAD_SCALE, EXACT, INTERPRETED, BLOCK, True)  # fmt: skip
+            update_block(row, by_age, divisor, clip, start, P, G, M, KIND_, PLANES, VEC, ROWS, AMSGRAD, FROZEN_, AGES_,
+                         COPY_, STOCHASTIC, GRAD_SCALE, CLIP, EXACT, INTERPRETED, BLOCK, True)  # fmt: skip
             start += BLOCK
         if start < end:
             start = tl.multiple_of(start, BLOCK)
-            update_block(row, by_age, divisor, start, P, M, KIND_, PLANES, VEC, ROWS, AMSGRAD, FROZEN_, AGES_,
-                         GRAD_SCALE, EXACT, INTERPRETED, BLOCK, False)  # fmt: skip
+            update_block(row, by_age, divisor, clip, start, P, G, M, KIND_, PLANES, VEC, ROWS, AMSGRAD, FROZEN_, AGES_,
+                         COPY_, STOCHASTIC, GRAD_SCALE, CLIP, EXACT, INTERPRETED, BLOCK, False)  # fmt: skip
 
 
 # --- the scalars of a step --------------------------------------------------------------------------------------------
@@ -213,12 +175,13 @@ def bias_corrections(lr, beta1, beta2, age):
     return tl.div_rn(lr + tl.zeros_like(bc2_sqrt), bias_correction1), bc2_sqrt, tl.div_rn(one, bc2_sqrt)
 
 
-@triton.jit(do_not_specialize=["age_stride"], do_not_specialize_on_alignment=["hypers"])
+@triton.jit(do_not_specialize=["age_stride"])
 def prologue_kernel(
     rows, hypers, step_rows, by_age_table, found_inf, age_stride,
-    FOUND_INF: tl.constexpr, AGES_: tl.constexpr, LANES: tl.constexpr,
+    FOUND_INF: tl.constexpr, AGES_: tl.constexpr, ADVANCE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Advances the step count of one tensor and writes its StepRow, and its bias corrections by age where it has ages.
+    """Writes the StepRow of one tensor, and its bias corrections by age where it has ages; with ADVANCE its step is
+    counted.
 
     One program a tensor. Nothing of this comes back to the host.
     """
@@ -237,9 +200,15 @@ def prologue_kernel(
     else:
         step_at = tl.load(row + STEP).to(tl.pointer_type(tl.float32))
         completed = tl.load(step_at)
-        tl.store(step_at, completed + 1.0)
+        if ADVANCE:
+            tl.store(step_at, completed + 1.0)
 
         lr, weight_decay = tl.load(doubles + LR).to(tl.float32), tl.load(doubles + WEIGHT_DECAY).to(tl.float32)
+        lr_at = tl.load(ints + LR_AT)
+        if lr_at == 1:  # in a tensor on the device
+            lr = tl.load(tl.load(hyper + LR).to(tl.pointer_type(tl.float32)))
+        elif lr_at == 2:
+            lr = tl.load(tl.load(hyper + LR).to(tl.pointer_type(tl.float64))).to(tl.float32)
         beta1, beta2 = tl.load(doubles + BETA1).to(tl.float32), tl.load(doubles + BETA2).to(tl.float32)
         global_step, draw = tl.load(hyper + GLOBAL_STEP), tl.load(hyper + DRAW)
         scale = tl.load(doubles + SCALE).to(tl.float32)
@@ -272,7 +241,7 @@ def prologue_kernel(
         tl.store(scalars + S_LAST, tl.where(keeps, 0, tl.load(ints + LAST_BUCKET)).to(tl.uint32))
         decays = tl.load(doubles + WEIGHT_DECAY) != 0
         flags = tl.where(kind == OFF, OFF_FLAG, 0) | tl.where(frozen, FROZEN_FLAG, 0) | tl.where(decays, DECAY_FLAG, 0)
-        tl.store(scalars + S_FLAGS, flags.to(tl.uint32))
+        tl.store(scalars + S_FLAGS, (flags | completed.to(tl.int64) << STEPS_SHIFT).to(tl.uint32))
 
         if AGES_:
             by_age = by_age_table + tensor * age_stride * 4

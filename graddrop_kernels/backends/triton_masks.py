@@ -11,7 +11,7 @@ from ..plan import MaskPlan
 from .device_tables import in_eights
 from .tensor_table import MASK_KINDS, TENSOR_ROW
 from .triton import interpreted, on_device
-from .triton_kernels import keep_and_bucket
+from .triton_gradient import keep_and_bucket
 from .triton_row import load_row
 
 _WRITE, _PACK, _COUNT, _PLANES = range(4)  # what becomes of a mask
@@ -34,7 +34,7 @@ def mask_kernel(
     """BLOCK elements a program. The tail of the last word of packed bits is zero."""
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     element = begin + tl.arange(0, BLOCK)
-    row = load_row(table, scalars, tl.float32, tl.float32, 1)  # of which only what a mask needs is read
+    row = load_row(table, scalars, tl.float32, tl.float32, tl.float32, 1)  # of which only what a mask needs is read
     keep, bucket = keep_and_bucket(row, begin, KIND_, PLANES_, VEC, ROWS, BLOCK)
     keep = keep & (element < numel)
     plane_bytes = ((numel + 31) >> 5) << 2

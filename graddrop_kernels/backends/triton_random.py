@@ -11,6 +11,7 @@ import triton.language as tl
 from .triton_arithmetic import fma
 
 DOMAIN_ELEMENT, DOMAIN_BUCKET, DOMAIN_GAUSSIAN = tl.constexpr(0), tl.constexpr(2), tl.constexpr(3)
+DOMAIN_ROUNDING = tl.constexpr(4)
 
 
 @triton.jit
@@ -82,13 +83,13 @@ def high16(start, row, domain: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constex
 
 
 @triton.jit
-def words32(start, row, VEC: tl.constexpr, ROWS: tl.constexpr):
-    """The 32-bit words of the VEC elements from each local index in start, for GaussianGradDrop: uint32 [VEC * N]."""
+def words32(start, row, draw, domain: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr):
+    """The 32-bit words of the VEC elements from each local index in start: uint32 [VEC * N]."""
     element = global_index(start, row, ROWS)
     q = element >> 2
-    w0, w1, w2, w3 = philox(q, row.draw, DOMAIN_GAUSSIAN, row.k0, row.k1)
+    w0, w1, w2, w3 = philox(q, draw, domain, row.k0, row.k1)
     if VEC == 8:
-        w4, w5, w6, w7 = philox(q + 1, row.draw, DOMAIN_GAUSSIAN, row.k0, row.k1)
+        w4, w5, w6, w7 = philox(q + 1, draw, domain, row.k0, row.k1)
         return join8(w0, w1, w2, w3, w4, w5, w6, w7)
     elif VEC == 4:
         return join4(w0, w1, w2, w3)

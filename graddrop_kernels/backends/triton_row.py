@@ -7,7 +7,7 @@ import triton.language as tl
 
 # Columns of a TensorRow, in 8-byte words.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, STEP, MASK_WORDS, NUMEL = (tl.constexpr(i) for i in range(8))
-BASE, LOCAL_INNER, GLOBAL_INNER, KEY, HYPER = (tl.constexpr(i) for i in range(8, 13))
+BASE, LOCAL_INNER, GLOBAL_INNER, KEY, HYPER, COPY = (tl.constexpr(i) for i in range(8, 14))
 TENSOR_WORDS = tl.constexpr(14)
 # Columns of a StepRow, in 4-byte words.
 LR_WEIGHT_DECAY, S_BETA1, S_BETA2, S_EPS, STEP_SIZE, BC2_SQRT, BC2_SQRT_RECIPROCAL, FACTOR, DEVIATION = (
@@ -15,6 +15,10 @@ LR_WEIGHT_DECAY, S_BETA1, S_BETA2, S_EPS, STEP_SIZE, BC2_SQRT, BC2_SQRT_RECIPROC
 )
 S_THRESHOLD, S_DRAW, S_BUCKETS, S_FIRST, S_LAST, S_FLAGS, S_NUM_AGES = (tl.constexpr(i) for i in range(9, 16))
 STEP_WORDS = tl.constexpr(16)
+SKIP_FLAG, OFF_FLAG, FROZEN_FLAG, DECAY_FLAG = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
+# Above its flags lie the parameter's completed steps, for stochastic rounding: a mask's draw is another number where it
+# is drawn once an epoch. A float32 counts to 2^24.
+STEPS_SHIFT = tl.constexpr(4)
 
 
 class Row(NamedTuple):
@@ -25,6 +29,7 @@ class Row(NamedTuple):
     exp_avg: tl.tensor
     exp_avg_sq: tl.tensor
     max_exp_avg_sq: tl.tensor
+    copy: tl.tensor
     mask_words: tl.tensor
     numel: tl.tensor
     base: tl.tensor
@@ -58,15 +63,16 @@ def typed(row, column, dtype: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def load_row(row, scalars, P: tl.constexpr, M: tl.constexpr, VEC: tl.constexpr):
+def load_row(row, scalars, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, VEC: tl.constexpr):
     """All of it once, before any store: after one the compiler would have to load it again. What is not used is not
     loaded.
     """
     floats, unsigned = scalars.to(tl.pointer_type(tl.float32)), scalars.to(tl.pointer_type(tl.uint32))
     key = (row + KEY).to(tl.pointer_type(tl.uint32))  # in halves: of a whole, Philox would be computed in 64 bits
     return Row(
-        typed(row, PARAM, P, VEC), typed(row, GRAD, P, VEC), typed(row, EXP_AVG, M, VEC),
-        typed(row, EXP_AVG_SQ, M, VEC), typed(row, MAX_EXP_AVG_SQ, M, VEC), typed(row, MASK_WORDS, tl.uint8, 1),
+        typed(row, PARAM, P, VEC), typed(row, GRAD, G, VEC), typed(row, EXP_AVG, M, VEC),
+        typed(row, EXP_AVG_SQ, M, VEC), typed(row, MAX_EXP_AVG_SQ, M, VEC), typed(row, COPY, G, VEC),
+        typed(row, MASK_WORDS, tl.uint8, 1),
         tl.load(row + NUMEL), tl.load(row + BASE), tl.load(row + LOCAL_INNER), tl.load(row + GLOBAL_INNER),
         tl.load(key), tl.load(key + 1),
         tl.load(floats + LR_WEIGHT_DECAY), tl.load(floats + S_BETA1), tl.load(floats + S_BETA2),
