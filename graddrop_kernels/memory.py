@@ -5,15 +5,20 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether its memory holds its values in order: contiguous, no view that torch negates when it is read, and no
-    tensor of zeros without memory.
+    """Whether its memory holds its values in order: contiguous, no view that torch negates or conjugates when it is
+    read, and no tensor of zeros without memory.
     """
-    return tensor.is_contiguous() and not tensor.is_neg() and not tensor._is_zerotensor()
+    return tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj() and not tensor._is_zerotensor()
 
 
 def plain_copy(tensor: torch.Tensor) -> torch.Tensor:
     """The same values in order in memory of their own."""
-    return tensor.resolve_neg().clone(memory_format=torch.contiguous_format)
+    return tensor.resolve_neg().resolve_conj().clone(memory_format=torch.contiguous_format)
+
+
+def as_real(tensor: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as pairs of real numbers in the same memory; any other as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def reach(tensor: torch.Tensor) -> int:

@@ -9,7 +9,7 @@ from operator import attrgetter, is_, itemgetter
 import torch
 
 from .layout import RowBlock
-from .memory import is_plain, plain_copy, turns_of
+from .memory import as_real, is_plain, plain_copy, turns_of
 from .plan import MaskPlan
 from .tensor_facts import same_facts
 
@@ -61,6 +61,9 @@ class TensorBatch:
 
     With master weights ``params`` are the masters, in float32, and ``copies`` the parameters themselves, which have the
     gradients' dtype and get the masters rounded.
+
+    Complex tensors are here as pairs of real numbers (``param_dtype`` stays complex), of which a mask keeps or drops
+    both.
     """
 
     device: torch.device
@@ -86,6 +89,11 @@ class TensorBatch:
     stochastic: bool = False  # params (bfloat16) are rounded up or down at random, with the odds of where they lie
     copies: list[torch.Tensor] = field(default_factory=list)
     table: object = None
+
+    @property
+    def parts(self) -> int:
+        """Numbers an element of a mask."""
+        return 2 if self.param_dtype.is_complex else 1
 
     @property
     def mode(self) -> tuple:
@@ -144,6 +152,8 @@ class PreparedStep:
             grads = [grad if is_plain(grad) else plain_copy(grad) for grad in grads]
         for batch in self.batches:
             batch.grads = grads if len(self.batches) == 1 else [grads[i] for i in batch.members]
+            if batch.param_dtype.is_complex:
+                batch.grads = list(map(as_real, batch.grads))
 
     def write_back(self, grads: list[torch.Tensor | None] = ()) -> None:
         """Copies staged tensors back after the step, and ``grads`` where the step had copies of them."""
@@ -154,7 +164,7 @@ class PreparedStep:
             for batch in self.batches:
                 for position, used in zip(batch.members, batch.grads):
                     if used is not grads[position]:
-                        grads[position].copy_(used)
+                        grads[position].copy_(torch.view_as_complex(used) if batch.param_dtype.is_complex else used)
 
     def _state_tensors(self) -> list[torch.Tensor] | None:
         """The moments and steps of all rows; None where one is gone."""
@@ -194,10 +204,10 @@ class PreparedStep:
 
     def _contiguous(self, tensor: torch.Tensor) -> torch.Tensor:
         if is_plain(tensor):
-            return tensor
+            return as_real(tensor)
         copy = plain_copy(tensor)
         self.staged.append((tensor, copy))
-        return copy
+        return as_real(copy)
 
 
 def same_objects(objects: list | None, others: list) -> bool:

@@ -6,10 +6,12 @@ import torch
 
 from .memory import check_memory, overlaps_itself, reach
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 def has_master(param: torch.Tensor, group: dict) -> bool:
     """Whether a float32 copy of the parameter is stepped in its place."""
-    return group["master_weights"] and param.dtype in (torch.bfloat16, torch.float16)
+    return group["master_weights"] and param.dtype in _HALF
 
 
 def is_stochastic(param: torch.Tensor, group: dict) -> bool:
@@ -23,7 +25,7 @@ def moment_dtype(param: torch.Tensor, group: dict, state: dict) -> torch.dtype:
         return torch.float32
     if "exp_avg" in state:
         return state["exp_avg"].dtype
-    return torch.float32 if group["moment_dtype"] == "float32" and param.dtype != torch.float64 else param.dtype
+    return torch.float32 if group["moment_dtype"] == "float32" and param.dtype in _HALF else param.dtype
 
 
 def mode(param: torch.Tensor, group: dict, state: dict) -> tuple:

@@ -107,9 +107,10 @@ def check_param(name: str, param: torch.Tensor) -> None:
         )
     if isinstance(param, torch.nn.parameter.UninitializedTensorMixin):
         return  # of a lazy module: checked again before its first step
-    if not param.is_floating_point():
+    if not param.is_floating_point() and param.dtype not in (torch.complex64, torch.complex128):
         raise TypeError(
-            f"parameter {name!r} has dtype {param.dtype}; float32, float64, bfloat16 and float16 are supported"
+            f"parameter {name!r} has dtype {param.dtype}; "
+            "float32, float64, bfloat16, float16, complex64 and complex128 are supported"
         )
     if not param.is_contiguous() and overlaps_itself(param):
         raise ValueError(

@@ -112,7 +112,8 @@ def _masked_gradient(
         return torch.zeros_like(g)  # the fused backends do not even read it
     if plan.kind == "gaussian":
         words = lambda *run: words32(batch.keys[row], completed_steps, DOMAIN_GAUSSIAN, *run)
-        z = normal_from_words(by_runs(batch.layouts[row], g.numel(), g.device, words), rounding)
+        z = normal_from_words(by_runs(batch.layouts[row], g.numel() // batch.parts, g.device, words), rounding)
+        z = z.repeat_interleave(batch.parts)
         return g * rounding.fma(z, z.new_tensor(plan.scale), z.new_tensor(1.0)).to(g.dtype)
     if keep is not None:
         # Selection, not multiplication: a dropped inf or NaN is dropped.
@@ -141,10 +142,11 @@ def _scalars(hyper: Hyper, step: int, dtype: torch.dtype, device):
 
 
 def _keep_and_bucket(batch: TensorBatch, row: int, plan: MaskPlan, completed_steps: int):
-    param = batch.params[row]
-    return keep_and_bucket(
-        plan, batch.keys[row], completed_steps, batch.layouts[row], param.numel(), batch.mask_words[row], param.device
+    param, layout, words = batch.params[row], batch.layouts[row], batch.mask_words[row]
+    found = keep_and_bucket(
+        plan, batch.keys[row], completed_steps, layout, param.numel() // batch.parts, words, param.device
     )
+    return [each if each is None else each.repeat_interleave(batch.parts) for each in found]
 
 
 def keep_and_bucket(

@@ -28,9 +28,9 @@ def sharded_parameter():
     "make, kind, parts",
     [
         (
-            lambda: nn.Parameter(torch.ones(3, dtype=torch.complex64)),
+            lambda: nn.Parameter(torch.ones(3, dtype=torch.complex32)),
             TypeError,
-            ["'layer.bad'", "torch.complex64", "float32, float64, bfloat16 and f"],
+            ["'layer.bad'", "torch.complex32", "float32, float64, bfloat16, float16, complex64 and complex128 are"],
         ),
         (
             lambda: nn.Parameter(torch.ones(3, dtype=torch.int32), requires_grad=False),

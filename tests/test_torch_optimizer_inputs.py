@@ -180,14 +180,6 @@ def test_torchs_inputs_in_sixteen_bits(index, dtype, backend, seed):
     assert differ <= 0.02 * total, f"{differ} of {total} values differ at all"
 
 
-@pytest.mark.parametrize("index", range(3), ids=["real", "imaginary", "both"])
-def test_complex_parameters_are_refused(index):
-    """torch steps them in its for-loop and foreach implementations, as pairs of real numbers."""
-    value = torch.randn(4, dtype=torch.complex64) * (1, 1j, 1 + 1j)[index]
-    with refused(TypeError, "'0.0' has dtype torch.complex64; float32, float64, bfloat16 and float16 are supported"):
-        FusedGradDropAdamW([torch.nn.Parameter(value)], mask=None)
-
-
 # Error inputs.
 
 

@@ -18,8 +18,9 @@ from . import cpu, cuda, triton
 
 _HALF = (torch.bfloat16, torch.float16)
 # (parameter dtype, moment dtype)
-_ANY_DTYPES = tuple(
-    (dtype, moments) for dtype in (torch.float32, torch.float64, *_HALF) for moments in {dtype, torch.float32}
+_ANY_DTYPES = (
+    *((dtype, moments) for dtype in (torch.float32, torch.float64, *_HALF) for moments in {dtype, torch.float32}),
+    *((dtype, dtype) for dtype in (torch.complex64, torch.complex128)),
 )
 _FUSED_DTYPES = (
     (torch.float32, torch.float32),
@@ -139,7 +140,7 @@ def select(
         if backend is None:
             raise TypeError(
                 f"no backend takes {_short(param_dtype)} parameters with {_short(moment_dtype)} moments "
-                f"on {device.type}; float32, float64, bfloat16 and float16 are supported"
+                f"on {device.type}; float32, float64, bfloat16, float16, complex64 and complex128 are supported"
             )
         return backend
     check_name(name, given_as)
