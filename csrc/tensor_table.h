@@ -75,8 +75,10 @@ struct LaunchSpec {
   const float* by_age;    // [rows][age_stride][4]: step_size, bias_correction2_sqrt, its reciprocal, 0
   const int64_t* chunks;  // num_chunks entries
   const float* grad_scale;  // gradients are divided by it, and the quotients stored; null: they are not
+  const float* clip_factor;  // and then multiplied by it; null: they are not
   int64_t num_chunks, age_stride;
-  int32_t param_dtype, moment_dtype;  // DType
+  int32_t param_dtype, grad_dtype, moment_dtype;  // DType; grad_dtype not param_dtype: these are masters with copies
+  int32_t stochastic;                             // bfloat16 parameters are rounded up or down at random
   int32_t kind;                       // MaskKind of its rows, but for those that keep or drop everything
   int32_t planes;                     // kBucket: read from bit-planes, else drawn
   int32_t aligned;  // every address is a multiple of 16; eight elements from a multiple of 8 on are one Philox call
@@ -85,6 +87,6 @@ struct LaunchSpec {
   int32_t ages;    // some rows have num_ages
 };
 
-static_assert(sizeof(StepRow) == 64 && sizeof(LaunchSpec) == 88, "the Python side has the same sizes");
+static_assert(sizeof(StepRow) == 64 && sizeof(LaunchSpec) == 104, "the Python side has the same sizes");
 
 }  // namespace graddrop

@@ -292,6 +292,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             "_own_defaults": self._own_defaults,
             "max_grad_norm": self.max_grad_norm,
             "norm_after_mask": self.norm_after_mask,
+            "grad_norm": self.grad_norm,
         }
 
     def __setstate__(self, state: dict) -> None:
@@ -302,7 +303,6 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self.__dict__.setdefault("_warned", set())
         self.__dict__.setdefault("_skipped_steps", {})
         self.__dict__.setdefault("_in_backward", None)
-        self.__dict__.setdefault("grad_norm", None)
         self._step_supports_amp_scaling = self.defaults.get("fused") is True
         self._constructing = False
         self._forget_caches()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from batches import LAYOUTS, PLANS, assert_same_batches, batch_of, copy_of, generator_of
 from cases import (
     ALL_CASES,
     BF16,
@@ -23,6 +24,7 @@ from cases import (
     LONG_CASES,
     MASKINGS,
     MODE_CASES,
+    MODES,
     PAST_THE_LAST_EPOCH,
     PLAIN,
     Case,
@@ -36,14 +38,11 @@ from cases import (
 
 from graddrop_kernels import GradDrop, backends
 from graddrop_kernels.backends import cpu
+from graddrop_kernels.layout import RowBlock
 from graddrop_kernels.rounding import EXACT as EXACT_ROUNDING
 from graddrop_kernels.rounding import PLAIN as PLAIN_ROUNDING
 
 pytestmark = pytest.mark.filterwarnings(PAST_THE_LAST_EPOCH)
-
-
-def generator_of(seed: int, case) -> torch.Generator:
-    return torch.Generator().manual_seed(random.Random(f"{seed} {case}").getrandbits(40))
 
 
 class Gradients:
@@ -298,11 +297,13 @@ def test_strides_do_not_matter(masking, dtypes, seed):
             assert "offset" not in name or around.numel() > 9
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_alignment_does_not_matter(dtypes, seed):
-    """Parameter, gradient and every moment each at its own odd offset in memory."""
-    case = Case("buckets", "amsgrad", dtypes, (1031, 15, 64))
-    for engine in fused_engines(dtypes):
+@pytest.mark.parametrize(
+    "dtypes, masters, stochastic", [*((dtypes, False, False) for dtypes in DTYPES), *MODES], ids=str
+)
+def test_alignment_does_not_matter(dtypes, masters, stochastic, seed):
+    """Parameter, gradient, master and every moment each at its own odd offset in memory."""
+    case = Case("buckets", "amsgrad", dtypes, (1031, 15, 64), masters, stochastic)
+    for engine in case.engines():
         generator = generator_of(seed, case)
         values = named_values(case.sizes, dtypes[0], generator)
         aligned, shifted = (Training.of(case, values, engine, seed) for _ in range(2))
@@ -316,7 +317,7 @@ def test_alignment_does_not_matter(dtypes, seed):
             for i, (param, grad) in enumerate(zip(shifted.params, grads)):
                 param.grad = shift(grad.to(param.device), 1 + (i + step) % 7)
                 param.data = shift(param.data, 1 + (i + 2 * step) % 5)
-                for j, key in enumerate(MOMENTS):
+                for j, key in enumerate((*MOMENTS, "master_param")):
                     if key in shifted.optimizer.state[param]:
                         shifted.optimizer.state[param][key] = shift(
                             shifted.optimizer.state[param][key], 1 + (i + j + step) % 6
@@ -327,6 +328,41 @@ def test_alignment_does_not_matter(dtypes, seed):
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+# --- gradients scaled by two numbers that lie on the device ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "unscaled"])
+@pytest.mark.parametrize(
+    "dtypes, masters, stochastic", [((F32, F32), False, False), ((F16, F16), False, False), *MODES], ids=str
+)
+@pytest.mark.parametrize("name", PLANS)
+def test_clip_factors_have_the_exact_bits(name, dtypes, masters, stochastic, scaled, offset, seed):
+    """In registers, after the division by grad_scale, which alone is written back; whole tensors and shards."""
+    layouts = [(size, RowBlock.whole(size)) for size in (0, 1, 33, 1031)] + list(LAYOUTS)
+    place = list(PLANS).index(name) + offset
+    batch = batch_of(
+        generator_of(seed, name), [PLANS[name]], dtypes, layouts, offset, place % 2 == 0, place % 3 == 0,
+        masters=masters, stochastic=stochastic,
+    )  # fmt: skip
+    unclipped = copy_of(batch)
+    batch.clip_factor, batch.grad_scale = torch.tensor(0.37), torch.tensor(3.7) if scaled else None
+    expected = copy_of(batch)
+    backends._BY_NAME["exact"].masked_adamw_(expected)
+    for engine in fused_engines(dtypes, masters, stochastic):
+        stepped = copy_of(batch, engine.device)
+        with cpu.using_isa(engine.isa):
+            backends._BY_NAME[engine.backend].masked_adamw_(stepped)
+        assert_same_batches(stepped, expected, f"{engine}")
+    written = [grad.float() / 3.7 if scaled else grad for grad in batch.grads]
+    if PLANS[name].kind != "off":
+        for grad, clipped in zip(written, expected.grads):
+            assert_same_bits(clipped, grad.to(dtypes[0]), "gradients are not clipped in memory", any_nan=True)
+    backends._BY_NAME["exact"].masked_adamw_(unclipped)
+    moments = zip(unclipped.exp_avgs, expected.exp_avgs)
+    assert any(not torch.equal(a, b) for a, b in moments) or PLANS[name].kind == "off"
 
 
 # (group, parameter, its state) -> None

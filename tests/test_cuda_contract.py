@@ -23,9 +23,15 @@ ARCHS = ("sm_80", "sm_90")
 VARIANTS = ("plain", "factor", "draws", "draws_frozen", "buckets", "buckets_by_age", "bits", "bits_by_age")
 DTYPES = {"f": "float32", "NS_8BFloat16E": "bfloat16", "NS_7Float16E": "float16"}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-PAIRS = (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"), ("float16", "float32"),
-         ("float16", "float16"))  # fmt: skip
-ALL = [(variant, amsgrad, *pair) for variant, amsgrad, pair in product(VARIANTS, (False, True), PAIRS)]
+# (parameters, gradients, moments, stochastic rounding) of csrc/cuda/masked_adamw.h
+TYPES = (
+    ("float32", "float32", "float32", False),
+    ("bfloat16", "bfloat16", "float32", False), ("bfloat16", "bfloat16", "bfloat16", False),
+    ("float16", "float16", "float32", False), ("float16", "float16", "float16", False),
+    ("float32", "bfloat16", "float32", False), ("float32", "float16", "float32", False),
+    ("bfloat16", "bfloat16", "float32", True), ("bfloat16", "bfloat16", "bfloat16", True),
+)  # fmt: skip
+ALL = [(variant, amsgrad, types) for variant, amsgrad, types in product(VARIANTS, (False, True), TYPES)]
 ELEMENTS = 8  # of a thread in one turn
 TURNS = 2  # of a block in a chunk
 
@@ -36,6 +42,7 @@ INSTRUCTIONS = {
     "bits": 74, "bits_by_age": 83,
 }  # fmt: skip
 AMSGRAD_INSTRUCTIONS = 8
+STOCHASTIC_INSTRUCTIONS = 30  # a Philox call for four elements
 # With amsgrad or ages, or without: two or three blocks of 256 threads share 65536 registers.
 REGISTERS = {True: 128, False: 80}
 
@@ -138,15 +145,18 @@ def kernels(request, tmp_path_factory) -> dict[str, Kernel]:
 
 
 def aligned(kernels) -> dict[tuple, Kernel]:
-    """{(variant, amsgrad, param dtype, moment dtype): kernel}."""
+    """{(variant, amsgrad, an entry of TYPES): kernel}."""
     found = {}
+    one = r"(f|NS_\w+?E|S\d?_)"
+    pattern = rf"aligned_kernelILNS_7VariantE(\d)ELb([01])ENS_5TypesI{one}{one}{one}Lb([01])EEEEEv"
     for name, kernel in kernels.items():
-        match = re.search(r"aligned_kernelILNS_7VariantE(\d)ELb([01])E(f|NS_\w+?E)(f|S\d?_|NS_\w+?E)EEv", name)
+        match = re.search(pattern, name)
         if match:
-            variant, amsgrad, param, moments = match.groups()
-            # S1_: as the type before
-            moments = param if moments.startswith("S") else moments
-            found[(VARIANTS[int(variant)], amsgrad == "1", DTYPES[param], DTYPES[moments])] = kernel
+            variant, amsgrad, *types, stochastic = match.groups()
+            # S2_: the 16-bit type named before
+            sixteen_bit = next((each for each in types if each.startswith("NS_")), None)
+            dtypes = [DTYPES[sixteen_bit if each.startswith("S") else each] for each in types]
+            found[VARIANTS[int(variant)], amsgrad == "1", (*dtypes, stochastic == "1")] = kernel
     return found
 
 
@@ -156,7 +166,7 @@ every_arch = pytest.mark.parametrize("kernels", ARCHS, indirect=True)
 @every_arch
 def test_every_variant_is_there(kernels):
     assert sorted(aligned(kernels)) == sorted(ALL)
-    assert sum("general_kernel" in name for name in kernels) == len(PAIRS)
+    assert sum("general_kernel" in name for name in kernels) == len(TYPES)
     for name in ("prologue", "bytes", "words", "count", "planes"):
         assert sum(f"{name}_kernel" in found for found in kernels) == 1, name
 
@@ -166,46 +176,53 @@ def test_nothing_spills_and_registers_are_bounded(kernels):
     for name, kernel in kernels.items():
         assert (kernel.stack, kernel.local) == (0, 0), name
         assert not any(i.name in sass.LOCAL for i in kernel.instructions), name
-    for (variant, amsgrad, *pair), kernel in aligned(kernels).items():
-        assert kernel.registers <= REGISTERS[amsgrad or variant.endswith("by_age")], (variant, amsgrad, pair)
+    for (variant, amsgrad, types), kernel in aligned(kernels).items():
+        assert kernel.registers <= REGISTERS[amsgrad or variant.endswith("by_age")], (variant, amsgrad, types)
 
 
 @every_arch
 def test_no_shared_memory_no_barrier_no_float64(kernels):
     """Beside float32, lanes exchange halves of their draws with two shuffles a turn; nothing else meets."""
-    for (variant, amsgrad, param, moments), kernel in aligned(kernels).items():
+    for (variant, amsgrad, types), kernel in aligned(kernels).items():
         names = Counter(i.name for i in kernel.instructions)
         assert kernel.shared == 0 and not {"LDS", "STS", "BAR", "ATOMS", "RED", "ATOM"} & set(names)
         assert not [i for i in kernel.instructions if i.pipe == "FP64"]
-        exchanges = variant.startswith(("draws", "buckets")) and "float32" in (param, moments)
+        exchanges = variant.startswith(("draws", "buckets")) and "float32" in types
         shuffles = sum(i.name == "SHFL" for i in kernel.body)
-        assert shuffles == (2 if exchanges else 0), (variant, amsgrad, param, moments)
+        assert shuffles == (2 if exchanges else 0), (variant, amsgrad, types)
     prologue = next(kernel for name, kernel in kernels.items() if "prologue_kernel" in name)  # has what is looked for
     assert any(i.name == "BAR" for i in prologue.instructions) and any(i.pipe == "FP64" for i in prologue.instructions)
 
 
 @every_arch
 def test_memory_is_accessed_in_the_widest_pieces(kernels):
-    """16 bytes a lane; 8 where a 16-bit tensor lies beside a float32 one."""
-    for (variant, amsgrad, param, moments), kernel in aligned(kernels).items():
+    """16 bytes a lane; 8 where a 16-bit tensor lies beside a float32 one. Copies of masters are not read, unless some
+    of their elements may be frozen.
+    """
+    for (variant, amsgrad, types), kernel in aligned(kernels).items():
+        param, grad, moments, _ = types
         vector = 8 if param == moments != "float32" else 4
         groups = ELEMENTS // vector
         loads, stores = Counter(), Counter()
-        loads[vector * BYTES[param]] += 2 * groups  # parameter, gradient
+        loads[vector * BYTES[param]] += groups
+        loads[vector * BYTES[grad]] += groups
+        if grad != param:
+            stores[vector * BYTES[grad]] += groups
+            loads[vector * BYTES[grad]] += groups * (variant not in ("plain", "factor", "draws"))
         loads[vector * BYTES[moments]] += (2 + amsgrad) * groups
         stores[vector * BYTES[param]] += groups
         stores[vector * BYTES[moments]] += (2 + amsgrad) * groups
         if variant.endswith("by_age"):
             loads[16] += ELEMENTS  # the scalars of an element's bucket
-        assert kernel.wide("LDG") == loads, (variant, amsgrad, param, moments)
-        assert kernel.wide("STG") == stores, (variant, amsgrad, param, moments)
+        assert kernel.wide("LDG") == loads, (variant, amsgrad, types)
+        assert kernel.wide("STG") == stores, (variant, amsgrad, types)
         assert not [i for i in kernel.body if i.name == "STG" and i.bytes < 8]
 
 
 @every_arch
 def test_instructions_per_element(kernels):
-    for (variant, amsgrad, *pair), kernel in aligned(kernels).items():
-        ceiling = INSTRUCTIONS[variant] + amsgrad * AMSGRAD_INSTRUCTIONS
+    for (variant, amsgrad, types), kernel in aligned(kernels).items():
+        ceiling = INSTRUCTIONS[variant] + amsgrad * AMSGRAD_INSTRUCTIONS + types[3] * STOCHASTIC_INSTRUCTIONS
         assert 30 < kernel.instructions_per_element <= ceiling, (
-            f"{variant}, amsgrad={amsgrad}, {pair}: {kernel.instructions_per_element:.1f}"
+            f"{variant}, amsgrad={amsgrad}, {types}: {kernel.instructions_per_element:.1f}"
         )

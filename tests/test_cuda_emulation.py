@@ -6,20 +6,33 @@ pow() rounds to the same float32 as the host's.
 
 import ctypes
 import dataclasses
-import random
 import re
 from unittest import mock
 
 import cases
 import pytest
 import torch
-from cases import BF16, DTYPES, F16, F32, HYPERS, MASKINGS, PAST_THE_LAST_EPOCH, Case, Engine, assert_same_bits, require
+from batches import CHUNK, LAYOUTS, LISTS, PLANS, SIZES, assert_same_batches, batch_of, copy_of, generator_of, words_of
+from cases import (
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    HYPERS,
+    MASKINGS,
+    MODES,
+    PAST_THE_LAST_EPOCH,
+    Case,
+    Engine,
+    assert_same_bits,
+    require,
+)
 from test_backends_agree import assert_bits, run_in_step
 
 from graddrop_kernels import backends, bitmask
 from graddrop_kernels.backends import cpu, cuda
 from graddrop_kernels.layout import RowBlock
-from graddrop_kernels.multi_tensor import Hyper, TensorBatch
+from graddrop_kernels.multi_tensor import TensorBatch
 from graddrop_kernels.plan import MaskPlan
 from graddrop_kernels.reference import keep_and_bucket, masked_adamw_
 
@@ -28,91 +41,8 @@ pytestmark = [
     pytest.mark.filterwarnings(PAST_THE_LAST_EPOCH),
 ]
 
-CHUNK = 4096
-SIZES = (0, 1, 3, 4, 5, 31, 33, CHUNK - 1, CHUNK, CHUNK + 1, 65537)
-BUCKETS = {"buckets": 5, "first_bucket": 1, "last_bucket": 3}
-PLANS = {
-    "keep": MaskPlan("keep"),
-    "off": MaskPlan("off"),
-    "bernoulli": MaskPlan("bernoulli", threshold=30_000, scale=65536 / 35536),
-    "bernoulli frozen": MaskPlan("bernoulli", frozen=True, threshold=60_000, draw=7, age_rate=0.8),
-    "gaussian": MaskPlan("gaussian", scale=0.5),
-    "buckets": MaskPlan("bucket", **BUCKETS),
-    "buckets frozen": MaskPlan("bucket", frozen=True, global_step=9, **BUCKETS),
-    "a bucket of 300": MaskPlan("bucket", frozen=True, buckets=300, first_bucket=7, last_bucket=7),
-    "ages": MaskPlan("bucket", frozen=True, buckets=7, first_bucket=0, last_bucket=4, ages=(4, 3, 2, 2, 1)),
-    "many ages": MaskPlan("bucket", frozen=True, buckets=100, first_bucket=20, last_bucket=90, ages=tuple(range(91))),
-    "one bucket": MaskPlan("bucket", frozen=True, buckets=1, ages=(3,)),
-    "fixed": MaskPlan("fixed", scale=2.0),
-    "fixed frozen": MaskPlan("fixed", frozen=True, scale=1.5),
-}
-PLANS |= {
-    f"{name} in planes": dataclasses.replace(plan, bitpacked=True)
-    for name, plan in PLANS.items()
-    if plan.kind == "bucket"
-}
 # (maximize, weight decay) in turn with the plans, so that every variant meets each
 SIGNS = ((False, 0.1), (True, 0.1), (False, 0.0), (True, 0.0))
-LISTS = ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "grads", "steps")
-
-
-def at_offset(tensor: torch.Tensor, offset: int) -> torch.Tensor:
-    """A copy that begins ``offset`` elements into its memory."""
-    room = torch.empty(tensor.numel() + offset, dtype=tensor.dtype)
-    return room[offset:].view_as(tensor).copy_(tensor)
-
-
-def words_of(plan: MaskPlan, key: int, layout: RowBlock, numel: int, generator) -> torch.Tensor | None:
-    if plan.kind == "fixed":
-        return bitmask.pack(torch.rand(numel, generator=generator) < 0.3)
-    return cpu.bucket_planes(key, plan.buckets, layout, numel) if plan.bitpacked else None
-
-
-def batch_of(generator, plans, dtypes, layouts, offset=0, amsgrad=False, maximize=False, decay=0.1) -> TensorBatch:
-    """One row a (numel, layout), its plan the next of ``plans``; values of all scales; gradients of 0, inf and NaN."""
-    param_dtype, moment_dtype = dtypes
-    batch = TensorBatch(torch.device("cpu"), *dtypes)
-    batch.hypers = [Hyper(3e-2, 0.8, 0.95, 1e-3, decay, amsgrad, maximize, plan) for plan in plans]
-    low = -3.0 if F16 in dtypes else -22.0
-
-    def drawn(numel, dtype):
-        scales = 10 ** (low + (2 - low) * torch.rand(numel, generator=generator))
-        return at_offset((torch.randn(numel, generator=generator) * scales).to(dtype), offset)
-
-    for i, (numel, layout) in enumerate(layouts):
-        grad = drawn(numel, param_dtype)
-        grad[torch.rand(numel, generator=generator) < 0.02] = 0.0
-        for value in (torch.inf, -torch.inf, torch.nan):
-            grad[torch.rand(numel, generator=generator) < 0.005] = value
-        key = int(torch.randint(2**62, (), generator=generator))
-        batch.params.append(drawn(numel, param_dtype))
-        batch.grads.append(grad)
-        batch.exp_avgs.append(drawn(numel, moment_dtype))
-        batch.exp_avg_sqs.append(drawn(numel, moment_dtype).abs_())
-        batch.max_exp_avg_sqs.append(drawn(numel, moment_dtype).abs_() if amsgrad else None)
-        batch.steps.append(torch.tensor(3.0 + i))
-        batch.keys.append(key)
-        batch.layouts.append(layout)
-        batch.hyper_rows.append(i % len(plans))
-        batch.mask_words.append(words_of(plans[i % len(plans)], key, layout, numel, generator))
-    return batch
-
-
-def copy_of(batch: TensorBatch) -> TensorBatch:
-    copies = {name: list(getattr(batch, name)) for name in LISTS}
-    for tensors in copies.values():
-        for i, tensor in enumerate(tensors):
-            if tensor is not None:
-                offset = tensor.storage_offset()
-                tensors[i] = at_offset(tensor, offset)
-    return dataclasses.replace(batch, table=None, **copies)
-
-
-def assert_same_batches(actual: TensorBatch, expected: TensorBatch, what: str) -> None:
-    for name in LISTS:
-        for i, (a, b) in enumerate(zip(getattr(actual, name), getattr(expected, name))):
-            if a is not None:
-                assert_same_bits(a, b, f"{what}: {name}[{i}] of {a.numel()} elements", any_nan=True)
 
 
 def compare_with_cpu(batch: TensorBatch, what: str, steps: int = 2) -> None:
@@ -124,10 +54,6 @@ def compare_with_cpu(batch: TensorBatch, what: str, steps: int = 2) -> None:
         assert_same_batches(batch, expected, f"{what}, step {step}")
     moved = any(not torch.equal(a, b) for a, b in zip(batch.exp_avgs, before.exp_avgs) if a.numel())
     assert moved, f"{what}: nothing was updated"
-
-
-def generator_of(seed: int, *case) -> torch.Generator:
-    return torch.Generator().manual_seed(random.Random(f"{seed} {case}").getrandbits(40))
 
 
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
@@ -143,15 +69,6 @@ def test_bits_of_the_cpu_backend(name, dtypes, offset, amsgrad, seed):
     assert {launch.aligned for launch in batch.table.launches} == {offset == 0}
 
 
-LAYOUTS = (
-    (4099, RowBlock(2**40 + 8, 4099, 4099)),  # a range that begins with a Philox call
-    (4099, RowBlock(2**33 + 5, 4099, 4099)),  # and one that does not
-    (24 * 211, RowBlock(16, 24, 64)),  # columns in whole calls: an aligned launch
-    (7 * 600, RowBlock(3, 7, 100)),  # columns that are not
-    (1200 * 9 - 5, RowBlock(40, 1200, 4000)),  # the last row is not whole
-)
-
-
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32)], ids=lambda pair: str(pair[1])[6:])
 @pytest.mark.parametrize("name", [name for name in PLANS if name != "off"])
 def test_bits_of_the_cpu_backend_for_shards(name, dtypes, seed):
@@ -159,6 +76,35 @@ def test_bits_of_the_cpu_backend_for_shards(name, dtypes, seed):
     compare_with_cpu(batch, name)
     if PLANS[name].kind != "keep":
         assert {launch.aligned for launch in batch.table.launches} == {True, False}
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("dtypes, masters, stochastic", MODES, ids=str)
+@pytest.mark.parametrize("name", PLANS)
+def test_bits_of_the_cpu_backend_in_every_mode(name, dtypes, masters, stochastic, offset, seed):
+    """Whole tensors and shards; in turn with amsgrad, a clip factor and gradients to be unscaled."""
+    place = list(PLANS).index(name) + [mode[0] for mode in MODES].index(dtypes)
+    layouts = [(size, RowBlock.whole(size)) for size in (1, 5, 33, CHUNK - 1, CHUNK + 8, 2 * CHUNK)] + list(LAYOUTS)
+    maximize, decay = SIGNS[place % len(SIGNS)]
+    batch = batch_of(
+        generator_of(seed, name, dtypes), [PLANS[name]], dtypes, layouts, offset, place % 3 == 0, maximize, decay,
+        masters, stochastic,
+    )  # fmt: skip
+    batch.clip_factor = torch.tensor(0.37) if place % 2 else None
+    batch.grad_scale = torch.tensor(5.3) if place % 5 == 0 else None
+    compare_with_cpu(batch, name)
+    assert {launch.aligned for launch in batch.table.launches} == ({False} if offset else {True, False})
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("scale", [None, 3.7])
+@pytest.mark.parametrize("clip", [0.3, 0.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", PLANS)
+def test_clip_factors(name, clip, scale, offset, seed):
+    layouts = [(size, RowBlock.whole(size)) for size in (5, 33, CHUNK + 13)]
+    batch = batch_of(generator_of(seed, name), [PLANS[name]], (F32, F32), layouts, offset)
+    batch.clip_factor, batch.grad_scale = torch.tensor(clip), None if scale is None else torch.tensor(scale)
+    compare_with_cpu(batch, name)
 
 
 @pytest.mark.parametrize("name", ["bernoulli", "bernoulli frozen", "gaussian", "buckets", "ages", "fixed frozen"])
@@ -169,17 +115,20 @@ def test_rows_that_keep_or_drop_everything_share_a_launch(name, seed):
     compare_with_cpu(batch, name)
 
 
+@pytest.mark.parametrize("mode", [False, True], ids=["plain", "mode"])
 @pytest.mark.parametrize("masking", MASKINGS)
-def test_policies_have_the_exact_bits(masking, seed, monkeypatch):
+def test_policies_have_the_exact_bits(masking, mode, seed, monkeypatch):
     """Whole trainings over several epochs, through the optimizer."""
     row = backends.Backend(
-        "cuda-emulation", "", ("cpu",), backends._FUSED_DTYPES, False, lambda: None, cuda.masked_adamw_
+        "cuda-emulation", "", ("cpu",), backends._FUSED_DTYPES, False, lambda: None, cuda.masked_adamw_, True, True
     )
     monkeypatch.setitem(backends._BY_NAME, row.name, row)
     monkeypatch.setitem(cases._ROWS, row.name, row)
-    dtypes = DTYPES[list(MASKINGS).index(masking) % len(DTYPES)]
-    hyper = list(HYPERS)[list(MASKINGS).index(masking) % len(HYPERS)]
-    case = Case(masking, hyper, dtypes, (0, 1, 3, 33, 1031, CHUNK + 1))
+    place = list(MASKINGS).index(masking)
+    modes = MODES if mode else [(dtypes, False, False) for dtypes in DTYPES]
+    dtypes, masters, stochastic = modes[place % len(modes)]
+    hyper = list(HYPERS)[place // len(modes) % len(HYPERS)]
+    case = Case(masking, hyper, dtypes, (0, 1, 3, 33, 1031, CHUNK + 1), masters, stochastic)
     run_in_step(case, seed, [Engine(row.name)], 6, assert_bits, start=3)
 
 

@@ -214,6 +214,17 @@ def test_an_lr_on_the_device_is_not_fetched(dtype, monkeypatch):
     assert by_value[0, :1].view(torch.float64) == lr and by_value[0].view(torch.int32)[31] == 0
 
 
+def test_copies_of_masters_have_a_column_and_count_for_the_alignment():
+    batch = batch_of([64, 64])
+    tables = refreshed(batch)
+    assert tables.rows.shape == (2, 14) and tables.rows[:, 13].tolist() == [0, 0]
+    batch.copies = [torch.zeros(80, dtype=torch.bfloat16)[shift : shift + 64] for shift in (0, 1)]
+    batch.table = None
+    tables = refreshed(batch)
+    assert tables.rows[:, 13].tolist() == [copy.data_ptr() for copy in batch.copies]
+    assert [(launch.aligned, chunks(launch)) for launch in tables.launches] == [(True, [(0, 0)]), (False, [(1, 0)])]
+
+
 def test_the_tables_on_the_device_are_those_of_the_host():
     batch = batch_of([64, 32], (AGES, DROP), [0, 1])
     tables = refreshed(batch)

@@ -12,6 +12,7 @@ from cases import (
     EXACT,
     F16,
     F32,
+    MODES,
     PLAIN,
     Engine,
     assert_same_bits,
@@ -83,28 +84,37 @@ CASES = [
     for storage, packed in STORAGES.items()
     if plan.kind == "bucket" or not packed
 ]
-KEYS = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+KEYS = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "copy")
+# (parameter and moment dtype, master weights, stochastic rounding)
+PLAIN_MODES = tuple((dtypes, False, False) for dtypes in ((F32, F32), (BF16, BF16), (F16, F32)))
 
 
-def whole_tensors(generator: torch.Generator, dtypes, shape=(ROWS, COLUMNS)) -> dict[str, torch.Tensor]:
+def whole_tensors(
+    generator: torch.Generator, dtypes, shape=(ROWS, COLUMNS), masters=False
+) -> dict[str, torch.Tensor]:  # fmt: skip
     new = lambda dtype: torch.randn(shape, generator=generator).to(dtype)
     param_dtype, moment_dtype = dtypes
-    tensors = {"param": new(param_dtype), "grad": new(param_dtype), "exp_avg": new(moment_dtype)}
+    tensors = {"param": new(F32 if masters else param_dtype), "grad": new(param_dtype), "exp_avg": new(moment_dtype)}
+    if masters:
+        tensors["copy"] = new(param_dtype)
     tensors |= {"exp_avg_sq": new(moment_dtype).abs(), "max_exp_avg_sq": new(moment_dtype).abs()}
     return tensors
 
 
 def step(
-    engine: Engine, shards: list[tuple[RowBlock, dict, torch.Tensor | None]], plan: MaskPlan, key: int, dtypes
-) -> list[dict]:
+    engine: Engine, shards: list[tuple[RowBlock, dict, torch.Tensor | None]], plan: MaskPlan, key: int, dtypes,
+    masters=False, stochastic=False,
+) -> list[dict]:  # fmt: skip
     """One step, the fifth, on all the shards in one batch; returns the new tensors."""
     device = torch.device(engine.device)
     hyper = Hyper(3e-2, 0.8, 0.95, 1e-3, 0.1, True, True, plan)
-    batch = TensorBatch(device, *dtypes)
+    stepped = (F32, F32) if masters else dtypes
+    batch = TensorBatch(device, *stepped, grad_dtype=dtypes[0], stochastic=stochastic)
     batch.hypers = [hyper]
     for layout, tensors, words in shards:
         moved = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
         batch.params.append(moved["param"])
+        batch.copies += [moved["copy"]] if masters else []
         batch.grads.append(moved["grad"])
         batch.exp_avgs.append(moved["exp_avg"])
         batch.exp_avg_sqs.append(moved["exp_avg_sq"])
@@ -115,9 +125,9 @@ def step(
         batch.mask_words.append(None if words is None else words.to(device))
         batch.hyper_rows.append(0)
     with cpu.using_isa(engine.isa):
-        backends.select(engine.backend, device, *dtypes).masked_adamw_(batch)
+        backends.select(engine.backend, device, *stepped, masters, stochastic).masked_adamw_(batch)
     assert all(count == 5 for count in batch.steps)
-    lists = (batch.params, batch.exp_avgs, batch.exp_avg_sqs, batch.max_exp_avg_sqs)
+    lists = (batch.params, batch.exp_avgs, batch.exp_avg_sqs, batch.max_exp_avg_sqs, *[batch.copies] * masters)
     return [{name: tensors[i].cpu() for name, tensors in zip(KEYS, lists)} for i in range(len(shards))]
 
 
@@ -127,21 +137,19 @@ def words_of(plan: MaskPlan, key: int, layout: RowBlock, numel: int, fixed: torc
     return backends.bucket_planes(key, plan.buckets, layout, numel, torch.device("cpu")) if plan.bitpacked else None
 
 
-@pytest.mark.parametrize(
-    "dtypes", [(F32, F32), (BF16, BF16), (F16, F32)], ids=["float32", "bfloat16", "float16-float32"]
-)
+@pytest.mark.parametrize("dtypes, masters, stochastic", [*PLAIN_MODES, *MODES], ids=str)
 @pytest.mark.parametrize("plan, packed", CASES)
-def test_shards_step_as_slices_of_the_whole(plan, packed, dtypes, seed):
+def test_shards_step_as_slices_of_the_whole(plan, packed, dtypes, masters, stochastic, seed):
     """All shards in one batch, against slices of the whole parameter's step by the same engine; and all fused
     engines against "exact".
     """
     plan = dataclasses.replace(plan, bitpacked=packed)
     generator = torch.Generator().manual_seed(seed)
-    key, whole = stream_key("w", seed), whole_tensors(generator, dtypes)
+    key, whole = stream_key("w", seed), whole_tensors(generator, dtypes, masters=masters)
     fixed = torch.rand((ROWS, COLUMNS), generator=generator) < 0.4
     count = ROWS * COLUMNS
     exact = None
-    for engine in (EXACT, *fused_engines(dtypes), PLAIN):
+    for engine in (EXACT, *fused_engines(dtypes, masters, stochastic), PLAIN):
         with cpu.using_isa(engine.isa):
             flat = {name: tensor.flatten() for name, tensor in whole.items()}
             rows = [(RowBlock.whole(count), flat, words_of(plan, key, RowBlock.whole(count), count, fixed))]
@@ -150,7 +158,7 @@ def test_shards_step_as_slices_of_the_whole(plan, packed, dtypes, seed):
                 rows.append(
                     (shard.layout, part, words_of(plan, key, shard.layout, part["param"].numel(), shard.take(fixed)))
                 )
-        result, *parts = step(engine, rows, plan, key, dtypes)
+        result, *parts = step(engine, rows, plan, key, dtypes, masters, stochastic)
         exact = exact or result
         for name, tensor in result.items():
             if engine is not PLAIN:
@@ -223,7 +231,7 @@ def test_far_shards(name, base, seed):
         assert 0.2 < keep.double().mean() < 0.8
     for engine in fused_engines((F32, F32)):
         (fused,) = step(engine, [(layout, tensors, None)], plan, key, (F32, F32))
-        for tensor in KEYS:
+        for tensor in exact:
             assert_same_bits(fused[tensor], exact[tensor], f"{tensor} by {engine}")
 
 

@@ -193,7 +193,8 @@ GRADDROP_FN AdamWDirection<V> update_moments(const Update<V>& u, const BlockMask
   if (selects(kVariant)) lanes_at(mask.keep, i, keep);
   V g(0.0f);
   if (kVariant != kZeroGradient || u.unscale) g = load<V>(s.grad + i);
-  if (u.rescale) {  // one branch for both, so that a step with neither pays for one
+  // one branch for both, so that a step with neither pays for one
+  if (kVariant == kZeroGradient ? u.unscale : u.rescale) {
     if (u.unscale) {
       g = div(g, u.grad_scale);
       store(s.grad + i, g);

@@ -9,15 +9,15 @@ namespace graddrop {
 // Blocks that a multiprocessor shall hold: bounds the registers to 80 a thread, or 128.
 constexpr int min_blocks(Variant variant, bool amsgrad) { return amsgrad || by_age(variant) ? 2 : 3; }
 
-template <Variant kVariant, bool kAmsgrad, typename P, typename M>
+template <Variant kVariant, bool kAmsgrad, typename T>
 __global__ void __launch_bounds__(kThreads, min_blocks(kVariant, kAmsgrad))
     aligned_kernel(const __grid_constant__ LaunchSpec spec) {
-  aligned_thread<kVariant, kAmsgrad, P, M>(spec, blockIdx.x, gridDim.x, threadIdx.x);
+  aligned_thread<kVariant, kAmsgrad, T>(spec, blockIdx.x, gridDim.x, threadIdx.x);
 }
 
-template <typename P, typename M>
+template <typename T>
 __global__ void __launch_bounds__(kThreads) general_kernel(const __grid_constant__ LaunchSpec spec) {
-  general_thread<P, M>(spec, blockIdx.x, gridDim.x, threadIdx.x);
+  general_thread<T>(spec, blockIdx.x, gridDim.x, threadIdx.x);
 }
 
 constexpr int kPrologueThreads = 32;
@@ -58,32 +58,41 @@ struct Kernel {
   void (*on_host)(const LaunchSpec& spec, int block, int num_blocks, int thread);
 };
 
-template <Variant kVariant, typename P, typename M>
+template <Variant kVariant, typename T>
 static Kernel aligned(const LaunchSpec& spec) {
-  if (spec.amsgrad) return {aligned_kernel<kVariant, true, P, M>, aligned_thread<kVariant, true, P, M>};
-  return {aligned_kernel<kVariant, false, P, M>, aligned_thread<kVariant, false, P, M>};
+  if (spec.amsgrad) return {aligned_kernel<kVariant, true, T>, aligned_thread<kVariant, true, T>};
+  return {aligned_kernel<kVariant, false, T>, aligned_thread<kVariant, false, T>};
 }
 
-template <typename P, typename M>
+template <typename T>
 static Kernel kernel_for(const LaunchSpec& spec) {
-  if (!spec.aligned) return {general_kernel<P, M>, general_thread<P, M>};
+  if (!spec.aligned) return {general_kernel<T>, general_thread<T>};
   switch (spec.kind) {
-    case kBernoulli: return spec.frozen ? aligned<kDrawsFrozen, P, M>(spec) : aligned<kDraws, P, M>(spec);
-    case kGaussian: return aligned<kFactor, P, M>(spec);
+    case kBernoulli: return spec.frozen ? aligned<kDrawsFrozen, T>(spec) : aligned<kDraws, T>(spec);
+    case kGaussian: return aligned<kFactor, T>(spec);
     case kBucket:
-      if (!spec.planes) return spec.ages ? aligned<kBucketsByAge, P, M>(spec) : aligned<kBuckets, P, M>(spec);
-      return spec.ages ? aligned<kBitsByAge, P, M>(spec) : aligned<kBits, P, M>(spec);
-    case kFixed: return aligned<kBits, P, M>(spec);
-    default: return aligned<kPlain, P, M>(spec);
+      if (!spec.planes) return spec.ages ? aligned<kBucketsByAge, T>(spec) : aligned<kBuckets, T>(spec);
+      return spec.ages ? aligned<kBitsByAge, T>(spec) : aligned<kBits, T>(spec);
+    case kFixed: return aligned<kBits, T>(spec);
+    default: return aligned<kPlain, T>(spec);
   }
 }
 
+template <typename P, bool kStochastic = false>
+static Kernel kernel_of_16_bit(const LaunchSpec& spec) {
+  if (spec.moment_dtype == kFloat32) return kernel_for<Types<P, P, float, kStochastic>>(spec);
+  return kernel_for<Types<P, P, P, kStochastic>>(spec);
+}
+
 static Kernel kernel_of(const LaunchSpec& spec) {
-  const bool wide_moments = spec.moment_dtype == kFloat32;
   switch (spec.param_dtype) {
-    case kBFloat16: return wide_moments ? kernel_for<BFloat16, float>(spec) : kernel_for<BFloat16, BFloat16>(spec);
-    case kFloat16: return wide_moments ? kernel_for<Float16, float>(spec) : kernel_for<Float16, Float16>(spec);
-    default: return kernel_for<float, float>(spec);
+    case kBFloat16:
+      return spec.stochastic ? kernel_of_16_bit<BFloat16, true>(spec) : kernel_of_16_bit<BFloat16>(spec);
+    case kFloat16: return kernel_of_16_bit<Float16>(spec);
+    default:
+      if (spec.grad_dtype == kBFloat16) return kernel_for<Types<float, BFloat16, float>>(spec);
+      if (spec.grad_dtype == kFloat16) return kernel_for<Types<float, Float16, float>>(spec);
+      return kernel_for<Types<float, float, float>>(spec);
   }
 }
 

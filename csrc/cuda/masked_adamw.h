@@ -3,6 +3,7 @@
 // thread after thread (masked_adamw.cu): the tests do.
 #pragma once
 #include "../adamw.h"
+#include "../stochastic.h"
 #include "storage.h"
 #include "thread_mask.h"
 
@@ -41,39 +42,59 @@ GRADDROP_FN void assume_global(const void* address) {
 #endif
 }
 
-// The streams of a tensor from one element on.
-template <typename P, typename M>
-struct Streams {
-  P *param, *grad;
-  M *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
+// The elements of a launch's parameters, gradients and moments.
+template <typename Param, typename Grad, typename Moment, bool kRoundsStochastically = false>
+struct Types {
+  using P = Param;
+  using G = Grad;
+  using M = Moment;
+  // the parameters are masters, and copies of the gradients' type get them rounded
+  static constexpr bool kMaster = sizeof(P) != sizeof(G);
+  static constexpr bool kStochastic = kRoundsStochastically;
+  // Side by side in one thread: eight elements, or four where that keeps a warp's accesses in a row (thread_mask.h).
+  static constexpr int kVector = sizeof(P) == 2 && sizeof(M) == 2 ? 8 : 4;
 };
-template <typename P, typename M>
-GRADDROP_FN Streams<P, M> streams_at(const TensorRow& row, int64_t i) {
+
+// The streams of a tensor from one element on.
+template <typename T>
+struct Streams {
+  typename T::P* param;
+  typename T::G *grad, *copy;  // copy: of masters
+  typename T::M *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
+};
+template <typename T>
+GRADDROP_FN Streams<T> streams_at(const TensorRow& row, int64_t i) {
+  using G = typename T::G;
+  using M = typename T::M;
   assume_global(row.param), assume_global(row.grad), assume_global(row.exp_avg), assume_global(row.exp_avg_sq);
-  assume_global(row.max_exp_avg_sq);
-  return {static_cast<P*>(row.param) + i, static_cast<P*>(const_cast<void*>(row.grad)) + i,
-          static_cast<M*>(row.exp_avg) + i, static_cast<M*>(row.exp_avg_sq) + i,
+  assume_global(row.max_exp_avg_sq), assume_global(row.copy);
+  return {static_cast<typename T::P*>(row.param) + i,
+          static_cast<G*>(const_cast<void*>(row.grad)) + i,
+          static_cast<G*>(row.copy) + i,
+          static_cast<M*>(row.exp_avg) + i,
+          static_cast<M*>(row.exp_avg_sq) + i,
           static_cast<M*>(row.max_exp_avg_sq) + i};
 }
 
-// Side by side in one thread: eight elements, or four where that keeps a warp's accesses in a row (thread_mask.h).
-template <typename P, typename M>
-GRADDROP_FN constexpr int vector_width() {
-  return sizeof(P) == 2 && sizeof(M) == 2 ? 8 : 4;
-}
-
-template <typename P, typename M, int kVector>
+template <typename T>
 struct Registers {
-  Group<P, kVector> param, grad;
-  Group<M, kVector> exp_avg, exp_avg_sq, max_exp_avg_sq;
+  Group<typename T::P, T::kVector> param;
+  Group<typename T::G, T::kVector> grad, copy;
+  Group<typename T::M, T::kVector> exp_avg, exp_avg_sq, max_exp_avg_sq;
 };
+
+// Third counter word of stochastic rounding: the steps completed before this one, which the prologue has counted.
+GRADDROP_FN uint32_t rounding_draw(const TensorRow& row) { return static_cast<uint32_t>(*row.step) - 1; }
 
 // One turn of one lane; s: its first group. All lanes of a warp come here together. Groups that do not fit into the
 // tensor are left out.
-template <Variant kVariant, bool kAmsgrad, typename P, typename M>
-GRADDROP_LONG_FN void update_turn(const TensorRow& row, const StepRow& step, const float* ages, const float* grad_scale,
-                             const Turn& turn, const Streams<P, M>& s) {
-  constexpr int kVector = vector_width<P, M>(), kGroups = kElements / kVector, kStride = kWarp * kVector;
+template <Variant kVariant, bool kAmsgrad, typename T>
+GRADDROP_LONG_FN void update_turn(const LaunchSpec& spec, const TensorRow& row, const StepRow& step, const float* ages,
+                             const Turn& turn, const Streams<T>& s) {
+  using P = typename T::P;
+  using G = typename T::G;
+  using M = typename T::M;
+  constexpr int kVector = T::kVector, kGroups = kElements / kVector, kStride = kWarp * kVector;
   const bool off = step.flags & kOffFlag;
   ThreadMask mask;
   make_mask<kVariant, kVector>(row, step, turn, mask);
@@ -81,7 +102,7 @@ GRADDROP_LONG_FN void update_turn(const TensorRow& row, const StepRow& step, con
   bool write[kElements], active[kGroups];
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
-    bool any_write = !freezes(kVariant) || grad_scale;
+    bool any_write = !freezes(kVariant) || spec.grad_scale;
 #pragma unroll
     for (int e = group * kVector; e < (group + 1) * kVector; ++e) {
       write[e] = !freezes(kVariant) || mask.keep[e] || !(step.flags & kFrozenFlag);
@@ -91,46 +112,59 @@ GRADDROP_LONG_FN void update_turn(const TensorRow& row, const StepRow& step, con
     active[group] = group_offset<kVector>(turn.lane, group) + kVector <= turn.left && any_write;
   }
 
-  Registers<P, M, kVector> r[kGroups];  // of a group that is not active: undefined, computed with and not stored
+  Registers<T> r[kGroups];  // of a group that is not active: undefined, computed with and not stored
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     const int i = group * kStride;
     r[group].grad = {};
     if (!active[group]) continue;
     load(r[group].param, s.param + i);
-    if (!off) load(r[group].grad, s.grad + i);
+    if (!off || spec.grad_scale) load(r[group].grad, s.grad + i);
     load(r[group].exp_avg, s.exp_avg + i);
     load(r[group].exp_avg_sq, s.exp_avg_sq + i);
     if (kAmsgrad) load(r[group].max_exp_avg_sq, s.max_exp_avg_sq + i);
+    if (T::kMaster && freezes(kVariant)) load(r[group].copy, s.copy + i);
   }
 
   float g[kElements];
 #pragma unroll
   for (int e = 0; e < kElements; e += 2)
-    unpack(&r[e / kVector].grad.word[e % kVector / 2 * Group<P, kVector>::kWordsAPair], g[e], g[e + 1], P{});
-  if (grad_scale && !off) {
-    const float scale = *grad_scale;
+    unpack(&r[e / kVector].grad.word[e % kVector / 2 * Group<G, kVector>::kWordsAPair], g[e], g[e + 1], G{});
+  if (spec.grad_scale) {  // also of a dropped block: its gradients are written back like others
+    const float scale = *spec.grad_scale;
 #pragma unroll
     for (int e = 0; e < kElements; e += 2) {
       g[e] = div(g[e], scale), g[e + 1] = div(g[e + 1], scale);
-      merge(&r[e / kVector].grad.word[e % kVector / 2 * Group<P, kVector>::kWordsAPair], g[e], g[e + 1], true, true,
-            P{});
+      merge(&r[e / kVector].grad.word[e % kVector / 2 * Group<G, kVector>::kWordsAPair], g[e], g[e + 1], true, true,
+            G{});
+      if (off) g[e] = g[e + 1] = 0.0f;
     }
 #pragma unroll
     for (int group = 0; group < kGroups; ++group)
       if (active[group]) store(s.grad + group * kStride, r[group].grad);
   }
 
+  if (spec.clip_factor && !off) {
+    const float factor = *spec.clip_factor;
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) g[e] *= factor;
+  }
+
   const AdamWScalars<float> shared = scalars_of(step);
   const bool decay = step.flags & kDecayFlag;
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
-    Registers<P, M, kVector>& in = r[group];
+    Registers<T>& in = r[group];
+    PhiloxWords rounding;  // of four elements
 #pragma unroll
     for (int i = 0; i < kVector; i += 2) {
       const int first = group * kVector + i;
       uint32_t* const param_words = &in.param.word[i / 2 * Group<P, kVector>::kWordsAPair];
-      const int m_word = i / 2 * Group<M, kVector>::kWordsAPair;
+      const int g_word = i / 2 * Group<G, kVector>::kWordsAPair, m_word = i / 2 * Group<M, kVector>::kWordsAPair;
+      if (T::kStochastic && i % 4 == 0) {
+        const int64_t first_of_four = turn.first + group_offset<kVector>(turn.lane, group) + i;
+        rounding = philox_call(global_index(row, first_of_four) / 4, rounding_draw(row), kDomainRounding, row.key);
+      }
       float param[2];
       AdamWElement<float> e[2];
       unpack(param_words, param[0], param[1], P{});
@@ -145,15 +179,18 @@ GRADDROP_LONG_FN void update_turn(const TensorRow& row, const StepRow& step, con
         AdamWScalars<float> scalars = shared;
         if (by_age(kVariant) && step.num_ages) look_up_age(ages, step, mask.bucket[first + j], scalars);
         update(param[j], e[j], kept, scalars, decay, kAmsgrad);
+        if (T::kStochastic) param[j] = round_stochastically(param[j], rounding.word[(i + j) % 4]);
       }
       const bool w0 = write[first], w1 = write[first + 1];
       merge(param_words, param[0], param[1], w0, w1, P{});
+      if (T::kMaster) merge(&in.copy.word[g_word], param[0], param[1], w0, w1, G{});
       merge(&in.exp_avg.word[m_word], e[0].exp_avg, e[1].exp_avg, w0, w1, M{});
       merge(&in.exp_avg_sq.word[m_word], e[0].exp_avg_sq, e[1].exp_avg_sq, w0, w1, M{});
       if (kAmsgrad) merge(&in.max_exp_avg_sq.word[m_word], e[0].max_exp_avg_sq, e[1].max_exp_avg_sq, w0, w1, M{});
     }
     if (active[group]) {
       store(s.param + group * kStride, in.param);
+      if (T::kMaster) store(s.copy + group * kStride, in.copy);
       store(s.exp_avg + group * kStride, in.exp_avg);
       store(s.exp_avg_sq + group * kStride, in.exp_avg_sq);
       if (kAmsgrad) store(s.max_exp_avg_sq + group * kStride, in.max_exp_avg_sq);
@@ -168,30 +205,37 @@ struct ElementSpec {
 };
 
 // One element of a row of any layout and alignment.
-template <typename P, typename M>
-GRADDROP_LONG_FN void update_element(const ElementSpec& spec, const TensorRow& row, const StepRow& step, const float* ages,
-                                const float* grad_scale, int64_t i) {
-  const ElementMask mask = element_mask(spec.kind, spec.planes, row, step, i);
+template <typename T>
+GRADDROP_LONG_FN void update_element(const ElementSpec& how, const LaunchSpec& spec, const TensorRow& row,
+                                const StepRow& step, const float* ages, int64_t i) {
+  const ElementMask mask = element_mask(how.kind, how.planes, row, step, i);
   const bool off = step.flags & kOffFlag, write = mask.keep || !(step.flags & kFrozenFlag);
-  const Streams<P, M> s = streams_at<P, M>(row, i);
+  const Streams<T> s = streams_at<T>(row, i);
   float g = 0.0f;
-  if (!off && (write || grad_scale)) g = widen(*s.grad);
-  if (!off && grad_scale) {
-    g = div(g, *grad_scale);
+  if (spec.grad_scale || (!off && write)) g = widen(*s.grad);
+  if (spec.grad_scale) {
+    g = div(g, *spec.grad_scale);
     narrow(g, *s.grad);
   }
   if (!write) return;
+  if (spec.clip_factor) g *= *spec.clip_factor;
   g = mask.keep ? g * step.factor * mask.factor : 0.0f;
   AdamWScalars<float> scalars = scalars_of(step);
-  if (spec.ages && step.num_ages) look_up_age(ages, step, mask.bucket, scalars);
+  if (how.ages && step.num_ages) look_up_age(ages, step, mask.bucket, scalars);
   float param = widen(*s.param);
   AdamWElement<float> e = {widen(*s.exp_avg), widen(*s.exp_avg_sq), 0.0f};
-  if (spec.amsgrad) e.max_exp_avg_sq = widen(*s.max_exp_avg_sq);
-  update(param, e, g, scalars, step.flags & kDecayFlag, spec.amsgrad);
+  if (how.amsgrad) e.max_exp_avg_sq = widen(*s.max_exp_avg_sq);
+  update(param, e, g, scalars, step.flags & kDecayFlag, how.amsgrad);
+  if (T::kStochastic) {
+    const uint64_t index = global_index(row, i);
+    const PhiloxWords words = philox_call(index / 4, rounding_draw(row), kDomainRounding, row.key);
+    param = round_stochastically(param, word_at(words, index));
+  }
   narrow(param, *s.param);
+  if (T::kMaster) narrow(param, *s.copy);
   narrow(e.exp_avg, *s.exp_avg);
   narrow(e.exp_avg_sq, *s.exp_avg_sq);
-  if (spec.amsgrad) narrow(e.max_exp_avg_sq, *s.max_exp_avg_sq);
+  if (how.amsgrad) narrow(e.max_exp_avg_sq, *s.max_exp_avg_sq);
 }
 
 constexpr int kThreads = 256;
@@ -218,9 +262,9 @@ GRADDROP_FN int64_t next_chunk(const LaunchSpec& spec, int64_t c, int num_blocks
 }
 
 // What one thread of one block does.
-template <Variant kVariant, bool kAmsgrad, typename P, typename M>
+template <Variant kVariant, bool kAmsgrad, typename T>
 GRADDROP_FN void aligned_thread(const LaunchSpec& spec, int block, int num_blocks, int thread) {
-  constexpr int kVector = vector_width<P, M>();
+  constexpr int kVector = T::kVector;
   for (int64_t c = block; c < spec.num_chunks; c = next_chunk(spec, c, num_blocks)) {
     const Chunk chunk = chunk_at(spec, c);
     const StepRow step = spec.step_rows[chunk.tensor];
@@ -230,22 +274,23 @@ GRADDROP_FN void aligned_thread(const LaunchSpec& spec, int block, int num_block
 
     const int64_t end_of_groups = row.numel / kVector * kVector;  // the few elements after it: one by one
     if (chunk.first + kChunk > end_of_groups && end_of_groups + thread < row.numel)
-      update_element<P, M>({kind_of(kVariant), reads_bits(kVariant), kAmsgrad, by_age(kVariant)}, row, step, ages,
-                           spec.grad_scale, end_of_groups + thread);
+      update_element<T>({kind_of(kVariant), reads_bits(kVariant), kAmsgrad, by_age(kVariant)}, spec, row, step, ages,
+                        end_of_groups + thread);
 
     const int warp_offset = thread / kWarp * kWarpElements;
     const int64_t first = chunk.first + warp_offset, left = row.numel - first;
     Turn turn = {first, left < kChunk - warp_offset ? static_cast<int>(left) : kChunk - warp_offset, thread % kWarp};
-    Streams<P, M> s = streams_at<P, M>(row, first + turn.lane * kVector);
+    Streams<T> s = streams_at<T>(row, first + turn.lane * kVector);
 #pragma unroll 1
     for (; turn.left > 0; turn.left -= kTurn, turn.first += kTurn) {
-      update_turn<kVariant, kAmsgrad, P, M>(row, step, ages, spec.grad_scale, turn, s);
-      s = {s.param + kTurn, s.grad + kTurn, s.exp_avg + kTurn, s.exp_avg_sq + kTurn, s.max_exp_avg_sq + kTurn};
+      update_turn<kVariant, kAmsgrad, T>(spec, row, step, ages, turn, s);
+      s = {s.param + kTurn,   s.grad + kTurn,       s.copy + kTurn,
+           s.exp_avg + kTurn, s.exp_avg_sq + kTurn, s.max_exp_avg_sq + kTurn};
     }
   }
 }
 
-template <typename P, typename M>
+template <typename T>
 GRADDROP_FN void general_thread(const LaunchSpec& spec, int block, int num_blocks, int thread) {
   for (int64_t c = block; c < spec.num_chunks; c = next_chunk(spec, c, num_blocks)) {
     const Chunk chunk = chunk_at(spec, c);
@@ -256,8 +301,7 @@ GRADDROP_FN void general_thread(const LaunchSpec& spec, int block, int num_block
     const int64_t end = row.numel < chunk.first + kChunk ? row.numel : chunk.first + kChunk;
 #pragma unroll 1
     for (int64_t i = chunk.first + thread; i < end; i += kThreads)
-      update_element<P, M>({spec.kind, spec.planes != 0, spec.amsgrad != 0, spec.ages != 0}, row, step, ages,
-                           spec.grad_scale, i);
+      update_element<T>({spec.kind, spec.planes != 0, spec.amsgrad != 0, spec.ages != 0}, spec, row, step, ages, i);
   }
 }
 

@@ -33,10 +33,11 @@ class LaunchSpec(ctypes.Structure):
     """As in csrc/tensor_table.h."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("rows", "step_rows", "by_age", "chunks", "grad_scale")),
+        *((name, c_void_p) for name in ("rows", "step_rows", "by_age", "chunks", "grad_scale", "clip_factor")),
         *((name, c_int64) for name in ("num_chunks", "age_stride")),
         *((name, c_int32) for name in (
-            "param_dtype", "moment_dtype", "kind", "planes", "aligned", "amsgrad", "frozen", "ages",
+            "param_dtype", "grad_dtype", "moment_dtype", "stochastic",
+            "kind", "planes", "aligned", "amsgrad", "frozen", "ages",
         )),
     ]  # fmt: skip
 
@@ -53,7 +54,7 @@ class MaskSpec(ctypes.Structure):
     ]
 
 
-assert ctypes.sizeof(LaunchSpec) == 88 and ctypes.sizeof(MaskSpec) == 48
+assert ctypes.sizeof(LaunchSpec) == 104 and ctypes.sizeof(MaskSpec) == 48
 
 
 @lru_cache(maxsize=1)
@@ -132,10 +133,13 @@ def masked_adamw_(batch: TensorBatch) -> None:
             by_age=tables.by_age.data_ptr(),
             chunks=launch.chunks.data_ptr(),
             grad_scale=_address(batch.grad_scale),
+            clip_factor=_address(batch.clip_factor),
             num_chunks=launch.chunks.numel(),
             age_stride=tables.age_stride,
             param_dtype=DTYPES[batch.param_dtype],
+            grad_dtype=DTYPES[batch.grad_dtype or batch.param_dtype],
             moment_dtype=DTYPES[batch.moment_dtype],
+            stochastic=batch.stochastic,
             kind=MASK_KINDS[launch.kind],
             planes=launch.planes >= 0,
             aligned=launch.aligned,
