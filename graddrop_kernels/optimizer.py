@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import backends, bitmask, checkpoint, inspection
+from . import backends, bitmask, checkpoint, inspection, operator
 from .group_options import GROUP_DEFAULTS, check_options, moment_dtype_name
 from .layout import RowBlock
 from .multi_tensor import Hyper, PreparedStep, Row, grad_of, present
@@ -92,6 +92,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         backend: str = "auto",
     ):
         self._backend = backends.check_name(backend)
+        self._handle = operator.new_handle(self)
         self._policies = PolicyBook()
         self._forget_caches()
         self._warned: set[str] = set()
@@ -133,26 +134,36 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             ValueError, TypeError, RuntimeError: a hyper-parameter or gradient that cannot be used.
                 Nothing has changed then.
         """
+        if torch.compiler.is_compiling():
+            return operator.step_in_graph(self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        params = [param for group in self.param_groups for param in group["params"]]
+        amp_scalars = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self._step_with(params, list(map(grad_of, params)), *amp_scalars, fresh=lambda: not self.state)
+        return loss
 
+    def _step_with(self, params, grads, grad_scale, found_inf, fresh: Callable[[], bool]) -> None:
+        """The step of all parameters (those whose gradient is None are left out); the scalars as a GradScaler has
+        put them on this optimizer; ``fresh``: whether there was no step before this one.
+        """
         for index, group in enumerate(self.param_groups):
             check_options(index, group)
         self._settle_skipped_steps(only_if_needed=True)
-        params = [param for group in self.param_groups for param in group["params"]]
-        grads = list(map(grad_of, params))
-        if getattr(self, "grad_scale", None) is not None:
-            self._check_written_grads(params)
+        if grad_scale is not None:
+            self._check_written_grads(params, grads)
         prepared = self._prepared
         if prepared is None or not prepared.holds(params, grads, self.state, self._group_facts()):
-            prepared = self._prepared = self._prepare(params, grads)
+            prepared = self._prepared = self._prepare(params, grads, fresh)
             if prepared is None:
-                return loss
-        grad_scale, found_inf = self._amp_scalars()
+                return
+        grad_scale, found_inf = (
+            scalar if scalar is None else scalar.to(torch.float32) for scalar in (grad_scale, found_inf)
+        )
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf != 0:
-            return loss
+            return
         prepared.set_grads(grads)
         clocks = [self._clock(group) for group in self.param_groups]
         for batch in prepared.batches:
@@ -176,7 +187,6 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             if found_inf is not None:
                 skipped = self._skipped_steps.get(index, 0)
                 self._skipped_steps[index] = skipped + (found_inf != 0).to(torch.int64)
-        return loss
 
     def set_epoch(self, epoch: int) -> None:
         """Tells the policies that an epoch begins.
@@ -313,6 +323,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        if "_handle" not in self.__dict__:
+            self._handle = operator.new_handle(self)
         self.__dict__.setdefault("_warned", set())
         self.__dict__.setdefault("_skipped_steps", {})
         self._step_supports_amp_scaling = self.defaults.get("fused") is True
@@ -323,11 +335,6 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 group.setdefault(name, value)
 
     # One step's pieces, in the order of step().
-
-    def _amp_scalars(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(grad_scale, found_inf) that a GradScaler has put on this optimizer for this step: float32 of one element."""
-        scalars = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        return tuple(scalar if scalar is None else scalar.to(torch.float32) for scalar in scalars)
 
     def _settle_skipped_steps(self, only_if_needed: bool = False) -> None:
         """Takes the steps that a GradScaler made no-ops out of the groups' counts.
@@ -344,10 +351,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         policy = self._policy(group)
         return policy is not None and policy.counts_steps((group["masked"] or policy.masked) == "frozen")
 
-    def _check_written_grads(self, params: list[torch.Tensor]) -> None:
+    def _check_written_grads(self, params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> None:
         """Raises ValueError for a gradient that cannot be unscaled in place."""
-        for param in params:
-            if param.grad is not None and not param.grad.is_contiguous() and overlaps_itself(param.grad):
+        for param, grad in zip(params, grads):
+            if grad is not None and not grad.is_contiguous() and overlaps_itself(grad):
                 index, position = self._find(param)
                 raise ValueError(
                     f"the gradient of {self._records(index)[0][position].name!r} has overlapping memory, as after "
@@ -361,38 +368,40 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             for group in self.param_groups
         ]
 
-    def _prepare(self, params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> PreparedStep | None:
+    def _prepare(
+        self, params: list[torch.Tensor], grads: list[torch.Tensor | None], fresh: Callable[[], bool]
+    ) -> PreparedStep | None:
         """Checks every parameter and gradient, then makes missing state and masks.
 
         None: this was a question for the state, not a step.
 
         Raises before anything has changed.
         """
-        found = []
+        found, all_grads = [], iter(grads)  # each group's zip takes its own from it
         for index, group in enumerate(self.param_groups):
-            for param, record in zip(group["params"], self._records(index)[0]):
-                if param.grad is not None:
+            for param, record, grad in zip(group["params"], self._records(index)[0], all_grads):
+                if grad is not None:
                     check_param(record.name, param)
-                    check_grad(record.name, param, param.grad)
+                    check_grad(record.name, param, grad)
                     check_state(record.name, param, self.state.get(param, {}))
                     check_memory(f"parameter {record.name!r}", param)
-                    check_memory(f"the gradient of {record.name!r}", param.grad)
-                    found.append((index, group, param, record))
-        for _, group, param, _ in found:
+                    check_memory(f"the gradient of {record.name!r}", grad)
+                    found.append((index, group, param, grad, record))
+        for _, group, param, _, _ in found:
             backends.select(self._backend, param.device, param.dtype, self._moment_dtype(param, group))
-        probe = self._is_state_probe(grads)
-        for _, group, param, _ in found:
+        probe = self._is_state_probe(grads, fresh)
+        for _, group, param, _, _ in found:
             self._init_state(param, group)
         if probe:
             return None
         rows = []
-        for index, group, param, record in found:
+        for index, group, param, grad, record in found:
             words = self._mask_words(group, param, record)
             layout = RowBlock.whole(param.numel())
             rows.append(
                 Row(
                     param,
-                    param.grad,
+                    grad,
                     self.state[param],
                     group["amsgrad"],
                     record.key,
@@ -403,16 +412,16 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             )
         return PreparedStep(params, rows, self.state, self._group_facts())
 
-    def _is_state_probe(self, grads: list[torch.Tensor | None]) -> bool:
+    def _is_state_probe(self, grads: list[torch.Tensor | None], fresh: Callable[[], bool]) -> bool:
         """torch.distributed.checkpoint asks a fresh optimizer for its state by a step with lr 0 and zero gradients:
         that must not count as one.
         """
-        fresh = (
-            not self.state
-            and any(grad is not None for grad in grads)
+        return (
+            any(grad is not None for grad in grads)
             and all(float(group["lr"]) == 0 for group in self.param_groups)
+            and fresh()
+            and not any(grad.any() for grad in present(grads))
         )
-        return fresh and not any(grad.any() for grad in present(grads))
 
     def _hyper(self, index: int, unit, clock: Clock) -> Hyper:
         """The hyper-parameters and the mask of this step, for one unit of one group."""

@@ -1,0 +1,202 @@
+"""graddrop::step_: the optimizer's step as one operator, which torch.compile puts into its graph.
+
+A graph makes constants of the Python numbers that it meets, and is compiled again when one of them changes. So it holds
+only the tensors of the step and a handle: whatever else the step needs (lr, p, the epoch, the counts) the operator
+asks the optimizer for when it runs, and it does there what step() does without a compiler.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+
+from .multi_tensor import same_objects
+
+if TYPE_CHECKING:
+    from .optimizer import FusedGradDropAdamW
+
+# `hypers` are those of lr, beta1 and beta2 that are tensors, `hyper_places` where they belong: (group, place in
+# _HYPERS), flat. `positions` are the places of `params` among all parameters of the optimizer; `max_exp_avg_sqs` has
+# those of the groups with amsgrad. With a grad_scale the gradients are written too: that is the overload `unscale`.
+_SCHEMA = (
+    "(Tensor(a!)[] params, Tensor{}[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor[] hypers, Tensor? grad_scale, Tensor? found_inf, "
+    "int[] positions, int[] hyper_places, int handle) -> ()"
+)
+_HYPERS = ("lr", "beta1", "beta2")
+_COUNTS = ("completed_steps", "epoch_history")  # what a step changes in its group
+
+_handles = itertools.count()
+_optimizers: weakref.WeakValueDictionary[int, FusedGradDropAdamW] = weakref.WeakValueDictionary()
+
+
+def new_handle(optimizer: FusedGradDropAdamW) -> int:
+    """A number by which the operator finds the optimizer, as long as it lives; never given twice in a process."""
+    handle = next(_handles)
+    _optimizers[handle] = optimizer
+    return handle
+
+
+def step_in_graph(optimizer: FusedGradDropAdamW, closure) -> None:
+    """step() as torch.compile traces it: collects the tensors and calls the operator.
+
+    Raises:
+        RuntimeError: a closure, whose backward pass cannot be traced.
+    """
+    if closure is not None:
+        raise RuntimeError(
+            "optimizer.step(closure) cannot be compiled: call the closure first, then the compiled optimizer.step()"
+        )
+    # Not optimizer.param_groups: torch.compile knows that name, guards every number in the groups, and on a GPU sets
+    # their capturable.
+    groups = optimizer.__dict__["param_groups"]
+    everything = [param for group in groups for param in group["params"]]
+    positions = [position for position, param in enumerate(everything) if param.grad is not None]
+    if not positions:
+        return
+    hyper_places = _before_tracing(optimizer._handle, positions)
+    if hyper_places is None:
+        torch._dynamo.graph_break()  # with fullgraph=True an error
+        hyper_places = _before_tracing(optimizer._handle, positions)
+    amsgrad = [group["amsgrad"] for group in groups for _ in group["params"]]
+    params = [everything[position] for position in positions]
+    states = [optimizer.state[param] for param in params]
+    hypers = []
+    for index, place in hyper_places:  # a comprehension would be a closure of groups, and guard all that is in them
+        hypers.append(_hyper(groups[index], place))
+    grad_scale = getattr(optimizer, "grad_scale", None)
+    operator = torch.ops.graddrop.step_.default if grad_scale is None else torch.ops.graddrop.step_.unscale
+    operator(
+        params,
+        [param.grad for param in params],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [state["max_exp_avg_sq"] for position, state in zip(positions, states) if amsgrad[position]],
+        [state["step"] for state in states],
+        hypers,
+        grad_scale,
+        getattr(optimizer, "found_inf", None),
+        positions,
+        [number for pair in hyper_places for number in pair],
+        optimizer._handle,
+    )
+
+
+def _hyper(group: dict, place: int):
+    return group["lr"] if place == 0 else group["betas"][place - 1]
+
+
+def _before_tracing(handle: int, positions: list[int]) -> tuple[tuple[int, int], ...] | None:
+    """Called by torch.compile while it traces, not by its graph: makes missing state, as torch does for its own
+    optimizers, so that the first step is not another graph than the second.
+
+    Returns the hyper_places, found here so that the graph has no guard on the numbers that are no tensors.
+    None: the traced function has changed the groups, which the operator would see only after the graph.
+    """
+    optimizer = _optimizers[handle]
+    if _has_pending_change(optimizer.param_groups):
+        return None
+    rows = [(param, group) for group in optimizer.param_groups for param in group["params"]]
+    for position in positions:
+        optimizer._init_state(*rows[position])
+    return tuple(
+        (index, place)
+        for index, group in enumerate(optimizer.param_groups)
+        for place in range(len(_HYPERS))
+        if isinstance(_hyper(group, place), torch.Tensor)
+    )
+
+
+_before_tracing._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result; that imports torch._dynamo
+
+
+def _has_pending_change(groups: list[dict]) -> bool:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    effects = InstructionTranslator.current_tx().output.side_effects
+    traced = [effects.id_to_variable.get(id(each)) for each in (groups, *groups)]
+    return any(variable is not None and effects.has_pending_mutation(variable) for variable in traced)
+
+
+@torch.no_grad()
+def _step(
+    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, hypers, grad_scale, found_inf, positions,
+    hyper_places, handle,
+) -> None:  # fmt: skip
+    optimizer = _optimizers.get(handle)
+    if optimizer is None:
+        raise RuntimeError("graddrop::step_: the optimizer that this step was compiled for is gone")
+    optimizer._opt_called = True  # as the step that torch's lr_scheduler wraps says
+    maxima = iter(max_exp_avg_sqs)
+    groups = [group for group in optimizer.param_groups for _ in group["params"]]
+    states = [
+        {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        | ({"max_exp_avg_sq": next(maxima)} if groups[position]["amsgrad"] else {})
+        for position, step, exp_avg, exp_avg_sq in zip(positions, steps, exp_avgs, exp_avg_sqs)
+    ]
+    places = list(zip(hyper_places[::2], hyper_places[1::2]))
+    target = optimizer
+    if not _are_its_own(optimizer, params, states, hypers, positions, places):
+        target = _twin(optimizer, params, states, hypers, positions, places)
+    present = dict(zip(positions, grads))
+    everything = [param for group in target.param_groups for param in group["params"]]
+    target._step_with(
+        everything,
+        [present.get(position) for position in range(len(everything))],
+        grad_scale,
+        found_inf,
+        fresh=lambda: not any(map(bool, steps)),
+    )
+    if target is not optimizer:
+        for group, stepped in zip(optimizer.param_groups, target.param_groups):
+            group.update((name, stepped[name]) for name in _COUNTS)
+
+
+def _are_its_own(optimizer, params, states, hypers, positions, places) -> bool:
+    """Whether the operator was given the optimizer's own tensors, as inductor does; then what the optimizer has
+    prepared for its last step serves this one too.
+    """
+    everything = [param for group in optimizer.param_groups for param in group["params"]]
+    return (
+        same_objects(params, [everything[position] for position in positions])
+        and all(
+            tensor is optimizer.state[param].get(name)
+            for param, state in zip(params, states)
+            for name, tensor in state.items()
+        )
+        and same_objects(hypers, [_hyper(optimizer.param_groups[index], place) for index, place in places])
+    )
+
+
+def _twin(optimizer, params, states, hypers, positions, places) -> FusedGradDropAdamW:
+    """An optimizer with everything of this one but its tensors: a graph without side effects steps copies of them,
+    and may have changed them on the way.
+    """
+    twin = object.__new__(type(optimizer))
+    twin.__dict__.update(optimizer.__dict__)
+    twin._forget_caches()
+    given = dict(zip(positions, params))
+    position = itertools.count()
+    twin.param_groups = [
+        {**group, "params": [given.get(next(position), param) for param in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    for tensor, (index, place) in zip(hypers, places):
+        group = twin.param_groups[index]
+        if place == 0:
+            group["lr"] = tensor
+        else:
+            group["betas"] = tuple(tensor if i == place - 1 else beta for i, beta in enumerate(group["betas"]))
+    twin.state = defaultdict(dict, zip(params, states))
+    return twin
+
+
+for _name, _grads in (("graddrop::step_", "Tensor[]"), ("graddrop::step_.unscale", "Tensor(f!)[]")):
+    # Not to be captured in a CUDA graph, which would replay the numbers of one step.
+    torch.library.define(_name, _SCHEMA.replace("Tensor{}[]", _grads), tags=(torch.Tag.cudagraph_unsafe,))
+    torch.library.impl(_name, "CompositeExplicitAutograd", _step)
+    torch.library.register_fake(_name, lambda *tensors_and_numbers: None)
