@@ -25,42 +25,51 @@ if TYPE_CHECKING:
 _SCHEMA = (
     "(Tensor(a!)[] params, Tensor{}[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor[] hypers, Tensor? grad_scale, Tensor? found_inf, "
-    "int[] positions, int[] hyper_places, int handle) -> ()"
+    "int[] positions, int[] hyper_places, str handle) -> ()"
 )
 _HYPERS = ("lr", "beta1", "beta2")
 _COUNTS = ("completed_steps", "epoch_history")  # what a step changes in its group
 
 _handles = itertools.count()
-_optimizers: weakref.WeakValueDictionary[int, FusedGradDropAdamW] = weakref.WeakValueDictionary()
+_optimizers: weakref.WeakValueDictionary[str, FusedGradDropAdamW] = weakref.WeakValueDictionary()
 
 
-def new_handle(optimizer: FusedGradDropAdamW) -> int:
-    """A number by which the operator finds the optimizer, as long as it lives; never given twice in a process."""
-    handle = next(_handles)
+def new_handle(optimizer: FusedGradDropAdamW) -> str:
+    """A name by which the operator finds the optimizer, as long as it lives; never given twice in a process.
+
+    A string: torch.compile would take the second int that it meets in one place for a variable.
+    """
+    handle = str(next(_handles))
     _optimizers[handle] = optimizer
     return handle
 
 
-def step_in_graph(optimizer: FusedGradDropAdamW, closure) -> None:
+def step_in_graph(optimizer: FusedGradDropAdamW, closure):
     """step() as torch.compile traces it: collects the tensors and calls the operator.
 
-    Raises:
-        RuntimeError: a closure, whose backward pass cannot be traced.
+    What cannot be traced (a closure, a change of the groups in the same function) is a graph break, hence with
+    fullgraph=True an error.
     """
+    if not torch.compiler.is_compiling():  # after torch.compile has given up on this function
+        return optimizer._step_uncompiled(closure)
     if closure is not None:
-        raise RuntimeError(
-            "optimizer.step(closure) cannot be compiled: call the closure first, then the compiled optimizer.step()"
+        torch._dynamo.graph_break(
+            msg="optimizer.step(closure) cannot be compiled: call the closure first, then the compiled optimizer.step()"
         )
+        return optimizer._step_uncompiled(closure)
     # Not optimizer.param_groups: torch.compile knows that name, guards every number in the groups, and on a GPU sets
     # their capturable.
     groups = optimizer.__dict__["param_groups"]
     everything = [param for group in groups for param in group["params"]]
     positions = [position for position, param in enumerate(everything) if param.grad is not None]
     if not positions:
-        return
+        return None
     hyper_places = _before_tracing(optimizer._handle, positions)
     if hyper_places is None:
-        torch._dynamo.graph_break()  # with fullgraph=True an error
+        torch._dynamo.graph_break(
+            msg="the compiled function has changed optimizer.param_groups, which a step in the same graph would not "
+            "see: change lr and the like outside of it, or after the step"
+        )
         hyper_places = _before_tracing(optimizer._handle, positions)
     amsgrad = [group["amsgrad"] for group in groups for _ in group["params"]]
     params = [everything[position] for position in positions]
@@ -84,13 +93,14 @@ def step_in_graph(optimizer: FusedGradDropAdamW, closure) -> None:
         [number for pair in hyper_places for number in pair],
         optimizer._handle,
     )
+    return None
 
 
 def _hyper(group: dict, place: int):
     return group["lr"] if place == 0 else group["betas"][place - 1]
 
 
-def _before_tracing(handle: int, positions: list[int]) -> tuple[tuple[int, int], ...] | None:
+def _before_tracing(handle: str, positions: list[int]) -> tuple[tuple[int, int], ...] | None:
     """Called by torch.compile while it traces, not by its graph: makes missing state, as torch does for its own
     optimizers, so that the first step is not another graph than the second.
 
@@ -119,7 +129,7 @@ def _has_pending_change(groups: list[dict]) -> bool:
 
     effects = InstructionTranslator.current_tx().output.side_effects
     traced = [effects.id_to_variable.get(id(each)) for each in (groups, *groups)]
-    return any(variable is not None and effects.has_pending_mutation(variable) for variable in traced)
+    return any(variable is not None and effects.is_modified(variable) for variable in traced)
 
 
 @torch.no_grad()
@@ -131,6 +141,8 @@ def _step(
     if optimizer is None:
         raise RuntimeError("graddrop::step_: the optimizer that this step was compiled for is gone")
     optimizer._opt_called = True  # as the step that torch's lr_scheduler wraps says
+    for group in optimizer.param_groups:  # torch.compile sets it when a function that it compiles names param_groups
+        group["capturable"] = optimizer.defaults["capturable"]
     maxima = iter(max_exp_avg_sqs)
     groups = [group for group in optimizer.param_groups for _ in group["params"]]
     states = [

@@ -136,6 +136,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         """
         if torch.compiler.is_compiling():
             return operator.step_in_graph(self, closure)
+        return self._step_uncompiled(closure)
+
+    @torch._disable_dynamo
+    def _step_uncompiled(self, closure: Callable[[], torch.Tensor] | None):
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -188,6 +192,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 skipped = self._skipped_steps.get(index, 0)
                 self._skipped_steps[index] = skipped + (found_inf != 0).to(torch.int64)
 
+    @torch._disable_dynamo
     def set_epoch(self, epoch: int) -> None:
         """Tells the policies that an epoch begins.
 
