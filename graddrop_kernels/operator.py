@@ -19,15 +19,14 @@ from .multi_tensor import same_objects
 if TYPE_CHECKING:
     from .optimizer import FusedGradDropAdamW
 
-# `hypers` are those of lr, beta1 and beta2 that are tensors, `hyper_places` where they belong: (group, place in
-# _HYPERS), flat. `positions` are the places of `params` among all parameters of the optimizer; `max_exp_avg_sqs` has
+# `hypers` are those of lr, beta1 and beta2 that are tensors, `hyper_places` where they belong: the group and 0, 1 or 2,
+# flat. `positions` are the places of `params` among all parameters of the optimizer; `max_exp_avg_sqs` has
 # those of the groups with amsgrad. With a grad_scale the gradients are written too: that is the overload `unscale`.
 _SCHEMA = (
     "(Tensor(a!)[] params, Tensor{}[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor[] hypers, Tensor? grad_scale, Tensor? found_inf, "
     "int[] positions, int[] hyper_places, str handle) -> ()"
 )
-_HYPERS = ("lr", "beta1", "beta2")
 _COUNTS = ("completed_steps", "epoch_history")  # what a step changes in its group
 
 _handles = itertools.count()
@@ -116,7 +115,7 @@ def _before_tracing(handle: str, positions: list[int]) -> tuple[tuple[int, int],
     return tuple(
         (index, place)
         for index, group in enumerate(optimizer.param_groups)
-        for place in range(len(_HYPERS))
+        for place in range(3)
         if isinstance(_hyper(group, place), torch.Tensor)
     )
 
@@ -143,22 +142,29 @@ def _step(
     optimizer._opt_called = True  # as the step that torch's lr_scheduler wraps says
     for group in optimizer.param_groups:  # torch.compile sets it when a function that it compiles names param_groups
         group["capturable"] = optimizer.defaults["capturable"]
-    maxima = iter(max_exp_avg_sqs)
-    groups = [group for group in optimizer.param_groups for _ in group["params"]]
-    states = [
-        {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-        | ({"max_exp_avg_sq": next(maxima)} if groups[position]["amsgrad"] else {})
-        for position, step, exp_avg, exp_avg_sq in zip(positions, steps, exp_avgs, exp_avg_sqs)
-    ]
+    everything = [(group, param) for group in optimizer.param_groups for param in group["params"]]
+    with_amsgrad = [i for i, position in enumerate(positions) if everything[position][0]["amsgrad"]]
+    given = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "step": steps}
+    own_params = [everything[position][1] for position in positions]
+    own_states = [optimizer.state[param] for param in own_params]
     places = list(zip(hyper_places[::2], hyper_places[1::2]))
-    target = optimizer
-    if not _are_its_own(optimizer, params, states, hypers, positions, places):
-        target = _twin(optimizer, params, states, hypers, positions, places)
-    present = dict(zip(positions, grads))
-    everything = [param for group in target.param_groups for param in group["params"]]
+    own = (
+        same_objects(params, own_params)
+        and all(same_objects(given[name], [state.get(name) for state in own_states]) for name in given)
+        and same_objects(max_exp_avg_sqs, [own_states[i].get("max_exp_avg_sq") for i in with_amsgrad])
+        and same_objects(hypers, [_hyper(optimizer.param_groups[index], place) for index, place in places])
+    )
+    if own:  # as inductor gives them: what was prepared for the last step serves this one too
+        target = optimizer
+    else:
+        states = [dict(zip(given, tensors)) for tensors in zip(*given.values())]
+        for i, maximum in zip(with_amsgrad, max_exp_avg_sqs):
+            states[i]["max_exp_avg_sq"] = maximum
+        target = _twin(optimizer, dict(zip(positions, params)), zip(params, states), zip(places, hypers))
+    grad_at = dict(zip(positions, grads))
     target._step_with(
-        everything,
-        [present.get(position) for position in range(len(everything))],
+        [param for group in target.param_groups for param in group["params"]],
+        [grad_at.get(position) for position in range(len(everything))],
         grad_scale,
         found_inf,
         fresh=lambda: not any(map(bool, steps)),
@@ -168,42 +174,25 @@ def _step(
             group.update((name, stepped[name]) for name in _COUNTS)
 
 
-def _are_its_own(optimizer, params, states, hypers, positions, places) -> bool:
-    """Whether the operator was given the optimizer's own tensors, as inductor does; then what the optimizer has
-    prepared for its last step serves this one too.
-    """
-    everything = [param for group in optimizer.param_groups for param in group["params"]]
-    return (
-        same_objects(params, [everything[position] for position in positions])
-        and all(
-            tensor is optimizer.state[param].get(name)
-            for param, state in zip(params, states)
-            for name, tensor in state.items()
-        )
-        and same_objects(hypers, [_hyper(optimizer.param_groups[index], place) for index, place in places])
-    )
-
-
-def _twin(optimizer, params, states, hypers, positions, places) -> FusedGradDropAdamW:
-    """An optimizer with everything of this one but its tensors: a graph without side effects steps copies of them,
-    and may have changed them on the way.
+def _twin(optimizer, param_at: dict, states, hypers) -> FusedGradDropAdamW:
+    """An optimizer with everything of this one but its tensors. A graph may have copied them, to be free of side
+    effects, and changed the copies on the way.
     """
     twin = object.__new__(type(optimizer))
     twin.__dict__.update(optimizer.__dict__)
     twin._forget_caches()
-    given = dict(zip(positions, params))
     position = itertools.count()
     twin.param_groups = [
-        {**group, "params": [given.get(next(position), param) for param in group["params"]]}
+        {**group, "params": [param_at.get(next(position), param) for param in group["params"]]}
         for group in optimizer.param_groups
     ]
-    for tensor, (index, place) in zip(hypers, places):
+    for (index, place), value in hypers:
         group = twin.param_groups[index]
         if place == 0:
-            group["lr"] = tensor
+            group["lr"] = value
         else:
-            group["betas"] = tuple(tensor if i == place - 1 else beta for i, beta in enumerate(group["betas"]))
-    twin.state = defaultdict(dict, zip(params, states))
+            group["betas"] = tuple(value if i == place - 1 else beta for i, beta in enumerate(group["betas"]))
+    twin.state = defaultdict(dict, states)
     return twin
 
 
