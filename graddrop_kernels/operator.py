@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from .optimizer import FusedGradDropAdamW
 
 # `hypers` are those of lr, beta1 and beta2 that are tensors, `hyper_places` where they belong: the group and 0, 1 or 2,
-# flat. `positions` are the places of `params` among all parameters of the optimizer; `max_exp_avg_sqs` has
-# those of the groups with amsgrad. With a grad_scale the gradients are written too: that is the overload `unscale`.
+# flat. `positions` are the places of `params` among all parameters of the optimizer; `max_exp_avg_sqs` has those of the
+# groups with amsgrad. With a grad_scale the gradients are written too: that is the overload `unscale`.
 _SCHEMA = (
     "(Tensor(a!)[] params, Tensor{}[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor[] hypers, Tensor? grad_scale, Tensor? found_inf, "
@@ -77,8 +77,8 @@ def step_in_graph(optimizer: FusedGradDropAdamW, closure):
     for index, place in hyper_places:  # a comprehension would be a closure of groups, and guard all that is in them
         hypers.append(_hyper(groups[index], place))
     grad_scale = getattr(optimizer, "grad_scale", None)
-    operator = torch.ops.graddrop.step_.default if grad_scale is None else torch.ops.graddrop.step_.unscale
-    operator(
+    overload = torch.ops.graddrop.step_.default if grad_scale is None else torch.ops.graddrop.step_.unscale
+    overload(
         params,
         [param.grad for param in params],
         [state["exp_avg"] for state in states],

@@ -425,6 +425,15 @@ def test_errors_come_out_as_they_are(seed):
     assert snapshot(optimizer) == before
 
 
+def test_a_sparse_gradient_is_refused_by_the_step_where_no_full_graph_is_asked_for(seed):
+    """Nothing of the eager step is traced when torch.compile gives up."""
+    (model, optimizer), _ = twice()
+    for param in model.parameters():
+        param.grad = torch.ones_like(param).to_sparse()
+    with pytest.raises(RuntimeError, match="is sparse .*use sparse=False"):
+        compiled(optimizer, fullgraph=False)()
+
+
 # The operator itself.
 
 
@@ -475,6 +484,15 @@ def test_copies_are_stepped_in_place_of_the_optimizers_tensors(seed):
         bits(tensor) for tensors in own[:6] for tensor in tensors
     ]
     assert counts(optimizer) == counts(eager)
+
+
+def test_the_lr_that_the_operator_is_given_is_used(seed):
+    """Not the group's, which a graph may change at another time."""
+    (model, optimizer), (twin, eager) = (stepped_once("graddrop", seed) for _ in range(2))
+    torch.ops.graddrop.step_(*arguments(optimizer, hypers=[torch.tensor(0.3)]))
+    eager.param_groups[0]["lr"] = torch.tensor(0.3)
+    eager.step()
+    assert state_bits(model, optimizer) == state_bits(twin, eager)
 
 
 def test_the_operator_of_an_optimizer_that_is_gone(seed):
