@@ -452,7 +452,7 @@ def arguments(optimizer, overload="default", hypers=()):
 
 def stepped_once(policy, seed, **keywords):
     """(model, optimizer) after a step, with the gradients of the next."""
-    model, optimizer = build(policy, Encoder(blocks=1), **keywords)
+    model, optimizer = build(policy, Encoder(blocks=2), **keywords)
     for i in range(2):
         random_grads(model.parameters(), torch.Generator().manual_seed(seed + i))
         if i == 0:
