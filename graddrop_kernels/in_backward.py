@@ -36,8 +36,8 @@ class StepInBackward:
     def __init__(self, optimizer):
         if optimizer._in_backward is not None:
             raise RuntimeError("step_in_backward() is on already; remove() the handle of the first call before another")
-        self._optimizer = weakref.proxy(optimizer)
-        self._check()
+        self._optimizer = weakref.ref(optimizer)  # the parameters hold the hooks, and they this
+        self._check(optimizer)
         self._prepared: dict[torch.Tensor, PreparedStep] = {}
         self._clocks: list | None = None  # of the step that is under way
         self._done: dict[torch.Tensor, int] = {}  # parameters stepped in it, and their groups
@@ -55,7 +55,8 @@ class StepInBackward:
             raise RuntimeError("a step is under way: call optimizer.step() after backward(), then remove()")
         for hook in self._hooks:
             hook.remove()
-        self._optimizer._in_backward = None
+        if (optimizer := self._optimizer()) is not None:
+            optimizer._in_backward = None
 
     def finish(self) -> set[int]:
         """Ends the step under way; returns the groups that have stepped in it."""
@@ -63,8 +64,8 @@ class StepInBackward:
         self._done, self._clocks = {}, None
         return indices
 
-    def _check(self) -> None:
-        optimizer = self._optimizer
+    @staticmethod
+    def _check(optimizer) -> None:
         if optimizer.max_grad_norm is not None:
             raise ValueError(
                 f"max_grad_norm={optimizer.max_grad_norm!r} needs all gradients before the first is used; "
@@ -84,18 +85,20 @@ class StepInBackward:
 
     @torch.no_grad()
     def _step_one(self, param: torch.Tensor) -> None:
-        optimizer = self._optimizer
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return  # nobody is left to step it: the gradient stays
         if param in self._done:
             raise RuntimeError(
                 "a second gradient for a parameter that has been stepped already: with step_in_backward() call "
                 "optimizer.step() after every backward(); gradients cannot be accumulated, they are gone"
             )
-        self._check()
+        self._check(optimizer)
         optimizer._check_options()
         groups = optimizer._groups
         prepared, grads, facts = self._prepared.get(param), [param.grad], groups.facts()
         if prepared is None or not prepared.holds([param], grads, {param: optimizer.state[param]}, facts):
-            prepared = self._prepared[param] = optimizer._prepare([param], grads, alone=True)
+            prepared = self._prepared[param] = optimizer._prepare([param], grads, fresh=None)
         if self._clocks is None:
             self._clocks = list(map(groups.clock, groups.indices()))
         optimizer._run(prepared, grads, self._clocks)

@@ -1,5 +1,7 @@
 """MaskedGroups: an optimizer's parameter groups as its steps see them: policies, names, random streams, plans."""
 
+import weakref
+
 import torch
 
 from . import backends
@@ -20,7 +22,7 @@ class MaskedGroups:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, policies: PolicyBook):
-        self._optimizer = optimizer
+        self._optimizer = weakref.proxy(optimizer)  # or its moments would wait for the garbage collector
         self.policies = policies
         self.forget()
 

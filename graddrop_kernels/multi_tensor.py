@@ -115,7 +115,8 @@ class PreparedStep:
     def __init__(self, params: list[torch.Tensor], rows: list[Row], state: dict, made_for: object):
         self.made_for = made_for
         self.params = params
-        self.absent = [param.grad is None for param in params]
+        stepped = {id(row.param) for row in rows}
+        self.absent = [id(param) not in stepped for param in params]
         self.states = [row.state for row in rows]
         self.amsgrad_states = [row.state for row in rows if row.amsgrad]
         self.master_states = [row.state for row in rows if row.master]

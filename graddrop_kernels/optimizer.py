@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import backends, checkpoint, inspection
+from . import backends, checkpoint, inspection, operator
 from .clipping import check_max_grad_norm, clip_
 from .group_options import GROUP_DEFAULTS, check_options, moment_dtype_name
 from .in_backward import StepInBackward
@@ -102,6 +102,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         backend: str = "auto",
     ):
         self._backend = backends.check_name(backend)
+        self._handle = operator.new_handle(self)
         self._groups = MaskedGroups(self, PolicyBook())
         self._prepared: PreparedStep | None = None
         self._warned: set[str] = set()
@@ -139,7 +140,6 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._groups.check()
         self._warn_of_position_names()
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None):
         """One masked AdamW step. Returns the closure's loss, or None.
 
@@ -147,30 +147,45 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             ValueError, TypeError, RuntimeError: a hyper-parameter or gradient that cannot be used.
                 Nothing has changed then.
         """
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                return operator.step_in_graph(self, closure)
+        return self._step_uncompiled(closure)
+
+    @torch._disable_dynamo
+    def _step_uncompiled(self, closure: Callable[[], torch.Tensor] | None):
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        params = [param for group in self.param_groups for param in group["params"]]
+        amp_scalars = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            self._step_with(params, list(map(grad_of, params)), *amp_scalars, fresh=lambda: not self.state)
+        return loss
 
+    def _step_with(self, params, grads, grad_scale, found_inf, fresh: Callable[[], bool]) -> None:
+        """The step of all parameters (those whose gradient is None are left out); the scalars as a GradScaler has
+        put them on this optimizer; ``fresh``: whether there was no step before this one.
+        """
         self._check_options()
         if self._skipped_steps:
             self._settle_skipped_steps(only_if_needed=True)
-        params = [param for group in self.param_groups for param in group["params"]]
-        grads = list(map(grad_of, params))
-        if getattr(self, "grad_scale", None) is not None:
-            self._check_written_grads(params)
+        if grad_scale is not None:
+            self._check_written_grads(params, grads)
         prepared = self._prepared
         if prepared is None or not prepared.holds(params, grads, self.state, self._groups.facts()):
-            prepared = self._prepared = self._prepare(params, grads)
+            prepared = self._prepared = self._prepare(params, grads, fresh)
             if prepared is None:
-                return loss
-        grad_scale, found_inf = self._amp_scalars()
+                return
+        grad_scale, found_inf = (
+            scalar if scalar is None else scalar.to(torch.float32) for scalar in (grad_scale, found_inf)
+        )
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf != 0:
-            return loss
+            return
         clocks = list(map(self._groups.clock, self._groups.indices()))
         self._run(prepared, grads, clocks, grad_scale, found_inf)
         self._count_step(prepared.group_indices | self._stepped_in_backward(), clocks, found_inf)
-        return loss
 
     def step_in_backward(self) -> "StepInBackward":
         """From now on steps each parameter in the backward pass, as its gradient arrives, and frees the gradient: see
@@ -178,6 +193,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         """
         return StepInBackward(self)
 
+    @torch._disable_dynamo
     def set_epoch(self, epoch: int) -> None:
         """Tells the policies that an epoch begins.
 
@@ -300,6 +316,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         if "_policies" in state:  # not from load_state_dict, which comes by here too
             self._groups = MaskedGroups(self, state.pop("_policies"))
         super().__setstate__(state)
+        if "_handle" not in self.__dict__:
+            self._handle = operator.new_handle(self)
         self.__dict__.setdefault("_warned", set())
         self.__dict__.setdefault("_skipped_steps", {})
         self.__dict__.setdefault("_in_backward", None)
@@ -348,11 +366,6 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             check_options(index, group)
         check_max_grad_norm(self.max_grad_norm)
 
-    def _amp_scalars(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(grad_scale, found_inf) that a GradScaler has put on this optimizer for this step: float32 of one element."""
-        scalars = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        return tuple(scalar if scalar is None else scalar.to(torch.float32) for scalar in scalars)
-
     def _settle_skipped_steps(self, only_if_needed: bool = False) -> None:
         """Takes the steps that a GradScaler made no-ops out of the groups' counts.
 
@@ -365,10 +378,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             self.param_groups[index]["completed_steps"] -= int(skipped)
         self._skipped_steps.clear()
 
-    def _check_written_grads(self, params: list[torch.Tensor]) -> None:
+    def _check_written_grads(self, params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> None:
         """Raises ValueError for a gradient that cannot be unscaled in place."""
-        for param in params:
-            if param.grad is not None and not param.grad.is_contiguous() and overlaps_itself(param.grad):
+        for param, grad in zip(params, grads):
+            if grad is not None and not grad.is_contiguous() and overlaps_itself(grad):
                 index, position = self._groups.find(param)
                 raise ValueError(
                     f"the gradient of {self._groups.records(index)[position].name!r} has overlapping memory, as after "
@@ -376,27 +389,29 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 )
 
     def _prepare(
-        self, params: list[torch.Tensor], grads: list[torch.Tensor | None], alone: bool = False
+        self, params: list[torch.Tensor], grads: list[torch.Tensor | None], fresh: Callable[[], bool] | None
     ) -> PreparedStep | None:
         """Checks the parameters that have gradients, then makes missing state and masks.
 
-        None: this was a question for the state, not a step. ``alone``: one parameter, whatever becomes of the others.
+        None: this was a question for the state, not a step. ``fresh``: whether there was no step before; None: these
+        are not all parameters of the step.
 
         Raises before anything has changed.
         """
-        found, wanted = [], set(map(id, params))
+        found, given = [], {id(param): grad for param, grad in zip(params, grads) if grad is not None}
         for index, group in enumerate(self.param_groups):
             for param, record in zip(group["params"], self._groups.records(index)):
-                if param.grad is not None and id(param) in wanted:
+                if id(param) in given:
+                    grad = given[id(param)]
                     check_param(record.name, param)
-                    check_grad(record.name, param, param.grad)
+                    check_grad(record.name, param, grad)
                     check_state(record.name, param, self.state.get(param, {}))
                     check_memory(f"parameter {record.name!r}", param)
-                    check_memory(f"the gradient of {record.name!r}", param.grad)
+                    check_memory(f"the gradient of {record.name!r}", grad)
                     found.append((index, group, param, record))
         for _, group, param, _ in found:
             backends.select(self._backend, *mode(param, group, self.state.get(param, {})))
-        probe = not alone and self._is_state_probe(grads)
+        probe = fresh is not None and self._is_state_probe(grads, fresh)
         self._warn_of_unknown_epochs({index for index, _, _, _ in found})
         for _, group, param, _ in found:
             make_state(param, group, self.state[param])
@@ -408,23 +423,23 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             layout = RowBlock.whole(param.numel())
             rows.append(
                 Row(
-                    param, param.grad, self.state[param], group["amsgrad"], record.key, layout, (index, record.unit),
-                    words, has_master(param, group), is_stochastic(param, group),
+                    param, given[id(param)], self.state[param], group["amsgrad"], record.key, layout,
+                    (index, record.unit), words, has_master(param, group), is_stochastic(param, group),
                 )
             )
-        state = {param: self.state[param] for param in params} if alone else self.state
+        state = self.state if fresh is not None else {param: self.state[param] for param in params}
         return PreparedStep(params, rows, state, self._groups.facts())
 
-    def _is_state_probe(self, grads: list[torch.Tensor | None]) -> bool:
+    def _is_state_probe(self, grads: list[torch.Tensor | None], fresh: Callable[[], bool]) -> bool:
         """torch.distributed.checkpoint asks a fresh optimizer for its state by a step with lr 0 and zero gradients:
         that must not count as one.
         """
-        fresh = (
-            not self.state
-            and any(grad is not None for grad in grads)
+        return (
+            any(grad is not None for grad in grads)
             and all(float(group["lr"]) == 0 for group in self.param_groups)
+            and fresh()
+            and not any(grad.any() for grad in present(grads))
         )
-        return fresh and not any(grad.any() for grad in present(grads))
 
     def _forget_caches(self) -> None:
         """Nothing that was derived from the groups survives a load or a new group."""

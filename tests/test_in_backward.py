@@ -1,6 +1,7 @@
 """Steps in the backward pass: those of a normal loop, with no gradient left; and what cannot work so is refused."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -168,6 +169,16 @@ def test_a_second_call_is_refused(seed):
         optimizer.step_in_backward()
     handle.remove()
     optimizer.step_in_backward()
+
+
+def test_hooks_of_an_optimizer_that_is_gone_do_nothing(seed):
+    model, optimizer = make("graddrop", "auto", seed)
+    optimizer.step_in_backward()
+    gone = weakref.ref(optimizer)
+    del optimizer
+    assert gone() is None, "it must not wait for the garbage collector, with its moments"
+    loss_of(model, 0, seed).backward()
+    assert all(param.grad is not None for param in model.parameters())
 
 
 def test_a_copy_of_the_optimizer_steps_normally(seed):
