@@ -344,6 +344,21 @@ def test_a_grad_scaler_unscales_in_the_compiled_step(seed):
     assert graphs() == 1
 
 
+@pytest.mark.parametrize("grad_scale", [None, torch.tensor(4.0)])
+def test_a_step_says_that_it_writes_gradients_when_it_does(grad_scale, seed):
+    called = []
+
+    def backend(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes if "graddrop" in str(node.target))
+        return graph.forward
+
+    (model, optimizer), _ = twice(fused=True)
+    random_grads(model.parameters(), torch.Generator().manual_seed(seed))
+    optimizer.grad_scale = grad_scale
+    compiled(optimizer, backend)()
+    assert called == ["graddrop.step_.default" if grad_scale is None else "graddrop.step_.unscale"]
+
+
 def test_a_training_step_as_one_function(seed):
     """backward() and zero_grad() are graph breaks of torch's; nothing is compiled anew from step to step."""
     pairs = twice("graddrop")
