@@ -38,8 +38,6 @@ def add_squares(
         g, keep, bucket = masked_gradient(
             row, g, 1.0, wanted, block_start, KIND_, PLANES, VEC, ROWS, GRAD_SCALE, False, INTERPRETED, BLOCK
         )
-    if not FULL:
-        g = tl.where(in_bounds, g, 0.0)  # 0 out of bounds may have become NaN
     g = g.to(tl.float64)
     return tl.fma(g, g, squares)  # the product is exact in any case
 
