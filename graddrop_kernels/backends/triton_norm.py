@@ -93,7 +93,7 @@ def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
     tables = tables_of(batch)
     launches = tables.launches if masked else tables.launches_of_all()
     total, first = sum(launch.chunks.numel() for launch in launches), 0
-    out = torch.zeros((), dtype=torch.float64, device=batch.device)
+    out = (torch.empty if total else torch.zeros)((), dtype=torch.float64, device=batch.device)
     sums, arrived = tables.places(total)
     block = block_of(batch.device)
     with on_device(batch.device):
