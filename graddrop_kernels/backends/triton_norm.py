@@ -38,8 +38,6 @@ def add_squares(
         g, keep, bucket = masked_gradient(
             row, g, 1.0, wanted, block_start, KIND_, PLANES, VEC, ROWS, GRAD_SCALE, False, INTERPRETED, BLOCK
         )
-    if not FULL:
-        g = tl.where(in_bounds, g, 0.0)  # 0 out of bounds may have become NaN
     g = g.to(tl.float64)
     return tl.fma(g, g, squares)  # the product is exact in any case
 
@@ -95,7 +93,7 @@ def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
     tables = tables_of(batch)
     launches = tables.launches if masked else tables.launches_of_all()
     total, first = sum(launch.chunks.numel() for launch in launches), 0
-    out = torch.zeros((), dtype=torch.float64, device=batch.device)
+    out = (torch.empty if total else torch.zeros)((), dtype=torch.float64, device=batch.device)
     sums, arrived = tables.places(total)
     block = block_of(batch.device)
     with on_device(batch.device):
