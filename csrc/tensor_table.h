@@ -72,15 +72,15 @@ constexpr int kChunkBits = 40;  // an entry of a chunk list: tensor << kChunkBit
 struct LaunchSpec {
   const TensorRow* rows;
   const StepRow* step_rows;
-  const float* by_age;    // [rows][age_stride][4]: step_size, bias_correction2_sqrt, its reciprocal, 0
-  const int64_t* chunks;  // num_chunks entries
-  const float* grad_scale;  // gradients are divided by it, and the quotients stored; null: they are not
+  const float* by_age;       // [rows][age_stride][4]: step_size, bias_correction2_sqrt, its reciprocal, 0
+  const int64_t* chunks;     // num_chunks entries
+  const float* grad_scale;   // gradients are divided by it, and the quotients stored; null: they are not
   const float* clip_factor;  // and then multiplied by it; null: they are not
   int64_t num_chunks, age_stride;
   int32_t param_dtype, grad_dtype, moment_dtype;  // DType; grad_dtype not param_dtype: these are masters with copies
   int32_t stochastic;                             // bfloat16 parameters are rounded up or down at random
-  int32_t kind;                       // MaskKind of its rows, but for those that keep or drop everything
-  int32_t planes;                     // kBucket: read from bit-planes, else drawn
+  int32_t kind;    // MaskKind of its rows, but for those that keep or drop everything
+  int32_t planes;  // kBucket: read from bit-planes, else drawn
   int32_t aligned;  // every address is a multiple of 16; eight elements from a multiple of 8 on are one Philox call
   int32_t amsgrad;
   int32_t frozen;  // some rows have kFrozenFlag

@@ -14,8 +14,8 @@ struct AgeTables {
 // What all rows of a call share.
 struct Mode {
   DType param_dtype, grad_dtype, moment_dtype;
-  bool stochastic;          // bfloat16 parameters are rounded up or down at random
-  const float* grad_scale;  // gradients are divided by it and written back; null: they are not
+  bool stochastic;           // bfloat16 parameters are rounded up or down at random
+  const float* grad_scale;   // gradients are divided by it and written back; null: they are not
   const float* clip_factor;  // and then multiplied by it; null: they are not
 };
 
@@ -36,7 +36,7 @@ struct Kernels {
   const char* isa;
   // One step on the elements [begin, end) of a row, local flat indices.
   void (*masked_adamw)(const PreparedRow& row, int64_t begin, int64_t end);
-  // The sum of the squares of the gradients of elements [begin, end) in float64; masked: of what the mask makes of them.
+  // The sum of the squares of the gradients [begin, end) in float64; masked: of what the mask makes of them.
   double (*sum_of_squares)(const PreparedRow& row, bool masked, int64_t begin, int64_t end);
   // The 16-bit draws of elements first .. first + count of a stream.
   void (*uniform16)(uint64_t key, uint32_t draw, uint32_t domain, int64_t first, int64_t count, uint16_t* out);

@@ -484,7 +484,7 @@ static void masked_adamw(const PreparedRow& row, int64_t begin, int64_t end) {
   }
 }
 
-// Element i of a part is added to sum i % 16, whatever the width of a vector: every instruction set gives the same bits.
+// Element i of a part is added to sum i % 16, whatever the width of a vector: all instruction sets give the same bits.
 constexpr int kSums = 16;
 
 template <Variant kVariant, typename G>
