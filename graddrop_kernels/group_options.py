@@ -29,8 +29,14 @@ def moment_dtype_name(dtype: torch.dtype | str | None) -> str | None:
 
 
 def _number(name: str, index: int, value) -> float:
-    """The value as a float. Raises ValueError for what is none: a string, None, a tensor of several elements."""
+    """The value as a float. Raises ValueError for what is none: a string, None, a tensor of several elements.
+
+    An lr on a GPU counts as 0: nobody waits for its value.
+    """
+    if name == "lr" and isinstance(value, torch.Tensor) and value.is_cuda and value.numel() == 1:
+        return 0.0
     try:
+        value = value.detach() if isinstance(value, torch.Tensor) else value
         return float("a string" if isinstance(value, str) else value)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} of parameter group {index} must be a number, got {value!r}") from None
@@ -51,9 +57,8 @@ def check_options(index: int, group: dict) -> None:
             f"betas of parameter group {index} must not round to 1 in float32, where moments would stand still; "
             f"the largest usable is {1 - 2**-24:.10g}, got {group['betas']!r}"
         )
-    for name in ("capturable", "differentiable"):
-        if group[name]:
-            raise ValueError(f"{name}=True is not supported; leave it False (parameter group {index})")
+    if group["capturable"]:
+        raise ValueError(f"capturable=True is not supported; leave it False (parameter group {index})")
     if group["master_weights"] and group["stochastic_rounding"]:
         raise ValueError(
             f"master_weights and stochastic_rounding of parameter group {index} exclude each other: the rounding of "

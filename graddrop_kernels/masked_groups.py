@@ -77,10 +77,12 @@ class MaskedGroups:
 
     def hyper(self, index: int, unit, clock: Clock) -> Hyper:
         """The hyper-parameters and the mask of this step, for one unit of one group."""
-        group = self[index]
+        group, lr = self[index], self[index]["lr"]
+        if not isinstance(lr, torch.Tensor) or (lr.device.type == "cpu" and not lr.requires_grad):
+            lr = float(lr)
         beta1, beta2 = map(float, group["betas"])
         return Hyper(
-            float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], group["amsgrad"], group["maximize"],
+            lr, beta1, beta2, group["eps"], group["weight_decay"], group["amsgrad"], group["maximize"],
             self.plan(index, unit, clock),
         )  # fmt: skip
 

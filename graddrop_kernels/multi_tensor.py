@@ -22,7 +22,7 @@ _address = torch.Tensor.data_ptr
 class Hyper:
     """One row of hyper-parameters: what the parameters of one group under one plan share."""
 
-    lr: float
+    lr: float | torch.Tensor  # a tensor where it lies on a GPU, from which nothing is to be fetched
     beta1: float
     beta2: float
     eps: float

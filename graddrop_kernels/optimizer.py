@@ -39,7 +39,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         fused: True lets ``torch.amp.GradScaler`` hand its scale to the step, which then unscales the gradients and
             skips itself when they are not finite, on the device, as torch's fused AdamW does. Without it the scaler
             unscales and skips before the step: the same training, in more passes over the gradients.
-        capturable, differentiable: must be False.
+        capturable: must be False.
+        differentiable: record the step for autograd, as torch does, so that a loss after it can be differentiated by
+            the gradients, the parameters before it, the moments and a tensor lr. Slow: it runs on the reference.
         mask: a policy of ``graddrop_kernels`` (default ``GradDrop(p=0.2)``), or None for plain AdamW.
         seed: int in [0, 2^64).
         masked: what dropping means: ``"gradient"``: the gradient is 0 (moments decay, momentum and weight decay still
@@ -132,6 +134,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             raise RuntimeError("`fused` does not support `differentiable`")
         if fused and foreach:
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        if differentiable and backend not in ("auto", "reference"):
+            raise ValueError(f"differentiable=True runs on the reference only: leave backend='auto', got {backend!r}")
         for group in (self.defaults, *self.param_groups):
             group["fused"] = fused
         self._step_supports_amp_scaling = fused is True
@@ -340,7 +344,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 scalar if scalar is None else scalar.to(batch.device, non_blocking=True)
                 for scalar in (grad_scale, found_inf)
             )
-        chosen = [backends.select(self._backend, *batch.mode) for batch in prepared.batches]
+        chosen = [backends.select(self._backend_name(), *batch.mode) for batch in prepared.batches]
         if self.max_grad_norm is not None and prepared.batches:
             self.grad_norm = clip_(prepared.batches, chosen, self.max_grad_norm, self.norm_after_mask, grad_scale)
         for backend, batch in zip(chosen, prepared.batches):
@@ -361,9 +365,17 @@ class FusedGradDropAdamW(torch.optim.AdamW):
     def _stepped_in_backward(self) -> set[int]:
         return self._in_backward.finish() if self._in_backward is not None else set()
 
+    def _backend_name(self) -> str:
+        return "reference" if self.defaults["differentiable"] else self._backend
+
     def _check_options(self) -> None:
         for index, group in enumerate(self.param_groups):
             check_options(index, group)
+            if group["differentiable"] != self.defaults["differentiable"]:
+                raise ValueError(
+                    f"differentiable of parameter group {index} is {group['differentiable']!r}, the optimizer's is "
+                    f"{self.defaults['differentiable']!r}: choose it for all groups when the optimizer is made"
+                )
         check_max_grad_norm(self.max_grad_norm)
 
     def _settle_skipped_steps(self, only_if_needed: bool = False) -> None:
@@ -410,7 +422,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                     check_memory(f"the gradient of {record.name!r}", grad)
                     found.append((index, group, param, record))
         for _, group, param, _ in found:
-            backends.select(self._backend, *mode(param, group, self.state.get(param, {})))
+            backends.select(self._backend_name(), *mode(param, group, self.state.get(param, {})))
         probe = fresh is not None and self._is_state_probe(grads, fresh)
         self._warn_of_unknown_epochs({index for index, _, _, _ in found})
         for _, group, param, _ in found:
@@ -435,9 +447,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         that must not count as one.
         """
         return (
-            any(grad is not None for grad in grads)
+            fresh()
+            and any(grad is not None for grad in grads)
             and all(float(group["lr"]) == 0 for group in self.param_groups)
-            and fresh()
             and not any(grad.any() for grad in present(grads))
         )
 

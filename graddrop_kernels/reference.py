@@ -49,8 +49,11 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
         return  # nothing moves, nor the step count
     param, max_exp_avg_sq = batch.params[row], batch.max_exp_avg_sqs[row]
     dtype = _working_dtype(param)
-    p, m, v = (tensor.to(dtype).flatten() for tensor in (param, batch.exp_avgs[row], batch.exp_avg_sqs[row]))
-    vmax = max_exp_avg_sq.to(dtype).flatten() if hyper.amsgrad else None
+    before = [param, batch.exp_avgs[row], batch.exp_avg_sqs[row], *([max_exp_avg_sq] if hyper.amsgrad else [])]
+    if torch.is_grad_enabled():  # differentiable=True: what a derivative needs must not be overwritten
+        before = [tensor.clone() for tensor in before]
+    p, m, v, *rest = (tensor.to(dtype).flatten() for tensor in before)
+    vmax = rest[0] if rest else None
     completed_steps = int(batch.steps[row])
     batch.steps[row].add_(1)
     grad = batch.grads[row]
@@ -128,8 +131,9 @@ def _scalars(hyper: Hyper, step: int, dtype: torch.dtype, device):
     Bias corrections are computed in float64 from the rounded betas, and rounded once.
     """
     plan = hyper.plan
-    lr, beta1, beta2, eps, weight_decay = torch.tensor(
-        (hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay), dtype=dtype, device=device
+    lr = torch.as_tensor(hyper.lr, dtype=dtype, device=device).reshape(())
+    beta1, beta2, eps, weight_decay = torch.tensor(
+        (hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay), dtype=dtype, device=device
     )
     if plan.ages:
         ages = [min(max(age, 1), step) for age in plan.ages] + [1] * (plan.buckets - len(plan.ages))

@@ -92,14 +92,10 @@ def compile_update(variant: Variant, target: GPUTarget = SM_90, **changes):
 
 def compile_norm(variant: Variant, masked: bool = True, target: GPUTarget = SM_90):
     """As backends/triton_norm.py launches it."""
-    constants = norm.norm_constants(variant.launch, MODES[variant.mode][1], variant.grad_scale, masked)
+    constants = norm.norm_constants(variant.launch, MODES[variant.mode][1], masked)
     constants |= blocks(target)
     arguments = {"rows": "*i64", "step_rows": "*i32", "chunks": "*i64", "sums": "*fp64", "arrived": "*i32",
                  "out": "*fp64", "first": "i32", "total": "i32"}  # fmt: skip
-    if variant.grad_scale:
-        arguments["grad_scale"] = "*fp32"
-    else:
-        constants["grad_scale"] = None
     options = {"num_warps": backend.WARPS, "enable_fp_fusion": False}
     return _compile(norm.sum_of_squares_kernel, arguments, constants, target, options)
 

@@ -20,8 +20,8 @@ SUMMED = tl.constexpr(1024)  # sums of chunks that the last program adds up at a
 
 @triton.jit
 def add_squares(
-    squares, row, divisor, block_start,
-    KIND_: tl.constexpr, PLANES: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, GRAD_SCALE: tl.constexpr,
+    squares, row, block_start,
+    KIND_: tl.constexpr, PLANES: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr,
     MASKED: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """``squares`` (float64, one sum a lane) with those of the elements [block_start, block_start + BLOCK); FULL: all of
@@ -32,11 +32,9 @@ def add_squares(
     wanted = ((row.flags + tl.zeros([BLOCK], tl.uint32)) & OFF_FLAG) == 0  # a lane each: see update_block
     g = load_gradient(row.grad + block_start + lane, in_bounds, wanted, MASKED and KIND_ == KEEP, FULL)
     g = to_float32(g, INTERPRETED)
-    if GRAD_SCALE:
-        g = tl.div_rn(g, divisor + tl.zeros_like(g))
     if MASKED:
         g, keep, bucket = masked_gradient(
-            row, g, 1.0, wanted, block_start, KIND_, PLANES, VEC, ROWS, GRAD_SCALE, False, INTERPRETED, BLOCK
+            row, g, 1.0, wanted, block_start, KIND_, PLANES, VEC, ROWS, False, False, INTERPRETED, BLOCK
         )
     g = g.to(tl.float64)
     return tl.fma(g, g, squares)  # the product is exact in any case
@@ -44,10 +42,9 @@ def add_squares(
 
 @triton.jit(do_not_specialize=["first", "total"])
 def sum_of_squares_kernel(
-    rows, step_rows, chunks, grad_scale, sums, arrived, out, first, total,
+    rows, step_rows, chunks, sums, arrived, out, first, total,
     G: tl.constexpr, KIND_: tl.constexpr, PLANES: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr,
-    GRAD_SCALE: tl.constexpr, MASKED: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    MASKED: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """The squares of one chunk; of all launches together the last program writes ``out`` and sets ``arrived`` to 0.
 
@@ -56,19 +53,16 @@ def sum_of_squares_kernel(
     chunk = tl.load(chunks + tl.program_id(0))
     tensor = chunk >> 40
     row = load_row(rows + tensor * TENSOR_WORDS, step_rows + tensor * STEP_WORDS, G, G, G, VEC)
-    divisor = tl.load(grad_scale) if GRAD_SCALE else 1.0
     start = (chunk & 0xFFFFFFFFFF) * (BLOCK * BLOCKS)
     end = tl.minimum(start + BLOCK * BLOCKS, row.numel)
     squares = tl.zeros([BLOCK], tl.float64)
     while start + BLOCK <= end:
         start = tl.multiple_of(start, BLOCK)
-        squares = add_squares(squares, row, divisor, start, KIND_, PLANES, VEC, ROWS, GRAD_SCALE, MASKED, INTERPRETED,
-                              BLOCK, True)  # fmt: skip
+        squares = add_squares(squares, row, start, KIND_, PLANES, VEC, ROWS, MASKED, INTERPRETED, BLOCK, True)
         start += BLOCK
     if start < end:
         start = tl.multiple_of(start, BLOCK)
-        squares = add_squares(squares, row, divisor, start, KIND_, PLANES, VEC, ROWS, GRAD_SCALE, MASKED, INTERPRETED,
-                              BLOCK, False)  # fmt: skip
+        squares = add_squares(squares, row, start, KIND_, PLANES, VEC, ROWS, MASKED, INTERPRETED, BLOCK, False)
     # One thread stores the sum and then counts the program as arrived: release. Whoever finds all of them arrived
     # acquires, with its whole program, and so sees every sum; L1 is passed by, which may hold what was there before.
     tl.store(sums + first + tl.program_id(0), tl.sum(squares, axis=0))
@@ -87,8 +81,8 @@ def sum_of_squares_kernel(
 def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
     """The sum over all gradients of the batch: float64 of shape (), on its device, without waiting for it.
 
-    Gradients are divided by ``batch.grad_scale``, which is not written back. ``masked``: as the step that comes next
-    masks them: dropped ones count as 0, kept ones times their scale. The step counts stay.
+    Neither ``grad_scale`` nor ``clip_factor`` is applied. ``masked``: as the step that comes next masks them: dropped
+    ones count as 0, kept ones times their scale. The step counts stay.
     """
     tables = tables_of(batch)
     launches = tables.launches if masked else tables.launches_of_all()
@@ -102,16 +96,16 @@ def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
         for launch in launches:
             programs = launch.chunks.numel()
             sum_of_squares_kernel[(programs,)](
-                tables.rows, tables.step_rows, launch.chunks, batch.grad_scale, sums, arrived, out, first, total,
-                **norm_constants(launch, batch.grad_dtype or batch.param_dtype, batch.grad_scale is not None, masked),
+                tables.rows, tables.step_rows, launch.chunks, sums, arrived, out, first, total,
+                **norm_constants(launch, batch.grad_dtype or batch.param_dtype, masked),
                 BLOCK=block, BLOCKS=tables.chunk // block, num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
             first += programs
     return out
 
 
-def norm_constants(launch: Launch, grad_dtype: torch.dtype, grad_scale: bool, masked: bool) -> dict:
+def norm_constants(launch: Launch, grad_dtype: torch.dtype, masked: bool) -> dict:
     """What of a launch is compiled into the kernel."""
-    update = constants(launch, grad_dtype, grad_dtype, grad_scale=grad_scale)
-    names = ("G", "KIND_", "PLANES", "VEC", "ROWS", "GRAD_SCALE", "INTERPRETED")
+    update = constants(launch, grad_dtype, grad_dtype)
+    names = ("G", "KIND_", "PLANES", "VEC", "ROWS", "INTERPRETED")
     return {name: update[name] for name in names} | {"MASKED": masked, "ROWS": masked and launch.rows}
