@@ -20,8 +20,15 @@ from step_cpu import CASES, HYPERS, TORCH, Case, Tensors, make_tensors
 
 from graddrop_kernels.bitmask import num_words
 
-# (parameters, moments); None: the same
-DTYPES = ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32))
+# (parameters, moments, options); None: the same
+MODES = (
+    (torch.float32, None, {}),
+    (torch.bfloat16, None, {}),
+    (torch.bfloat16, None, {"stochastic_rounding": True}),
+    (torch.bfloat16, torch.float32, {}),
+    (torch.bfloat16, torch.float32, {"master_weights": True}),
+)
+OPTIONS = {"stochastic_rounding": ", rounded stochastically", "master_weights": " and masters"}
 TABLE = 1024  # bytes a tensor for addresses and keys; more would be a mask in disguise
 
 
@@ -51,10 +58,10 @@ def kept_bytes(optimizer: torch.optim.Optimizer, tensors: Tensors) -> tuple[int,
     return sum(found.values()), tables
 
 
-def computed_bytes(tensors: Tensors, moments: torch.dtype, mask_bits: int) -> int:
-    """Two moments, a float32 step count a tensor, and mask bits in words of 32."""
-    sizes = [param.numel() for _, param in tensors.named]
-    return sum(2 * moments.itemsize * numel + 4 + 4 * mask_bits * num_words(numel) for numel in sizes)
+def computed_bytes(tensors: Tensors, moments: torch.dtype, mask_bits: int, masters: bool = False) -> int:
+    """Two moments, a float32 step count a tensor, mask bits in words of 32, and float32 masters."""
+    sizes, kept = [param.numel() for _, param in tensors.named], 2 * moments.itemsize + 4 * masters
+    return sum(kept * numel + 4 + 4 * mask_bits * num_words(numel) for numel in sizes)
 
 
 def peak_growth(step: Callable[[], object]) -> int | None:
@@ -84,12 +91,14 @@ def measure(
     later = [peak_growth(optimizer.step) for _ in range(3)]
     moments = optimizer.state[param]["exp_avg"].dtype if optimizer.state[param] else param.dtype
     (kept, tables), mask_bits = kept_bytes(optimizer, tensors), case.mask_bits if case else 0
-    computed = computed_bytes(tensors, moments, mask_bits)
+    group = optimizer.param_groups[0]
+    option = "".join(text for option, text in OPTIONS.items() if group.get(option))
+    computed = computed_bytes(tensors, moments, mask_bits, bool(group.get("master_weights")))
     return {
         "name": name,
         "kind": kind,
         "dtype": str(param.dtype).removeprefix("torch."),
-        "moment_dtype": str(moments).removeprefix("torch."),
+        "moment_dtype": str(moments).removeprefix("torch.") + option,
         "mask_bits": mask_bits,
         "kept_bytes": kept,
         "computed_bytes": computed,
@@ -106,17 +115,17 @@ def main() -> int:
     parser.add_argument("--numel", type=int, default=20_000_000, help="parameters")
     options = parser.parse_args()
     load, rows = machine.Load(), []
-    for dtype, moment_dtype in DTYPES:
+    for dtype, moment_dtype, more in MODES:
         numel = min(options.numel, 300_000) if options.quick else options.numel
         tensors = make_tensors("layers", numel, dtype)
         tensors.moments.clear()
-        for name, implementation in TORCH.items() if moment_dtype is None else ():
+        for name, implementation in TORCH.items() if moment_dtype is None and not more else ():
             params = [param for _, param in tensors.named]
             peer = torch.optim.AdamW(params, **HYPERS, **implementation)
             rows.append(measure(name, "peer", peer, peer.step, tensors, None))
             show(rows[-1])
         for case in CASES:
-            ours = case.optimizer(tensors, moment_dtype=moment_dtype)
+            ours = case.optimizer(tensors, moment_dtype=moment_dtype, **more)
             first_step = functools.partial(case.enter_last_epoch, ours)
             rows.append(measure(case.name, "ours", ours, first_step, tensors, case))
             show(rows[-1])
@@ -131,7 +140,7 @@ def main() -> int:
 def show(row: dict) -> None:
     peak = "unknown" if row["step_peak_per_param"] is None else f"{row['step_peak_per_param']:.3f}"
     kept = f"keeps {row['kept_per_param']:.4f} bytes a parameter (computed {row['computed_per_param']:.4f})"
-    dtypes = f"{row['dtype']:>9}/{row['moment_dtype']:<9}"
+    dtypes = f"{row['dtype']:>9}/{row['moment_dtype']:<33}"
     print(f"{dtypes}{row['name']:<28} {kept}, a step takes {peak} more", flush=True)
 
 

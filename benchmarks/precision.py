@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="keep the runs that the results hold already")
     options = parser.parse_args()
-    load, rows = machine.Load(), []
+    load, rows, path = machine.Load(), [], None
     written = (options.out or RESULTS / machine.slug(machine.facts())) / "precision.json"
     if options.resume and written.exists():
         rows = json.loads(written.read_text())["rows"]
@@ -68,7 +68,7 @@ def main() -> None:
                 results = {"model": source.description, "method": "GradDrop", "load": load.report(), "rows": rows}
                 print(f"seed {seed}, {weights}: {found['accuracy']}", file=sys.stderr, flush=True)
                 path = machine.write("precision", options, results)
-    print(path)
+    print(path or f"nothing is left to do: {written}")
 
 
 if __name__ == "__main__":

@@ -151,6 +151,20 @@ def _memory(results: dict) -> str:
     return markdown(["bytes a parameter: kept + during a step", "mask bits", *labels], table)
 
 
+def _modes(results: dict) -> str:
+    """Time over that of each table's first row."""
+    tables = results["modes_cpu"]["tables"]
+    counts = list(dict.fromkeys(table["threads"] for table in tables))
+    parts = []
+    for name in dict.fromkeys(table["table"] for table in tables):
+        same = [table for table in tables if table["table"] == name]
+        own = {table["threads"]: {row["name"]: row["ratio"] for row in table["rows"]} for table in same}
+        rows = [[row, *(number(own[count].get(row)) for count in counts)] for row in own[counts[0]]]
+        labels = [f"{count} thread{'s' if count > 1 else ''}" for count in counts]
+        parts.append(markdown([f"{name}: time / the first row's", *labels], rows))
+    return "\n\n".join(parts)
+
+
 def _precision(results: dict) -> str:
     """Mean and, after the sign, the standard deviation over the seeds."""
     rows = results["precision"]["rows"]
@@ -191,6 +205,7 @@ TABLES = {  # name in the marker: (benchmarks of which it needs one, the table)
     "bandwidth": (("bandwidth",), _bandwidth),
     "host-overhead": (("host_overhead",), _host_overhead),
     "memory": (("memory",), _memory),
+    "modes": (("modes_cpu",), _modes),
     "precision": (("precision",), _precision),
 }
 

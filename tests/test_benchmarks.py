@@ -134,7 +134,10 @@ def test_host_overhead_and_bandwidth(results):
 def test_memory_is_counted_to_the_byte(results):
     numel = results["memory"]["numel"]
     kept = {(row["name"], row["dtype"], row["moment_dtype"]): row["kept_bytes"] for row in results["memory"]["rows"]}
-    dtypes = (("float32", "float32", 8), ("bfloat16", "bfloat16", 4), ("bfloat16", "float32", 8))
+    dtypes = (
+        ("float32", "float32", 8), ("bfloat16", "bfloat16", 4), ("bfloat16", "bfloat16, rounded stochastically", 4),
+        ("bfloat16", "float32", 8), ("bfloat16", "float32 and masters", 12),
+    )  # fmt: skip
     for param, moments, size in dtypes:
         for case in step_cpu.CASES:
             own = kept[case.name, param, moments] - size * numel - 4 * COUNT
