@@ -95,7 +95,7 @@ GRADDROP_LONG_FN void update_turn(const LaunchSpec& spec, const TensorRow& row, 
   using G = typename T::G;
   using M = typename T::M;
   constexpr int kVector = T::kVector, kGroups = kElements / kVector, kStride = kWarp * kVector;
-  const bool off = step.flags & kOffFlag;
+  const bool off = !selects(kVariant) && (step.flags & kOffFlag);  // else the mask drops everything
   ThreadMask mask;
   make_mask<kVariant, kVector>(row, step, turn, mask);
 
