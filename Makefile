@@ -20,6 +20,8 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/step_cpu.py
 	$(BIN)/python benchmarks/host_overhead.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/modes_cpu.py
+	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/plots.py
 	$(BIN)/python benchmarks/plots_masks.py
 	$(BIN)/python benchmarks/render.py

@@ -1,4 +1,4 @@
-"""The benchmarks of 16-bit training and of clipping run end to end, and their tables and figures hold what they found."""
+"""The benchmarks of 16-bit training and of clipping run end to end; tables and figures hold what they found."""
 
 import json
 import sys
