@@ -25,12 +25,16 @@ from graddrop_kernels.backends import BACKENDS, cpu
 
 # --- engines ----------------------------------------------------------------------------------------------------------
 
-BACKEND_NAMES = tuple(
-    dict.fromkeys(("cpu", *available_backends()))
-)  # cpu even where it is missing: require() then fails
 _ROWS = {backend.name: backend for backend in BACKENDS}
 
 
+def steps_cpu_tensors(backend: str) -> bool:
+    """Whether the tests whose tensors lie on the CPU can ask for it; triton only in its interpreter."""
+    return "cpu" in (_ROWS[backend].devices or ("cpu",))
+
+
+# cpu even where it is missing: require() then fails
+BACKEND_NAMES = tuple(filter(steps_cpu_tensors, dict.fromkeys(("cpu", *available_backends()))))
 ISAS = cpu.available_isas()
 
 

@@ -42,7 +42,7 @@ def seed() -> int:
 
 @pytest.fixture(params=BACKEND_NAMES)
 def backend(request) -> str:
-    """Every backend of this machine.
+    """Every backend of this machine that steps CPU tensors; of the others see cases.ENGINES.
 
     The cpu backend must be there, unless GRADDROP_NO_EXT says that nothing was to be compiled.
     """
