@@ -57,8 +57,10 @@ def check_options(index: int, group: dict) -> None:
             f"betas of parameter group {index} must not round to 1 in float32, where moments would stand still; "
             f"the largest usable is {1 - 2**-24:.10g}, got {group['betas']!r}"
         )
-    if group["capturable"]:
-        raise ValueError(f"capturable=True is not supported; leave it False (parameter group {index})")
+    if group["capturable"] and not all(param.is_cuda for param in group["params"]):
+        raise ValueError(
+            f"capturable=True needs parameters on a GPU; leave it False (parameter group {index})"
+        )
     if group["master_weights"] and group["stochastic_rounding"]:
         raise ValueError(
             f"master_weights and stochastic_rounding of parameter group {index} exclude each other: the rounding of "

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from . import backends, checkpoint, inspection, operator
+from .backends.device_tables import capturing
 from .clipping import check_max_grad_norm, clip_
 from .group_options import GROUP_DEFAULTS, check_options, moment_dtype_name
 from .in_backward import StepInBackward
@@ -39,7 +40,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         fused: True lets ``torch.amp.GradScaler`` hand its scale to the step, which then unscales the gradients and
             skips itself when they are not finite, on the device, as torch's fused AdamW does. Without it the scaler
             unscales and skips before the step: the same training, in more passes over the gradients.
-        capturable: must be False.
+        capturable: accepted for parameters on a GPU, and without effect: a step there can always be captured in a CUDA
+            graph, see ``advance_captured_step``.
         differentiable: record the step for autograd, as torch does, so that a loss after it can be differentiated by
             the gradients, the parameters before it, the moments and a tensor lr. Slow: it runs on the reference.
         mask: a policy of ``graddrop_kernels`` (default ``GradDrop(p=0.2)``), or None for plain AdamW.
@@ -110,6 +112,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._warned: set[str] = set()
         self._skipped_steps: dict[int, torch.Tensor] = {}  # of each group, counted on the device
         self._in_backward: StepInBackward | None = None
+        self._captured: PreparedStep | None = None  # by a CUDA graph, which holds its addresses
         self.max_grad_norm, self.norm_after_mask = check_max_grad_norm(max_grad_norm), norm_after_mask
         self.grad_norm: torch.Tensor | None = None
         self._own_defaults = {
@@ -189,7 +192,28 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             return
         clocks = list(map(self._groups.clock, self._groups.indices()))
         self._run(prepared, grads, clocks, grad_scale, found_inf)
+        if any(capturing(batch.device) for batch in prepared.batches):
+            self._captured = prepared  # nothing has run
+            return
         self._count_step(prepared.group_indices | self._stepped_in_backward(), clocks, found_inf)
+
+    def advance_captured_step(self) -> None:
+        """Call it before each replay of a CUDA graph in which ``step()`` was captured: it brings lr, p, the epoch and
+        the masks of blocks up to date, without waiting for the GPU, and counts the step. Element masks, step counts and
+        bias corrections advance on the GPU by themselves.
+
+        Raises:
+            RuntimeError: no step was captured; or this one needs other launches than the captured one, as when other
+                blocks are frozen: capture it again.
+        """
+        if self._captured is None:
+            raise RuntimeError("advance_captured_step() needs a step() that was captured in a CUDA graph")
+        self._check_options()
+        clocks = list(map(self._groups.clock, self._groups.indices()))
+        for batch in self._captured.batches:
+            batch.hypers = [self._groups.hyper(index, unit, clocks[index]) for index, unit in batch.plans_of]
+            batch.table.refresh_captured(batch.hypers)
+        self._count_step(self._captured.group_indices, clocks, None)
 
     def step_in_backward(self) -> "StepInBackward":
         """From now on steps each parameter in the backward pass, as its gradient arrives, and frees the gradient: see
@@ -325,6 +349,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self.__dict__.setdefault("_warned", set())
         self.__dict__.setdefault("_skipped_steps", {})
         self.__dict__.setdefault("_in_backward", None)
+        self.__dict__.setdefault("_captured", None)
         self._step_supports_amp_scaling = self.defaults.get("fused") is True
         self._constructing = False
         self._forget_caches()

@@ -24,7 +24,7 @@ from graddrop_kernels.bounds import BOUNDS, ulp_at
 INFO = next(info for info in optim_db if info.optim_cls is torch.optim.AdamW)
 # What torch's AdamW takes and ours does not: the argument, and what the refusal says.
 REFUSED_TODAY = {
-    "capturable": "capturable=True is not supported; leave it False",
+    "capturable": "capturable=True needs parameters on a GPU; leave it False",
 }
 STEPS, SHAPES = 20, ((1031,), (7, 11), (), (0, 3), (5,))
 ULP = {F32: 2.0**-23, F64: 2.0**-52}

@@ -6,7 +6,14 @@ import pytest
 import torch
 from cases import BF16, F32, assert_same_bits
 
-from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch, LayerGradDrop, available_backends
+from graddrop_kernels import (
+    FusedGradDropAdamW,
+    GradDrop,
+    GradDropEpoch,
+    LayerGradDrop,
+    LinearAnneal,
+    available_backends,
+)
 from graddrop_kernels.philox import DOMAIN_ELEMENT, stream_key, uniform16
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -87,14 +94,120 @@ def test_a_captured_step_replays_to_the_same_bits(name, seed):
     expected = [tensor.clone() for tensor in tensors]
     for tensor, value in zip(tensors, start):
         tensor.copy_(value)
+    graph = captured(optimizer)
+    for _ in range(4):
+        optimizer.advance_captured_step()
+        graph.replay()
+    for tensor, value in zip(tensors, expected):
+        assert_same_bits(tensor, value, "after four replays")
+
+
+def captured(optimizer) -> torch.cuda.CUDAGraph:
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.graph(graph, stream=stream):
         optimizer.step()
-    for _ in range(4):
+    return graph
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(
+    "policy", [GradDrop(LinearAnneal(epochs=6)), GradDropEpoch(5), LayerGradDrop(0.5, layers=("*",))], ids=str
+)
+@pytest.mark.parametrize("more", [{}, {"max_grad_norm": 0.5}], ids=str)
+def test_replays_under_a_changing_lr_p_and_epoch(name, policy, more, seed):
+    """Beside a twin that steps eagerly. The graph has gradients of its own, filled before each replay."""
+    pairs = []
+    for _ in range(2):
+        params = parameters([(1000,), (77,), (70_001,)], seed)
+        named = [(f"w{i}.x", param) for i, param in enumerate(params)]
+        pairs.append((params, FusedGradDropAdamW(named, mask=policy, backend=name, **ARGUMENTS, **more)))
+    (params, mine), (others, eager) = pairs
+    for each, optimizer in pairs:
+        generator = torch.Generator().manual_seed(seed)
+        optimizer.set_epoch(1)
+        for _ in range(2):
+            give_gradients(each, generator)
+            optimizer.step()
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    static, graph = [param.grad for param in params], captured(mine)
+    for i, epoch in enumerate((1, 2, 2, 3, 3)):
+        give_gradients(others, torch.Generator().manual_seed(seed + i))
+        for optimizer in (mine, eager):
+            optimizer.set_epoch(epoch)
+            optimizer.param_groups[0]["lr"] = 1e-2 / (i + 1)
+        eager.step()
+        torch._foreach_copy_(static, [other.grad for other in others])
+        mine.advance_captured_step()
         graph.replay()
-    for tensor, value in zip(tensors, expected):
-        assert_same_bits(tensor, value, "after four replays")
+        for a, b in zip(params, others):
+            assert_same_bits(a, b, f"parameter after replay {i}")
+            for key, value in eager.state[b].items():
+                assert_same_bits(mine.state[a][key], value, f"{key} after replay {i}")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("mode", [{"master_weights": True}, {"stochastic_rounding": True}], ids=str)
+def test_modes_have_the_bits_of_the_exact_reference(name, mode, seed):
+    mine, exact = parameters([(1000,), (33, 65)], seed, BF16), parameters([(1000,), (33, 65)], seed, BF16)
+    arguments = {**ARGUMENTS, **mode, "mask": GradDrop(0.3), "seed": seed}
+    pairs = [(each, FusedGradDropAdamW(each, backend=backend, **arguments))
+             for each, backend in ((mine, name), (exact, "exact"))]  # fmt: skip
+    for step in range(5):
+        for params, optimizer in pairs:
+            give_gradients(params, torch.Generator().manual_seed(seed + step))
+            optimizer.step()
+        for a, b in zip(mine, exact):
+            assert_same_bits(a, b, f"parameter after step {step}")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("after", [False, True])
+def test_the_norm_is_that_of_the_reference(name, after, seed):
+    """In float32, of a sum in float64 whose order differs."""
+    norms = []
+    for backend in (name, "reference"):
+        params = parameters([(1000,), (33, 65), (2**20 + 3,)], seed)
+        arguments = {"mask": GradDrop(0.3), "seed": seed, "max_grad_norm": 0.5, "norm_after_mask": after}
+        optimizer = FusedGradDropAdamW(params, backend=backend, **arguments, **ARGUMENTS)
+        give_gradients(params, torch.Generator().manual_seed(seed))
+        optimizer.step()
+        norms.append(optimizer.grad_norm.item())
+    assert abs(norms[0] - norms[1]) <= 2**-22 * norms[1]
+
+
+@pytest.mark.parametrize("name", ["triton"])
+def test_an_lr_on_the_gpu_is_never_fetched(name, seed):
+    params = parameters([(1000,), (77,)], seed)
+    lr = torch.tensor(1e-2, device="cuda")
+    arguments = {**ARGUMENTS, "lr": lr, "max_grad_norm": 1.0}
+    optimizer = FusedGradDropAdamW(params, **arguments, mask=GradDrop(0.3), backend=name)
+    give_gradients(params, torch.Generator().manual_seed(seed))
+    optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            lr.mul_(0.5)
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_compiled_step_is_an_eager_one(seed):
+    pairs = []
+    for _ in range(2):
+        params = parameters([(1000,), (77,)], seed)
+        pairs.append((params, FusedGradDropAdamW(params, mask=GradDrop(0.3), **ARGUMENTS)))
+    step = torch.compile(pairs[0][1].step, fullgraph=True)
+    for i in range(5):
+        for (params, optimizer), do in zip(pairs, (step, pairs[1][1].step)):
+            optimizer.param_groups[0]["lr"] = 1e-2 / (i + 1)
+            give_gradients(params, torch.Generator().manual_seed(seed + i))
+            do()
+    for a, b in zip(pairs[0][0], pairs[1][0]):
+        assert_same_bits(a, b, "parameter")
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -19,6 +19,11 @@ _KEPT_LAUNCHES = 8  # sets of launches remembered: LayerGradDrop with masked="fr
 _STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "copy")
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched now is recorded in a CUDA graph instead of run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @dataclass(frozen=True)
 class Launch:
     """One call of the update kernel: what is compiled in, and the chunks it walks."""
@@ -38,6 +43,9 @@ class DeviceTables:
 
     ``rows`` (int64 [tensors, 14]) and ``hypers`` (int64 [hyper rows, 16]) are views of one tensor, which ages follow.
     ``step_rows`` and ``by_age`` are written by the prologue kernel. ``launches`` is what to launch in this step.
+
+    In a CUDA graph the addresses of the gradients are copied by the graph, since it may have gradients of its own, and
+    the hyper-parameters before each replay, by ``refresh_captured``.
     """
 
     def __init__(self, batch: TensorBatch, chunk: int = CHUNK, reads_lr: bool = False):
@@ -60,15 +68,15 @@ class DeviceTables:
         self.sums = torch.zeros(1, dtype=torch.float64, device=self.device)
         self.arrived = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._launches: dict[tuple, tuple[Launch, ...]] = {}
+        self.captured_kinds: tuple | None = None
 
     def refresh(self, batch: TensorBatch) -> None:
         """Brings the tables up to the batch's gradients and hyper-parameters; copies only what has changed."""
         addresses = list(map(torch.Tensor.data_ptr, batch.grads))
-        hypers = hyper_table(batch.hypers, self.lr_on)
+        if capturing(self.device):
+            return self._capture(addresses, batch.hypers)
         self._make_room(batch.hypers)
-        ages = b"".join(bytes(array) for array in hypers.age_arrays)
-        self._point_to_device_ages(hypers)
-        hyper_image = bytes(hypers) + ages
+        hyper_image = self._hyper_image(batch.hypers)
         if addresses != self.addresses:
             self.host["grad"] = addresses
             self.addresses = addresses
@@ -78,6 +86,43 @@ class DeviceTables:
             self.upload.write(hyper_image, self.host.nbytes)
         self.hyper_image = hyper_image
         self.launches = self._launches_of([_kind_of(hyper.plan) for hyper in batch.hypers])
+
+    def refresh_captured(self, hypers: list[Hyper]) -> None:
+        """Brings the hyper-parameters up to date for the next replay of the captured step.
+
+        Raises:
+            RuntimeError: they need other launches, or larger tables, than were captured.
+        """
+        kinds, _ = self._signature([_kind_of(hyper.plan) for hyper in hypers])
+        if kinds != self.captured_kinds or self._lacks_room(hypers):
+            raise RuntimeError(
+                "the step that was captured cannot carry out this one: its masks are of another kind, or other blocks "
+                "are frozen; capture it again"
+            )
+        hyper_image = self._hyper_image(hypers)
+        if hyper_image != self.hyper_image:
+            self.upload.write(hyper_image, self.host.nbytes)
+            self.hyper_image = hyper_image
+
+    def _capture(self, addresses: list[int], hypers: list[Hyper]) -> None:
+        """Records the copy of the gradients' addresses; whatever else the step needs must be on the device already."""
+        if self.upload is not None:
+            self.host["grad"] = addresses
+            self.aligned = self._aligned()
+            signature = self._signature([_kind_of(hyper.plan) for hyper in hypers])
+        if self.upload is None or signature not in self._launches or self._lacks_room(hypers):
+            raise RuntimeError(
+                "a step can be captured in a CUDA graph after one that was like it: call step() once before, with the "
+                "gradients, policies and epoch of the step to capture"
+            )
+        self.upload.write_captured(self.host.tobytes())
+        self.addresses = []  # what the next step outside of the graph finds on the device is the graph's
+        self.launches, (self.captured_kinds, _) = self._launches[signature], signature
+
+    def _hyper_image(self, hypers: list[Hyper]) -> bytes:
+        table = hyper_table(hypers, self.lr_on)
+        self._point_to_device_ages(table)
+        return bytes(table) + b"".join(bytes(array) for array in table.age_arrays)
 
     def launches_of_all(self) -> tuple[Launch, ...]:
         """Launches over every row, dropped or not, as though each kept everything."""
@@ -91,10 +136,13 @@ class DeviceTables:
             self.sums = torch.zeros(count, dtype=torch.float64, device=self.device)
         return self.sums, self.arrived
 
+    def _lacks_room(self, hypers: list[Hyper]) -> bool:
+        buckets, room = _age_sizes(hypers)
+        return room > self.age_room or buckets > self.age_stride
+
     def _make_room(self, hypers: list[Hyper]) -> None:
         """Tables as large as these hyper-parameters need: ages grow with the epochs, up to the number of buckets."""
-        buckets = max((hyper.plan.buckets if hyper.plan.ages else 0 for hyper in hypers), default=0)
-        room = sum(hyper.plan.buckets for hyper in hypers if hyper.plan.ages) * 8
+        buckets, room = _age_sizes(hypers)
         if self.upload is None or room > self.age_room:
             self.age_room = room
             size = self.host.nbytes + len(hypers) * _HYPER_BYTES + room
@@ -121,12 +169,18 @@ class DeviceTables:
 
     def _launches_of(self, kinds: list) -> tuple[Launch, ...]:
         """By the _Kind of each hyper row, or None where nothing is touched."""
-        signature = (tuple(kinds), self.aligned.tobytes())
+        signature = self._signature(kinds)
         if signature not in self._launches:
             while len(self._launches) >= _KEPT_LAUNCHES:
                 del self._launches[next(iter(self._launches))]
             self._launches[signature] = self._make_launches(kinds)
         return self._launches[signature]
+
+    def _signature(self, kinds: list) -> tuple:
+        """What the launches depend on. Where nothing is drawn, dropped blocks go with those that keep everything."""
+        if not any(kind is not None and kind.is_drawn for kind in kinds):
+            kinds = [_Kind("keep") if kind == _Kind("off") else kind for kind in kinds]
+        return tuple(kinds), self.aligned.tobytes()
 
     def _make_launches(self, kinds: list) -> tuple[Launch, ...]:
         """Rows that can share a launch do: one a mask kind, alignment and use of amsgrad, for any number of tensors."""
@@ -157,6 +211,12 @@ class DeviceTables:
         if self.device.type == "cpu":
             return chunks
         return chunks.pin_memory().to(self.device, non_blocking=True)
+
+
+def _age_sizes(hypers: list[Hyper]) -> tuple[int, int]:
+    """(most buckets that have ages, bytes of all ages)."""
+    buckets = [hyper.plan.buckets for hyper in hypers if hyper.plan.ages]
+    return max(buckets, default=0), 8 * sum(buckets)
 
 
 class _Kind(NamedTuple):
@@ -199,16 +259,39 @@ class _Upload:
     def __init__(self, size: int, device: torch.device):
         self.device = torch.zeros(-(-size // 16) * 16, dtype=torch.uint8, device=device)
         self.buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        # Nothing can be allocated while a graph is captured; what a graph copies from is kept as it is for ever.
+        self.spare: torch.Tensor | None = self._pinned()
+        self.captured: list[torch.Tensor] = []
+
+    def _pinned(self) -> torch.Tensor:
+        return torch.empty(self.device.numel(), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+    def write_captured(self, data: bytes) -> None:
+        """Records a copy of ``data`` to the beginning in the graph that is being captured.
+
+        Raises:
+            RuntimeError: another graph was captured since the last ``write``.
+        """
+        if self.spare is None:
+            if bytes(self.captured[-1][: len(data)].numpy()) == data:
+                return  # by the norm of this very step
+            raise RuntimeError("call step() once between the captures of two CUDA graphs")
+        buffer, self.spare = self.spare, None
+        self.captured.append(buffer)
+        buffer[: len(data)].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        self.device[: len(data)].copy_(buffer[: len(data)], non_blocking=True)
 
     def write(self, data: bytes, begin: int) -> None:
         """Replaces the bytes from ``begin`` on, in the order of the current stream."""
+        if self.spare is None:
+            self.spare = self._pinned()
         target = self.device[begin : begin + len(data)]
         source = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         if target.device.type == "cpu":
             target.copy_(source)
             return
         if not self.buffers or not self.buffers[0][1].query():
-            buffer = torch.empty(self.device.numel(), dtype=torch.uint8, pin_memory=True)
+            buffer = self._pinned()
             self.buffers.insert(0, (buffer, torch.cuda.Event()))
         buffer, read = self.buffers.pop(0)
         pinned = buffer[: len(data)]
