@@ -80,18 +80,19 @@ def parts(rehearse: bool, folder: Path) -> list[Part]:
     bench += ["--device", "cpu"] if rehearse else []
     one_mode = ("--modes", "float32") if rehearse else ()
     planned = [
-        Part("build", 100, [python, "setup.py", "-q", "build_ext", "--inplace"], environment=tuple(build.items())),
+        Part("build", 90, [python, "setup.py", "-q", "build_ext", "--inplace"], environment=tuple(build.items())),
         Part("info", 15, [python, "-m", "graddrop_kernels", "info"]),
-        Part("verify, quick", 25, verify + ["--help" if rehearse else "--quick"]),
-        benchmark("step, XLM-R-large", 75, "step_gpu", "--work", "xlmr_large"),
+        Part("verify, quick", 20, verify + ["--help" if rehearse else "--quick"]),
+        benchmark("step, XLM-R-large", 65, "step_gpu", "--work", "xlmr_large"),
         benchmark("host, launches, graphs", 25, "host_gpu"),
-        benchmark("sweeps", 55, "sweeps_gpu", *one_mode),
-        Part("tests", 80, tests, environment=tuple(on_gpu.items())),
-        benchmark("step, other models", 60, "step_gpu", "--work", "xlmr_base", "llama_1b", "one_tensor"),
-        benchmark("slow peers", 60, "step_gpu", "--work", "xlmr_large", "--modes", "float32", "--slow-peers"),
+        benchmark("modes", 40, "modes_gpu"),
+        benchmark("sweeps", 45, "sweeps_gpu", *one_mode),
+        Part("tests", 70, tests, environment=tuple(on_gpu.items())),
+        benchmark("step, other models", 40, "step_gpu", "--work", "xlmr_base", "llama_1b", "one_tensor"),
+        benchmark("slow peers", 50, "step_gpu", "--work", "xlmr_large", "--modes", "float32", "--slow-peers"),
         Part("micro", 20, micro, environment=tuple(on_cpu.items())),
         Part("bench, quick", 15, bench),
-        Part("verify", 30, verify),
+        Part("verify", 20, verify),
     ]
     return planned[:-1] if rehearse else planned  # verify --help once is enough
 

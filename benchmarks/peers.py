@@ -5,7 +5,7 @@ DeepSpeed 0.19). A peer that does not import, or raises, costs its own row only.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -155,12 +155,12 @@ def unavailable(peer: Peer) -> str | None:
     return None
 
 
-def table() -> list[dict]:
+def table(peers: Iterable[Peer] = PEERS) -> list[dict]:
     """Every peer as plain values, installed or not."""
     return [
         {"name": peer.name, "version": _version(peer.package), "unavailable": unavailable(peer),
          "modes": list(peer.modes), "masks": peer.masks, "note": peer.note}
-        for peer in PEERS
+        for peer in peers
     ]  # fmt: skip
 
 

@@ -145,6 +145,26 @@ def _graphs(results: dict) -> str:
     return markdown(["captured in a CUDA graph, replayed beside eager steps", "result", ""], rows)
 
 
+def _modes(results: dict) -> str:
+    """A table for each of modes.py and each work, in units of its first row."""
+    parts = []
+    header = ["", "ms", "/ first row", "quartiles", "B/parameter", "GB/s", "of copy", "rounds"]
+    for config in results["modes_gpu"]["configs"]:
+        rows = [
+            [label(row), number(row["seconds"] * 1e3, 3), number(row["ratio"], 3),
+             f"{number(row['ratio_q1'], 3)}–{number(row['ratio_q3'], 3)}", number(row["bytes_per_param"], 0),
+             number(row["gb_per_s"], 0), f"{row['of_copy']:.0%}", str(row["rounds"])]
+            for row in measured(config["rows"])
+        ]  # fmt: skip
+        size = f"{config['numel'] / 1e6:.1f}M parameters in {config['tensors']} tensors"
+        title = f"{config['table'].capitalize()}, {config['mode']}, {config['work']}: {size}. "
+        parts.append(f"{title}Copy: {config['copy']['gb_per_s']:.0f} GB/s.\n\n{markdown(header, rows)}")
+        missing = "; ".join(f"{label(row)} ({row['error']})" for row in config["rows"] if "error" in row)
+        if missing:
+            parts.append(f"Not measured: {missing}.")
+    return "\n\n".join(parts) or "*Nothing measured.*"
+
+
 def _peers(results: dict) -> str:
     peers = next(result["peers"] for name, result in results.items() if name.startswith("step_gpu"))
     rows = [[peer["name"], peer["version"] or "–", peer["unavailable"] or "measured", peer["note"]] for peer in peers]
@@ -186,7 +206,7 @@ def _goals(results: dict) -> str:
 _SOME_STEP = (*STEPS.values(), SLOW_PEERS)
 _LARGE = (STEPS["XLM-R-large"],)
 TABLES = {  # name in the marker: (benchmarks of which it needs one, the table), as in render.py
-    "gpu-machine": ((*_SOME_STEP, "sweeps_gpu", "host_gpu", "gpu_run"), _machine),
+    "gpu-machine": ((*_SOME_STEP, "sweeps_gpu", "host_gpu", "modes_gpu", "gpu_run"), _machine),
     "gpu-goals": ((*_LARGE, "host_gpu"), _goals),
     "gpu-step": (_LARGE, _step("XLM-R-large")),
     "gpu-step-base": ((STEPS["XLM-R-base"],), _step("XLM-R-base")),
@@ -200,6 +220,7 @@ TABLES = {  # name in the marker: (benchmarks of which it needs one, the table),
     "gpu-host": (("host_gpu",), _host),
     "gpu-launches": (("host_gpu",), _launches),
     "gpu-graphs": (("host_gpu",), _graphs),
+    "gpu-modes": (("modes_gpu",), _modes),
     "gpu-slow-peers": ((SLOW_PEERS,), _slow_peers),
     "gpu-peers": (_SOME_STEP, _peers),
     "gpu-detail": (_SOME_STEP, _detail),

@@ -66,10 +66,14 @@ def encoder_shapes(hidden: int) -> list[tuple[str, str, tuple[int, ...]]]:
     return found
 
 
+def width(numel: int) -> int:
+    """Of the layers that come nearest to ``numel`` parameters: 576 for 100M."""
+    return max(8, round((numel / LAYERS / 12) ** 0.5 / 8) * 8)
+
+
 def make_tensors(layout: str, numel: int, dtype: torch.dtype) -> Tensors:
-    """``layout``: "one tensor", or "layers" of the width that comes nearest to ``numel`` (H = 576 for 100M)."""
-    hidden = max(8, round((numel / LAYERS / 12) ** 0.5 / 8) * 8)
-    shapes = [("weight", "weight", (numel,))] if layout == "one tensor" else encoder_shapes(hidden)
+    """``layout``: "one tensor", or "layers"."""
+    shapes = [("weight", "weight", (numel,))] if layout == "one tensor" else encoder_shapes(width(numel))
 
     def draw(shape, scale: float) -> torch.Tensor:
         return torch.randn(shape).mul_(scale).to(dtype)

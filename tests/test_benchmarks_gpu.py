@@ -27,6 +27,8 @@ import gpu_facts  # noqa: E402
 import gpu_timer  # noqa: E402
 import host_gpu  # noqa: E402
 import machine  # noqa: E402
+import modes  # noqa: E402
+import modes_gpu  # noqa: E402
 import peers  # noqa: E402
 import render  # noqa: E402
 import render_gpu  # noqa: E402
@@ -77,7 +79,8 @@ def test_rehearsal_runs_every_part(rehearsal, results):
 
 def test_a_rehearsal_cannot_pass_for_a_result(rehearsal, results):
     folder, _ = rehearsal
-    assert results.keys() == {*render_gpu.STEPS.values(), render_gpu.SLOW_PEERS, "sweeps_gpu", "host_gpu", "gpu_run"}
+    others = {"sweeps_gpu", "host_gpu", "modes_gpu", "gpu_run"}
+    assert results.keys() == {*render_gpu.STEPS.values(), render_gpu.SLOW_PEERS, *others}
     assert all(result["rehearsal"] is result["quick"] is True for result in results.values())
     with pytest.raises(SystemExit, match="is a rehearsal on CPU tensors, not a result"):
         render.load(folder.parent)
@@ -101,6 +104,14 @@ def test_tables_show_the_figures_of_the_results(rehearsal, results):
     for row in goals.measured(results["host_gpu"]["host"]):
         shown = rf"^\| {re.escape(goals.label(row))} \|.* {row['seconds'] * 1e6:.0f} \("
         assert re.search(shown, page, re.MULTILINE), row
+    for config in results["modes_gpu"]["configs"]:
+        for row in config["rows"]:
+            cells = row.get("error") or (
+                f"{row['seconds'] * 1e3:.3f} | {row['ratio']:.3f} | {row['ratio_q1']:.3f}–{row['ratio_q3']:.3f} | "
+                f"{row['bytes_per_param']:.0f} | {row['gb_per_s']:.0f} | {row['of_copy']:.0%}"
+            )
+            start = f"{goals.label(row)} ({cells})" if "error" in row else f"| {goals.label(row)} | {cells} |"
+            assert start in page, row
 
 
 def test_rehearsal_measures_every_policy_peer_mode_and_work(results):
@@ -144,6 +155,80 @@ def test_figures_of_a_row_belong_together(results):
                 assert math.isclose(row["gb_per_s"], speed)
                 assert math.isclose(row["of_copy"], speed / config["copy"]["gb_per_s"])
                 assert (row["over_unmasked"] is None) == (row["kind"] != "ours")
+
+
+def test_rehearsal_measures_every_mode_beside_its_peers(results):
+    result = results["modes_gpu"]
+    configs = {(config["work"], config["table"]): config for config in result["configs"]}
+    assert result["errors"] == [] and len(configs) == len(result["configs"])
+    assert list(configs) == [(work.label, name) for work in modes_gpu.WORKS for name in modes.TABLES]
+    bytes_of = {}
+    for (work, name), config in configs.items():
+        table, first = modes.TABLES[name], config["rows"][0]
+        assert (config["mode"], first["kind"], first["ratio"]) == (table.mode, "peer", 1)
+        own = {row["name"] for row in config["rows"] if row["kind"] == "ours"}
+        assert own == {row.name for row in table.rows if isinstance(row, modes.Ours)}
+        peers_of = {row.peer.name: row.peer for row in table.rows if isinstance(row, modes.Theirs)}
+        assert {row["name"] for row in config["rows"]} - own == peers_of.keys()
+        for row in config["rows"]:
+            if "error" in row:  # and no other error than its package's
+                peer = peers_of[row["name"]]
+                later = peer.slow_start and work != modes_gpu.WORKS[0].label
+                assert row["error"] == (modes_gpu.LATER if later else peers.unavailable(peer)), row
+                continue
+            bytes_of[row["name"]] = row["bytes_per_param"]
+            assert 0 < row["seconds_q1"] <= row["seconds"] <= row["seconds_q3"]
+            speed = row["bytes_per_param"] * config["numel"] / row["seconds"] / 1e9
+            assert math.isclose(row["gb_per_s"], speed)
+            assert math.isclose(row["of_copy"], speed / config["copy"]["gb_per_s"])
+    expected = {
+        "torch fused": 28, "GradDrop": 28, "clip_grad_norm_, torch fused": 32, "GradDrop, max_grad_norm": 32,
+        "float32 masters by hand, torch fused": 28, "GradDrop, master_weights": 28,
+        "GradDrop, moment_dtype=float32": 22,
+        "torch fused, rounded to nearest": 14, "GradDrop, stochastic_rounding": 14,
+    }  # fmt: skip
+    assert {name: bytes_of[name] for name in expected} == expected
+
+
+def tiny(mode: str) -> step_gpu.GpuTensors:
+    shapes_of = [("block.weight", "block", (7, 5)), ("block.bias", "block", (3,))]
+    return step_gpu.make_tensors(shapes_of, mode, torch.device("cpu"))
+
+
+def test_rows_of_the_modes_do_what_they_are_called(seed):
+    torch.manual_seed(seed)
+    for table in modes.TABLES.values():
+        for row in table.rows:
+            if isinstance(row, modes.Ours):
+                optimizer = row.optimizer(tiny(table.mode), "reference")
+                optimizer.step()
+                (group,), state = optimizer.param_groups, next(iter(optimizer.state.values()))
+                assert ("max_grad_norm" in row.name) == (optimizer.max_grad_norm is not None)
+                assert ("norm_after_mask" in row.name) == optimizer.norm_after_mask
+                assert ("stochastic_rounding" in row.name) == group["stochastic_rounding"]
+                assert ("master_weights" in row.name) == ("master_param" in state)
+                wide = table.mode != "bfloat16"
+                assert state["exp_avg"].dtype == (torch.float32 if wide else torch.bfloat16)
+                assert ("mask=None" in row.name) == (optimizer.active_fraction() == [1])
+
+
+def test_masters_by_hand_are_the_step_of_float32_parameters(seed):
+    """What torch's step makes of the wide parameters, rounded; and the gradients of now, not those of before."""
+    torch.manual_seed(seed)
+    hypers = {"lr": 3e-2, "betas": (0.8, 0.97), "eps": 1e-6, "weight_decay": 0.3}
+    tensors = tiny("bfloat16, float32 moments")
+    wide = tensors.twin()
+    wide.named = [(name, torch.nn.Parameter(param.detach().float())) for name, param in wide.named]
+    step, _ = modes.masters_by_hand(tensors, hypers)
+    expected = peers.torch_adamw(wide, hypers, fused=True)
+    for _ in range(3):
+        for param, master in zip(tensors.params, wide.params):
+            param.grad = param.grad.normal_()
+            master.grad = param.grad.float()
+        step()
+        expected.step()
+        for param, master in zip(tensors.params, wide.params):
+            assert torch.equal(param, master.bfloat16())
 
 
 def test_rehearsal_sweeps_and_checks(results):
@@ -223,6 +308,7 @@ def test_a_full_run_fits_into_nine_minutes():
     assert gpu.BUDGET < 9 * 60 and real[0].name == "build" and real[3].name == "step, XLM-R-large"
     assert not any("--rehearse" in part.command or "--collect-only" in part.command for part in real)
     assert dict(real[0].environment)["GRADDROP_FORCE_CUDA"] == "1"
+    assert sum(part.seconds for part in real) <= gpu.BUDGET
     tests = next(part for part in real if part.name == "tests")
     assert "tests/test_backends_agree.py" in tests.command and "tests/test_triton_interpreter.py" not in tests.command
     assert all((ROOT / word).exists() for word in tests.command if word.startswith("tests/"))

@@ -77,6 +77,7 @@ def test_missing_broken_and_absent_peers_say_so(monkeypatch):
     assert len(by_name) == len(peers.PEERS) and peers.BASELINE.name == "torch fused"
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if not installed, whether or not it is
     monkeypatch.setitem(sys.modules, "torchao", types.ModuleType("torchao"))  # there, but without optim
+    monkeypatch.delitem(sys.modules, "torchao.optim", raising=False)  # where another test has imported it
     assert peers.unavailable(by_name["torch fused"]) is None
     assert peers.unavailable(by_name["Liger"]) == "has no AdamW"
     assert peers.unavailable(peers.Peer("x", "no_such_package.sub", None, None.__init__, (), "")) == "not installed"
