@@ -3,9 +3,13 @@
 import torch
 
 from .names import canonical_name
+from .param_state import has_master
 
 # These describe the live model, not the training: a file never overrides them.
-_STRUCTURE = ("param_names", "blocks", "param_blocks", "name", "capturable", "differentiable")
+_STRUCTURE = (
+    "param_names", "blocks", "param_blocks", "name", "capturable", "differentiable", "master_weights",
+    "stochastic_rounding",
+)  # fmt: skip
 # A run continues bit for bit only under the same ones.
 _MASKING = ("mask", "seed", "masked", "bias_correction")
 
@@ -77,17 +81,19 @@ def _in_our_order(index: int, saved: dict, group: dict) -> list:
 
 
 def restore_moment_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
-    """Undoes torch's cast of float32 moments to the parameter's dtype, and makes step counts float32,
-    which the kernels count in.
+    """Undoes torch's cast of float32 moments and masters to the parameter's dtype, makes step counts float32, which the
+    kernels count in, and leaves out masters where none are wanted.
 
     Moments of any other dtype are those of a model of that dtype, and the cast is right for them.
     """
     ids = (saved for group in state_dict["param_groups"] for saved in group["params"])
-    params = (param for group in optimizer.param_groups for param in group["params"])
-    for saved, param in zip(ids, params):
+    rows = ((group, param) for group in optimizer.param_groups for param in group["params"])
+    for saved, (group, param) in zip(ids, rows):
         for key, value in state_dict["state"].get(saved, {}).items():
             if key == "step":
                 step = torch.as_tensor(value, dtype=torch.float32).to(param.device)
                 optimizer.state[param]["step"] = step.clone() if step is value else step
             elif isinstance(value, torch.Tensor) and value.dtype == torch.float32 != optimizer.state[param][key].dtype:
                 optimizer.state[param][key] = value.to(param.device, copy=True)
+        if not has_master(param, group):
+            optimizer.state.get(param, {}).pop("master_param", None)

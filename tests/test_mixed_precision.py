@@ -211,6 +211,25 @@ def test_master_weights_begin_in_the_middle_of_a_run(backend, seed):
 
 
 @offered
+def test_masters_are_the_loading_optimizers_choice(backend, seed):
+    """A file without masters is taken up by a run with them, and the other way round: whose option says so."""
+    plain, master = make(BF16, seed, backend), make(BF16, seed, backend, master_weights=True)
+    for params, optimizer in (plain, master):
+        give_grads(params, 0, seed)
+        optimizer.step()
+    files = [copy.deepcopy(optimizer.state_dict()) for _, optimizer in (plain, master)]
+    master[1].load_state_dict(files[0])
+    plain[1].load_state_dict(files[1])
+    for params, optimizer in (plain, master):
+        give_grads(params, 1, seed)
+        optimizer.step()
+    for ours, wide in zip(plain[0], master[0]):
+        assert "master_param" not in plain[1].state[ours] and plain[1].state[ours]["exp_avg"].dtype == F32
+        assert master[1].state[wide]["exp_avg"].dtype == F32
+        assert bits(wide) == bits(master[1].state[wide]["master_param"].bfloat16())
+
+
+@offered
 def test_float32_parameters_are_their_own_masters(backend, seed):
     """As of layer norms kept in float32 beside bfloat16 matrices: one group, one option."""
     params, optimizer = make(F32, seed, backend, master_weights=True)
