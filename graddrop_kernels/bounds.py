@@ -35,9 +35,9 @@ BOUNDS = {
 }
 EXACT = Bound(0, 0, 0)
 # The share of stochastically rounded parameters that may be an ulp off. An error in float32 tips a rounding at odds of
-# that error by an ulp of bfloat16: at most 0.0 of a share were measured. A wrong draw is an ulp off, too, but in most
-# of the elements.
-TIPPED = 1 / 64
+# that error by an ulp of bfloat16: at most 0.002 of the reference's were measured. Another draw gives nothing worse
+# than an ulp either, but in 1.6 % of the elements and more.
+TIPPED = 1 / 128
 
 
 def norm_limit(gaussian: bool) -> float:
