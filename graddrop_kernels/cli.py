@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     names = [backend.name for backend in backends.BACKENDS]
     command.add_argument("--backend", choices=names, help="this one only; default: all that run")
     command.add_argument("--seed", type=int, help="repeats a run; default: a fresh one")
-    command.add_argument("--quick", action="store_true", help="some seconds instead of a minute")
+    command.add_argument("--quick", action="store_true", help="a few seconds instead of half a minute")
 
     command = commands.add_parser("bench", help="the time of a step against torch's own, as table, JSON and PNG")
     command.set_defaults(run=_bench)
