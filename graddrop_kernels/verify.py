@@ -12,9 +12,9 @@ import torch
 
 from . import backends
 from .backends import Backend, cpu
-from .bounds import BOUNDS
+from .bounds import BOUNDS, norm_limit
 from .side_by_side import Engine, Findings, run_case
-from .verify_cases import DTYPES, Case, make_cases
+from .verify_cases import COLUMNS, DTYPES, Case, make_cases
 
 _FAILURES_SHOWN = 3  # of one engine and policy
 
@@ -28,7 +28,7 @@ def verify(
         device: "cpu", "cuda", "cuda:1", ...; default: the CPU, and the GPU where torch sees one.
         backend: this one only, a name of ``backends.BACKENDS``; default: all that run here.
         seed: what everything random is drawn from; default: a fresh one, which is printed.
-        quick: one case instead of many for each policy and dtype.
+        quick: one case instead of many for each policy and column of the table.
 
     Returns:
         The exit code: 0, or 1 on any failure and where nothing could be compared.
@@ -83,7 +83,7 @@ def _engines(devices: list[torch.device], only: str | None) -> tuple[list[Engine
 def _takes(engine: Engine, case: Case) -> bool:
     if case.reference.type != "cpu" and (engine.device != case.reference or engine.backend.name == "exact"):
         return False
-    return engine.backend.misfit(engine.device, *DTYPES[case.dtypes]) is None
+    return engine.backend.misfit(engine.device, *DTYPES[case.dtypes].mode) is None
 
 
 def _progress(done: int, cases: list[Case], seconds: float) -> None:
@@ -105,10 +105,10 @@ def _merged(findings: dict[Engine, dict[str, Findings]]) -> dict[tuple[Backend, 
 
 
 def _table(findings: dict[Engine, dict[str, Findings]]) -> str:
-    lines = [("backend", "device", "policy", "cases", "masks", *DTYPES, "elements that differ", "")]
+    lines = [("backend", "device", "policy", "cases", "masks", *COLUMNS, "elements that differ", "")]
     for (backend, device, policy), group in _merged(findings).items():
         total = lambda name, group=group: sum(getattr(found, name) for found in group)
-        worst = {dtypes: [found.ulp[dtypes] for found in group if dtypes in found.ulp] for dtypes in DTYPES}
+        worst = {column: [found.ulp[column] for found in group if column in found.ulp] for column in COLUMNS}
         masks = f"{total('masks') - total('wrong_masks')}/{total('masks')}" if total("masks") else "-"
         failed = sum(len(found.failures) for found in group)
         lines.append((
@@ -123,9 +123,17 @@ def _table(findings: dict[Engine, dict[str, Findings]]) -> str:
         f"{name} {bound.param:g} (parameters), {bound.moments:g} (moments), {bound.gaussian:g} (Gaussian)"
         for name, bound in BOUNDS.items()
     )
+    modes = "; ".join(
+        f"{column}: {', '.join(name.split()[0] for name in names)}"
+        for column, names in COLUMNS.items()
+        if names != [column]
+    )
     return (
         f"{table}\nmasks: cases whose masks were right. By dtypes (parameters/moments): the largest distance in ulp.\n"
-        f"Allowed is 0, but relative to a step's operands in float32: {bounds}; and then 1 in 16 bits."
+        f"{modes}.\n"
+        f"Allowed is 0, but relative to a step's operands in float32: {bounds}; and then 1 in 16 bits.\n"
+        f"The norm of a clipped step may be {norm_limit(False)} ulp off ({norm_limit(True)} after a Gaussian mask); "
+        "where it is, the rest of the step is not compared."
     )
 
 

@@ -3,6 +3,7 @@
 import itertools
 import random
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -10,9 +11,39 @@ from .policies import FixedMask, GaussianGradDrop, GradDrop, GradDropEpoch, Grad
 from .schedules import LinearAnneal
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# (parameters, moments); float64 belongs to the reference alone.
-DTYPES = {"f32": (F32, F32), "bf16": (BF16, BF16), "bf16/f32": (BF16, F32), "f16": (F16, F16), "f16/f32": (F16, F32)}
-SWITCHES = ("amsgrad", "maximize", "decay", "frozen")
+
+
+class Dtypes(NamedTuple):
+    """A row of DTYPES."""
+
+    params: torch.dtype
+    moments: torch.dtype
+    masters: bool = False
+    stochastic: bool = False
+
+    @property
+    def mode(self) -> tuple:
+        """What Backend.misfit() asks about it beside the device; of master weights the masters are stepped."""
+        return F32 if self.masters else self.params, self.moments, self.masters, self.stochastic
+
+
+# Parameters/moments, and the mode; float64 belongs to the reference alone.
+DTYPES = {
+    "f32": Dtypes(F32, F32),
+    "bf16": Dtypes(BF16, BF16),
+    "bf16/f32": Dtypes(BF16, F32),
+    "f16": Dtypes(F16, F16),
+    "f16/f32": Dtypes(F16, F32),
+    "bf16 masters": Dtypes(BF16, F32, masters=True),
+    "f16 masters": Dtypes(F16, F32, masters=True),
+    "bf16 stochastic": Dtypes(BF16, BF16, stochastic=True),
+    "bf16/f32 stochastic": Dtypes(BF16, F32, stochastic=True),
+}
+# The dtypes of one mode share a column of the table, and the cases that are made for it.
+COLUMNS: dict[str, list[str]] = {}
+for _name in DTYPES:
+    COLUMNS.setdefault(_name.split()[-1], []).append(_name)
+SWITCHES = ("amsgrad", "maximize", "decay", "frozen", "clip")
 SMALL_SIZES = (0, 1, 3, 4, 5, 31, 33, 1031)
 SIZES = (*SMALL_SIZES, 65537)  # the last is more than two threads' shares
 LARGE_SIZES = (2**22 + 3, 33)  # for a GPU: more blocks than run at a time
@@ -75,9 +106,14 @@ class Case:
     def frozen(self) -> bool:
         return "frozen" in self.switches
 
-    def arguments(self, rng: random.Random, named: list[tuple[str, torch.Tensor]]) -> dict:
-        """The optimizer's arguments, random where the case does not say."""
-        moments = DTYPES[self.dtypes][1]
+    @property
+    def column(self) -> str:
+        """That of COLUMNS."""
+        return self.dtypes.split()[-1]
+
+    def arguments(self, rng: random.Random, named: list[tuple[str, torch.Tensor]], norm: float) -> dict:
+        """The optimizer's arguments, random where the case does not say; ``norm``: about that of its gradients."""
+        _, moments, masters, stochastic = DTYPES[self.dtypes]
         # A float16 moment of a small square is 0: only eps keeps its update finite.
         eps = (-3, -2) if moments is F16 else (-8, -3)
         arguments = {
@@ -90,7 +126,12 @@ class Case:
             "amsgrad": "amsgrad" in self.switches,
             "maximize": "maximize" in self.switches,
             "moment_dtype": F32 if moments is F32 else None,
+            "master_weights": masters,
+            "stochastic_rounding": stochastic,
         }
+        if "clip" in self.switches:
+            arguments["max_grad_norm"] = norm * rng.uniform(0.3, 0.7)
+            arguments["norm_after_mask"] = rng.random() < 0.5
         if self.policy not in _DROPS_NOTHING:
             arguments["masked"] = "frozen" if self.frozen else "gradient"
             arguments["bias_correction"] = rng.choice(("active", "active", "global"))
@@ -98,25 +139,29 @@ class Case:
 
 
 def make_cases(seed: int, quick: bool, gpus: list[torch.device]) -> list[Case]:
-    """Every policy with all dtypes: under every combination of the switches in float32 and 4 of them in the others, or
-    with ``quick`` under one each; on a GPU also with a long tensor.
+    """Every policy with all columns: under every combination of the switches in float32 and 4 of them in the others, or
+    with ``quick`` under one each; on a GPU also with a long tensor. Clipping, which leaves the rest of a step as it is,
+    is a coin of each case.
     """
     rng, cases = random.Random(f"{seed} cases"), []
+    clip = lambda: ("clip",) * rng.randrange(2)
     for policy in POLICIES:
         combinations = [
             tuple(itertools.compress(SWITCHES, on))
             for on in itertools.product((False, True), repeat=4)
             if not (on[3] and policy in _DROPS_NOTHING)
         ]
-        for dtypes in DTYPES:
-            chosen = rng.sample(combinations, 1 if quick else len(combinations) if dtypes == "f32" else 4)
+        for column, names in COLUMNS.items():
+            chosen = rng.sample(combinations, 1 if quick else len(combinations) if column == "f32" else 4)
+            names = rng.sample(names, len(names))
             for i, switches in enumerate(chosen):
-                own_seed = f"{seed} {policy} {dtypes} {i}"
-                sizes = SIZES if i % 4 == 0 else SMALL_SIZES
-                cases.append(Case(policy, dtypes, switches, sizes, 3, own_seed, rng.random() < 0.3))
+                own_seed = f"{seed} {policy} {column} {i}"
+                sizes = SIZES if i % 4 < len(names) else SMALL_SIZES
+                dtypes = names[i % len(names)]
+                cases.append(Case(policy, dtypes, switches + clip(), sizes, 3, own_seed, rng.random() < 0.3))
         # "exact" on the GPU, whose agreement with the CPU's the cases above show, is fast enough for long tensors.
         for gpu in gpus:
-            dtypes, switches = rng.choice(list(DTYPES)), rng.choice(combinations)
+            dtypes, switches = rng.choice(list(DTYPES)), rng.choice(combinations) + clip()
             own_seed = f"{seed} {policy} large"
             cases.append(Case(policy, dtypes, switches, LARGE_SIZES, 2, own_seed, rng.random() < 0.3, gpu))
     return cases

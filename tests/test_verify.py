@@ -15,8 +15,9 @@ from cases import ISAS
 
 from graddrop_kernels import backends, bounds, cli, policies, reference, side_by_side, verify, verify_cases
 from graddrop_kernels.bounds import Bound
+from graddrop_kernels.philox import DOMAIN_ROUNDING, words32
 from graddrop_kernels.side_by_side import Engine, Findings, Training
-from graddrop_kernels.verify_cases import DTYPES, POLICIES, SIZES, SMALL_SIZES, SWITCHES, Case, make_cases
+from graddrop_kernels.verify_cases import COLUMNS, DTYPES, POLICIES, SIZES, SMALL_SIZES, SWITCHES, Case, make_cases
 
 EXACT = backends._BY_NAME["exact"]
 CPU = torch.device("cpu")
@@ -24,10 +25,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def plant(monkeypatch):
-    """plant(step, name): a backend of this name whose ``masked_adamw_`` is ``step``; one that is there is replaced."""
+    """plant(step, name): a backend of this name whose ``masked_adamw_`` is ``step``; one that is there is replaced.
 
-    def plant_(step, name="planted"):
-        row = dataclasses.replace(EXACT, name=name, masked_adamw_=step)
+    ``more``: other fields of it.
+    """
+
+    def plant_(step, name="planted", **more):
+        row = dataclasses.replace(EXACT, name=name, masked_adamw_=step, **more)
         table = (*(row for row in backends.BACKENDS if row.name != name), row)
         monkeypatch.setattr(backends, "BACKENDS", table)
         monkeypatch.setattr(backends, "_BY_NAME", {row.name: row for row in table})
@@ -69,10 +73,10 @@ def test_a_backend_with_the_exact_bits_passes(capsys, plant, seed):
     for policy in POLICIES:
         row = next(line for line in lines if line.startswith("planted ") and f"cpu     {policy}  " in line)
         cells = row.split(policy)[1].split()
-        masks = "-" if policy == "GaussianGradDrop" else "5/5"
-        assert cells[:2] == ["5", masks] and cells[2:7] == ["0"] * 5, row
+        masks = "-" if policy == "GaussianGradDrop" else "7/7"
+        assert cells[:2] == ["7", masks] and cells[2:9] == ["0"] * 7, row
         assert re.search(r" 0 of [1-9][0-9]{5,}  PASS$", row), row
-    assert lines[-1].startswith("PASS: 70 cases on 1 engines, 70 comparisons in ")
+    assert lines[-1].startswith("PASS: 98 cases on 1 engines, 98 comparisons in ")
 
 
 def test_every_backend_that_runs_here_passes_in_a_process_without_pytest(seed):
@@ -92,7 +96,7 @@ def test_every_backend_that_runs_here_passes_in_a_process_without_pytest(seed):
     for backend in backends.BACKENDS:
         if backend.name != "exact" and (backend.unavailable() or "cpu" not in (backend.devices or ("cpu",))):
             assert any(line.startswith(f"not verified: {backend.name}: ") for line in lines)
-    assert re.fullmatch(r"70 of 70 cases, \d+ s", result.stderr.splitlines()[-1])
+    assert re.fullmatch(r"98 of 98 cases, \d+ s", result.stderr.splitlines()[-1])
 
 
 # What is planted is found.
@@ -125,16 +129,16 @@ def test_one_flipped_mask_bit(capsys, plant, only, seed):
     code, lines = run(capsys, seed)
     assert code == 1
     found = failures(lines)
-    assert len(found) == 2 * 3 + 1 and lines[-1] == found[-1] and found[-1].startswith("FAIL: 10 failures: 15 cases")
+    assert len(found) == 2 * 3 + 1 and lines[-1] == found[-1] and found[-1].startswith("FAIL: 14 failures: 21 cases")
     for line in found[:-1]:
         assert re.search(
             r"planted on cpu: GradDrop( every epoch)?, .*: step 0, epoch \d: mask, by what it did: 1 of \d+ elements "
             r"are wrong, the first layers\.3\.weight7\[700\] of 1031: (trained, not dropped|dropped, not trained)$",
             line,
         ), line
-    assert sum("and 2 more of planted on cpu, GradDrop" in line for line in lines) == 2
-    assert any(re.search(r"GradDrop +5 +0/5 .* FAIL 5$", line) for line in lines)
-    assert any(re.search(r"mask=None +5 +5/5 .* PASS$", line) for line in lines)
+    assert sum("and 4 more of planted on cpu, GradDrop" in line for line in lines) == 2
+    assert any(re.search(r"GradDrop +7 +0/7 .* FAIL 7$", line) for line in lines)
+    assert any(re.search(r"mask=None +7 +7/7 .* PASS$", line) for line in lines)
 
 
 def test_a_draw_that_is_off_by_one(capsys, plant, only, seed):
@@ -145,7 +149,7 @@ def test_a_draw_that_is_off_by_one(capsys, plant, only, seed):
     plant(step)
     only("GradDrop every epoch", "FixedMask")
     code, lines = run(capsys, seed)
-    assert code == 1 and any(re.search(r"FixedMask +5 +5/5 .* PASS$", line) for line in lines)
+    assert code == 1 and any(re.search(r"FixedMask +7 +7/7 .* PASS$", line) for line in lines)
     for line in failures(lines)[:3]:
         wrong, of = map(int, re.search(r"mask, by what it did: (\d+) of (\d+) elements are wrong", line).groups())
         assert wrong > 0.01 * of
@@ -174,8 +178,8 @@ def test_a_wrong_decay_fails_where_there_is_decay(capsys, plant, only, seed):
     found = failures(lines)[:-1]
     assert (code == 1) == (decaying > 0) and bool(found) == (decaying > 0)
     for line in found:
-        assert ", decay" in line and re.search(r": param: \d+ of \d+ elements are more than 0 ulp apart, ", line)
-        actual, expected = re.search(r": (\S+) is not (\S+) \(", line).groups()
+        assert ", decay" in line and re.search(r"param: \d+ of \d+ elements are more than 0 ulp apart, ", line)
+        actual, expected = re.search(r": (\S+) is not (\S+) \(\S+ ulp\)$", line).groups()
         assert float(actual) != float(expected)
 
 
@@ -193,8 +197,8 @@ def test_one_ulp_in_one_element(key, capsys, plant, only, seed):
     assert code == (1 if hit else 0)
     found = failures(lines)[:-1]
     assert len(found) == min(hit, 3)
-    name = {"params": "param"}.get(key, key[:-1])
     for line in found:
+        name = key[:-1] if key != "params" else "master_param" if "masters" in line else "param"
         assert f"step 0, epoch {line.split('epoch ')[1][0]}: {name}: 1 of 66645 elements are more than 0 ulp" in line
         assert "the first layers.0.weight8[65000] of 65537: " in line and line.endswith("(1 ulp)")
 
@@ -225,9 +229,120 @@ def test_a_backend_that_raises_or_gives_nan(capsys, plant, only, seed):
     only("mask=None")
     code, lines = run(capsys, seed)
     text = "\n".join(failures(lines))
-    assert code == 1 and "FAIL: 5 failures" in text
+    assert code == 1 and "FAIL: 7 failures" in text
     assert "raised MemoryError: no room for it" in text and "layers.0.weight4[0] of 5: nan is not " in text
-    assert re.search(r"mask=None +5 +5/5 +inf +- +-", "\n".join(lines))
+    assert re.search(r"mask=None +7 +7/7 +inf +- +-", "\n".join(lines))
+
+
+# What is planted in a mode is found, also where a backend has a bound.
+
+either_name = pytest.mark.parametrize("name", ["planted", "reference"])
+
+
+@either_name
+def test_another_draw_of_the_stochastic_rounding(name, capsys, plant, only, seed):
+    """Every element stays within one ulp of bfloat16: what shows it beside a bound is how many are off."""
+
+    def step(batch):
+        shifted = lambda key, draw, domain, *run: words32(key, draw + (domain == DOMAIN_ROUNDING), domain, *run)
+        with mock.patch.object(reference, "words32", shifted):
+            EXACT.masked_adamw_(batch)
+
+    plant(step, name)
+    only("mask=None")
+    code, lines = run(capsys, seed, name=name)
+    [line, verdict] = failures(lines)
+    assert code == 1 and verdict.startswith("FAIL: 1 failures: 7 cases") and "stochastic" in line.split(": ")[1]
+    off, of = map(int, re.search(r": param: (\d+) of (\d+) elements are ", line).groups())
+    assert of == 66645 and off > bounds.TIPPED * of
+    assert ("rounded to another number, more than 1 in 128" in line) == (name == "reference")
+
+
+@either_name
+def test_masters_that_are_not_written(name, capsys, plant, only, seed):
+    def step(batch):
+        masters = [param.clone() for param in batch.params]
+        EXACT.masked_adamw_(batch)
+        for param, master in zip(batch.params, masters):
+            param.copy_(master if batch.copies else param.clone())
+
+    plant(step, name)
+    only("mask=None")
+    code, lines = run(capsys, seed, name=name)
+    [line, verdict] = failures(lines)
+    assert code == 1 and verdict.startswith("FAIL: 1 failures: 7 cases")
+    # Beside a bound the parameter is compared with the rounding of the backend's own masters, and comes first.
+    assert re.search(r"mask=None, b?f16 masters.*: step \d, epoch \d: (master_)?param: \d+ of 66645 elem", line), line
+    assert ("master_param: " in line) == (name == "planted")
+
+
+def test_a_copy_that_is_cut_off_instead_of_rounded(capsys, plant, only, seed):
+    """Within one ulp of the right one: a backend with a bound for its masters has none for their rounding."""
+
+    def step(batch):
+        EXACT.masked_adamw_(batch)
+        for param, copy in zip(batch.params, batch.copies):
+            bits = bounds.bits(copy)
+            bits -= (copy.float().abs() > param.abs()).to(bits.dtype)
+
+    for name in ("planted", "reference"):
+        plant(step, name)
+        only("GradDrop")
+        code, lines = run(capsys, seed, name=name)
+        [line, verdict] = failures(lines)
+        assert code == 1 and verdict.startswith("FAIL: 1 failures: 7 cases")
+        assert re.search(r"f16 masters.*: param: \d+ of \d+ elements are more than 0 ulp apart", line), line
+
+
+@either_name
+def test_a_clip_factor_that_is_not_applied(name, capsys, plant, only, seed):
+    def step(batch):
+        batch.clip_factor = None
+        EXACT.masked_adamw_(batch)
+
+    plant(step, name)
+    only("mask=None")  # with a mask the norm may be small enough for a factor of 1
+    code, lines = run(capsys, seed, name=name)
+    clipping = sum("clip" in case.switches for case in make_cases(seed, True, []))
+    found = failures(lines)
+    assert code == bool(clipping) and all(", clip" in line for line in found[:-1])
+    assert not clipping or found[-1].startswith(f"FAIL: {clipping} failures"), lines
+
+
+def test_a_norm_that_is_wrong(capsys, plant, only, seed):
+    plant(EXACT.masked_adamw_, sum_of_squares=lambda *batch: EXACT.sum_of_squares(*batch) * (1 + 2**-19))
+    only("mask=None")
+    code, lines = run(capsys, seed)
+    clipping = [case for case in make_cases(seed, True, []) if "clip" in case.switches]
+    found = failures(lines)[:-1]
+    assert code == bool(clipping) and len(found) == min(3, len(clipping))
+    for line in found:
+        assert ", clip" in line and re.search(r": grad_norm: \S+ is not \S+ \(\S+ ulp\), more than 2 ulp$", line)
+
+
+def test_a_norm_that_rounds_otherwise_is_let_pass_for_its_step(capsys, plant, only, seed):
+    """Another factor gives other bits: that step shows nothing but its masks, and the next begins where "exact" is."""
+
+    def sums(batch, masked):
+        return EXACT.sum_of_squares(batch, masked) * (1 + 2**-22 * (max(batch.steps) == 0))
+
+    plant(EXACT.masked_adamw_, sum_of_squares=sums)
+    only("mask=None", "FixedMask")
+    code, lines = run(capsys, seed)
+    assert code == 0, lines
+    clipping = [case for case in make_cases(seed, True, []) if "clip" in case.switches]
+    for policy in ("mask=None", "FixedMask"):
+        norms = sum(case.policy == policy for case in clipping)
+        assert any(re.search(rf" {policy} +7 +7/7 .* {norms} of \d+ +PASS$", line) for line in lines), lines
+
+
+def test_a_backend_without_a_mode_is_not_asked_for_it(seed):
+    cases = make_cases(seed, True, [])
+    row = dataclasses.replace(EXACT, name="planted", masters=False, stochastic=False)
+    taken = {case.column for case in cases if verify._takes(Engine(row, CPU), case)}
+    assert taken == {*COLUMNS} - {"masters", "stochastic"}
+    row = dataclasses.replace(row, dtypes=((torch.float32, torch.float32),), masters=True)  # the masters' dtype
+    assert {case.column for case in cases if verify._takes(Engine(row, CPU), case)} == {"f32", "masters"}
 
 
 # Bounds.
@@ -239,7 +354,7 @@ def test_bounds_belong_to_names(name, ulps, passes, capsys, plant, only, seed):
 
     def step(batch):
         EXACT.masked_adamw_(batch)
-        if batch.param_dtype is torch.float32:
+        if batch.param_dtype is torch.float32 and not batch.copies:
             nudge(batch.params, 65537, 65000, ulps)
 
     plant(step, name)
@@ -263,6 +378,21 @@ def test_triton_fast_has_a_bound_too(part, ulps, capsys, plant, only, seed):
     assert code == 1 and f"more than {4 if part == 'params' else 0} ulp" in failures(lines)[0]
 
 
+@pytest.mark.parametrize("ulps, passes", [(1, True), (3, False)])
+def test_a_stochastic_rounding_may_tip_by_one_ulp(ulps, passes, capsys, plant, only, seed):
+    def step(batch):
+        EXACT.masked_adamw_(batch)
+        for param in batch.params if batch.stochastic else ():
+            if param.numel() == 65537:
+                bounds.bits(param.detach())[int(param.detach().abs().argmax())] += ulps
+
+    plant(step, "triton-fast")
+    only("mask=None")
+    code, lines = run(capsys, seed, name="triton-fast")
+    assert (code == 0) == passes, lines
+    assert passes or "param: 1 of 66645 elements are more than 1 ulp apart" in failures(lines)[0]
+
+
 @pytest.mark.parametrize(
     "factors", [{"lr": 1 + 3e-4}, {"beta1": 1 + 1e-5}, {"beta2": 1 - 1e-5}, {"eps": 1.01}], ids=lambda one: [*one][0]
 )
@@ -283,6 +413,11 @@ def test_operand_sizes_by_hand():
     assert abs(sizes["param"].item() - update) < 1e-4
     sizes = bounds.operand_sizes(before, after, 0.5, 0.1, True, torch.tensor([20.0]))
     assert (sizes["exp_avg"].item(), sizes["exp_avg_sq"].item()) == (20.0, 400.0)
+    # With masters it is they that are stepped; and a result beyond both operands is rounded at its own size.
+    before, after = ({**each, "master_param": each["param"], "param": torch.tensor([7.0])} for each in (before, after))
+    after["master_param"] = torch.tensor([4.5])
+    sizes = bounds.operand_sizes(before, after, 0.5, 0.1, True, None)
+    assert sizes["master_param"].item() == 4.5 and "param" not in sizes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -306,19 +441,21 @@ def test_a_bound_in_16_bits_is_one_ulp_and_a_little():
 
 def test_the_cases_cover_the_table(seed):
     cases = make_cases(seed, False, [])
-    for policy, dtypes in itertools.product(POLICIES, DTYPES):
-        own = [case for case in cases if (case.policy, case.dtypes) == (policy, dtypes)]
-        switches = {case.switches for case in own}
-        if dtypes == "f32":
+    for policy, (column, names) in itertools.product(POLICIES, COLUMNS.items()):
+        own = [case for case in cases if (case.policy, case.column) == (policy, column)]
+        switches = {tuple(name for name in case.switches if name != "clip") for case in own}
+        if column == "f32":
             assert len(switches) == (8 if policy in ("mask=None", "GaussianGradDrop") else 16) == len(own)
         else:
             assert len(switches) == len(own) == 4
-        assert {case.sizes for case in own} == {SIZES, SMALL_SIZES}
+        assert {(case.dtypes, case.sizes) for case in own} == {*itertools.product(names, (SIZES, SMALL_SIZES))}
+    assert sum(COLUMNS.values(), []) == [*DTYPES]
+    assert 0.3 < sum("clip" in case.switches for case in cases) / len(cases) < 0.7
     assert {*SIZES} >= {0, 1, 3, 4, 5, 31, 33, 1031, 65537}
     assert {name for case in cases for name in case.switches} == {*SWITCHES}
     assert 0.1 < sum(case.misaligned for case in cases) / len(cases) < 0.5
     quick = make_cases(seed, True, [])
-    assert len(quick) == len(POLICIES) * len(DTYPES) and all(case.sizes == SIZES for case in quick)
+    assert len(quick) == len(POLICIES) * len(COLUMNS) and all(case.sizes == SIZES for case in quick)
 
 
 def test_a_seed_repeats_a_run_and_another_does_not(seed):
@@ -333,19 +470,20 @@ def test_every_policy_of_the_package_and_of_the_readme_is_stepped(seed):
 
 def test_misaligned_tensors_are(seed):
     values = [("layers.0.weight0", torch.ones(40)), ("layers.1.weight1", torch.ones(9))]
-    arguments = {"amsgrad": True, "mask": None}
+    arguments = {"amsgrad": True, "mask": None, "master_weights": True}
+    kept = (*side_by_side._MOMENTS, "master_param")
     for misaligned in (False, True):
-        case = Case("mask=None", "bf16/f32", (), (40, 9), 1, str(seed), misaligned)
+        case = Case("mask=None", "bf16 masters", (), (40, 9), 1, str(seed), misaligned)
         training = Training(case, values, Engine(EXACT, CPU), arguments | {"moment_dtype": torch.float32})
         training.step((torch.ones(40), torch.ones(9)))
         tensors = [
             tensor
             for param in training.params
-            for tensor in (param, param.grad, *(training.optimizer.state[param][key] for key in side_by_side._MOMENTS))
+            for tensor in (param, param.grad, *(training.optimizer.state[param][key] for key in kept))
         ]
         assert all((tensor.data_ptr() % 64 != 0) == misaligned for tensor in tensors)
         assert all((tensor.storage_offset() > 0) == misaligned for tensor in tensors)
-        assert len({tensor.storage_offset() for tensor in tensors}) == (6 if misaligned else 1)
+        assert len({tensor.storage_offset() for tensor in tensors}) == (7 if misaligned else 1)
 
 
 def test_a_gpu_is_given_a_long_tensor_of_every_policy(seed):
@@ -420,5 +558,5 @@ def test_findings_of_instruction_sets_share_a_row():
     }
     line = next(line for line in verify._table(findings).splitlines() if line.startswith("reference"))
     assert line.split() == [
-        "reference", "cpu", "GradDrop", "4", "3/4", "3", "-", "-", "-", "-", "14", "of", "200", "FAIL", "1"
+        "reference", "cpu", "GradDrop", "4", "3/4", "3", "-", "-", "-", "-", "-", "-", "14", "of", "200", "FAIL", "1"
     ]  # fmt: skip
