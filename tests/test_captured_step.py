@@ -103,6 +103,17 @@ def make(policy, **more):
     return list(model.parameters()), made
 
 
+def eager_twin(policy, seed, steps, **more):
+    """(parameters, optimizer) after so many steps on the gradients of ``captured``, in epoch 1."""
+    params, made = make(policy, **more)
+    generator = torch.Generator().manual_seed(seed)
+    made.set_epoch(1)
+    for _ in range(steps):
+        random_grads(params, generator)
+        made.step()
+    return params, made
+
+
 def everything(params, made):
     state = [{key: bits(value) for key, value in made.state[param].items()} for param in params]
     groups = [{key: value for key, value in group.items() if key != "params"} for group in made.param_groups]
@@ -111,12 +122,7 @@ def everything(params, made):
 
 def captured(graph, policy, seed, **more):
     """(parameters, optimizer, gradients in the graph) after two eager steps and a capture, in epoch 1."""
-    params, made = make(policy, **more)
-    generator = torch.Generator().manual_seed(seed)
-    made.set_epoch(1)
-    for _ in range(2):
-        random_grads(params, generator)
-        made.step()
+    params, made = eager_twin(policy, seed, 2, **more)
     for param in params:  # those of the graph have memory of their own
         param.grad = torch.zeros_like(param)
     before = everything(params, made)
@@ -130,12 +136,7 @@ def captured(graph, policy, seed, **more):
 def test_replays_are_steps(policy, more, graph, seed):
     """With an lr that changes at every one, and an epoch (and so p) at some; an eager step between them too."""
     params, made, static = captured(graph, policy, seed, **more)
-    others, eager = make(policy, **more)
-    generator = torch.Generator().manual_seed(seed)
-    eager.set_epoch(1)
-    for _ in range(2):
-        random_grads(others, generator)
-        eager.step()
+    others, eager = eager_twin(policy, seed, 2, **more)
     for i, epoch in enumerate((1, 1, 2, 2, 4, 4)):
         random_grads(others, torch.Generator().manual_seed(seed + i))
         for each in (made, eager):
@@ -158,12 +159,7 @@ def test_replays_are_steps(policy, more, graph, seed):
 def test_a_step_after_the_capture_and_before_any_replay(graph, seed):
     """With the gradients of the graph, whose addresses no replay has brought to the device yet."""
     params, made, static = captured(graph, "graddrop", seed)
-    others, eager = make("graddrop")
-    generator = torch.Generator().manual_seed(seed)
-    eager.set_epoch(1)
-    for _ in range(3):
-        random_grads(others, generator)
-        eager.step()
+    others, eager = eager_twin("graddrop", seed, 3)
     for grad, other in zip(static, others):
         grad.copy_(other.grad)
     made.step()
@@ -199,12 +195,7 @@ def test_without_a_captured_step(graph):
 def test_two_graphs_of_one_optimizer(graph, seed):
     """Gradients of their own each, as of two batch shapes; a step between the captures."""
     params, made, first = captured(graph, "graddrop", seed)
-    others, eager = make("graddrop")
-    generator = torch.Generator().manual_seed(seed)
-    eager.set_epoch(1)
-    for _ in range(3):
-        random_grads(others, generator)
-        eager.step()
+    others, eager = eager_twin("graddrop", seed, 3)
     for param, other in zip(params, others):
         param.grad = other.grad.clone()
     made.step()
