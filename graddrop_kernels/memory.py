@@ -12,8 +12,8 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def plain_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values in order in memory of their own."""
-    return tensor.resolve_neg().resolve_conj().clone(memory_format=torch.contiguous_format)
+    """The same values in order in memory of their own; a clone negates and conjugates what a view only marks."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def as_real(tensor: torch.Tensor) -> torch.Tensor:
