@@ -1,6 +1,7 @@
 """Every backend against the reference: the bits of "exact", close to plain "reference"; any memory, any values."""
 
 import dataclasses
+import itertools
 import math
 import random
 from fractions import Fraction
@@ -530,6 +531,30 @@ def check_patterns(dtypes, generator, count: int, steps: int, arguments: dict) -
         and after[EXACT]["w"].isinf().any()
         and after[EXACT]["exp_avg of w"].isfinite().any()
     )
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("masking", ["none", "graddrop", "gaussian", "layer", "buckets-gradient", "fixed-gradient"])
+def test_every_combination_of_signed_zeros(masking, maximize, seed):
+    """Parameters, gradients and moments of either zero, one, and the smallest number, under an lr and betas of 0 too:
+    products that vanish, sums whose sign is that of their last zero. Kept, dropped and of a dropped block.
+    """
+    numbers = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45])
+    p, g, m, v = (each.flatten() for each in torch.meshgrid(numbers, numbers, numbers, numbers[::2], indexing="ij"))
+    values = [(f"layers.{i}.weight", p) for i in range(4)]
+    for lr, beta1, beta2 in itertools.product((0.0, 0.25), (0.0, 0.5), (0.0, 0.5)):
+        after = {}
+        for engine in (EXACT, *fused_engines((F32, F32))):
+            training = Training(
+                values, engine, seed, lr=lr, betas=(beta1, beta2), weight_decay=0.5, maximize=maximize,
+                mask=MASKINGS[masking].policy(values), **MASKINGS[masking].arguments,
+            )  # fmt: skip
+            state = {"step": torch.tensor(3.0), "exp_avg": m, "exp_avg_sq": v}
+            training.load(dict(values) | {f"{key} of {name}": state[key] for key in state for name, _ in values})
+            training.step([g] * 4, 0)
+            after[engine] = training.tensors()
+        for engine, tensors in after.items():
+            assert_same_tensors(tensors, after[EXACT], f"lr {lr}, betas {beta1}, {beta2}, {engine}")
 
 
 @pytest.mark.parametrize("dtypes", [dtypes for dtypes in DTYPES if dtypes[0] is not F32], ids=str)

@@ -17,7 +17,7 @@ TESTS = Path(__file__).parent
 SELECTIONS = {
     "kernels": ["test_triton_kernels.py"],
     "policies": ["test_backends_agree.py", "-k", "on_long_tensors"],
-    "values": ["test_backends_agree.py", "-k", "bit_pattern or stay or alignment or infinities"],
+    "values": ["test_backends_agree.py", "-k", "bit_pattern or signed_zeros or stay or alignment or infinities"],
     "modes": ["test_mixed_precision.py", "test_clipping.py", "-k", "triton and not fast and not float64"],
     "shards": ["test_layout.py", "-k", "slices_of_the_whole or far_shards"],
 }

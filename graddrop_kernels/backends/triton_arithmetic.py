@@ -30,6 +30,12 @@ def fma(a, b, c, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def negated(x):
+    """-x, of a zero too: Triton's own minus is 0 - x, which makes +0 of +0."""
+    return x * -1.0
+
+
+@triton.jit
 def to_float32(x, INTERPRETED: tl.constexpr):
     """A 16-bit or float32 number as float32, exactly."""
     if INTERPRETED and x.dtype == tl.bfloat16:  # the interpreter has denormals wrong
@@ -72,9 +78,9 @@ def store(at, new, old, moves, in_bounds, dtype: tl.constexpr, FROZEN: tl.conste
 @triton.jit
 def new_moments(g, m, v, vmax, beta1, beta2, AMSGRAD: tl.constexpr, INTERPRETED: tl.constexpr):
     """(exp_avg, exp_avg_sq, max_exp_avg_sq) in float32, in the order of csrc/adamw.h; g is masked and scaled."""
-    m = fma(beta1, m, fma(-beta1, g, g, INTERPRETED), INTERPRETED)
+    m = fma(beta1, m, fma(negated(beta1), g, g, INTERPRETED), INTERPRETED)
     g_squared = g * g
-    v = fma(beta2, v, fma(-beta2, g_squared, g_squared, INTERPRETED), INTERPRETED)
+    v = fma(beta2, v, fma(negated(beta2), g_squared, g_squared, INTERPRETED), INTERPRETED)
     if AMSGRAD:
         vmax = tl.where(v > vmax, v, vmax)
     return m, v, vmax
@@ -87,12 +93,12 @@ def new_parameter(
 ):  # fmt: skip
     """The parameter in float32 from the new moments; vhat is exp_avg_sq, or its maximum for amsgrad."""
     # decoupled weight decay; skipped when 0, so that an infinite parameter does not become NaN
-    p = tl.where(decay, fma(-lr_weight_decay, p, p, INTERPRETED), p)
+    p = tl.where(decay, fma(negated(lr_weight_decay), p, p, INTERPRETED), p)
     if EXACT:
         root = tl.sqrt_rn(vhat)
         # root / bc2_sqrt, rounded once: see div_by_constant in csrc/adamw.h
         quotient = tl.minimum(root * bc2_sqrt_reciprocal, FLOAT32_MAX)
-        remainder = fma(-quotient, bc2_sqrt + tl.zeros_like(quotient), root, INTERPRETED)
+        remainder = fma(negated(quotient), bc2_sqrt + tl.zeros_like(quotient), root, INTERPRETED)
         denom = fma(remainder, bc2_sqrt_reciprocal, quotient, INTERPRETED) + eps
         return p - tl.div_rn(step_size * m, denom)
     else:

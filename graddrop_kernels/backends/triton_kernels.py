@@ -226,7 +226,8 @@ def prologue_kernel(
         tl.store(as_float + S_BETA1, beta1)
         tl.store(as_float + S_BETA2, beta2)
         tl.store(as_float + S_EPS, tl.load(doubles + EPS).to(tl.float32))
-        sign = tl.where(tl.load(ints + MAXIMIZE) != 0, -1.0, 1.0)
+        # a dropped block's gradient is +0, never -0
+        sign = tl.where((tl.load(ints + MAXIMIZE) != 0) & (kind != OFF), -1.0, 1.0)
         scales = (kind == BERNOULLI) | (kind == FIXED)
         tl.store(as_float + FACTOR, tl.where(scales, sign * scale, sign))
         tl.store(as_float + DEVIATION, tl.where(kind == GAUSSIAN, scale, 0.0))
