@@ -212,6 +212,17 @@ def check_dtensor(tensor: torch.Tensor) -> tuple[Piece, ...]:
     return pieces
 
 
+@pytest.mark.parametrize("n, dp, tp, dp_rank, tp_rank", [(9, 4, 2, 3, 0), (20, 3, 3, 2, 1), (25, 4, 2, 3, 1)])
+def test_what_torch_cuts_itself(n, dp, tp, dp_rank, tp_rank):
+    """distribute_tensor goes by the placements from left to right: the same ones, but another shape and place."""
+    layout = fsdp_tp(n, dp, tp, dp_rank, tp_rank)
+    with as_rank(dp_rank * tp + tp_rank, dp * tp):
+        mesh = torch.distributed.init_device_mesh("cpu", (dp, tp))
+        tensor = distributed.distribute_tensor(count_up((n,)), mesh, layout.placements, src_data_rank=None)
+        assert tensor.to_local().shape != layout.local.shape
+        check_dtensor(tensor)
+
+
 @pytest.mark.parametrize("mesh_shape", [(1,), (2,), (3,), (8,), (2, 2), (3, 2), (4, 2), (2, 2, 2), (1, 3, 2)], ids=str)
 def test_distributed_tensors(mesh_shape, seed):
     rng, layouts = random.Random(seed), []
