@@ -34,7 +34,7 @@ from cases import (
 from test_backends_agree import assert_bits, run_in_step
 from test_gradient_norm import finite, masked_gradients
 
-from graddrop_kernels import backends, bitmask
+from graddrop_kernels import FusedGradDropAdamW, GradDrop, backends, bitmask
 from graddrop_kernels.backends import cpu, cuda
 from graddrop_kernels.layout import RowBlock
 from graddrop_kernels.multi_tensor import TensorBatch
@@ -120,21 +120,28 @@ def test_rows_that_keep_or_drop_everything_share_a_launch(name, seed):
     compare_with_cpu(batch, name)
 
 
-@pytest.mark.parametrize("mode", [False, True], ids=["plain", "mode"])
-@pytest.mark.parametrize("masking", MASKINGS)
-def test_policies_have_the_exact_bits(masking, mode, seed, monkeypatch):
-    """Whole trainings over several epochs, through the optimizer."""
+@pytest.fixture
+def emulation(monkeypatch) -> str:
+    """A name that the optimizer takes for a backend: the emulation, on CPU tensors."""
     row = backends.Backend(
-        "cuda-emulation", "", ("cpu",), backends._FUSED_DTYPES, False, lambda: None, cuda.masked_adamw_, True, True
-    )
+        "cuda-emulation", "", ("cpu",), backends._FUSED_DTYPES, False, lambda: None, cuda.masked_adamw_, True, True,
+        cuda.sum_of_squares,
+    )  # fmt: skip
     monkeypatch.setitem(backends._BY_NAME, row.name, row)
     monkeypatch.setitem(cases._ROWS, row.name, row)
+    return row.name
+
+
+@pytest.mark.parametrize("mode", [False, True], ids=["plain", "mode"])
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_policies_have_the_exact_bits(masking, mode, emulation, seed):
+    """Whole trainings over several epochs, through the optimizer."""
     place = list(MASKINGS).index(masking)
     modes = MODES if mode else [(dtypes, False, False) for dtypes in DTYPES]
     dtypes, masters, stochastic = modes[place % len(modes)]
     hyper = list(HYPERS)[place // len(modes) % len(HYPERS)]
     case = Case(masking, hyper, dtypes, (0, 1, 3, 33, 1031, CHUNK + 1), masters, stochastic)
-    run_in_step(case, seed, [Engine(row.name)], 6, assert_bits, start=3)
+    run_in_step(case, seed, [Engine(emulation)], 6, assert_bits, start=3)
 
 
 # --- loss scaling -----------------------------------------------------------------------------------------------------
@@ -365,6 +372,24 @@ def test_the_device_has_the_bits_of_the_emulated_sum_of_squares(name, masked, of
     expected, there = cuda.sum_of_squares(batch, masked), copy_of(batch, "cuda")
     for _ in range(10):
         assert_same_bits(cuda.sum_of_squares(there, masked).cpu(), expected, f"sum of squares, {name}")
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the mask", "after it"])
+def test_a_clipped_training_has_the_norms_of_the_reference(after, emulation, seed):
+    """In float32, of sums in float64 whose order differs."""
+    norms = {}
+    for backend in (emulation, "exact"):
+        torch.manual_seed(seed)
+        params = [torch.nn.Parameter(torch.randn(size)) for size in (1000, 5, 2 * CHUNK + 3)]
+        arguments = {"lr": 1e-2, "eps": 1e-6, "weight_decay": 0.1, "max_grad_norm": 0.5, "norm_after_mask": after}
+        optimizer = FusedGradDropAdamW(params, mask=GradDrop(0.3), seed=seed, backend=backend, **arguments)
+        norms[backend] = []
+        for _ in range(4):
+            for param in params:
+                param.grad = torch.randn_like(param)
+            optimizer.step()
+            norms[backend].append(optimizer.grad_norm)
+    torch.testing.assert_close(norms[emulation], norms["exact"], rtol=2.0**-22, atol=0)
 
 
 _NOT_READ = """
