@@ -87,7 +87,7 @@ BACKENDS = (
     ),
     Backend(
         "cuda", "C++ for CUDA, the same headers as the CPU kernels",
-        ("cuda",), _FUSED_DTYPES, True, cuda.unavailable, cuda.masked_adamw_, True, True,
+        ("cuda",), _FUSED_DTYPES, True, cuda.unavailable, cuda.masked_adamw_, True, True, cuda.sum_of_squares,
     ),
     Backend(
         "reference", "plain PyTorch, slow; defines the meaning",
