@@ -43,7 +43,8 @@ def clip_(
         (backend.sum_of_squares or reference.sum_of_squares)(batch, after_mask).to(device, non_blocking=True)
         for backend, batch in zip(chosen, batches)
     ]
-    norm = torch.stack(squares).sum().sqrt()
+    total = squares[0] if len(squares) == 1 else torch.stack(squares).sum()
+    norm = total.sqrt()
     if grad_scale is not None:
         norm = norm / grad_scale.to(device, non_blocking=True)
     norm = norm.to(torch.float64 if wide else torch.float32)
