@@ -375,6 +375,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         for backend, batch in zip(chosen, prepared.batches):
             backend.masked_adamw_(batch)
         prepared.write_back(grads if grad_scale is not None else ())
+        for batch in prepared.batches:
+            batch.grads = []  # or they would outlive zero_grad(), beside those of the next backward pass
 
     def _count_step(self, indices: set[int], clocks: list[Clock], found_inf: torch.Tensor | None) -> None:
         """Counts the step that these groups have made."""
