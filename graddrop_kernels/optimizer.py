@@ -404,6 +404,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             batch.step_with(backend.masked_adamw_)
         if grad_scale is not None:
             prepared.write_grads_back()
+        prepared.forget_grads()
 
     def _facts(self) -> tuple:
         """What of the options a prepared step depends on."""

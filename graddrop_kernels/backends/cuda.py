@@ -131,7 +131,7 @@ def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
     Neither ``grad_scale`` nor ``clip_factor`` is applied. ``masked``: as the step that comes next masks them: dropped
     ones count as 0, kept ones times their scale. The step counts stay. The same gradients give the same bits.
     """
-    tables = _tables_of(batch)
+    tables = _tables_of(batch, for_norm=True)
     launches = tables.launches if masked else tables.launches_of_all()
     total, first = sum(launch.chunks.numel() for launch in launches), 0
     out = (torch.empty if total else torch.zeros)((), dtype=torch.float64, device=batch.device)
@@ -148,11 +148,11 @@ def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
     return out
 
 
-def _tables_of(batch: TensorBatch) -> DeviceTables:
+def _tables_of(batch: TensorBatch, for_norm: bool = False) -> DeviceTables:
     """The batch's tables, up to date."""
     if batch.table is None:
         batch.table = DeviceTables(batch)
-    batch.table.refresh(batch)
+    batch.table.refresh(batch, for_norm)
     return batch.table
 
 
