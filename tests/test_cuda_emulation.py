@@ -124,8 +124,8 @@ def test_rows_that_keep_or_drop_everything_share_a_launch(name, seed):
 def emulation(monkeypatch) -> str:
     """A name that the optimizer takes for a backend: the emulation, on CPU tensors."""
     row = backends.Backend(
-        "cuda-emulation", "", ("cpu",), backends._FUSED_DTYPES, False, lambda: None, cuda.masked_adamw_, True, True,
-        cuda.sum_of_squares,
+        "cuda-emulation", "", ("cpu",), backends._FUSED_DTYPES, False, lambda: None, cuda.masked_adamw_,
+        cuda.sum_of_squares, True, True,
     )  # fmt: skip
     monkeypatch.setitem(backends._BY_NAME, row.name, row)
     monkeypatch.setitem(cases._ROWS, row.name, row)
