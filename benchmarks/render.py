@@ -165,6 +165,19 @@ def _modes(results: dict) -> str:
     return "\n\n".join(parts)
 
 
+def _skip_backward(results: dict) -> str:
+    """What is saved of a whole training step, in percent of the dense one."""
+    runs = results["skip_backward"]["runs"]
+    saved = lambda ratio: f"{100 * (1 - ratio):.1f}"
+    table = []
+    for rows in zip(*(run["rows"] for run in runs)):
+        flops = saved(statistics.mean(row["flops_ratio"] for row in rows))
+        times = [f"{saved(row['ratio'])} ({saved(row['ratio_p80'])}–{saved(row['ratio_p20'])})" for row in rows]
+        table.append([rows[0]["name"], flops, *times])
+    labels = [f"time, {run['threads']} thread{'s' if run['threads'] > 1 else ''} (p20–p80)" for run in runs]
+    return markdown(["saved of a training step, %", "FLOPs", *labels], table)
+
+
 def _precision(results: dict) -> str:
     """Mean and, after the sign, the standard deviation over the seeds."""
     rows = results["precision"]["rows"]
@@ -207,6 +220,7 @@ TABLES = {  # name in the marker: (benchmarks of which it needs one, the table)
     "memory": (("memory",), _memory),
     "modes": (("modes_cpu",), _modes),
     "precision": (("precision",), _precision),
+    "skip-backward": (("skip_backward",), _skip_backward),
 }
 
 

@@ -116,7 +116,7 @@ class SkipBackward:
                 "differentiable=True needs the derivatives by all parameters: train without skip_dropped(), or with "
                 "differentiable=False"
             )
-        if optimizer._captured is not None or any(capturing(param.device) for param in self._params()):
+        if optimizer._captured is not None or any(map(capturing, {param.device for param in self._params()})):
             raise RuntimeError(
                 "a CUDA graph repeats the backward pass that it captured, and each step drops other blocks: "
                 "skip_dropped() works with steps that are not captured only"
@@ -149,12 +149,12 @@ def check_model(model: torch.nn.Module | None, params: list[torch.Tensor]) -> No
 
 def _misfit(module: torch.nn.Module) -> str | None:
     """Why skipping would fail, or train wrongly, with this module."""
-    kinds = {kind.__name__ for kind in type(module).__mro__}
-    if "DistributedDataParallel" in kinds and module.static_graph:
+    averages = isinstance(module, torch.nn.parallel.DistributedDataParallel)
+    if averages and module.static_graph:
         return "has static_graph=True, and its graph changes with the dropped blocks: make it without"
-    if "DistributedDataParallel" in kinds and not module.find_unused_parameters:
+    if averages and not module.find_unused_parameters:
         return "waits for the gradients of dropped blocks: make it with find_unused_parameters=True"
-    if "FullyShardedDataParallel" in kinds:
+    if type(module).__name__ == "FullyShardedDataParallel":  # FSDP1, not imported for this
         return "keeps many parameters in one flat one, which has one requires_grad: use fully_shard (FSDP2)"
     hugging_face = getattr(module, "gradient_checkpointing", False) is True
     checkpoint = getattr(module, "_gradient_checkpointing_func", None) if hugging_face else None

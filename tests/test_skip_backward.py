@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from toy import Encoder, bits, refused, state_bits
@@ -240,6 +241,20 @@ def test_a_step_that_a_grad_scaler_skips_draws_no_other_blocks(fused, seed):
     assert_alike(*pairs)
 
 
+def test_steps_that_the_device_left_out_are_not_counted(seed):
+    """On a GPU only the device knows that a step found infinities; the plan must wait for it."""
+    model, optimizer = make("layer", seed)
+    until(model, optimizer, any, seed)
+    expected, count = dropped_blocks(model, optimizer), optimizer.param_groups[0]["completed_steps"]
+    for found in range(8):  # steps counted that were none
+        for group in optimizer.param_groups:
+            group["completed_steps"] = count + found
+        optimizer._skipped_steps = {i: torch.tensor(found) for i in range(len(optimizer.param_groups))}
+        with optimizer.skip_dropped():
+            frozen = [name for name in block_names(model) if not model.get_submodule(name).linear.weight.requires_grad]
+        assert frozen == expected
+
+
 def test_steps_in_the_backward_pass(backend, seed):
     skipping, other = (make("layer", seed, backend=backend) for _ in range(2))
     handle = skipping[1].step_in_backward()
@@ -341,6 +356,16 @@ def test_a_dropped_gradient_takes_no_memory(seed):
     assert any(param.grad is None for param in params if param in optimizer._skip.missing)
     for param, grad in zip(params, grads):
         assert grad is param.grad if param.grad is not None else grad is None or grad.data_ptr() == param.data_ptr()
+
+
+def test_other_blocks_need_no_other_tables(seed, monkeypatch):
+    """What was prepared for one step serves the next, whichever blocks it drops."""
+    model, optimizer = make("layer", seed)
+    prepared = []
+    prepare = optimizer._prepare
+    monkeypatch.setattr(optimizer, "_prepare", lambda *args: prepared.append(args) or prepare(*args))
+    assert run((model, optimizer), True, seed) > 0
+    assert len(prepared) == 1
 
 
 # The work.
@@ -606,31 +631,19 @@ def test_blocks_that_are_compiled_are_compiled_twice_at_most(seed):
 # Wrappers.
 
 
-class Named(nn.Module):
-    """Stands for a wrapper of this name."""
-
-    def __init__(self, name, **attributes):
-        super().__init__()
-        self.__class__ = type(name, (Named,), {})
-        self.__dict__.update(attributes)
-
-
 @pytest.mark.parametrize(
-    "wrapper, word",
-    [
-        (("DistributedDataParallel", False, False), "find_unused_parameters=True"),
-        (("DistributedDataParallel", True, True), "static_graph"),
-        (("FullyShardedDataParallel", None, None), "FSDP2"),
-        (("DistributedDataParallel", True, False), None),
-        (("FSDPEncoder", None, None), None),
-    ],
+    "find_unused, static, word",
+    [(False, False, "find_unused_parameters=True"), (True, True, "static_graph"), (True, False, None)],
 )
-def test_wrappers(wrapper, word):
-    name, find_unused, static = wrapper
+def test_distributed_data_parallel(find_unused, static, word):
+    """Around a part of the model, too. It cannot be made without a process group: test_skip_backward_ranks.py."""
+    inner = DistributedDataParallel.__new__(DistributedDataParallel)
+    nn.Module.__init__(inner)
+    inner.find_unused_parameters, inner.static_graph = find_unused, static
     _, optimizer = make()
-    outer = nn.Sequential(Named(name, find_unused_parameters=find_unused, static_graph=static))
-    with refused(RuntimeError, r"module '0'", name, word) if word else nothing(), optimizer.skip_dropped(outer):
-        assert word is None
+    with refused(RuntimeError, r"module '0'", word) if word else nothing():  # noqa: SIM117
+        with optimizer.skip_dropped(nn.Sequential(inner)):
+            assert word is None
 
 
 def test_several_processes_must_show_the_model(monkeypatch):
