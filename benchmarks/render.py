@@ -167,15 +167,15 @@ def _modes(results: dict) -> str:
 
 def _skip_backward(results: dict) -> str:
     """What is saved of a whole training step, in percent of the dense one."""
-    runs = results["skip_backward"]["runs"]
+    tables = results["skip_backward"]["tables"]
     saved = lambda ratio: f"{100 * (1 - ratio):.1f}"
-    table = []
-    for rows in zip(*(run["rows"] for run in runs)):
+    lines = []
+    for rows in zip(*(table["rows"] for table in tables)):
         flops = saved(statistics.mean(row["flops_ratio"] for row in rows))
-        times = [f"{saved(row['ratio'])} ({saved(row['ratio_p80'])}–{saved(row['ratio_p20'])})" for row in rows]
-        table.append([rows[0]["name"], flops, *times])
-    labels = [f"time, {run['threads']} thread{'s' if run['threads'] > 1 else ''} (p20–p80)" for run in runs]
-    return markdown(["saved of a training step, %", "FLOPs", *labels], table)
+        times = [f"{saved(row['ratio'])} ({saved(row['ratio_p80'])} to {saved(row['ratio_p20'])})" for row in rows]
+        lines.append([rows[0]["name"], flops, *times])
+    labels = [f"time, {table['threads']} thread{'s' if table['threads'] > 1 else ''} (p20 to p80)" for table in tables]
+    return markdown(["saved of a training step, %", "FLOPs", *labels], lines)
 
 
 def _precision(results: dict) -> str:

@@ -180,12 +180,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--budget", type=float, default=160, metavar="SECONDS", help="of all, setup included")
     options = parser.parse_args()
-    load, runs = machine.Load(), []
+    load, tables = machine.Load(), []
     seconds = 0 if options.quick else options.budget / len(options.threads)
     for threads in options.threads:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            runs.append(pool.submit(measure, threads, 2 if options.quick else LAYERS, seconds, options.quick).result())
-    print(machine.write("skip_backward", options, {"load": load.report(), "runs": runs}))
+            layers = 2 if options.quick else LAYERS
+            tables.append(pool.submit(measure, threads, layers, seconds, options.quick).result())
+    print(machine.write("skip_backward", options, {"load": load.report(), "tables": tables}))
 
 
 if __name__ == "__main__":
