@@ -60,16 +60,14 @@ class SkipBackward:
         if not self.missing or not (present(grads) or (in_backward and in_backward.under_way)):
             return grads
         self._check_optimizer()
-        dropped = self._dropped()
-        for param in params:
-            if param in self.missing and param not in dropped:
-                index, position = self._optimizer._groups.find(param)
-                raise RuntimeError(
-                    f"the gradient of {self._optimizer._groups.records(index)[position].name!r} was skipped in a "
-                    "backward pass under skip_dropped(), but this step does not drop it: set_epoch(), "
-                    "load_state_dict() or another step() came in between, or gradients were left from an earlier "
-                    "step; call optimizer.zero_grad(), then run forward, backward and step() anew"
-                )
+        if trained := self.missing - self._dropped():
+            index, position = self._optimizer._groups.find(next(iter(trained)))
+            raise RuntimeError(
+                f"the gradient of {self._optimizer._groups.records(index)[position].name!r} was skipped in a backward "
+                "pass under skip_dropped(), but this step does not drop it: set_epoch(), load_state_dict() or another "
+                "step() came in between, or gradients were left from an earlier step; call optimizer.zero_grad(), "
+                "then run forward, backward and step() anew"
+            )
         return [
             _stand_in(param, grad_scale) if grad is None and param in self.missing else grad
             for param, grad in zip(params, grads)
