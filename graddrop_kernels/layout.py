@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -26,3 +27,12 @@ class RowBlock:
         """(local start, global start, length) of each contiguous run, in local order."""
         for row, start in enumerate(range(0, numel, self.local_inner)):
             yield start, self.base + row * self.global_inner, min(self.local_inner, numel - start)
+
+
+class FlatPiece(NamedTuple):
+    """A range of a flat tensor that is a contiguous range of one parameter."""
+
+    name: str  # of the parameter
+    local_start: int  # first element in the flat tensor
+    global_start: int  # first element in the whole parameter, in contiguous order
+    numel: int
