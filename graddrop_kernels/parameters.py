@@ -59,6 +59,8 @@ def group_blocks(groups: list[dict], index: int, policy: Policy) -> tuple[tuple[
             policy.layers, [name for position, other in enumerate(groups) for name in group_names(other, position)]
         )
         return tuple(blocks), [block_of(name, blocks) for name in group_names(group, index)]
+    if "block" in group:  # param_groups(..., per_block=True): however many tensors an engine makes of it
+        return tuple(group["blocks"]), [group["block"]] * len(group["params"])
     if len(group.get("param_blocks", ())) != len(group["params"]) or "blocks" not in group:
         raise ValueError(
             f"mask={kind}(...) drops whole transformer blocks and must know them: "

@@ -6,7 +6,6 @@ import importlib.util
 
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
 
