@@ -2,6 +2,7 @@
 of one process, bit for bit.
 """
 
+import functools
 import importlib.util
 
 import pytest
@@ -9,7 +10,26 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from graddrop_kernels.attach import deepspeed_pieces, fsdp1_pieces
+from graddrop_kernels import (
+    FixedMask,
+    FusedGradDropAdamW,
+    GaussianGradDrop,
+    GradDrop,
+    GradDropEpoch,
+    GradFreeze,
+    LayerGradDrop,
+    param_groups,
+)
+from graddrop_kernels.attach import (
+    attach_deepspeed,
+    attach_fsdp1,
+    attach_zero,
+    deepspeed_pieces,
+    flat_buffer_reason,
+    fsdp1_pieces,
+)
+from graddrop_kernels.layout import FlatPiece
+from graddrop_kernels.names import canonical_name
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
@@ -72,6 +92,180 @@ def started_deepspeed(model, optimizer, stage):
         "zero_optimization": {"stage": stage, "sub_group_size": 700, "stage3_param_persistence_threshold": 10},
     }
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+# Training.
+
+
+def fixed_mask():
+    generator = torch.Generator().manual_seed(3)
+    named = [(name, param) for name, param in Model().named_parameters() if ".up" in name]
+    return FixedMask({name: torch.rand(param.shape, generator=generator) < 0.4 for name, param in named}, scale=1.25)
+
+
+POLICIES = {
+    "graddrop": lambda: GradDrop(p=0.3),
+    "gaussian": lambda: GaussianGradDrop(p=0.4),
+    "epoch": lambda: GradDropEpoch(epochs=3, storage="recompute"),
+    "epoch-bitpacked": lambda: GradDropEpoch(epochs=3, storage="bitpacked"),
+    "layer": lambda: LayerGradDrop(p=0.4),
+    "freeze": lambda: GradFreeze(epochs=3),
+    "fixed": fixed_mask,
+}
+STEPS, STEPS_PER_EPOCH = 7, 2  # one more epoch than the policies have
+
+
+def groups_of(model, per_block=False):
+    """The paper's scope, with one weight decay, as FSDP1's flat parameters have no second."""
+    return [{**group, "weight_decay": 0.1} for group in param_groups(model, per_block=per_block)]
+
+
+def options(policy):
+    return {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "seed": 11, "mask": POLICIES[policy]()}
+
+
+def whole(model):
+    """The pieces of unsharded parameters."""
+    return {param: [FlatPiece(canonical_name(name), 0, 0, param.numel())] for name, param in model.named_parameters()}
+
+
+def plain_step(model, optimizer, seed):
+    model(seed).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def one_process(policy):
+    model = Model()
+    optimizer = FusedGradDropAdamW(groups_of(model), **options(policy))
+    return optimizer, functools.partial(plain_step, model, optimizer), whole(model)
+
+
+def ddp(policy):
+    model = nn.parallel.DistributedDataParallel(Model())
+    optimizer = FusedGradDropAdamW(groups_of(model), **options(policy))
+    return optimizer, functools.partial(plain_step, model, optimizer), whole(model)
+
+
+def zero(policy, buckets=False):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = nn.parallel.DistributedDataParallel(Model())
+    optimizer = ZeroRedundancyOptimizer(
+        groups_of(model, per_block=True), FusedGradDropAdamW, parameters_as_bucket_view=buckets, **options(policy)
+    )
+    attach_zero(optimizer, model)
+    own = {param for group in optimizer.optim.param_groups for param in group["params"]}
+    pieces = {param: each for param, each in whole(model).items() if param in own}
+    return optimizer.optim, functools.partial(plain_step, model, optimizer), pieces
+
+
+def fsdp1(policy, use_orig_params):
+    model = wrapped_fsdp1(Model(), use_orig_params)
+    optimizer = FusedGradDropAdamW(groups_of(model), **options(policy))
+    attach_fsdp1(optimizer, model)
+    return optimizer, functools.partial(plain_step, model, optimizer), fsdp1_pieces(model)
+
+
+def deepspeed(policy, stage):
+    model = Model()
+    optimizer = FusedGradDropAdamW(groups_of(model, per_block=True), **options(policy))
+    engine = started_deepspeed(model, optimizer, stage)
+    attach_deepspeed(engine)
+
+    def step(seed):
+        engine.backward(engine(seed))
+        engine.step()
+
+    return optimizer, step, deepspeed_pieces(engine)
+
+
+def accelerated(policy, fsdp2=False):
+    """Two micro-batches a step, the second with the double of the first's gradients; their mean is stepped."""
+    import accelerate
+
+    plugin = {}
+    if fsdp2:
+        plugin = {"fsdp_plugin": accelerate.FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Unit"],
+            cpu_ram_efficient_loading=False,
+        )}  # fmt: skip
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2, **plugin)
+    if fsdp2:  # which Accelerate leaves out, without a word, on CPUs
+        accelerator.state.distributed_type = accelerate.DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin["fsdp_plugin"]
+    model = Model()
+    model, optimizer = accelerator.prepare(model, FusedGradDropAdamW(groups_of(model), **options(policy)))
+
+    def step(seed):
+        for part in range(2):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(seed) * (part + 1) * 2 / 3)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return optimizer.optimizer, step, whole(model)
+
+
+ENGINES = {
+    "ddp": ddp,
+    "zero": zero,
+    "zero, buckets": functools.partial(zero, buckets=True),
+    "fsdp1 slices": functools.partial(fsdp1, use_orig_params=True),
+    "fsdp1 flat": functools.partial(fsdp1, use_orig_params=False),
+    **{f"deepspeed {stage}": functools.partial(deepspeed, stage=stage) for stage in (1, 2, 3)},
+}
+
+
+def trained(engine, policy, seed):
+    """[(name, first element, step, {what: values})] of every piece after training."""
+    optimizer, step, pieces = engine(policy)
+    for number in range(STEPS):
+        if number % STEPS_PER_EPOCH == 0:
+            optimizer.set_epoch(number // STEPS_PER_EPOCH)
+        step(seed + number)
+    found = []
+    for tensor, each in pieces.items():
+        state = optimizer.state.get(tensor, {})
+        whats = {"param": tensor, **{key: value for key, value in state.items() if key != "step"}}
+        for name, local, start, numel in each:
+            values = {what: value.detach().flatten()[local : local + numel].clone() for what, value in whats.items()}
+            found.append((name, start, float(state["step"]), values))
+    return found
+
+
+def trained_by(engine, policies, seed):
+    return [trained(ENGINES[engine], policy, seed) for policy in policies]
+
+
+@functools.cache
+def expected_of(policy, seed):
+    return {name: (step, values) for name, _, step, values in trained(one_process, policy, seed)}
+
+
+def assert_trained_alike(by_rank, policy, seed, copies=1):
+    """``copies``: how many ranks have each element."""
+    expected = expected_of(policy, seed)
+    seen = {name: torch.zeros(len(values["param"])) for name, (_, values) in expected.items()}
+    for found in by_rank:
+        for name, start, step, values in found:
+            end = start + len(values["param"])
+            seen[name][start:end] += 1
+            assert step == expected[name][0], (policy, name)
+            assert values.keys() == expected[name][1].keys()
+            for what, value in values.items():
+                assert torch.equal(value, expected[name][1][what][start:end]), (policy, name, what, start)
+    assert all((counts == copies).all() for counts in seen.values()), policy
+
+
+@pytest.mark.parametrize("engine", [
+    pytest.param(engine, marks=needs_deepspeed if "deepspeed" in engine else ()) for engine in ENGINES
+])  # fmt: skip
+def test_training_is_that_of_one_process(engine, seed):
+    by_rank = run_ranks(2, trained_by, engine, list(POLICIES), seed)
+    for policy, *found in zip(POLICIES, *by_rank):
+        assert_trained_alike(found, policy, seed, copies=2 if engine == "ddp" else 1)
 
 
 # Maps.
