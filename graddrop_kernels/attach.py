@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from .inspection import require_optimizer
-from .layout import FlatPiece
 from .names import canonical_name
+from .parameters import FlatPiece
 
 if TYPE_CHECKING:
     from .optimizer import FusedGradDropAdamW

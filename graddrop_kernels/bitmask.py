@@ -7,6 +7,7 @@ plane k holds bit k of every element's bucket.
 import numpy as np
 import torch
 
+from .layout import RowBlock
 from .philox import DOMAIN_BUCKET, uniform16
 
 _WORDS_AT_ONCE = 1 << 18  # when bits are counted: 8 MB of single bits
@@ -34,6 +35,17 @@ def unpack(words: torch.Tensor, numel: int) -> torch.Tensor:
     """int32 words -> bool tensor of shape (numel,)."""
     bits = (words.to(torch.int64).unsqueeze(1) >> torch.arange(32, device=words.device)) & 1
     return bits.flatten()[:numel].bool()
+
+
+def bits_of_layout(words: torch.Tensor, layout: RowBlock, numel: int) -> torch.Tensor:
+    """The bits of a layout's elements, in local order, out of those of the whole parameter: int32 words."""
+    if layout == RowBlock.whole(numel) and words.numel() == num_words(numel):
+        return words
+    if not numel:
+        return words[:0]
+    first, last = layout.base // 32, (max(first + count for _, first, count in layout.runs(numel)) + 31) // 32
+    bits = unpack(words[first:last], 32 * (last - first))
+    return pack(torch.cat([bits[start - 32 * first :][:count] for _, start, count in layout.runs(numel)]))
 
 
 def count_kept(words: torch.Tensor) -> int:

@@ -39,10 +39,12 @@ def clip_(
     """
     device = batches[0].device
     wide = any(batch.param_dtype in (torch.float64, torch.complex128) for batch in batches)
-    squares = [
-        (backend.sum_of_squares or reference.sum_of_squares)(batch, after_mask).to(device, non_blocking=True)
-        for backend, batch in zip(chosen, batches)
-    ]
+    squares = []
+    for backend, batch in zip(chosen, batches):
+        square = (backend.sum_of_squares or reference.sum_of_squares)(batch, after_mask)
+        for group in batch.sharded_over:
+            torch.distributed.all_reduce(square, group=group)
+        squares.append(square.to(device, non_blocking=True))
     norm = torch.stack(squares).sum().sqrt()
     if grad_scale is not None:
         norm = norm / grad_scale.to(device, non_blocking=True)

@@ -5,6 +5,7 @@ import weakref
 import torch
 
 from .multi_tensor import PreparedStep
+from .shards import local_grads, local_tensors
 
 
 class StepInBackward:
@@ -95,9 +96,9 @@ class StepInBackward:
             )
         self._check(optimizer)
         optimizer._check_options()
-        groups = optimizer._groups
-        prepared, grads, facts = self._prepared.get(param), [param.grad], groups.facts()
-        if prepared is None or not prepared.holds([param], grads, {param: optimizer.state[param]}, facts):
+        groups, prepared = optimizer._groups, self._prepared.get(param)
+        grads, state = local_grads([param], [param.grad]), {param: optimizer.state[param]}
+        if prepared is None or not prepared.holds(local_tensors([param]), grads, state, optimizer._facts()):
             prepared = self._prepared[param] = optimizer._prepare([param], grads, fresh=None)
         if self._clocks is None:
             self._clocks = list(map(groups.clock, groups.indices()))

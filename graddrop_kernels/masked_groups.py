@@ -5,15 +5,16 @@ import weakref
 import torch
 
 from . import backends
-from .bitmask import count_kept
+from .bitmask import bits_of_layout, count_kept
 from .group_options import check_options
-from .layout import RowBlock
+from .layout import is_dtensor
 from .multi_tensor import Hyper
 from .names import canonical_name
-from .parameters import ParamRecord, check_fixed_mask, check_param, make_records
+from .parameters import FlatPiece, ParamRecord, check_fixed_mask, check_param, make_records
 from .plan import Clock, MaskPlan, PlanContext
 from .policies import KEEP, FixedMask, GradDropEpoch, Policy
 from .policy_book import PolicyBook
+from .shards import Span, spans_of
 
 
 class MaskedGroups:
@@ -24,6 +25,7 @@ class MaskedGroups:
     def __init__(self, optimizer: torch.optim.Optimizer, policies: PolicyBook):
         self._optimizer = weakref.proxy(optimizer)  # or its moments would wait for the garbage collector
         self.policies = policies
+        self.flat: dict[torch.Tensor, tuple[FlatPiece, ...]] = {}  # what is in the flat buffers among the parameters
         self.forget()
 
     def forget(self) -> None:
@@ -87,18 +89,24 @@ class MaskedGroups:
         )  # fmt: skip
 
     def active_fraction(self, index: int) -> float:
-        """The share of a group's elements kept at the next step: exact for blocks and fixed masks."""
+        """The share of a group's elements kept at the next step: exact for blocks and fixed masks. Of sharded
+        parameters as a whole, of flat buffers what is in this process.
+        """
         plans: dict = {}
         active = total = 0
         for param, record in zip(self[index]["params"], self.records(index)):
-            if record.unit not in plans:
-                plans[record.unit] = self.plan(index, record.unit)
-            plan = plans[record.unit]
-            share = plan.active_fraction
-            if plan.kind == "fixed":
-                share = count_kept(self.policy(index).words[record.name]) / max(param.numel(), 1)
-            active += share * param.numel()
-            total += param.numel()
+            spans = spans_of(param, record) if record.flat else [None]
+            words = self.mask_words(index, param, record) if record.flat else [None]
+            for span, bits in zip(spans, words):
+                unit, numel = (record.unit, param.numel()) if span is None else (span.unit, span.numel)
+                if unit not in plans:
+                    plans[unit] = self.plan(index, unit)
+                plan = plans[unit]
+                share = plan.active_fraction
+                if plan.kind == "fixed":
+                    share = count_kept(self.policy(index).words[record.name] if bits is None else bits) / max(numel, 1)
+                active += share * numel
+                total += numel
         return active / total if total else 1.0
 
     # Parameters.
@@ -115,16 +123,17 @@ class MaskedGroups:
         made_from = (group["seed"], group["mask"], len(group["params"]), group.get("param_names"))
         cached = self._records.get(index)
         if cached is None or cached[0] != made_from:
-            made = make_records(self._optimizer.param_groups, index, self.policy(index))
+            made = make_records(self._optimizer.param_groups, index, self.policy(index), self.flat)
             cached = self._records[index] = (made_from, made)
         return cached[1]
 
     def find(self, param: torch.Tensor | str) -> tuple[int, int]:
-        """(group, position) of a parameter or of its name. Raises KeyError."""
+        """(group, position) of a parameter or of its name; of the flat buffer that it is in. Raises KeyError."""
         wanted = canonical_name(param) if isinstance(param, str) else None
         for index, group in enumerate(self):
             for position, (tensor, record) in enumerate(zip(group["params"], self.records(index))):
-                if tensor is param or record.name == wanted:
+                names = [record.name, *(piece.name for piece, _, _ in record.flat)]
+                if tensor is param or wanted in names:
                     return index, position
         raise KeyError(
             f"{param!r} is not a parameter of this optimizer"
@@ -132,28 +141,17 @@ class MaskedGroups:
             else "this tensor is not a parameter of this optimizer"
         )
 
-    def mask_words(self, index: int, param: torch.Tensor, record: ParamRecord) -> torch.Tensor | None:
-        """Bit-planes of the buckets or the bits of a fixed mask, made once a parameter and kept on its device;
-        None where the policy stores none.
+    def mask_words(self, index: int, param: torch.Tensor, record: ParamRecord) -> list[torch.Tensor | None]:
+        """Bit-planes of the buckets or the bits of a fixed mask, of each span, made once a parameter and kept on its
+        device; None where the policy stores none.
         """
-        policy = self.policy(index)
-        if isinstance(policy, FixedMask):
-            buckets = 0
-            if record.name not in policy.words:
-                return None
-        elif isinstance(policy, GradDropEpoch) and policy.storage == "bitpacked":
-            buckets = policy.epochs
-        else:
-            return None
-        made_for = (record.key, buckets, param.device, param.numel())
+        policy, spans = self.policy(index), spans_of(param, record)
+        if not isinstance(policy, FixedMask) and getattr(policy, "storage", None) != "bitpacked":
+            return [None] * len(spans)
+        made_for = (spans, param.device, self[index]["mask"])
         cached = self._words.get(param)
         if cached is None or cached[0] != made_for:
-            if buckets:
-                layout = RowBlock.whole(param.numel())
-                words = backends.bucket_planes(record.key, buckets, layout, param.numel(), param.device)
-            else:
-                words = policy.words[record.name].to(param.device)
-            cached = self._words[param] = (made_for, words)
+            cached = self._words[param] = (made_for, [_mask_words(policy, span, param.device) for span in spans])
         return cached[1]
 
     def check(self) -> None:
@@ -167,12 +165,27 @@ class MaskedGroups:
                     f"masked={group['masked']!r} does not apply to {type(policy).__name__}, which drops nothing; "
                     "leave it None"
                 )
-            named = {record.name: param for param, record in zip(group["params"], self.records(index))}
+            named = {}
             for param, record in zip(group["params"], self.records(index)):
                 check_param(record.name, param)
+                if is_dtensor(param) and policy is not None and "param_names" not in group:
+                    raise ValueError(
+                        f"parameter {record.name!r} is sharded and has no name: its place in the optimizer is no key "
+                        "for masks that are to be the same in any sharding; pass model.named_parameters() or "
+                        "graddrop_kernels.param_groups(model)"
+                    )
+                named |= {piece.name: None for piece, _, _ in record.flat} or {record.name: param}
             if len(set(group["params"])) != len(group["params"]):
                 raise ValueError(f"a parameter appears twice in parameter group {index}; give each parameter once")
             if isinstance(policy, FixedMask):
                 fixed.setdefault(policy, {}).update(named)
         for policy, named in fixed.items():
             check_fixed_mask(policy, named)
+
+
+def _mask_words(policy: FixedMask | GradDropEpoch, span: Span, device: torch.device) -> torch.Tensor | None:
+    if isinstance(policy, GradDropEpoch):
+        return backends.bucket_planes(span.key, policy.epochs, span.layout, span.numel, device)
+    if span.name not in policy.words:
+        return None
+    return bits_of_layout(policy.words[span.name], span.layout, span.numel).to(device)

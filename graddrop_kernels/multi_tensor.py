@@ -2,6 +2,7 @@
 with everything the call needs beside them in plain numbers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
@@ -11,6 +12,7 @@ import torch
 from .layout import RowBlock
 from .memory import as_real, is_plain, plain_copy, turns_of
 from .plan import MaskPlan
+from .shards import local, local_tensors
 from .tensor_facts import same_facts
 
 # map() with these runs through 400 tensors in a third of the time of a list comprehension.
@@ -34,7 +36,7 @@ class Hyper:
 
 @dataclass(slots=True)
 class Row:
-    """One parameter with a gradient.
+    """One parameter with a gradient, as it lies in this process; or one span of it.
 
     ``state`` holds step (0-d float32), exp_avg, exp_avg_sq, with amsgrad max_exp_avg_sq, with ``master`` master_param.
     """
@@ -49,6 +51,8 @@ class Row:
     mask_words: torch.Tensor | None = None  # int32 bit-planes of the buckets, or the bits of a fixed mask
     master: bool = False  # master_param is stepped, and the parameter is what it rounds to
     stochastic: bool = False  # the bfloat16 parameter is rounded up or down at random
+    span: slice | None = None  # of the flat elements; None: all
+    sharded_over: tuple = ()  # process groups whose processes hold the other parts
 
 
 @dataclass
@@ -79,6 +83,7 @@ class TensorBatch:
     mask_words: list[torch.Tensor | None] = field(default_factory=list)
     hyper_rows: list[int] = field(default_factory=list)
     members: list[int] = field(default_factory=list)  # positions among the parameters that have gradients
+    spans: list[slice | None] = field(default_factory=list)  # of each of these; None: all of it
     plans_of: list[tuple] = field(default_factory=list)  # of each hyper row
     grads: list[torch.Tensor] = field(default_factory=list)
     hypers: list[Hyper] = field(default_factory=list)
@@ -87,13 +92,25 @@ class TensorBatch:
     clip_factor: torch.Tensor | None = None  # one float32: gradients are multiplied by it after that, in registers
     grad_dtype: torch.dtype | None = None  # None: param_dtype
     stochastic: bool = False  # params (bfloat16) are rounded up or down at random, with the odds of where they lie
+    sharded_over: tuple = ()  # process groups over which a sum over all elements is still to be added up
     copies: list[torch.Tensor] = field(default_factory=list)
+    staged: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # (tensor, its contiguous copy)
     table: object = None
 
     @property
     def parts(self) -> int:
         """Numbers an element of a mask."""
         return 2 if self.param_dtype.is_complex else 1
+
+    def step_with(self, masked_adamw_: Callable) -> None:
+        """Steps it, through contiguous copies where a tensor has other strides: slower, and right where torch's fused
+        CPU kernel silently is not. Copied now: a batch before it may have stepped the same memory.
+        """
+        for tensor, copy in self.staged:
+            copy.copy_(tensor)
+        masked_adamw_(self)
+        for tensor, copy in self.staged:
+            tensor.copy_(copy)
 
     @property
     def mode(self) -> tuple:
@@ -108,8 +125,7 @@ class PreparedStep:
     All tensors are held, so that no other can come by the place of one; a tensor's own memory may still be exchanged
     (``param.data = ...``), so addresses are compared too.
 
-    An element's index is its place in contiguous order, whatever the strides, so tensors with other strides are staged
-    through contiguous copies: slower, and right where torch's fused CPU kernel silently is not.
+    An element's index is its place in contiguous order, whatever the strides.
     """
 
     def __init__(self, params: list[torch.Tensor], rows: list[Row], state: dict, made_for: object):
@@ -117,18 +133,21 @@ class PreparedStep:
         self.params = params
         stepped = {id(row.param) for row in rows}
         self.absent = [id(param) not in stepped for param in params]
-        self.states = [row.state for row in rows]
-        self.amsgrad_states = [row.state for row in rows if row.amsgrad]
-        self.master_states = [row.state for row in rows if row.master]
+        states = {id(row.state): row for row in rows}.values()  # one row of each parameter
+        self.states = [row.state for row in states]
+        self.amsgrad_states = [row.state for row in states if row.amsgrad]
+        self.master_states = [row.state for row in states if row.master]
         self.all_states = list(state.values())
-        self.staged: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.copied_steps: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.batches = self._sort(rows)
         self.group_indices = {index for batch in self.batches for index, _ in batch.plans_of}
         self.same_params = same_facts(params)
-        self.same_grads = same_facts([row.grad for row in rows])
-        self.grads_are_contiguous = all(is_plain(row.grad) for row in rows)
+        grads = [row.grad for row in states]
+        self.same_grads = same_facts(grads)
+        self.grads_are_contiguous = all(map(is_plain, grads))
+        self.has_spans = any(row.span for row in rows)
         self.state_tensors = self._state_tensors()
-        self.addresses = list(map(_address, chain(params, self.state_tensors)))
+        self.addresses = list(map(_address, chain(params, local_tensors(self.state_tensors))))
 
     def holds(
         self, params: list[torch.Tensor], grads: list[torch.Tensor | None], state: dict, made_for: object
@@ -136,36 +155,37 @@ class PreparedStep:
         """Whether ``rows`` made now would be the same but for the gradients' addresses."""
         return (
             self.made_for == made_for
-            and not self.staged
             and [grad is None for grad in grads] == self.absent
             and same_objects(params, self.params)
             and same_objects(list(state.values()), self.all_states)
             and self.same_params(params)
             and self.same_grads(present(grads))
             and same_objects(tensors := self._state_tensors(), self.state_tensors)
-            and list(map(_address, chain(params, tensors))) == self.addresses
+            and list(map(_address, chain(params, local_tensors(tensors)))) == self.addresses
         )
 
     def set_grads(self, grads: list[torch.Tensor | None]) -> None:
         """Hands the gradients of this step to the batches."""
-        grads = present(grads)
+        self.grads = present(grads)
+        self.used_grads = self.grads
         if not self.grads_are_contiguous:
-            grads = [grad if is_plain(grad) else plain_copy(grad) for grad in grads]
+            self.used_grads = [grad if is_plain(grad) else plain_copy(grad) for grad in self.grads]
         for batch in self.batches:
-            batch.grads = grads if len(self.batches) == 1 else [grads[i] for i in batch.members]
+            batch.grads = self.used_grads
+            if self.has_spans:
+                batch.grads = [_span(self.used_grads[i], span) for i, span in zip(batch.members, batch.spans)]
+            elif len(self.batches) > 1:
+                batch.grads = [self.used_grads[i] for i in batch.members]
             if batch.param_dtype.is_complex:
                 batch.grads = list(map(as_real, batch.grads))
+        for step, copy in self.copied_steps:
+            copy.copy_(step)
 
-    def write_back(self, grads: list[torch.Tensor | None] = ()) -> None:
-        """Copies staged tensors back after the step, and ``grads`` where the step had copies of them."""
-        for tensor, copy in self.staged:
-            tensor.copy_(copy)
-        if grads and not self.grads_are_contiguous:
-            grads = present(grads)
-            for batch in self.batches:
-                for position, used in zip(batch.members, batch.grads):
-                    if used is not grads[position]:
-                        grads[position].copy_(torch.view_as_complex(used) if batch.param_dtype.is_complex else used)
+    def write_grads_back(self) -> None:
+        """Copies back the gradients of which the step had copies."""
+        for grad, used in zip(self.grads, self.used_grads):
+            if used is not grad:
+                grad.copy_(used)
 
     def _state_tensors(self) -> list[torch.Tensor] | None:
         """The moments and steps of all rows; None where one is gone."""
@@ -179,36 +199,58 @@ class PreparedStep:
 
     def _sort(self, rows: list[Row]) -> list[TensorBatch]:
         batches: dict[tuple, TensorBatch] = {}
-        turns = turns_of([row.param for row in rows])
+        turns = turns_of([_span(row.param, row.span) if is_plain(row.param) else row.param for row in rows])
+        members: dict[int, int] = {}
         for position, row in enumerate(rows):
-            exp_avg, stepped = row.state["exp_avg"], row.state["master_param"] if row.master else row.param
-            facts = (stepped.device, stepped.dtype, exp_avg.dtype)
-            key = (*facts, row.grad.dtype, row.stochastic, turns.get(position, 0))
+            first = id(row.state) not in members
+            member = members.setdefault(id(row.state), len(members))
+            state = {key: local(value) for key, value in row.state.items()}
+            stepped = state["master_param"] if row.master else row.param
+            facts = (stepped.device, stepped.dtype, state["exp_avg"].dtype)
+            key = (*facts, row.grad.dtype, row.stochastic, row.sharded_over, turns.get(position, 0))
             if key not in batches:
-                batches[key] = TensorBatch(*facts, grad_dtype=row.grad.dtype, stochastic=row.stochastic)
+                batches[key] = TensorBatch(
+                    *facts, grad_dtype=row.grad.dtype, stochastic=row.stochastic, sharded_over=row.sharded_over
+                )
             batch = batches[key]
             if row.plan_of not in batch.plans_of:
                 batch.plans_of.append(row.plan_of)
             batch.hyper_rows.append(batch.plans_of.index(row.plan_of))
-            batch.members.append(position)
-            batch.params.append(self._contiguous(stepped))
+            batch.members.append(member)
+            batch.spans.append(row.span)
+            batch.params.append(_contiguous(batch, stepped, row.span))
             if row.master:
-                batch.copies.append(self._contiguous(row.param))
-            batch.exp_avgs.append(self._contiguous(exp_avg))
-            batch.exp_avg_sqs.append(self._contiguous(row.state["exp_avg_sq"]))
-            batch.max_exp_avg_sqs.append(self._contiguous(row.state["max_exp_avg_sq"]) if row.amsgrad else None)
-            batch.steps.append(row.state["step"])
+                batch.copies.append(_contiguous(batch, row.param, row.span))
+            batch.exp_avgs.append(_contiguous(batch, state["exp_avg"], row.span))
+            batch.exp_avg_sqs.append(_contiguous(batch, state["exp_avg_sq"], row.span))
+            batch.max_exp_avg_sqs.append(
+                _contiguous(batch, state["max_exp_avg_sq"], row.span) if row.amsgrad else None
+            )
+            step = state["step"]
+            if not first:  # a step is counted by one of the spans of a parameter; the others count copies
+                self.copied_steps.append((state["step"], step := step.clone()))
+            batch.steps.append(step)
             batch.keys.append(row.key)
             batch.layouts.append(row.layout)
             batch.mask_words.append(row.mask_words)
         return list(batches.values())
 
-    def _contiguous(self, tensor: torch.Tensor) -> torch.Tensor:
-        if is_plain(tensor):
-            return as_real(tensor)
-        copy = plain_copy(tensor)
-        self.staged.append((tensor, copy))
-        return as_real(copy)
+
+def _contiguous(batch: TensorBatch, tensor: torch.Tensor, span: slice | None) -> torch.Tensor:
+    """A tensor as the kernels take it; one that is not contiguous is staged, once a batch."""
+    if not is_plain(tensor):
+        copies = (copy for staged, copy in batch.staged if staged is tensor)
+        copy = next(copies, None) if span else None
+        if copy is None:
+            copy = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            batch.staged.append((tensor, copy))
+        tensor = copy
+    return as_real(_span(tensor, span))
+
+
+def _span(tensor: torch.Tensor, span: slice | None) -> torch.Tensor:
+    """Those flat elements of a contiguous tensor."""
+    return tensor if span is None else tensor.detach().view(-1)[span]
 
 
 def same_objects(objects: list | None, others: list) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .layout import is_dtensor
 from .masked_groups import MaskedGroups
 from .multi_tensor import same_objects
 from .param_state import has_master, make_state
@@ -66,6 +67,9 @@ def step_in_graph(optimizer: FusedGradDropAdamW, closure):
     positions = [position for position, param in enumerate(everything) if param.grad is not None]
     if not positions:
         return None
+    if any(map(is_dtensor, everything)):
+        torch._dynamo.graph_break(msg="a step of DTensors is not compiled: it is one call already")
+        return optimizer._step_uncompiled(closure)
     hyper_places = _before_tracing(optimizer._handle, positions)
     if hyper_places is None:
         torch._dynamo.graph_break(
@@ -191,6 +195,7 @@ def _twin(optimizer, param_at: dict, states, hypers) -> FusedGradDropAdamW:
     twin = object.__new__(type(optimizer))
     twin.__dict__.update(optimizer.__dict__)
     twin._groups, twin._prepared = MaskedGroups(twin, optimizer._groups.policies), None
+    twin._groups.flat = optimizer._groups.flat
     position = itertools.count()
     twin.param_groups = [
         {**group, "params": [param_at.get(next(position), param) for param in group["params"]]}

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -11,15 +11,16 @@ from .backends.device_tables import capturing
 from .clipping import check_max_grad_norm, clip_
 from .group_options import GROUP_DEFAULTS, check_options, moment_dtype_name
 from .in_backward import StepInBackward
-from .layout import RowBlock
 from .masked_groups import MaskedGroups
 from .memory import check_memory, overlaps_itself
-from .multi_tensor import PreparedStep, Row, grad_of, present
+from .multi_tensor import PreparedStep, Row, grad_of
+from .names import canonical_name
 from .param_state import check_state, has_master, is_stochastic, make_state, mode
-from .parameters import check_grad, check_param
+from .parameters import FlatPiece, check_flat, check_grad, check_param, check_pieces
 from .plan import Clock
 from .policies import GradDrop, Policy
 from .policy_book import PolicyBook
+from .shards import any_nonzero, as_sharded, local, local_grads, local_tensors, sharded_over, spans_of
 
 
 class FusedGradDropAdamW(torch.optim.AdamW):
@@ -178,10 +179,11 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._check_options()
         if self._skipped_steps:
             self._settle_skipped_steps(only_if_needed=True)
+        grads = local_grads(params, grads)
         if grad_scale is not None:
             self._check_written_grads(params, grads)
         prepared = self._prepared
-        if prepared is None or not prepared.holds(params, grads, self.state, self._groups.facts()):
+        if prepared is None or not prepared.holds(local_tensors(params), grads, self.state, self._facts()):
             prepared = self._prepared = self._prepare(params, grads, fresh)
             if prepared is None:
                 return
@@ -239,7 +241,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             group["epoch_was_set"] = True
 
     def mask(self, param: torch.Tensor | str, step: int | None = None) -> torch.Tensor:
-        """The bool keep mask of a parameter, True where its elements are trained; shape and device of the parameter.
+        """The bool keep mask of a parameter, True where its elements are trained; shape and device of the parameter,
+        a DTensor sharded like it beside a DTensor. Of a parameter in a flat buffer, by name: of its part in this
+        process, flat.
 
         Args:
             param: the parameter, or its name.
@@ -256,13 +260,19 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         clock = self._groups.clock(index)
         if step is not None:
             clock = Clock(clock.epoch, step, clock.history)
-        plan = self._groups.plan(index, record.unit, clock)
         state = self.state.get(tensor, {})
         own_step = step if step is not None else int(state["step"]) if "step" in state else 0
-        words = self._groups.mask_words(index, tensor, record)
-        numel, layout = tensor.numel(), RowBlock.whole(tensor.numel())
-        keep = backends.keep_mask(plan, record.key, own_step, layout, numel, words, tensor.device)
-        return keep.view(tensor.shape)
+        keep = torch.zeros(local(tensor).numel(), dtype=torch.bool, device=tensor.device)
+        spans = spans_of(tensor, record)
+        for span, words in zip(spans, self._groups.mask_words(index, tensor, record)):
+            plan = self._groups.plan(index, span.unit, clock)
+            keep[span.start : span.start + span.numel] = backends.keep_mask(
+                plan, span.key, own_step, span.layout, span.numel, words, tensor.device
+            )
+        if record.flat and isinstance(param, str):
+            own = [span for span in spans if span.name == canonical_name(param)]
+            return torch.cat([keep[:0], *(keep[span.start : span.start + span.numel] for span in own)])
+        return as_sharded(keep, tensor)
 
     def active_fraction(self) -> list[float]:
         """The share of elements kept at the next step, one number a group: exact for blocks and fixed masks,
@@ -293,6 +303,24 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 self.param_groups.pop()
                 self._forget_caches()
                 raise
+
+    def attach_pieces(self, pieces: Mapping[torch.Tensor, Sequence[FlatPiece]]) -> None:
+        """Says which parameters lie where in the flat buffers among this optimizer's parameters, so that their masks
+        are those of the whole parameters. For engines that make such buffers: see ``graddrop_kernels.attach``.
+
+        Args:
+            pieces: of each buffer, its pieces in order. Elements between them are padding and are left as they are.
+
+        Raises:
+            KeyError: a tensor that is not a parameter of this optimizer.
+            ValueError: pieces that overlap, or reach past the end of their buffer.
+        """
+        for tensor, own in pieces.items():
+            self._groups.find(tensor)
+            check_pieces(tensor, own)
+        self._groups.flat.update((tensor, tuple(map(FlatPiece._make, own))) for tensor, own in pieces.items())
+        self._forget_caches()
+        self._groups.check()
 
     def state_dict(self) -> dict:
         """As torch's: the state of every parameter, and the groups with the policies and counts of ours."""
@@ -373,8 +401,13 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         if self.max_grad_norm is not None and prepared.batches:
             self.grad_norm = clip_(prepared.batches, chosen, self.max_grad_norm, self.norm_after_mask, grad_scale)
         for backend, batch in zip(chosen, prepared.batches):
-            backend.masked_adamw_(batch)
-        prepared.write_back(grads if grad_scale is not None else ())
+            batch.step_with(backend.masked_adamw_)
+        if grad_scale is not None:
+            prepared.write_grads_back()
+
+    def _facts(self) -> tuple:
+        """What of the options a prepared step depends on."""
+        return self.max_grad_norm is not None, self._groups.facts()
 
     def _count_step(self, indices: set[int], clocks: list[Clock], found_inf: torch.Tensor | None) -> None:
         """Counts the step that these groups have made."""
@@ -441,14 +474,16 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 if id(param) in given:
                     grad = given[id(param)]
                     check_param(record.name, param)
-                    check_grad(record.name, param, grad)
-                    check_state(record.name, param, self.state.get(param, {}))
-                    check_memory(f"parameter {record.name!r}", param)
+                    check_grad(record.name, local(param), grad)
+                    state = {key: local(value) for key, value in self.state.get(param, {}).items()}
+                    check_state(record.name, local(param), state)
+                    check_memory(f"parameter {record.name!r}", local(param))
                     check_memory(f"the gradient of {record.name!r}", grad)
+                    check_flat(record, param, self.max_grad_norm)
                     found.append((index, group, param, record))
         for _, group, param, _ in found:
             backends.select(self._backend_name(), *mode(param, group, self.state.get(param, {})))
-        probe = fresh is not None and self._is_state_probe(grads, fresh)
+        probe = fresh is not None and self._is_state_probe(params, grads, fresh)
         self._warn_of_unknown_epochs({index for index, _, _, _ in found})
         for _, group, param, _ in found:
             make_state(param, group, self.state[param])
@@ -456,18 +491,21 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             return None
         rows = []
         for index, group, param, record in found:
-            words = self._groups.mask_words(index, param, record)
-            layout = RowBlock.whole(param.numel())
-            rows.append(
-                Row(
-                    param, given[id(param)], self.state[param], group["amsgrad"], record.key, layout,
-                    (index, record.unit), words, has_master(param, group), is_stochastic(param, group),
-                )
-            )
+            tensor, spans = local(param), spans_of(param, record)
+            over = sharded_over(param) if self.max_grad_norm is not None else ()
+            for span, words in zip(spans, self._groups.mask_words(index, param, record)):
+                elements = None if span.numel == tensor.numel() else slice(span.start, span.start + span.numel)
+                row = Row(
+                    tensor, given[id(param)], self.state[param], group["amsgrad"], span.key, span.layout,
+                    (index, span.unit), words, has_master(param, group), is_stochastic(param, group), elements, over,
+                )  # fmt: skip
+                rows.append(row)
         state = self.state if fresh is not None else {param: self.state[param] for param in params}
-        return PreparedStep(params, rows, state, self._groups.facts())
+        return PreparedStep(local_tensors(params), rows, state, self._facts())
 
-    def _is_state_probe(self, grads: list[torch.Tensor | None], fresh: Callable[[], bool]) -> bool:
+    def _is_state_probe(
+        self, params: list[torch.Tensor], grads: list[torch.Tensor | None], fresh: Callable[[], bool]
+    ) -> bool:
         """torch.distributed.checkpoint asks a fresh optimizer for its state by a step with lr 0 and zero gradients:
         that must not count as one.
         """
@@ -475,7 +513,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             fresh()
             and any(grad is not None for grad in grads)
             and all(float(group["lr"]) == 0 for group in self.param_groups)
-            and not any(grad.any() for grad in present(grads))
+            and not any_nonzero(params, grads)
         )
 
     def _forget_caches(self) -> None:

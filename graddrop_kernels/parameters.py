@@ -3,7 +3,9 @@ And which parameters it must refuse.
 """
 
 import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,34 +15,63 @@ from .philox import stream_key
 from .policies import FixedMask, Policy
 
 
+class FlatPiece(NamedTuple):
+    """A contiguous range of a flat buffer that belongs to one parameter."""
+
+    name: str  # the parameter's, as in model.named_parameters()
+    local_start: int  # its first element in the buffer
+    global_start: int  # the same element in the whole parameter, in contiguous order
+    numel: int
+
+
 @dataclass(frozen=True, slots=True)
 class ParamRecord:
-    """``unit`` is what decides about the parameter together with others (Policy.unit): None, its block's name, ..."""
+    """``unit`` is what decides about the parameter together with others (Policy.unit): None, its block's name, ...
+
+    ``flat``: (piece, random stream, unit) of each parameter that is in a flat buffer; empty for a parameter by itself.
+    """
 
     name: str
     key: int
     unit: object
+    flat: tuple[tuple[FlatPiece, int, object], ...] = ()
 
 
-def group_names(group: dict, index: int) -> list[str]:
-    """Canonical names of a group's parameters; "{group}.{position}" for parameters given without names.
+Flat = Mapping[torch.Tensor, Sequence[FlatPiece]]  # what was attached to the flat buffers among the parameters
+
+
+def group_names(group: dict, index: int, flat: Flat) -> list[str]:
+    """Canonical names of a group's parameters; "{group}.{position}" for parameters given without names, and where a
+    wrapper has put flat buffers in their place.
 
     Raises:
         ValueError: fewer or more names than parameters, as when a wrapper has flattened them into one buffer.
     """
-    names = group.get("param_names")
-    if names is None:
-        return [f"{index}.{position}" for position in range(len(group["params"]))]
-    if len(names) != len(group["params"]):
+    names, params = group.get("param_names"), group["params"]
+    if names is None or (len(names) != len(params) and all(param in flat for param in params)):
+        return [f"{index}.{position}" for position in range(len(params))]
+    if len(names) != len(params):
         raise ValueError(
-            f"parameter group {index} has {len(group['params'])} tensors but {len(names)} names: a wrapper has "
+            f"parameter group {index} has {len(params)} tensors but {len(names)} names: a wrapper has "
             "flattened them, and masks drawn for the flat buffer would depend on the sharding; "
-            "build the optimizer from the tensors that it will step"
+            "build the optimizer from the tensors that it will step, or see graddrop_kernels.attach"
         )
     return [canonical_name(name) for name in names]
 
 
-def group_blocks(groups: list[dict], index: int, policy: Policy) -> tuple[tuple[str, ...], list[str | None]]:
+def _names_of_model(groups: list[dict], flat: Flat) -> list[str]:
+    """Canonical names of all parameters in all groups, flat buffers as what is in them."""
+    return [
+        each
+        for index, group in enumerate(groups)
+        for param, name in zip(group["params"], group_names(group, index, flat))
+        for each in ([canonical_name(piece.name) for piece in flat[param]] if param in flat else [name])
+    ]
+
+
+def group_blocks(
+    groups: list[dict], index: int, policy: Policy, flat: Flat
+) -> tuple[tuple[str, ...], list[str | None]]:
     """(all blocks in forward order, the block of each parameter of group ``index``), for a policy that needs blocks.
 
     They come from the policy's ``layers`` patterns, else from what ``param_groups`` has put into the group.
@@ -50,50 +81,72 @@ def group_blocks(groups: list[dict], index: int, policy: Policy) -> tuple[tuple[
     """
     group = groups[index]
     kind = type(policy).__name__
+    names = group_names(group, index, flat)
     if policy.layers is not None:
-        if "param_names" not in group:
+        if "param_names" not in group and not any(param in flat for param in group["params"]):
             raise ValueError(
                 f"{kind}(layers=...) needs parameter names: pass model.named_parameters() instead of model.parameters()"
             )
-        blocks = match_layers(
-            policy.layers, [name for position, other in enumerate(groups) for name in group_names(other, position)]
-        )
-        return tuple(blocks), [block_of(name, blocks) for name in group_names(group, index)]
-    if "block" in group:  # param_groups(..., per_block=True): however many tensors an engine makes of it
-        return tuple(group["blocks"]), [group["block"]] * len(group["params"])
-    if len(group.get("param_blocks", ())) != len(group["params"]) or "blocks" not in group:
-        raise ValueError(
-            f"mask={kind}(...) drops whole transformer blocks and must know them: "
-            "pass graddrop_kernels.param_groups(model) as the parameters, "
-            f"or name the blocks with model.named_parameters() and {kind}(..., layers=['encoder.layer.*'])"
-        )
-    return tuple(group["blocks"]), list(group["param_blocks"])
+        blocks = match_layers(policy.layers, _names_of_model(groups, flat))
+        return tuple(blocks), [block_of(name, blocks) for name in names]
+    if "block" in group:  # param_groups(..., per_block=True): of however many tensors an engine makes of the group
+        return tuple(group["blocks"]), [group["block"]] * len(names)
+    if "blocks" in group and len(group.get("param_blocks", ())) == len(names):
+        return tuple(group["blocks"]), list(group["param_blocks"])
+    if "blocks" in group and all(param in flat for param in group["params"]):
+        return tuple(group["blocks"]), [None] * len(names)  # the buffers' pieces know better
+    raise ValueError(
+        f"mask={kind}(...) drops whole transformer blocks and must know them: "
+        "pass graddrop_kernels.param_groups(model) as the parameters, "
+        f"or name the blocks with model.named_parameters() and {kind}(..., layers=['encoder.layer.*'])"
+    )
 
 
-def make_records(groups: list[dict], index: int, policy: Policy | None) -> tuple[list[ParamRecord], tuple[str, ...]]:
+def make_records(
+    groups: list[dict], index: int, policy: Policy | None, flat: Flat
+) -> tuple[list[ParamRecord], tuple[str, ...]]:
     """The records of group ``index``, and the blocks of the model (empty where the policy needs none).
 
     Raises ValueError as the functions above do.
     """
     group = groups[index]
-    names = group_names(group, index)
+    names = group_names(group, index, flat)
     blocks, param_blocks = (), [None] * len(names)
     if policy is not None and policy.needs_blocks:
-        blocks, param_blocks = group_blocks(groups, index, policy)
+        blocks, param_blocks = group_blocks(groups, index, policy, flat)
     unit = policy.unit if policy is not None else lambda name, block: None
-    return [
-        ParamRecord(name, stream_key(name, group["seed"]), unit(name, block))
-        for name, block in zip(names, param_blocks)
-    ], blocks
+    records = []
+    for name, block, param in zip(names, param_blocks, group["params"]):
+        pieces = []
+        for piece in flat.get(param, ()):
+            piece = piece._replace(name=canonical_name(piece.name))
+            own_unit = unit(piece.name, block_of(piece.name, blocks))
+            pieces.append((piece, stream_key(piece.name, group["seed"]), own_unit))
+        if pieces and blocks:
+            block = _block_of_buffer(name, pieces)
+        records.append(ParamRecord(name, stream_key(name, group["seed"]), unit(name, block), tuple(pieces)))
+    return records, blocks
 
 
-def check_fixed_mask(policy: FixedMask, named: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError unless every mask has a parameter of its name and shape."""
+def _block_of_buffer(name: str, pieces: list[tuple[FlatPiece, int, object]]) -> str | None:
+    """The block that everything in a flat buffer belongs to."""
+    found = dict.fromkeys(unit for _, _, unit in pieces)
+    if len(found) > 1:
+        raise ValueError(
+            f"the flat buffer {name!r} holds parameters of {len(found)} blocks ({list(found)[0]!r}, {list(found)[1]!r}"
+            "...), which are dropped apart but would count their steps together: build it from parameter groups of one "
+            "block each"
+        )
+    return next(iter(found))
+
+
+def check_fixed_mask(policy: FixedMask, named: dict[str, torch.Tensor | None]) -> None:
+    """Raises ValueError unless every mask has a parameter of its name and shape (None: in a flat buffer)."""
     for name, shape in policy.shapes.items():
         if name not in named:
             near = difflib.get_close_matches(name, named, n=3, cutoff=0.0)
             raise ValueError(f"FixedMask: no parameter is called {name!r}; near names are {', '.join(map(repr, near))}")
-        if tuple(named[name].shape) != shape:
+        if named[name] is not None and tuple(named[name].shape) != shape:
             raise ValueError(
                 f"FixedMask: the mask of {name!r} has shape {shape}, but the parameter has {tuple(named[name].shape)}"
             )
@@ -101,12 +154,6 @@ def check_fixed_mask(policy: FixedMask, named: dict[str, torch.Tensor]) -> None:
 
 def check_param(name: str, param: torch.Tensor) -> None:
     """Raises ValueError or TypeError for a parameter that no backend can step."""
-    if hasattr(param, "placements") or type(param).__name__ == "FlatParameter":
-        raise TypeError(
-            f"parameter {name!r} is a {type(param).__name__}, a shard of a larger tensor: "
-            "sharded parameters are not supported yet, "
-            "and a mask drawn for the shard alone would depend on the sharding"
-        )
     if isinstance(param, torch.nn.parameter.UninitializedTensorMixin):
         return  # of a lazy module: checked again before its first step
     if not param.is_floating_point() and param.dtype not in (torch.complex64, torch.complex128):
@@ -133,4 +180,32 @@ def check_grad(name: str, param: torch.Tensor, grad: torch.Tensor) -> None:
         raise ValueError(
             f"the gradient of {name!r} is {tuple(grad.shape)} {grad.dtype} on {grad.device}, its parameter "
             f"{tuple(param.shape)} {param.dtype} on {param.device}; they must be alike"
+        )
+
+
+def check_pieces(buffer: torch.Tensor, pieces: Sequence[FlatPiece]) -> None:
+    """Raises ValueError for pieces that overlap, or are not in the buffer."""
+    end = 0
+    for piece in map(FlatPiece._make, pieces):
+        if not end <= piece.local_start <= piece.local_start + piece.numel <= buffer.numel() or piece.global_start < 0:
+            raise ValueError(
+                f"{piece} does not fit into a flat buffer of {buffer.numel()} elements of which the first {end} are "
+                "taken: pieces are given in order and do not overlap"
+            )
+        end = piece.local_start + piece.numel
+
+
+def check_flat(record: ParamRecord, param: torch.Tensor, max_grad_norm: float | None) -> None:
+    """Raises TypeError for a flat buffer of which nobody said what is in it, ValueError for an option that needs more
+    of it than is here.
+    """
+    if type(param).__name__ == "FlatParameter" and not record.flat:
+        raise TypeError(
+            f"parameter {record.name!r} is a {type(param).__name__}, a flat buffer of a wrapper, and a mask drawn for "
+            "it would depend on the sharding: say what is in it, see graddrop_kernels.attach"
+        )
+    if record.flat and max_grad_norm is not None:
+        raise ValueError(
+            f"max_grad_norm={max_grad_norm!r} cannot be used with the flat buffer {record.name!r}, whose other parts "
+            "are not known here: set it to None and clip with the engine's own method"
         )

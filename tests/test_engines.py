@@ -28,8 +28,8 @@ from graddrop_kernels.attach import (
     flat_buffer_reason,
     fsdp1_pieces,
 )
-from graddrop_kernels.layout import FlatPiece
 from graddrop_kernels.names import canonical_name
+from graddrop_kernels.parameters import FlatPiece
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,

@@ -13,17 +13,6 @@ from graddrop_kernels import FixedMask, FusedGradDropAdamW, GaussianGradDrop, La
 # Parameters.
 
 
-def flat_parameter():
-    cls = type("FlatParameter", (nn.Parameter,), {})
-    return cls(torch.ones(6))
-
-
-def sharded_parameter():
-    param = nn.Parameter(torch.ones(6))
-    param.placements = ("Shard(dim=0)",)
-    return param
-
-
 @pytest.mark.parametrize(
     "make, kind, parts",
     [
@@ -47,12 +36,10 @@ def sharded_parameter():
             ValueError,
             ["'layer.bad'", "overlapping", r"\(2, 1\)"],
         ),
-        (flat_parameter, TypeError, ["'layer.bad'", "FlatParameter", "shard"]),
-        (sharded_parameter, TypeError, ["'layer.bad'", "shard"]),
         (lambda: torch.ones(3, requires_grad=True) * 2, ValueError, ["non-leaf"]),
         (lambda: "weight", TypeError, ["only optimize Tensors"]),
     ],
-    ids=["complex", "int", "expanded", "overlapping", "flat", "sharded", "non-leaf", "str"],
+    ids=["complex", "int", "expanded", "overlapping", "non-leaf", "str"],
 )
 def test_parameters_that_cannot_be_stepped(make, kind, parts, trained):
     bad = ("module.layer.bad", make())

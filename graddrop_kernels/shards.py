@@ -1,0 +1,109 @@
+"""The part of each parameter that lies in this process: shards of DTensors, spans of flat buffers."""
+
+import sys
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from .layout import RowBlock, is_dtensor, pieces_of
+from .parameters import ParamRecord
+
+
+class Span(NamedTuple):
+    """A contiguous range of a local tensor's flat elements that is one row of the kernels' tables."""
+
+    start: int
+    numel: int
+    name: str  # of the parameter it belongs to
+    key: int  # of the parameter's random stream
+    unit: object  # of the policy
+    layout: RowBlock  # where the elements lie in the whole parameter
+
+
+def spans_of(param: torch.Tensor, record: ParamRecord) -> tuple[Span, ...]:
+    """The spans of a parameter's local tensor. One without elements for an empty shard: its steps count all the same,
+    so that they are equal in all processes.
+    """
+    if record.flat:
+        spans = tuple(
+            Span(start, numel, name, key, unit, RowBlock(first, numel, numel))
+            for (name, start, first, numel), key, unit in record.flat
+            if numel
+        )
+    else:
+        spans = tuple(
+            Span(start, numel, record.name, record.key, record.unit, layout)
+            for start, numel, layout in pieces_of(param)
+        )
+    return spans or (Span(0, 0, record.name, record.key, record.unit, RowBlock.whole(0)),)
+
+
+def _dtensor_type() -> type | None:
+    """DTensor, if anything has imported it: without that there is none to be found."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that a DTensor has in this process; any other as it is."""
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
+
+
+def local_tensors(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """``local`` of each: 0.03 us a tensor, where DTensor.to_local() takes 2.4."""
+    dtensor = _dtensor_type()
+    if dtensor is None:
+        return list(tensors)
+    return [tensor._local_tensor if type(tensor) is dtensor else tensor for tensor in tensors]
+
+
+def local_grads(params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """The gradients' local tensors, beside those of their parameters.
+
+    A gradient that is placed otherwise is redistributed first: that of a norm under sequence parallelism is a partial
+    sum, of which each process would else mask and step its own.
+    """
+    dtensor = _dtensor_type()
+    if dtensor is None:
+        return grads
+    return [
+        _local_grad(param, grad) if type(param) is dtensor and type(grad) is dtensor else grad
+        for param, grad in zip(params, grads)
+    ]
+
+
+def _local_grad(param, grad) -> torch.Tensor:
+    if grad._spec is not param._spec and grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    grad = grad._local_tensor
+    return grad.wait() if hasattr(grad, "wait") else grad  # AsyncCollectiveTensor
+
+
+def as_sharded(values: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """Local values, one an element of the local tensor, in the parameter's shape: a DTensor beside a DTensor."""
+    values = values.view(local(param).shape)
+    if not is_dtensor(param):
+        return values
+    return _dtensor_type().from_local(
+        values, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
+
+
+def sharded_over(param: torch.Tensor) -> tuple:
+    """The process groups whose processes hold different parts of a DTensor; () for any other tensor."""
+    if not is_dtensor(param):
+        return ()
+    mesh = param.device_mesh
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(param.placements) if placement.is_shard())
+
+
+def any_nonzero(params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> bool:
+    """Whether any element of the local gradients is not 0, in any process: all processes get one answer."""
+    found = any(bool(grad.any()) for grad in grads if grad is not None)
+    groups = dict.fromkeys(group for param in params for group in sharded_over(param))
+    if not groups:
+        return found
+    found = torch.tensor(float(found), device=local(params[0]).device)
+    for group in groups:
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
+    return bool(found)
