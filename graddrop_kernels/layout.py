@@ -74,7 +74,7 @@ def shard_pieces(
 
     One, if a RowBlock can hold it all: a whole, a range, a block of rows and columns. () for a shard without elements
     and for a rank outside of the mesh, whose coordinate is None. Raises ValueError if a placement leaves no owner to an
-    element (Partial), or if the shard's shape is not ``local_shape``.
+    element (Partial), or if ``local_shape`` is not the shape of that shard.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
@@ -87,21 +87,25 @@ def shard_pieces(
     held = []
     for dim, size in enumerate(shape):
         cuts = [
-            Cut(parts, part, getattr(placement, "split_factor", 1))
+            _Cut(parts, part, getattr(placement, "split_factor", 1))
             for placement, parts, part in zip(placements, mesh_shape, coordinate)
             if not isinstance(placement, Replicate) and placement.dim == dim
         ]
         held.append(_held(size, cuts, local_shape[dim] if dim < len(local_shape) else None))
     computed = tuple(map(_total, held))
+    if 0 in computed and 0 in local_shape:
+        return ()  # FSDP2 may write (0, 0) for (8, 0)
     if computed != tuple(local_shape):
-        raise ValueError(f"{what}: at coordinate {coordinate} is {tuple(local_shape)}, but {computed} should be")
-    return tuple(_pieces(shape, held)) if 0 not in computed else ()
+        raise ValueError(
+            f"{what}: the shard at coordinate {coordinate} has shape {tuple(local_shape)}; it should be {computed}"
+        )
+    return tuple(_pieces(shape, held))
 
 
-Runs = list[tuple[int, int]]  # (first index, count) along one dimension, ascending
+_Runs = list[tuple[int, int]]  # (first index, count) along one dimension, ascending
 
 
-class Cut(NamedTuple):
+class _Cut(NamedTuple):
     """One mesh dimension cuts a tensor dimension into ``parts``, of which this rank takes number ``part``."""
 
     parts: int
@@ -109,12 +113,13 @@ class Cut(NamedTuple):
     split_factor: int  # 1: Shard
 
 
-def _held(size: int, cuts: list[Cut], local_size: int | None) -> Runs:
+def _held(size: int, cuts: list[_Cut], local_size: int | None) -> _Runs:
     """The indices along a dimension that this rank holds.
 
     FSDP2 cuts what tensor parallelism has cut, although its mesh dimension comes first; _StridedShard says so. Read
     from left to right, as torch does, it means the same only while everything divides evenly. The order in which the
-    cuts were made is therefore tried first, and what torch says only if that is not the shape that lies there.
+    cuts were made is therefore tried first, and what torch says only if that is not the shape that lies there. (On a
+    few ranks of uneven shards both have one shape and different indices; of the two, only FSDP2 makes such tensors.)
     """
     order = _order(cuts)
     if order is not None:
@@ -130,7 +135,7 @@ def _held(size: int, cuts: list[Cut], local_size: int | None) -> Runs:
     return _merged(runs)
 
 
-def _order(cuts: list[Cut]) -> list[Cut] | None:
+def _order(cuts: list[_Cut]) -> list[_Cut] | None:
     """The cuts in the order in which they were made, or None if their split factors do not tell.
 
     A split factor is the number of parts made before this cut by mesh dimensions that come later.
@@ -144,7 +149,7 @@ def _order(cuts: list[Cut]) -> list[Cut] | None:
     return order
 
 
-def _chunk(runs: Runs, parts: int, part: int) -> Runs:
+def _chunk(runs: _Runs, parts: int, part: int) -> _Runs:
     """As torch.chunk: ceil(count / parts) indices a part; the last ones get fewer, or none."""
     size = -(-_total(runs) // parts)
     first, chunk = part * size, []
@@ -156,11 +161,11 @@ def _chunk(runs: Runs, parts: int, part: int) -> Runs:
     return chunk
 
 
-def _total(runs: Runs) -> int:
+def _total(runs: _Runs) -> int:
     return sum(count for _, count in runs)
 
 
-def _merged(runs: Runs) -> Runs:
+def _merged(runs: _Runs) -> _Runs:
     """Adjacent runs as one."""
     merged = []
     for start, count in runs:
@@ -171,7 +176,8 @@ def _merged(runs: Runs) -> Runs:
     return merged
 
 
-def _pieces(shape: tuple[int, ...], held: list[Runs]) -> list[Piece]:
+def _pieces(shape: tuple[int, ...], held: list[_Runs]) -> list[Piece]:
+    """The elements whose index along each dimension is in the runs held of it, none of which is empty."""
     dims = [(1, [(0, 1)])]
     for size, runs in zip(shape, held):
         if runs == [(0, size)]:  # held completely: one dimension with the one before
@@ -191,7 +197,7 @@ def _pieces(shape: tuple[int, ...], held: list[Runs]) -> list[Piece]:
     return min(_grouped(runs), _grouped(_merged(runs)), key=len)  # each is the shorter one in some cases
 
 
-def _each(rows: Runs, size: int, runs: Runs) -> Runs:
+def _each(rows: _Runs, size: int, runs: _Runs) -> _Runs:
     """The runs in each of the rows of ``size`` elements, as runs of the flat elements."""
     return [
         (row * size + start, count)
@@ -201,7 +207,7 @@ def _each(rows: Runs, size: int, runs: Runs) -> Runs:
     ]
 
 
-def _grouped(runs: Runs) -> list[Piece]:
+def _grouped(runs: _Runs) -> list[Piece]:
     """As many runs in a piece as are rows of one RowBlock: equal counts and distances, the last may be shorter."""
     pieces, local, row = [], 0, 0
     while row < len(runs):

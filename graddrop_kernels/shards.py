@@ -94,7 +94,7 @@ def sharded_over(param: torch.Tensor) -> tuple:
     if not is_dtensor(param):
         return ()
     mesh = param.device_mesh
-    return tuple(mesh.get_group(dim) for dim, placement in enumerate(param.placements) if placement.is_shard())
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(param.placements) if not placement.is_replicate())
 
 
 def any_nonzero(params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> bool:

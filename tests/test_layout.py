@@ -58,6 +58,12 @@ SHARDS = {
     "nine columns": Shard.columns(8, 9),
     "columns longer than a chunk": Shard.columns(5, 320),
     "columns of some rows": Shard.columns(33, 200, row=7, rows=11),
+    "columns, the last row shorter": Shard(
+        RowBlock(3 * COLUMNS + 50, 61, COLUMNS), lambda whole: whole[3:20, 50:111].flatten()[: 11 * 61 + 23].clone()
+    ),
+    "three of every seven elements": Shard(
+        RowBlock(16, 3, 7), lambda whole: whole.flatten()[14 : 14 + 7 * 800].view(-1, 7)[:, 2:5].flatten()
+    ),
     "rows": Shard.flat(5 * COLUMNS, 9 * COLUMNS),
     "an odd range": Shard.flat(1237, 6001),
     "one element": Shard.flat(777, 1),
