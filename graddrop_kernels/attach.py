@@ -4,6 +4,7 @@ its tensors hold, so that masks stay those of the whole parameters.
 DistributedDataParallel and FSDP2 need none of this: their tensors say it themselves.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,7 +41,8 @@ def attach_zero(zero: "torch.distributed.optim.ZeroRedundancyOptimizer", model: 
     tensors = _tensors(inner)
     if unknown := sum(id(tensor) not in names for tensor in tensors):
         raise ValueError(f"attach_zero: {unknown} of {len(tensors)} parameters are not of this {type(model).__name__}")
-    inner.attach_pieces({tensor: [FlatPiece(names[id(tensor)], 0, 0, tensor.numel())] for tensor in tensors})
+    pieces = {tensor: [FlatPiece(names[id(tensor)], 0, 0, tensor.numel())] for tensor in tensors}
+    inner.attach_pieces(pieces, {name: param.shape for name, param in model.named_parameters()})
 
     def set_epoch(epoch: int) -> None:
         type(inner).set_epoch(inner, epoch)
@@ -71,7 +73,8 @@ def attach_fsdp1(optimizer: "FusedGradDropAdamW", model: nn.Module) -> None:
             "attach_fsdp1: the optimizer steps none of the model's sharded parameters: "
             "wrap the model first, then make the optimizer from the wrapped model's named_parameters()"
         )
-    optimizer.attach_pieces(stepped)
+    shapes = {name: shape for names, flat in _fsdp1_units(model) for name, shape in zip(names, flat._shapes)}
+    optimizer.attach_pieces(stepped, shapes)
 
 
 def attach_deepspeed(engine) -> None:
@@ -92,20 +95,24 @@ def attach_deepspeed(engine) -> None:
     _require(optimizer, "attach_deepspeed(engine)", "a DeepSpeed engine with a FusedGradDropAdamW inside")
     if engine.optimizer is optimizer:
         return
-    optimizer.attach_pieces(deepspeed_pieces(engine))
+    pieces, zero = deepspeed_pieces(engine), engine.optimizer
+    shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in engine.module.named_parameters()}
+    if not _is_zero3(zero):
+        optimizer.attach_pieces(pieces, shapes)
+        return
+    # The groups are empty but for a step of one sub-group after the other.
+    groups = zip(map(zero.sub_group_to_group_id.get, range(len(pieces))), pieces)
+    zero._set_fp32_optimizer_param_groups()
+    try:
+        optimizer.attach_pieces(pieces, shapes, last=dict(groups).values())
+    finally:
+        zero._clear_fp32_optimizer_param_groups()
 
 
 def fsdp1_pieces(model: nn.Module) -> Pieces:
     """What each tensor of an FSDP1 model that an optimizer may step holds in this process."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
     pieces: Pieces = {}
-    for prefix, module in model.named_modules():
-        handle = module._handle if isinstance(module, FullyShardedDataParallel) else None
-        if handle is None:  # not FSDP1, or a unit without parameters
-            continue
-        flat = handle.flat_param
-        names = [canonical_name(f"{prefix}.{name}".removeprefix(".")) for name in flat._fqns]
+    for names, flat in _fsdp1_units(model):
         ranges = [
             FlatPiece(name, info.offset_in_shard, info.intra_param_start_idx, info.numel_in_shard)
             if info.in_shard
@@ -121,10 +128,21 @@ def fsdp1_pieces(model: nn.Module) -> Pieces:
     return pieces
 
 
+def _fsdp1_units(model: nn.Module) -> Iterator[tuple[list[str], nn.Parameter]]:
+    """(the names of its parameters, its flat parameter) of every FSDP1 unit that has parameters."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for prefix, module in model.named_modules():
+        handle = module._handle if isinstance(module, FullyShardedDataParallel) else None
+        if handle is not None:
+            flat = handle.flat_param
+            yield [canonical_name(f"{prefix}.{name}".removeprefix(".")) for name in flat._fqns], flat
+
+
 def deepspeed_pieces(engine) -> Pieces:
     """What each flat partition of a DeepSpeed engine holds in this process."""
     zero, names = engine.optimizer, _names(engine.module)
-    if hasattr(zero, "fp32_partitioned_groups_flat"):
+    if _is_zero3(zero):
         return _zero3_pieces(zero, names)
     pieces = {group["params"][0]: [] for group in zero.optimizer.param_groups}
     mapped = [param for param in engine.module.parameters() if getattr(param, "_hp_mapping", None) is not None]
@@ -139,6 +157,10 @@ def deepspeed_pieces(engine) -> Pieces:
         local, whole = fragment.hp_fragment_address, fragment.lp_fragment_address
         pieces[flat].append(FlatPiece(names[id(param)], local.start, whole.start, local.numel))
     return {flat: sorted(each, key=lambda piece: piece.local_start) for flat, each in pieces.items()}
+
+
+def _is_zero3(zero) -> bool:
+    return hasattr(zero, "fp32_partitioned_groups_flat")
 
 
 def _zero3_pieces(zero, names: dict[int, str]) -> Pieces:

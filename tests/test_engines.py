@@ -25,7 +25,6 @@ from graddrop_kernels.attach import (
     attach_fsdp1,
     attach_zero,
     deepspeed_pieces,
-    flat_buffer_reason,
     fsdp1_pieces,
 )
 from graddrop_kernels.names import canonical_name
@@ -89,8 +88,9 @@ def started_deepspeed(model, optimizer, stage):
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_allow_untested_optimizer": True,
-        # Stage 3 flattens each group in parts of about this many elements of a rank, and steps part by part.
-        "zero_optimization": {"stage": stage, "sub_group_size": 700, "stage3_param_persistence_threshold": 10},
+        "gradient_clipping": 0.0,  # the default is 1.0
+        # Stage 3 makes a flat tensor of about so many elements of a group, and steps it, before it goes on to the next.
+        "zero_optimization": {"stage": stage, "sub_group_size": 60, "stage3_param_persistence_threshold": 10},
     }
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
 
