@@ -499,8 +499,6 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
         Raises before anything has changed.
         """
-        self._groups.check_fixed_masks()
-        self._warn_of_position_names()
         found, given = [], {id(param): grad for param, grad in zip(params, grads) if grad is not None}
         for index, group in enumerate(self.param_groups):
             for param, record in zip(group["params"], self._groups.records(index)):
@@ -514,6 +512,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                     check_memory(f"the gradient of {record.name!r}", grad)
                     self._check_flat(record, param)
                     found.append((index, group, param, record))
+        self._groups.check_fixed_masks()
+        self._warn_of_position_names()
         for _, group, param, _ in found:
             backends.select(self._backend_name(), *mode(param, group, self.state.get(param, {})))
         probe = fresh is not None and self._is_state_probe(params, grads, fresh)

@@ -2,11 +2,14 @@
 of one process, bit for bit.
 """
 
+import copy
 import functools
 import importlib.util
+import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
 
@@ -25,6 +28,7 @@ from graddrop_kernels.attach import (
     attach_fsdp1,
     attach_zero,
     deepspeed_pieces,
+    flat_buffer_reason,
     fsdp1_pieces,
 )
 from graddrop_kernels.names import canonical_name
@@ -182,7 +186,7 @@ def deepspeed(policy, stage):
 
 
 def accelerated(policy, fsdp2=False):
-    """Two micro-batches a step, the second with the double of the first's gradients; their mean is stepped."""
+    """Two micro-batches a step."""
     import accelerate
 
     plugin = {}
@@ -200,9 +204,9 @@ def accelerated(policy, fsdp2=False):
     model, optimizer = accelerator.prepare(model, FusedGradDropAdamW(groups_of(model), **options(policy)))
 
     def step(seed):
-        for part in range(2):
+        for _ in range(2):
             with accelerator.accumulate(model):
-                accelerator.backward(model(seed) * (part + 1) * 2 / 3)
+                accelerator.backward(model(seed))
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -216,24 +220,37 @@ ENGINES = {
     "fsdp1 slices": functools.partial(fsdp1, use_orig_params=True),
     "fsdp1 flat": functools.partial(fsdp1, use_orig_params=False),
     **{f"deepspeed {stage}": functools.partial(deepspeed, stage=stage) for stage in (1, 2, 3)},
+    "accelerate": accelerated,
+    "accelerate fsdp2": functools.partial(accelerated, fsdp2=True),
 }
+COPIES = {"ddp": 2, "accelerate": 2, "accelerate fsdp2": 2}  # ranks that have each element; else 1
 
 
 def trained(engine, policy, seed):
     """[(name, first element, step, {what: values})] of every piece after training."""
     optimizer, step, pieces = engine(policy)
+    masks = {}
     for number in range(STEPS):
         if number % STEPS_PER_EPOCH == 0:
             optimizer.set_epoch(number // STEPS_PER_EPOCH)
+        if any(group["params"] for group in optimizer.param_groups):  # DeepSpeed's stage 3 keeps them out of sight
+            masks |= {(number, tensor): optimizer.mask(tensor) for tensor in pieces}
         step(seed + number)
     found = []
     for tensor, each in pieces.items():
         state = optimizer.state.get(tensor, {})
         whats = {"param": tensor, **{key: value for key, value in state.items() if key != "step"}}
+        whats |= {f"mask of step {number}": mask for (number, masked), mask in masks.items() if masked is tensor}
         for name, local, start, numel in each:
-            values = {what: value.detach().flatten()[local : local + numel].clone() for what, value in whats.items()}
+            values = {what: _flat(value)[local : local + numel].clone() for what, value in whats.items()}
             found.append((name, start, float(state["step"]), values))
     return found
+
+
+def _flat(tensor):
+    """The elements of a tensor, of a DTensor those of all ranks."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).flatten()
 
 
 def trained_by(engine, policies, seed):
@@ -245,7 +262,7 @@ def expected_of(policy, seed):
     return {name: (step, values) for name, _, step, values in trained(one_process, policy, seed)}
 
 
-def assert_trained_alike(by_rank, policy, seed, copies=1):
+def assert_trained_alike(by_rank, policy, seed, copies):
     """``copies``: how many ranks have each element."""
     expected = expected_of(policy, seed)
     seen = {name: torch.zeros(len(values["param"])) for name, (_, values) in expected.items()}
@@ -254,7 +271,7 @@ def assert_trained_alike(by_rank, policy, seed, copies=1):
             end = start + len(values["param"])
             seen[name][start:end] += 1
             assert step == expected[name][0], (policy, name)
-            assert values.keys() == expected[name][1].keys()
+            assert {what for what in expected[name][1] if "mask" not in what} <= values.keys()
             for what, value in values.items():
                 assert torch.equal(value, expected[name][1][what][start:end]), (policy, name, what, start)
     assert all((counts == copies).all() for counts in seen.values()), policy
@@ -266,7 +283,131 @@ def assert_trained_alike(by_rank, policy, seed, copies=1):
 def test_training_is_that_of_one_process(engine, seed):
     by_rank = run_ranks(2, trained_by, engine, list(POLICIES), seed)
     for policy, *found in zip(POLICIES, *by_rank):
-        assert_trained_alike(found, policy, seed, copies=2 if engine == "ddp" else 1)
+        assert_trained_alike(found, policy, seed, COPIES.get(engine, 1))
+
+
+def differing_replicas():
+    """The names of parameters and moments that differ between the ranks after 50 steps on data of their own."""
+    torch.manual_seed(dist.get_rank())
+    model = nn.parallel.DistributedDataParallel(
+        nn.Sequential(nn.Linear(19, 31), nn.LayerNorm(31), nn.ReLU(), nn.Linear(31, 5)), bucket_cap_mb=0.001
+    )
+    optimizer = FusedGradDropAdamW(model.named_parameters(), lr=0.02, mask=GradDrop(p=0.3), weight_decay=0.1)
+    for _ in range(50):
+        model(torch.randn(13, 19)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    own = {name: param.detach() for name, param in model.named_parameters()}
+    for name, param in model.named_parameters():
+        own |= {f"{key} of {name}": value for key, value in optimizer.state[param].items()}
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return [name for other in everyone for name, value in own.items() if not torch.equal(value, other[name])]
+
+
+def test_replicas_stay_bit_identical():
+    assert run_ranks(2, differing_replicas) == [[], []]
+
+
+# Refusals.
+
+
+def refusals(engine, attach):
+    """What each call says that would draw a mask for a flat buffer of which nobody said what is in it."""
+    import test_engines
+
+    setattr(test_engines, attach, lambda *arguments: None)
+    optimizer, step, _ = ENGINES[engine]("graddrop")
+    calls = [lambda: step(1)]
+    if optimizer.param_groups[0]["params"]:
+        calls.append(lambda: optimizer.mask(optimizer.param_groups[0]["params"][0]))
+    return [_error_of(call) for call in calls]
+
+
+def _error_of(call):
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("engine, attach", [
+    ("fsdp1 slices", "attach_fsdp1"), ("fsdp1 flat", "attach_fsdp1"),
+    *[pytest.param(f"deepspeed {stage}", "attach_deepspeed", marks=needs_deepspeed) for stage in (1, 2, 3)],
+])  # fmt: skip
+def test_a_flat_buffer_without_a_map_is_refused(engine, attach):
+    for said in run_ranks(2, refusals, engine, attach):
+        for message in said:
+            assert "would depend on the sharding" in message and f"call graddrop_kernels.{attach}(" in message
+
+
+def misuses():
+    """What each wrong call of an attach function says."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = Model()
+    whole_model, clipping = FusedGradDropAdamW(model.named_parameters()), {"max_grad_norm": 1.0}
+    sharded = wrapped_fsdp1(Model(), True)
+    zero = lambda cls, **more: ZeroRedundancyOptimizer(model.parameters(), optimizer_class=cls, **more)
+    return [_error_of(call) for call in (
+        lambda: attach_fsdp1(torch.optim.AdamW(sharded.parameters()), sharded),
+        lambda: attach_fsdp1(whole_model, sharded),
+        lambda: attach_fsdp1(FusedGradDropAdamW(sharded.named_parameters(), **clipping), sharded),
+        lambda: attach_zero(zero(torch.optim.AdamW), model),
+        lambda: attach_zero(zero(FusedGradDropAdamW), Model()),
+        lambda: attach_zero(zero(FusedGradDropAdamW, **clipping), model),
+        lambda: attach_zero(whole_model, model),
+        lambda: attach_deepspeed(model),
+        lambda: fixed_of_nothing(sharded, attach=True),
+        lambda: fixed_of_nothing(sharded, attach=False),
+    )]  # fmt: skip
+
+
+def fixed_of_nothing(model, attach):
+    optimizer = FusedGradDropAdamW(model.named_parameters(), mask=FixedMask({"nothing": torch.ones(2).bool()}))
+    if attach:
+        attach_fsdp1(optimizer, model)
+    model(1).backward()
+    optimizer.step()
+
+
+def test_wrong_calls_are_refused():
+    expected = (
+        "attach_fsdp1.* needs a FusedGradDropAdamW, got AdamW",
+        "steps none of the model's sharded parameters",
+        "max_grad_norm=1.0 would clip",
+        "attach_zero.* needs a ZeroRedundancyOptimizer.*, got AdamW",
+        "[0-9]+ of [0-9]+ parameters are not of this Model",
+        "max_grad_norm=1.0 would clip",
+        "attach_zero.* needs a ZeroRedundancyOptimizer",
+        "attach_deepspeed.* needs a DeepSpeed engine",
+        "FixedMask: no parameter is called 'nothing'; near names are '(head|layer|embeddings)",
+        "would depend on the sharding",
+    )
+    for said in run_ranks(2, misuses):
+        for message, pattern in zip(said, expected, strict=True):
+            assert re.search(pattern, message), (pattern, message)
+
+
+def test_a_flat_tensor_that_the_optimizer_was_given_is_a_parameter_like_any_other():
+    bias, flat = torch.zeros(5, requires_grad=True), torch.zeros(7, requires_grad=True)
+    assert flat_buffer_reason(bias) is None and flat_buffer_reason(nn.Parameter(flat), given=False) is None
+    optimizer = FusedGradDropAdamW([("bias", bias)])
+    optimizer.add_param_group({"params": [("more", torch.zeros(3, requires_grad=True))]})
+    for param in (bias, optimizer.param_groups[1]["params"][0]):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    again = copy.deepcopy(optimizer)
+    again.param_groups[0]["params"][0].grad = torch.ones(5)
+    again.step()
+    optimizer.param_groups[0]["params"] = [flat]
+    flat.grad = torch.ones(7)
+    with pytest.raises(TypeError, match="something has put this flat tensor in the place of the parameters"):
+        optimizer.step()
+    optimizer.attach_pieces({flat: [FlatPiece("weight", 0, 100, 4), FlatPiece("bias", 4, 0, 3)]})
+    optimizer.step()
+    assert (flat != 0).any()
 
 
 # Maps.
