@@ -23,6 +23,23 @@ def make_tensors(count: int) -> Tensors:
     return tensors
 
 
+def dtensors(tensors: Tensors) -> Tensors:
+    """The same as DTensors, as FSDP2 hands them to an optimizer; all of their elements are here."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    shard = lambda tensor: DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False)
+    sharded = Tensors([], [tuple(map(shard, pair)) for pair in tensors.moments], tensors.blocks)
+    for name, param in tensors.named:
+        sharded.named.append((name, torch.nn.Parameter(shard(param.detach()))))
+        sharded.named[-1][1].grad = shard(param.grad)
+    return sharded
+
+
 def measure(count: int, seconds: float, min_rounds: int, max_rounds: int) -> list[dict]:
     deadline = time.monotonic() + seconds
     tensors = make_tensors(count)
@@ -30,6 +47,8 @@ def measure(count: int, seconds: float, min_rounds: int, max_rounds: int) -> lis
     for case in CASES:
         if case.name in MEASURED:
             variants += ours(case, "ours", tensors, [cpu.isa()])
+    graddrop = next(case for case in CASES if case.name == "GradDrop")
+    variants += ours(graddrop, "ours", dtensors(tensors), [cpu.isa()], ", DTensors")
     interleave(variants, deadline, min_rounds, max_rounds, f"{count} tensors")
     return [{"tensors": count, **row} for row in summarize(variants, count, 4)]
 

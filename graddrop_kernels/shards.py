@@ -100,7 +100,11 @@ def sharded_over(param: torch.Tensor) -> tuple:
     if not is_dtensor(param):
         return ()
     mesh = param.device_mesh
-    return tuple(mesh.get_group(dim) for dim, placement in enumerate(param.placements) if not placement.is_replicate())
+    return tuple(
+        mesh.get_group(dim)
+        for dim, placement in enumerate(param.placements)
+        if not placement.is_replicate() and mesh.size(dim) > 1
+    )
 
 
 def any_nonzero(params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from graddrop_kernels.layout import Piece, RowBlock, is_dtensor, pieces_of, shard_pieces
+from graddrop_kernels.layout import Piece, RowBlock, _grouped, is_dtensor, pieces_of, shard_pieces
 
 distributed = pytest.importorskip("torch.distributed.tensor", reason="this torch has no torch.distributed")
 Partial, Replicate, Shard = distributed.Partial, distributed.Replicate, distributed.Shard
@@ -137,6 +137,17 @@ def test_no_layout_needs_fewer_pieces(seed):
         if layout.local.numel() <= 40 and len(pieces := check(layout)) > 1:
             tried += 1
             assert len(pieces) == fewest_pieces(layout.local.flatten().tolist()), layout
+
+
+def test_any_runs_can_be_grouped(seed):
+    rng = random.Random(seed)
+    for _ in range(5_000):
+        runs, end = [], 0
+        for _ in range(rng.randrange(1, 9)):  # at equal distances, often
+            start = max(end, 3 * len(runs)) + rng.choice((0, 0, 0, 0, 1))
+            runs.append((start, rng.choice((1, 2, 2, 3))))
+            end = sum(runs[-1])
+        assert elements(_grouped(runs)) == [start + i for start, count in runs for i in range(count)], runs
 
 
 # FSDP2 over tensor parallelism: the TP mesh dimension comes second, but has cut first.
@@ -297,6 +308,8 @@ def test_some_layouts_by_hand():
     assert uncached((5, 7), (Shard(0),), (4,), (3,), (0, 7)) == ()
     assert uncached((0, 7), (Shard(1),), (4,), (0,), (0, 2)) == ()
     assert uncached((24, 9), (Shard(0), Shard(1)), (3, 4), (0, 3), (0, 0)) == ()  # as FSDP2 has it
+    ends = uncached((4, 3), (_StridedShard(1, split_factor=2),), (2,), (0,), (4, 2))  # 0, 2 3, 5 6, 8 9, 11
+    assert ends == (Piece(0, 1, RowBlock(0, 1, 1)), Piece(1, 7, RowBlock(2, 2, 3)))
     conv = uncached((4, 6, 4, 1), (Shard(1), Shard(2)), (2, 2), (1, 0), (4, 3, 2, 1))
     assert conv == tuple(Piece(6 * i, 6, RowBlock(24 * i + 12, 2, 4)) for i in range(4))
 

@@ -247,3 +247,37 @@ def test_partial_gradients_are_summed_up_before_the_step(seed):
     for placements, difference in run_ranks(2, partial_gradients, seed):
         assert "Partial" in placements, "the case is none any more"
         assert difference < 1e-5
+
+
+def scaled_steps(fused, seed):
+    """Four steps under a GradScaler; in the second there is an inf in what rank 1 has of one gradient."""
+    model, index = numbered(WRAPPERS["fsdp2 over 2"][1])
+    whole, generator = Model(), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for (name, param), other in zip(model.named_parameters(), whole.parameters()):
+            other.copy_(torch.randn(other.shape, generator=generator))
+            local(param).copy_(other.flatten()[index[name]])
+    arguments = {"lr": 0.03, "mask": GradDrop(0.3), "seed": seed}
+    scaled = FusedGradDropAdamW(model.named_parameters(), **arguments, fused=fused)
+    plain = FusedGradDropAdamW(whole.named_parameters(), **arguments)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(4):
+        scaler.scale(torch.ones(()))
+        for (name, param), other in zip(model.named_parameters(), whole.parameters()):
+            other.grad = torch.randn(other.shape, generator=generator)
+            param.grad = like(param, other.grad.flatten()[index[name]] * scaler.get_scale())
+            if step == 1 and name == "head.weight" and torch.distributed.get_rank() == 1:
+                local(param.grad)[-1, 0] = torch.inf
+        if step != 1:
+            plain.step()
+        scaler.step(scaled)
+        scaler.update()
+    for (name, param), other in zip(model.named_parameters(), whole.parameters()):
+        assert_same_bits(local(param.detach()), other.detach().flatten()[index[name]], name)
+        assert scaled.state[param]["step"] == 3
+    return scaler.get_scale()
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_an_inf_on_one_rank_skips_the_step_on_all(fused, seed):
+    assert run_ranks(2, scaled_steps, fused, seed) == [512.0, 512.0]

@@ -501,3 +501,32 @@ def test_no_step_ends_the_process(crash, backend):
     moved = "0.9950" if "zero tensor" in crash else "0.4950"  # decay alone; decay and a first step of the size of lr
     stepped = said.startswith("stepped") and moved in said and "freed" not in crash and "short" not in crash
     assert refused or stepped, said
+
+
+VIEWS_OF_ONE = {  # two parameters in one memory of 6 x 8
+    "contiguous": (lambda room: room[:4], lambda room: room[2:]),
+    "columns": (lambda room: room[:, :5], lambda room: room[:, 3:]),
+    "transposed": (lambda room: room[:4].t(), lambda room: room[2:].t()),
+    "one strided": (lambda room: room[:, ::2], lambda room: room),
+    "only woven": (lambda room: room[:, ::2], lambda room: room[:, 1::2]),
+}
+
+
+@pytest.mark.parametrize("views", VIEWS_OF_ONE)
+def test_parameters_in_one_memory_are_stepped_in_turn(views, backend, seed):
+    """As torch's optimizer without foreach does; three steps, so that what was prepared for the first is used again."""
+    generator = torch.Generator().manual_seed(seed)
+    room = torch.randn(6, 8, generator=generator)
+    together, apart = room.clone(), room.clone()
+    ours = [torch.nn.Parameter(view(together)) for view in VIEWS_OF_ONE[views]]
+    theirs = [torch.nn.Parameter(view(apart)) for view in VIEWS_OF_ONE[views]]
+    both = optimizer_of([(f"w{i}", param) for i, param in enumerate(ours)], backend, seed=seed)
+    in_turn = [optimizer_of([(f"w{i}", param)], backend, seed=seed) for i, param in enumerate(theirs)]
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        both.step()
+        for optimizer in in_turn:
+            optimizer.step()
+        assert bits(together) == bits(apart)

@@ -148,6 +148,42 @@ def test_replays_under_a_changing_lr_p_and_epoch(name, policy, more, seed):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_captured_steps_of_dtensors(name, seed):
+    """On a mesh of one GPU, whose shards are the whole: parameters, gradients and moments as FSDP2 has them."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = DeviceMesh("cuda", [0])
+        shard = lambda tensor: DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False)
+        plain = parameters([(1000,), (77, 3), (70_001,)], seed)
+        sharded = [torch.nn.Parameter(shard(param.detach().clone())) for param in plain]
+        steps = [
+            FusedGradDropAdamW([(f"w{i}", param) for i, param in enumerate(params)], mask=GradDrop(0.3), backend=name,
+                               max_grad_norm=0.5, **ARGUMENTS)
+            for params in (plain, sharded)
+        ]  # fmt: skip
+        give_gradients(plain, torch.Generator().manual_seed(seed))
+        for param, other in zip(plain, sharded):
+            other.grad = shard(param.grad.clone())
+        for optimizer in steps:
+            optimizer.step()
+        graph = captured(steps[1])
+        for _ in range(3):
+            steps[0].step()
+            steps[1].advance_captured_step()
+            graph.replay()
+        for a, b in zip(plain, sharded):
+            assert_same_bits(b.detach().to_local(), a, "parameter")
+            for key, value in steps[0].state[a].items():
+                own = steps[1].state[b][key]
+                assert_same_bits(own if key == "step" else own.to_local(), value, key)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("mode", [{"master_weights": True}, {"stochastic_rounding": True}], ids=str)
 def test_modes_have_the_bits_of_the_exact_reference(name, mode, seed):
     mine, exact = parameters([(1000,), (33, 65)], seed, BF16), parameters([(1000,), (33, 65)], seed, BF16)

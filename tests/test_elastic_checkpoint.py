@@ -1,0 +1,226 @@
+"""torch.distributed.checkpoint under FSDP2: training that goes on with other numbers of ranks ends with the bits of one
+process that trains in one go.
+
+Gradients are given by step and name, equal in all runs.
+"""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from cases import MASKINGS, PAST_THE_LAST_EPOCH, assert_same_bits
+from ranks import RankFailure, run_ranks
+from test_sharded_modules import Model, fully_sharded, mesh_of
+
+from graddrop_kernels import FusedGradDropAdamW
+
+pytestmark = pytest.mark.filterwarnings(PAST_THE_LAST_EPOCH)
+
+STEPS_AN_EPOCH = 4  # so that a training is broken off in mid-epoch
+
+
+def gradient(name, shape, step, seed):
+    from hashlib import blake2b
+
+    number = int.from_bytes(blake2b(f"{name} {step} {seed}".encode(), digest_size=6).digest(), "little")
+    return torch.randn(shape, generator=torch.Generator().manual_seed(number))
+
+
+def build(masking, seed, sharded, reverse=False):
+    model = Model()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.randn(param.shape, generator=generator))
+    values = [(name, param.detach()) for name, param in model.named_parameters()]
+    if sharded:
+        fully_sharded(model, mesh_of(torch.distributed.get_world_size()))
+    named = list(model.named_parameters())
+    optimizer = FusedGradDropAdamW(
+        named[::-1] if reverse else named, lr=0.03, betas=(0.8, 0.95), weight_decay=0.1, amsgrad=True,
+        seed=0xDEADBEEFCAFEF00D, mask=MASKINGS[masking].policy(values), **MASKINGS[masking].arguments,
+    )  # fmt: skip
+    return model, optimizer
+
+
+def train(model, optimizer, steps, seed):
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    for step in steps:
+        optimizer.set_epoch(step // STEPS_AN_EPOCH)
+        for name, param in model.named_parameters():
+            grad = gradient(name, param.shape, step, seed)
+            if isinstance(param, DTensor):
+                grad = distribute_tensor(grad, param.device_mesh, param.placements, src_data_rank=None)
+            param.grad = grad
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def options(flat):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(flatten_optimizer_state_dict=flat)
+
+
+def save(folder, model, optimizer, flat):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+    state = {
+        "model": get_model_state_dict(model),
+        "optim": get_optimizer_state_dict(model, optimizer, options=options(flat)),
+    }
+    dcp.save(state, checkpoint_id=folder)
+
+
+def load(folder, model, optimizer, flat):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as of
+
+    state = {
+        "model": of.get_model_state_dict(model),
+        "optim": of.get_optimizer_state_dict(model, optimizer, options=options(flat)),
+    }
+    dcp.load(state, checkpoint_id=folder)
+    of.set_model_state_dict(model, state["model"])
+    of.set_optimizer_state_dict(model, optimizer, state["optim"], options=options(flat))
+
+
+def whole(tensor):
+    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+
+
+def everything(model, optimizer):
+    """Parameters and state, whole, by name; and the counts of the groups."""
+    found = {name: whole(param) for name, param in model.named_parameters()}
+    for name, param in model.named_parameters():
+        found |= {f"{key} of {name}": whole(value) for key, value in optimizer.state[param].items()}
+    return found, [
+        (group["completed_steps"], group["epoch"], group["epoch_history"]) for group in optimizer.param_groups
+    ]
+
+
+def leg(folder, number, steps, masking, seed, flat, frozen):
+    """One part of the training: from the checkpoint before it, if there is one, to a checkpoint of its own."""
+    reverse = number % 2 == 1  # the order of the parameters is another one in every other leg
+    model, optimizer = build(masking, seed, sharded=True, reverse=reverse)
+    if number:
+        load(f"{folder}/{number - 1}", model, optimizer, flat)
+    train(model, optimizer, steps, seed)
+    if frozen:
+        model.layers[1].requires_grad_(False)
+    save(f"{folder}/{number}", model, optimizer, flat)
+    return everything(model, optimizer)
+
+
+def in_one_go(masking, steps, seed):
+    model, optimizer = build(masking, seed, sharded=False)
+    train(model, optimizer, range(steps), seed)
+    return everything(model, optimizer)
+
+
+def assert_equal_runs(run, expected):
+    (tensors, counts), (expected_tensors, expected_counts) = run, expected
+    assert counts == expected_counts and tensors.keys() == expected_tensors.keys()
+    for name, tensor in tensors.items():
+        assert_same_bits(tensor, expected_tensors[name], name)
+
+
+@pytest.mark.parametrize(
+    "masking, flat, frozen",
+    [
+        ("graddrop", False, False),
+        ("buckets", True, False),
+        ("graddrop-anneal", True, True),
+        ("layer-epoch-frozen", False, True),
+        ("freeze", False, False),
+        ("fixed", True, False),
+    ],
+)
+def test_other_numbers_of_ranks_go_on_bit_for_bit(masking, flat, frozen, seed, tmp_path):
+    """2, 4, 1 and 3 ranks, three steps each."""
+    for number, world in enumerate((2, 4, 1, 3)):
+        steps = range(3 * number, 3 * number + 3)
+        results = run_ranks(world, leg, str(tmp_path), number, steps, masking, seed, flat, frozen, timeout=120)
+    for run in results:
+        assert_equal_runs(run, in_one_go(masking, 12, seed))
+
+
+def state_of_fresh(seed):
+    """What torch.distributed.checkpoint does to an optimizer that has not stepped, with and without it."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    runs = []
+    for asked in (True, False):
+        model, optimizer = build("graddrop", seed, sharded=True)
+        if asked:
+            state = get_optimizer_state_dict(model, optimizer)["state"]
+            assert {float(each["step"]) for each in state.values()} == {0.0}
+        train(model, optimizer, range(2), seed)
+        runs.append(everything(model, optimizer))
+    return runs
+
+
+def test_asking_a_fresh_optimizer_for_its_state_is_no_step(seed):
+    for asked, never_asked in run_ranks(2, state_of_fresh, seed):
+        assert_equal_runs(asked, never_asked)
+
+
+def warm_up(seed):
+    """A first step with lr 0, as a warm-up begins; all the gradient that is not 0 is on rank 0."""
+    model, optimizer = build("graddrop", seed, sharded=True)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    if torch.distributed.get_rank() == 0:
+        model.head.weight.grad.to_local()[0, 0] = 1.0
+    optimizer.step()
+    return [float(optimizer.state[param]["step"]) for param in model.parameters()], optimizer.param_groups[0][
+        "completed_steps"
+    ]
+
+
+def test_a_first_step_of_lr_0_counts_on_every_rank(seed):
+    for steps, completed in run_ranks(3, warm_up, seed):
+        assert set(steps) == {1.0} and completed == 1
+
+
+def save_and_die(folder, seed):
+    """A checkpoint after five steps; a second one, in which rank 1 is killed."""
+    import torch.distributed.checkpoint as dcp
+
+    model, optimizer = build("graddrop", seed, sharded=True)
+    train(model, optimizer, range(5), seed)
+    save(f"{folder}/5", model, optimizer, False)
+    train(model, optimizer, range(5, 8), seed)
+    if torch.distributed.get_rank() == 1:
+        write = dcp.FileSystemWriter.write_data
+
+        def half(self, plan, planner):
+            plan.items[len(plan.items) // 2 :] = []
+            write(self, plan, planner).wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        dcp.FileSystemWriter.write_data = half
+    save(f"{folder}/8", model, optimizer, False)
+
+
+def go_on(folder, seed):
+    complete = [int(file.parent.name) for file in Path(folder).glob("*/.metadata")]  # torch writes it last
+    model, optimizer = build("graddrop", seed, sharded=True)
+    load(f"{folder}/{max(complete)}", model, optimizer, False)
+    train(model, optimizer, range(max(complete), 10), seed)
+    return max(complete), everything(model, optimizer)
+
+
+def test_a_rank_killed_while_it_saves_leaves_the_checkpoint_before(seed, tmp_path):
+    with pytest.raises(RankFailure, match="SIGKILL"):
+        run_ranks(2, save_and_die, str(tmp_path), seed)
+    assert any((tmp_path / "8").iterdir()), "it was killed before it had written anything"
+    for start, run in run_ranks(3, go_on, str(tmp_path), seed):
+        assert start == 5
+        assert_equal_runs(run, in_one_go("graddrop", 10, seed))
