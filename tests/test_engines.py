@@ -177,12 +177,12 @@ def deepspeed(policy, stage):
     optimizer = FusedGradDropAdamW(groups_of(model, per_block=True), **options(policy))
     engine = started_deepspeed(model, optimizer, stage)
     attach_deepspeed(engine)
+    return optimizer, functools.partial(deepspeed_step, engine), deepspeed_pieces(engine)
 
-    def step(seed):
-        engine.backward(engine(seed))
-        engine.step()
 
-    return optimizer, step, deepspeed_pieces(engine)
+def deepspeed_step(engine, seed):
+    engine.backward(engine(seed))
+    engine.step()
 
 
 def accelerated(policy, fsdp2=False):
@@ -226,13 +226,17 @@ ENGINES = {
 COPIES = {"ddp": 2, "accelerate": 2, "accelerate fsdp2": 2}  # ranks that have each element; else 1
 
 
+def begin_epoch(optimizer, number):
+    if number % STEPS_PER_EPOCH == 0:
+        optimizer.set_epoch(number // STEPS_PER_EPOCH)
+
+
 def trained(engine, policy, seed):
     """[(name, first element, step, {what: values})] of every piece after training."""
     optimizer, step, pieces = engine(policy)
     masks = {}
     for number in range(STEPS):
-        if number % STEPS_PER_EPOCH == 0:
-            optimizer.set_epoch(number // STEPS_PER_EPOCH)
+        begin_epoch(optimizer, number)
         if any(group["params"] for group in optimizer.param_groups):  # DeepSpeed's stage 3 keeps them out of sight
             masks |= {(number, tensor): optimizer.mask(tensor) for tensor in pieces}
         step(seed + number)
@@ -307,6 +311,60 @@ def differing_replicas():
 
 def test_replicas_stay_bit_identical():
     assert run_ranks(2, differing_replicas) == [[], []]
+
+
+# Saving and loading, in as many processes.
+
+
+def save(step, folder):
+    """What load() needs besides the folder."""
+    owner, optimizer = step.args[0], step.args[-1]
+    if hasattr(owner, "save_checkpoint"):
+        owner.save_checkpoint(folder)
+        return None
+    if hasattr(optimizer, "consolidate_state_dict"):
+        optimizer.consolidate_state_dict(to=0)
+        states = [optimizer.state_dict() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(states, 0)
+    else:
+        states = [optimizer.state_dict()]
+    return copy.deepcopy((states[0], [param.detach() for param in owner.parameters()]))
+
+
+def load(step, folder, saved):
+    owner, optimizer = step.args[0], step.args[-1]
+    if saved is None:
+        owner.load_checkpoint(folder)
+        return
+    for param, value in zip(owner.parameters(), saved[1]):
+        param.data.copy_(value)
+    optimizer.load_state_dict(saved[0])
+
+
+def continued(engine, policies, seed, folder):
+    """Which policies end up with other parameters when they are interrupted in the middle of an epoch."""
+    different = []
+    for policy in policies:
+        ends, saved = [], None
+        for numbers in (range(STEPS), range(3, STEPS)):
+            optimizer, step, pieces = ENGINES[engine](policy)
+            if numbers.start:
+                load(step, folder / policy, saved)
+            for number in numbers:
+                if number == 3 and numbers.start == 0:
+                    saved = save(step, folder / policy)
+                begin_epoch(optimizer, number)
+                step(seed + number)
+            ends.append([tensor.detach().clone() for tensor in pieces])
+        different += [] if all(map(torch.equal, *ends)) else [policy]
+    return different
+
+
+@pytest.mark.parametrize("engine", ["zero", "fsdp1 slices", "fsdp1 flat", *[
+    pytest.param(f"deepspeed {stage}", marks=needs_deepspeed) for stage in (1, 3)
+]])  # fmt: skip
+def test_a_run_goes_on_bit_for_bit(engine, seed, tmp_path):
+    assert run_ranks(2, continued, engine, ["graddrop", "layer", "epoch-bitpacked"], seed, tmp_path) == [[], []]
 
 
 # Refusals.
