@@ -21,6 +21,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/host_overhead.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/modes_cpu.py
+	$(BIN)/python benchmarks/skip_backward.py
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/plots.py
 	$(BIN)/python benchmarks/plots_masks.py

@@ -165,6 +165,19 @@ def _modes(results: dict) -> str:
     return "\n\n".join(parts)
 
 
+def _skip_backward(results: dict) -> str:
+    """What is saved of a whole training step, in percent of the dense one."""
+    tables = results["skip_backward"]["tables"]
+    saved = lambda ratio: f"{100 * (1 - ratio):.1f}"
+    lines = []
+    for rows in zip(*(table["rows"] for table in tables)):
+        flops = saved(statistics.mean(row["flops_ratio"] for row in rows))
+        times = [f"{saved(row['ratio'])} ({saved(row['ratio_p80'])} to {saved(row['ratio_p20'])})" for row in rows]
+        lines.append([rows[0]["name"], flops, *times])
+    labels = [f"time, {table['threads']} thread{'s' if table['threads'] > 1 else ''} (p20 to p80)" for table in tables]
+    return markdown(["saved of a training step, %", "FLOPs", *labels], lines)
+
+
 def _precision(results: dict) -> str:
     """Mean and, after the sign, the standard deviation over the seeds."""
     rows = results["precision"]["rows"]
@@ -207,6 +220,7 @@ TABLES = {  # name in the marker: (benchmarks of which it needs one, the table)
     "memory": (("memory",), _memory),
     "modes": (("modes_cpu",), _modes),
     "precision": (("precision",), _precision),
+    "skip-backward": (("skip_backward",), _skip_backward),
 }
 
 

@@ -4,7 +4,6 @@ import math
 
 import torch
 
-from . import reference
 from .backends import Backend
 from .multi_tensor import TensorBatch
 
@@ -41,11 +40,12 @@ def clip_(
     wide = any(batch.param_dtype in (torch.float64, torch.complex128) for batch in batches)
     squares = []
     for backend, batch in zip(chosen, batches):
-        square = (backend.sum_of_squares or reference.sum_of_squares)(batch, after_mask)
+        square = backend.sum_of_squares(batch, after_mask)
         for group in batch.sharded_over:
             torch.distributed.all_reduce(square, group=group)
         squares.append(square.to(device, non_blocking=True))
-    norm = torch.stack(squares).sum().sqrt()
+    total = squares[0] if len(squares) == 1 else torch.stack(squares).sum()
+    norm = total.sqrt()
     if grad_scale is not None:
         norm = norm / grad_scale.to(device, non_blocking=True)
     norm = norm.to(torch.float64 if wide else torch.float32)

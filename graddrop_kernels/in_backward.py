@@ -50,9 +50,14 @@ class StepInBackward:
         ]
         optimizer._in_backward = self
 
+    @property
+    def under_way(self) -> bool:
+        """Whether parameters have been stepped for a step that ``optimizer.step()`` has not ended yet."""
+        return bool(self._done)
+
     def remove(self) -> None:
         """Ends it; a step under way must have been ended by ``optimizer.step()``."""
-        if self._done:
+        if self.under_way:
             raise RuntimeError("a step is under way: call optimizer.step() after backward(), then remove()")
         for hook in self._hooks:
             hook.remove()

@@ -61,7 +61,7 @@ def pieces_of(tensor: torch.Tensor) -> tuple[Piece, ...]:
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     return shard_pieces(
-        tensor.shape, tensor.placements, mesh.shape, coordinate and tuple(coordinate), tensor.to_local().shape
+        tensor.shape, tensor.placements, mesh.shape, coordinate and tuple(coordinate), tensor._local_tensor.shape
     )
 
 

@@ -187,6 +187,12 @@ class PreparedStep:
             if used is not grad:
                 grad.copy_(used)
 
+    def forget_grads(self) -> None:
+        """Or they would outlive zero_grad(), beside those of the next backward pass."""
+        self.grads = self.used_grads = []
+        for batch in self.batches:
+            batch.grads = []
+
     def _state_tensors(self) -> list[torch.Tensor] | None:
         """The moments and steps of all rows; None where one is gone."""
         try:

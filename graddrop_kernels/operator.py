@@ -148,6 +148,11 @@ def _step(
     optimizer = _optimizers.get(handle)
     if optimizer is None:
         raise RuntimeError("graddrop::step_: the optimizer that this step was compiled for is gone")
+    if optimizer._skip.missing:
+        raise RuntimeError(
+            "a compiled step has the tensors of one pattern of dropped blocks: after skip_dropped() call "
+            "optimizer.step() outside of torch.compile"
+        )
     optimizer._opt_called = True  # as the step that torch's lr_scheduler wraps says
     for group in optimizer.param_groups:  # torch.compile sets it when a function that it compiles names param_groups
         group["capturable"] = optimizer.defaults["capturable"]

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -30,6 +31,7 @@ from .shards import (
     sharded_over,
     spans_of,
 )
+from .skip_backward import SkipBackward
 
 
 class FusedGradDropAdamW(torch.optim.AdamW):
@@ -122,6 +124,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._warned: set[str] = set()
         self._skipped_steps: dict[int, torch.Tensor] = {}  # of each group, counted on the device
         self._in_backward: StepInBackward | None = None
+        self._skip = SkipBackward(self)
         self._captured: PreparedStep | None = None  # by a CUDA graph, which holds its addresses
         self.max_grad_norm, self.norm_after_mask = check_max_grad_norm(max_grad_norm), norm_after_mask
         self.grad_norm: torch.Tensor | None = None
@@ -187,7 +190,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._check_options()
         if self._skipped_steps:
             self._settle_skipped_steps(only_if_needed=True)
-        grads = local_grads(params, grads)
+        grads = local_grads(params, self._skip.complete(params, grads, grad_scale))
         if grad_scale is not None:
             self._check_written_grads(params, grads)
         prepared = self._prepared
@@ -229,6 +232,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         """From now on steps each parameter in the backward pass, as its gradient arrives, and frees the gradient: see
         StepInBackward.
         """
+        self._skip.check_outside("step_in_backward()")
         return StepInBackward(self)
 
     @torch._disable_dynamo
@@ -239,6 +243,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         """
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"set_epoch(epoch) needs the number of the epoch, an int >= 0, got {epoch!r}")
+        self._skip.check_outside("set_epoch()")
         self._settle_skipped_steps()
         for policy in map(self._groups.policy, self._groups.indices()):
             if policy is not None and policy.follows_epochs:
@@ -346,6 +351,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     def state_dict(self) -> dict:
         """As torch's: the state of every parameter, and the groups with the policies and counts of ours."""
+        self._skip.check_outside("state_dict()")
         self._settle_skipped_steps()
         return super().state_dict()
 
@@ -362,6 +368,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             ValueError: other groups or parameters than this optimizer's, or, if strict, another policy.
                 Nothing has changed then.
         """
+        self._skip.check_outside("load_state_dict()")
         prepared = {}
 
         def prepare(_, state_dict):
@@ -377,7 +384,36 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._forget_caches()
         self._skipped_steps.clear()
 
+    @torch._disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's."""
+        super().zero_grad(set_to_none)
+        self._skip.missing.clear()
+
+    def skip_dropped(self, model: torch.nn.Module | None = None) -> AbstractContextManager[None]:
+        """A context manager for the forward and backward passes of one optimizer step, accumulation included: the
+        weight gradients of the blocks that the step will drop (LayerGradDrop, GradFreeze) are not computed. The
+        training is the same bit for bit; other policies drop no whole blocks, and nothing changes for them.
+
+        Inside of it the parameters of those blocks have ``requires_grad`` False. A parameter's first step is run in
+        full: it shows whether the parameter has a gradient at all. One that has a gradient in some steps only counts as
+        used in all that drop it.
+
+        Args:
+            model: as it is called, with its wrappers. Needed with more than one process, unless all parameters are
+                DTensors (``fully_shard``); DistributedDataParallel needs ``find_unused_parameters=True``.
+
+        Raises:
+            RuntimeError, ValueError: what cannot be combined with it, and what to do: nested use; ``step()``,
+                ``set_epoch()``, ``state_dict()`` or ``load_state_dict()`` inside of it; a step whose plan is no longer
+                that of the backward pass; ``max_grad_norm`` without ``norm_after_mask``; ``differentiable``; a
+                captured or compiled step; DistributedDataParallel without ``find_unused_parameters`` or with
+                ``static_graph``; FSDP1; reentrant checkpointing, as far as the modules of ``model`` show it.
+        """
+        return self._skip.around(model)
+
     def __getstate__(self) -> dict:
+        self._skip.check_outside("a copy of the optimizer")
         self._settle_skipped_steps()
         return {
             **super().__getstate__(),
@@ -400,6 +436,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self.__dict__.setdefault("_skipped_steps", {})
         self.__dict__.setdefault("_in_backward", None)
         self.__dict__.setdefault("_captured", None)
+        if "_skip" not in self.__dict__:
+            self._skip = SkipBackward(self)
         self._step_supports_amp_scaling = self.defaults.get("fused") is True
         self._constructing = False
         self._forget_caches()
@@ -426,6 +464,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             batch.step_with(backend.masked_adamw_)
         if grad_scale is not None:
             prepared.write_grads_back()
+        prepared.forget_grads()
 
     def _facts(self) -> tuple:
         """What of the options a prepared step depends on."""

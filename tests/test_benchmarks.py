@@ -271,7 +271,7 @@ def test_tables_are_rendered_once_and_checked(folder, readme, capsys):
         and text.startswith("before – \n\n<!-- benchmark: machine -->\n")
         and text.endswith("-->\n\nafter\n")
     )
-    elsewhere = 2 * len(("modes", "precision"))  # test_benchmarks_modes.py
+    elsewhere = 2 * len(("modes", "precision", "skip-backward"))  # test_benchmarks_modes.py, _skip.py
     assert text.count("\nbetween\n") == tables - 1 and text.count("No results yet") == elsewhere
     assert text.count("a quick run, no measurement") == tables - elsewhere
     render_well("--check", *arguments)

@@ -9,6 +9,7 @@ from cases import BF16, F32, F64, Engine
 from toy import bits
 
 from graddrop_kernels import FusedGradDropAdamW, GaussianGradDrop, GradDrop, GradDropEpoch, LayerGradDrop
+from graddrop_kernels.backends import cpu, device_tables
 from graddrop_kernels.clipping import check_max_grad_norm
 
 ARGUMENTS = {"lr": 0.03, "betas": (0.75, 0.96875), "eps": 1e-4, "weight_decay": 0.2}
@@ -150,6 +151,20 @@ def test_it_may_change_and_end(backend, seed):
                 param.grad.mul_((norm / (optimizer.grad_norm + 1e-6)).clamp(max=1.0))
         reference.step()
         assert list(map(bits, params)) == list(map(bits, plain)), step
+
+
+def test_tables_are_made_once_a_step(backend, seed, monkeypatch):
+    """The update takes those of the norm; the next step, with other gradients and another lr, makes its own."""
+    params, optimizer = make("graddrop", F32, backend, seed, max_grad_norm=0.5)
+    made = []
+    for module in (cpu, device_tables):
+        table = module.hyper_table
+        monkeypatch.setattr(module, "hyper_table", lambda *args, table=table: made.append(args) or table(*args))
+    for step in range(3):
+        give_grads(params, step, seed)
+        optimizer.param_groups[0]["lr"] *= 0.5
+        optimizer.step()
+        assert len(made) == (step + 1 if backend in ("cpu", "triton", "triton-fast") else 0)
 
 
 def test_copies_keep_it_and_steps_without_gradients_pass(seed):

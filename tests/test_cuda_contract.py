@@ -45,6 +45,11 @@ AMSGRAD_INSTRUCTIONS = 8
 STOCHASTIC_INSTRUCTIONS = 30  # a Philox call for four elements
 # With amsgrad or ages, or without: two or three blocks of 256 threads share 65536 registers.
 REGISTERS = {True: 128, False: 80}
+THREADS = 256
+# The norm: one launch a mask kind and gradient dtype. Eight blocks share the registers, five, and of rows of any layout
+# three.
+NORM_VARIANTS = ("plain", "factor", "draws", "buckets", "bits")
+NORM_REGISTERS = dict.fromkeys(NORM_VARIANTS, 48) | {"plain": 32, "general": 80}
 
 
 def tool(name: str) -> str | None:
@@ -160,6 +165,16 @@ def aligned(kernels) -> dict[tuple, Kernel]:
     return found
 
 
+def norms(kernels) -> dict[tuple, Kernel]:
+    """{(variant or "general", gradient dtype): kernel}."""
+    found = {}
+    for name, kernel in kernels.items():
+        match = re.search(r"(?:aligned_norm_kernelILNS_7VariantE(\d)E|general_norm_kernelI)(f|NS_\w+?E)EEv", name)
+        if match:
+            found[VARIANTS[int(match[1])] if match[1] else "general", DTYPES[match[2]]] = kernel
+    return found
+
+
 every_arch = pytest.mark.parametrize("kernels", ARCHS, indirect=True)
 
 
@@ -167,6 +182,7 @@ every_arch = pytest.mark.parametrize("kernels", ARCHS, indirect=True)
 def test_every_variant_is_there(kernels):
     assert sorted(aligned(kernels)) == sorted(ALL)
     assert sum("general_kernel" in name for name in kernels) == len(TYPES)
+    assert sorted(norms(kernels)) == sorted(product((*NORM_VARIANTS, "general"), BYTES))
     for name in ("prologue", "bytes", "words", "count", "planes"):
         assert sum(f"{name}_kernel" in found for found in kernels) == 1, name
 
@@ -178,6 +194,8 @@ def test_nothing_spills_and_registers_are_bounded(kernels):
         assert not any(i.name in sass.LOCAL for i in kernel.instructions), name
     for (variant, amsgrad, types), kernel in aligned(kernels).items():
         assert kernel.registers <= REGISTERS[amsgrad or variant.endswith("by_age")], (variant, amsgrad, types)
+    for (variant, dtype), kernel in norms(kernels).items():
+        assert kernel.registers <= NORM_REGISTERS[variant], (variant, dtype, kernel.registers)
 
 
 @every_arch
@@ -226,3 +244,39 @@ def test_instructions_per_element(kernels):
         assert 30 < kernel.instructions_per_element <= ceiling, (
             f"{variant}, amsgrad={amsgrad}, {types}: {kernel.instructions_per_element:.1f}"
         )
+
+
+@every_arch
+def test_the_norm_reads_16_bytes_a_lane_before_it_adds(kernels):
+    """All full loads of a thread are under way before the first square is added; squares are fused in float64."""
+    for (variant, dtype), kernel in norms(kernels).items():
+        if variant == "general":
+            continue
+        code = kernel.instructions
+        loads = [i.address for i in code if i.name == "LDG" and i.bytes == 16]
+        squares = [i.address for i in code if i.name == "DFMA"]
+        assert len(loads) == TURNS * ELEMENTS * BYTES[dtype] // 16, (variant, dtype)
+        assert len(squares) == TURNS * ELEMENTS + 1, (variant, dtype)  # one that fills no group
+        assert max(loads) < min(squares), (variant, dtype)
+
+
+@every_arch
+def test_the_norm_meets_only_to_add_up_its_sums(kernels):
+    """Shared memory for one sum a thread; barriers and shared memory in no loop and not before the loads. The one
+    atomic is an integer's: sums are stored, each in its place.
+    """
+    for (variant, dtype), kernel in norms(kernels).items():
+        what, code = (variant, dtype), kernel.instructions
+        names = Counter(i.name for i in code)
+        meets = [i for i in code if i.name in ("BAR", "LDS", "STS")]
+        assert kernel.shared in (8 * THREADS, 8 * THREADS + 1024), what  # 1024: what sm_90 keeps for itself
+        last_load = max((i.address for i in code if i.name == "LDG" and i.bytes == 16), default=0)
+        assert names["BAR"] == 5 and min(i.address for i in meets) > last_load, what
+        loops = [(head, kernel.blocks[tail][-1].address) for tail, head in kernel._graph[1]]
+        assert loops and not [i for i in meets for head, end in loops if head <= i.address <= end], what
+        assert not {"RED", "ATOM", "ATOMS"} & set(names) and names["ATOMG"] == 1, what
+        atomic = next(i for i in code if i.name == "ATOMG")
+        assert ".ADD" in atomic.opcode and not re.search(r"\.F(16|32|64)|\.BF16", atomic.opcode), what
+        assert Counter(i.bytes for i in code if i.name == "STG") == {8: 2, 4: 1}, what  # a sum, the total, the counter
+        exchanges = variant in ("draws", "buckets") and dtype == "float32"
+        assert bool(names["SHFL"]) == exchanges, what

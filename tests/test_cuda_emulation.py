@@ -6,7 +6,11 @@ pow() rounds to the same float32 as the host's.
 
 import ctypes
 import dataclasses
+import math
 import re
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import cases
@@ -28,8 +32,9 @@ from cases import (
     require,
 )
 from test_backends_agree import assert_bits, run_in_step
+from test_gradient_norm import finite, masked_gradients
 
-from graddrop_kernels import backends, bitmask
+from graddrop_kernels import FusedGradDropAdamW, GradDrop, backends, bitmask
 from graddrop_kernels.backends import cpu, cuda
 from graddrop_kernels.layout import RowBlock
 from graddrop_kernels.multi_tensor import TensorBatch
@@ -115,21 +120,28 @@ def test_rows_that_keep_or_drop_everything_share_a_launch(name, seed):
     compare_with_cpu(batch, name)
 
 
-@pytest.mark.parametrize("mode", [False, True], ids=["plain", "mode"])
-@pytest.mark.parametrize("masking", MASKINGS)
-def test_policies_have_the_exact_bits(masking, mode, seed, monkeypatch):
-    """Whole trainings over several epochs, through the optimizer."""
+@pytest.fixture
+def emulation(monkeypatch) -> str:
+    """A name that the optimizer takes for a backend: the emulation, on CPU tensors."""
     row = backends.Backend(
-        "cuda-emulation", "", ("cpu",), backends._FUSED_DTYPES, False, lambda: None, cuda.masked_adamw_, True, True
-    )
+        "cuda-emulation", "", ("cpu",), backends._FUSED_DTYPES, False, lambda: None, cuda.masked_adamw_,
+        cuda.sum_of_squares, True, True,
+    )  # fmt: skip
     monkeypatch.setitem(backends._BY_NAME, row.name, row)
     monkeypatch.setitem(cases._ROWS, row.name, row)
+    return row.name
+
+
+@pytest.mark.parametrize("mode", [False, True], ids=["plain", "mode"])
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_policies_have_the_exact_bits(masking, mode, emulation, seed):
+    """Whole trainings over several epochs, through the optimizer."""
     place = list(MASKINGS).index(masking)
     modes = MODES if mode else [(dtypes, False, False) for dtypes in DTYPES]
     dtypes, masters, stochastic = modes[place % len(modes)]
     hyper = list(HYPERS)[place // len(modes) % len(HYPERS)]
     case = Case(masking, hyper, dtypes, (0, 1, 3, 33, 1031, CHUNK + 1), masters, stochastic)
-    run_in_step(case, seed, [Engine(row.name)], 6, assert_bits, start=3)
+    run_in_step(case, seed, [Engine(emulation)], 6, assert_bits, start=3)
 
 
 # --- loss scaling -----------------------------------------------------------------------------------------------------
@@ -192,6 +204,218 @@ def test_16_bit_values_are_read_and_rounded_to_nearest_even(dtype, offset, seed)
         cuda.masked_adamw_(batch)
         assert_same_bits(batch.exp_avgs[0][finite] + 0.0, expected[finite] + 0.0, f"exp_avg with beta1={beta1}")
         assert batch.exp_avgs[0][patterns.isnan()].isnan().all()
+
+
+# --- the norm ---------------------------------------------------------------------------------------------------------
+
+
+def exact_sum(tensors) -> float:
+    """Of the squares, rounded once: those of float32 are exact in float64."""
+    return math.fsum(square for tensor in tensors for square in tensor.double().square().flatten().tolist())
+
+
+def chunks_of(batch: TensorBatch, masked: bool) -> int:
+    launches = batch.table.launches if masked else batch.table.launches_of_all()
+    return sum(launch.chunks.numel() for launch in launches)
+
+
+def assert_sum(batch: TensorBatch, masked: bool, expected: float, what: str = "") -> None:
+    """Within the bound of csrc/cuda/norm.cu, and with the same bits a second time."""
+    total = cuda.sum_of_squares(batch, masked)
+    assert total.dtype is torch.float64 and total.shape == () and total.device == batch.device
+    bound = (78 + math.ceil(chunks_of(batch, masked) / 256) + 1) * 2.0**-53
+    assert abs(float(total) - expected) <= bound * expected, what
+    assert_same_bits(cuda.sum_of_squares(batch, masked), total, "a second time")
+    assert batch.table.arrived == 0
+
+
+# (dtypes, master weights, stochastic rounding): every dtype of gradients, beside parameters of each kind
+SUMMED = (((F32, F32), False, False), ((BF16, BF16), False, True), ((F16, F32), True, False))
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("dtypes, masters, stochastic", SUMMED, ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["as they are", "masked"])
+@pytest.mark.parametrize("name", PLANS)
+def test_sums_of_squares_are_those_of_float64(name, masked, dtypes, masters, stochastic, offset, seed):
+    """Whole tensors and shards; nothing changes, so that the step after it is the one without it."""
+    torch.manual_seed(seed)
+    sizes = (0, 1, 3, 7, 8, 33, CHUNK - 1, 2 * CHUNK + 13)
+    layouts = [(size, RowBlock.whole(size)) for size in sizes] + list(LAYOUTS)
+    amsgrad, maximize = list(PLANS).index(name) % 3 == 0, list(PLANS).index(name) % 2 == 0
+    batch = finite(batch_of(
+        generator_of(seed, name, dtypes), [PLANS[name]], dtypes, layouts, offset, amsgrad, maximize, 0.1, masters,
+        stochastic,
+    ))  # fmt: skip
+    expected = exact_sum(masked_gradients(batch) if masked else batch.grads)
+    assert (expected == 0) == (masked and name == "off")
+    without = copy_of(batch)
+    batch.grad_scale, batch.clip_factor = torch.tensor(5.3), torch.tensor(0.37)  # neither is in it
+    assert_sum(batch, masked, expected)
+    assert_same_batches(batch, without, "the sum changes nothing")
+    batch.grad_scale = batch.clip_factor = None
+    cuda.masked_adamw_(batch)
+    cuda.masked_adamw_(without)
+    assert_same_batches(batch, without, "the step after it")
+    if masked and PLANS[name].kind in ("bernoulli", "gaussian") and PLANS[name].draw is None:
+        assert_sum(batch, True, exact_sum(masked_gradients(batch)), "the next step has another mask")
+        assert cuda.sum_of_squares(batch, True) != expected
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("masked", [False, True], ids=["as they are", "masked"])
+def test_sums_of_squares_of_all_plans_together(masked, offset, seed):
+    """Several launches of one batch. Blocks that are dropped, frozen or not, count 0 after the mask, and as any other
+    before it.
+    """
+    torch.manual_seed(seed)
+    plans = [*PLANS.values(), MaskPlan("off", frozen=True)]
+    layouts = [(100 + 337 * i, RowBlock.whole(100 + 337 * i)) for i in range(2 * len(plans))]
+    batch = finite(batch_of(generator_of(seed, masked), plans, (F32, F32), layouts, offset))
+    frozen = [plans[row].kind == "off" and plans[row].frozen for row in batch.hyper_rows]
+    grads = batch.grads
+    if masked:
+        grads = [g for g, off in zip(masked_gradients(batch), frozen) if not off]
+    assert_sum(batch, masked, exact_sum(grads))
+    assert len(batch.table.launches) > 5
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["as they are", "masked"])
+def test_sums_of_squares_of_more_chunks_than_one_turn_of_the_last_block_adds(masked, seed):
+    torch.manual_seed(seed)
+    layouts = [(1 + i % 3, RowBlock.whole(1 + i % 3)) for i in range(2048 + 300)]
+    batch = finite(batch_of(generator_of(seed, masked), [PLANS["bernoulli"]], (F32, F32), layouts))
+    assert_sum(batch, masked, exact_sum(masked_gradients(batch) if masked else batch.grads))
+    assert chunks_of(batch, masked) == len(layouts)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["as they are", "masked"])
+def test_the_order_in_which_blocks_arrive_does_not_show_in_the_sum(masked, seed):
+    """One chunk a call, in any order; the last one writes the total, and none before it."""
+    torch.manual_seed(seed)
+    plans = [PLANS["bernoulli"], PLANS["fixed"]]
+    layouts = [(size, RowBlock.whole(size)) for size in (70_001, 1, 64, 777, 0, 9, 1000)] + list(LAYOUTS)
+    batch = finite(batch_of(generator_of(seed, masked), plans, (F32, F32), layouts))
+    expected, call = cuda.sum_of_squares(batch, masked), cuda._call
+    for _ in range(3):
+        pending = []
+
+        def keep_back(name, device, *arguments, pending=pending):
+            if name != "sum_of_squares":
+                return call(name, device, *arguments)
+            launch, *rest, first, total = arguments
+            whole = cuda.LaunchSpec.from_buffer_copy(ctypes.string_at(launch, ctypes.sizeof(cuda.LaunchSpec)))
+            for chunk in range(whole.num_chunks):
+                one = cuda.LaunchSpec.from_buffer_copy(whole)
+                one.chunks, one.num_chunks = whole.chunks + 8 * chunk, 1
+                pending.append((one, *rest, first + chunk, total))
+
+        with mock.patch.object(cuda, "_call", keep_back):
+            out = cuda.sum_of_squares(batch, masked).fill_(math.nan)
+        assert len(pending) == chunks_of(batch, masked) > 20
+        for i in torch.randperm(len(pending)).tolist():
+            assert out.isnan(), "before the last block has arrived"
+            one, *rest = pending[i]
+            call("sum_of_squares", batch.device, ctypes.addressof(one), *rest)
+        assert_same_bits(out, expected, "sum of squares")
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("name", [name for name, plan in PLANS.items() if plan.kind not in ("keep", "gaussian")])
+def test_what_a_mask_drops_is_not_in_the_sum_of_squares(name, offset, seed):
+    """Infinities and NaN among dropped gradients; one among the kept ones makes the sum infinite or NaN."""
+    torch.manual_seed(seed)
+    plan = PLANS[name]
+    layouts = [(size, RowBlock.whole(size)) for size in (3, 33, CHUNK + 5)] + list(LAYOUTS)
+    clean = finite(batch_of(generator_of(seed, name), [plan], (F32, F32), layouts, offset))
+    bad, last = copy_of(clean), None
+    for row, grad in enumerate(bad.grads):
+        facts = bad.keys[row], int(bad.steps[row]), bad.layouts[row], grad.numel(), bad.mask_words[row]
+        keep, _ = keep_and_bucket(plan, *facts)
+        keep = torch.zeros_like(grad, dtype=torch.bool) if keep is None else keep
+        grad[~keep] = torch.tensor([math.inf, -math.inf, math.nan])[torch.randint(3, grad.shape)][~keep]
+        if keep.any():
+            last = grad, int(keep.nonzero()[-1])
+    poisoned = any(not grad.isfinite().all() for grad in bad.grads)
+    assert poisoned or name.startswith("one bucket")
+    assert_same_bits(cuda.sum_of_squares(bad, True), cuda.sum_of_squares(clean, True), "after the mask")
+    assert cuda.sum_of_squares(bad, False).isfinite() != poisoned
+    for value in (math.inf, math.nan) if last else ():
+        last[0][last[1]] = value
+        assert not cuda.sum_of_squares(bad, True).isfinite()
+
+
+def test_squares_that_float32_has_no_room_for_are_summed(seed):
+    for value in (1e30, 1e-30, 1e-42):
+        for offset in (0, 1):
+            whole = [(1001, RowBlock.whole(1001))]
+            batch = batch_of(generator_of(seed, value), [MaskPlan("keep")], (F32, F32), whole, offset)
+            batch.grads[0].fill_(value)
+            assert_sum(batch, True, exact_sum(batch.grads), f"{value}")
+
+
+def test_no_elements_have_a_sum_of_squares_of_0(seed):
+    for size, plan in ((0, MaskPlan("keep")), (9, MaskPlan("off", frozen=True))):
+        batch = batch_of(generator_of(seed), [plan], (F32, F32), [(size, RowBlock.whole(size))])
+        assert cuda.sum_of_squares(batch, True) == 0
+
+
+@pytest.mark.skipif(cuda.unavailable() is not None, reason="the cuda backend cannot run here")
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("masked", [False, True], ids=["as they are", "masked"])
+@pytest.mark.parametrize("name", PLANS)
+def test_the_device_has_the_bits_of_the_emulated_sum_of_squares(name, masked, offset, seed):
+    """However its blocks arrive."""
+    torch.manual_seed(seed)
+    layouts = [(size, RowBlock.whole(size)) for size in (*SIZES, 3_000_001)] + list(LAYOUTS)
+    batch = finite(batch_of(generator_of(seed, name), [PLANS[name]], (F32, F32), layouts, offset))
+    expected, there = cuda.sum_of_squares(batch, masked), copy_of(batch, "cuda")
+    for _ in range(10):
+        assert_same_bits(cuda.sum_of_squares(there, masked).cpu(), expected, f"sum of squares, {name}")
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the mask", "after it"])
+def test_a_clipped_training_has_the_norms_of_the_reference(after, emulation, seed):
+    """In float32, of sums in float64 whose order differs."""
+    norms = {}
+    for backend in (emulation, "exact"):
+        torch.manual_seed(seed)
+        params = [torch.nn.Parameter(torch.randn(size)) for size in (1000, 5, 2 * CHUNK + 3)]
+        arguments = {"lr": 1e-2, "eps": 1e-6, "weight_decay": 0.1, "max_grad_norm": 0.5, "norm_after_mask": after}
+        optimizer = FusedGradDropAdamW(params, mask=GradDrop(0.3), seed=seed, backend=backend, **arguments)
+        norms[backend] = []
+        for _ in range(4):
+            for param in params:
+                param.grad = torch.randn_like(param)
+            optimizer.step()
+            norms[backend].append(optimizer.grad_norm)
+    torch.testing.assert_close(norms[emulation], norms["exact"], rtol=2.0**-22, atol=0)
+
+
+_NOT_READ = """
+import batches
+import torch
+from graddrop_kernels.backends import cuda
+
+kept, off = (batches.PLANS[name] for name in ("keep", "off"))
+for name, offset in [(name, offset) for name in batches.PLANS for offset in (0, 1)]:
+    sizes = [(size, batches.RowBlock.whole(size)) for size in (33, 5000)]
+    plans = [batches.PLANS[name], off]
+    batch = batches.batch_of(torch.Generator().manual_seed(1), plans, (torch.float32,) * 2, sizes, offset)
+    batch.grads[0].fill_(1.0)
+    total = cuda.sum_of_squares(batch, True)
+    assert total > 0 or name in ("off", "a bucket of 300", "a bucket of 300 in planes")
+    batch.table.rows[1, 1] = 16 + 4 * offset  # the address of the second row's gradient
+    assert cuda.sum_of_squares(batch, True) == total
+"""
+
+
+def test_the_gradient_of_a_dropped_block_is_not_read():
+    """In a process of its own, which would not survive: there is nothing at the address."""
+    paths = [str(Path(cuda.__file__).parents[2]), str(Path(__file__).parent)]
+    code = f"import sys; sys.path[:0] = {paths}\n{_NOT_READ}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, (result.returncode, result.stderr)
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------

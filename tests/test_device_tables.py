@@ -195,6 +195,26 @@ def test_only_what_changed_is_copied(monkeypatch):
     assert written[1:] == [(0, rows + ctypes.sizeof(HyperRow))]
 
 
+def test_the_update_finds_the_tables_of_its_norm(monkeypatch):
+    """Once a step: not by another norm, not for other gradients or hyper-parameters, not by the step after it."""
+    batch, looked, address = batch_of([64, 64]), [], torch.Tensor.data_ptr
+    tables = refreshed(batch)
+
+    def addresses_are_asked(for_norm: bool) -> bool:
+        looked.clear()
+        tables.refresh(batch, for_norm)
+        return bool(looked)
+
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: looked.append(tensor) or address(tensor))
+    asked = [addresses_are_asked(for_norm) for for_norm in (True, True, False, False, True)]
+    assert asked == [True, True, False, True, True]
+    batch.grads = [torch.zeros(64) for _ in range(2)]
+    assert addresses_are_asked(for_norm=False) and tables.addresses == list(map(address, batch.grads))
+    assert addresses_are_asked(for_norm=True)
+    batch.hypers = [dataclasses.replace(batch.hypers[0], lr=0.5)]
+    assert addresses_are_asked(for_norm=False) and tables.hypers.view(torch.float64)[0, 0] == 0.5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_an_lr_on_the_device_is_not_fetched(dtype, monkeypatch):
     """Its address is in the table, and stays there when its value changes: nothing to copy."""

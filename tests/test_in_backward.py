@@ -74,16 +74,20 @@ def test_a_step_in_the_backward_pass_is_a_normal_one(policy, backend, seed):
 
 
 def test_gradients_are_never_all_there(seed):
-    """When a parameter's gradient arrives, those of all that arrived before are gone."""
+    """When a parameter's gradient arrives, those of all that arrived before are gone, from memory too."""
     model, optimizer = make("graddrop", "auto", seed)
-    alive = []
+    arrived, alive = [], []
+
+    def count(param):
+        arrived.append(weakref.ref(param.grad))
+        alive.append(sum(grad() is not None for grad in arrived))
+        alive.append(sum(other.grad is not None for other in model.parameters()))
+
     for param in model.parameters():
-        param.register_post_accumulate_grad_hook(
-            lambda _: alive.append(sum(other.grad is not None for other in model.parameters()))
-        )
+        param.register_post_accumulate_grad_hook(count)
     handle = optimizer.step_in_backward()
     loss_of(model, 0, seed).backward()
-    assert len(alive) == len(list(model.parameters())) and set(alive) == {1}
+    assert len(arrived) == len(list(model.parameters())) and set(alive) == {1}
     optimizer.step()
     handle.remove()
 

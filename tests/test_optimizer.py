@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -182,6 +183,19 @@ def test_gradients_are_never_written_and_no_generator_is_consumed(policy, seed):
             for param, (grad, before) in zip(model.parameters(), grads, strict=True)
         )
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_gradients_are_gone_after_zero_grad(max_grad_norm, backend, seed):
+    """Or they would lie beside those of the next backward pass."""
+    model = Encoder()
+    optimizer = FusedGradDropAdamW(model.named_parameters(), backend=backend, max_grad_norm=max_grad_norm)
+    for _ in range(2):
+        random_grads(model.parameters(), torch.Generator().manual_seed(seed))
+        grads = [weakref.ref(param.grad) for param in model.parameters()]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not any(grad() is not None for grad in grads)
 
 
 @every_policy

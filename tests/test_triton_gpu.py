@@ -56,11 +56,12 @@ def test_without_a_mask_the_bits_are_those_of_torch(name, flags, seed):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("policy", [GradDrop(0.3), GradDropEpoch(3), LayerGradDrop(0.5, layers=("*",))], ids=str)
-def test_a_step_waits_for_nothing(name, policy, seed):
+@pytest.mark.parametrize("more", [{}, {"max_grad_norm": 0.5}, {"max_grad_norm": 0.5, "norm_after_mask": True}], ids=str)
+def test_a_step_waits_for_nothing(name, policy, more, seed):
     """Gradients that move and an lr that changes at every step; torch raises at any synchronisation."""
     params = parameters([(1000,), (77,), (4096,)], seed)
     named = [(f"w{i}.x", param) for i, param in enumerate(params)]
-    optimizer = FusedGradDropAdamW(named, mask=policy, backend=name, **ARGUMENTS)
+    optimizer = FusedGradDropAdamW(named, mask=policy, backend=name, **ARGUMENTS, **more)
     generator = torch.Generator().manual_seed(seed)
     optimizer.set_epoch(0)
     give_gradients(params, generator)

@@ -25,7 +25,7 @@ constexpr int kPrologueThreads = 32;
 // One block a tensor.
 __global__ void __launch_bounds__(kPrologueThreads)
     prologue_kernel(const TensorRow* rows, const HyperRow* hypers, StepRow* step_rows, float* by_age,
-                    int64_t age_stride, const float* found_inf) {
+                    int64_t age_stride, const float* found_inf, bool advance) {
   const int64_t tensor = blockIdx.x;
   float* const counter = rows[tensor].step;
   const HyperRow& hyper = hypers[rows[tensor].hyper];
@@ -36,11 +36,11 @@ __global__ void __launch_bounds__(kPrologueThreads)
     write_age(hyper, completed_steps, bucket, by_age + (tensor * age_stride + bucket) * 4);
   if (threadIdx.x) return;
   step_rows[tensor] = step;
-  if (!(step.flags & kSkipFlag)) *counter += 1.0f;
+  if (advance && !(step.flags & kSkipFlag)) *counter += 1.0f;
 }
 
 static void emulate_prologue(const TensorRow* rows, int64_t num_rows, const HyperRow* hypers, StepRow* step_rows,
-                             float* by_age, int64_t age_stride, const float* found_inf) {
+                             float* by_age, int64_t age_stride, const float* found_inf, bool advance) {
   for (int64_t tensor = 0; tensor < num_rows; ++tensor) {
     const HyperRow& hyper = hypers[rows[tensor].hyper];
     const int64_t completed_steps = static_cast<int64_t>(*rows[tensor].step);
@@ -48,7 +48,7 @@ static void emulate_prologue(const TensorRow* rows, int64_t num_rows, const Hype
     for (int64_t bucket = 0; bucket < step.num_ages; ++bucket)
       write_age(hyper, completed_steps, bucket, by_age + (tensor * age_stride + bucket) * 4);
     step_rows[tensor] = step;
-    if (!(step.flags & kSkipFlag)) *rows[tensor].step += 1.0f;
+    if (advance && !(step.flags & kSkipFlag)) *rows[tensor].step += 1.0f;
   }
 }
 
@@ -106,20 +106,21 @@ GRADDROP_EXPORT const char* graddrop_cuda_error(int32_t error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
-// Fills step_rows and by_age for one step and advances the step counters. Returns a cudaError_t, as all of these do.
+// Fills step_rows for one step, by_age unless age_stride is 0, and with advance counts the step in the step counters.
+// Returns a cudaError_t, as all of these do.
 GRADDROP_EXPORT int32_t graddrop_cuda_prologue(const TensorRow* rows, int64_t num_rows, const HyperRow* hypers,
                                                StepRow* step_rows, float* by_age, int64_t age_stride,
-                                               const float* found_inf, void* stream) {
+                                               const float* found_inf, int32_t advance, void* stream) {
   if (num_rows == 0) return cudaSuccess;
   prologue_kernel<<<static_cast<unsigned>(num_rows), kPrologueThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      rows, hypers, step_rows, by_age, age_stride, found_inf);
+      rows, hypers, step_rows, by_age, age_stride, found_inf, advance != 0);
   return cudaGetLastError();
 }
 
 GRADDROP_EXPORT int32_t graddrop_cuda_emulate_prologue(const TensorRow* rows, int64_t num_rows, const HyperRow* hypers,
                                                        StepRow* step_rows, float* by_age, int64_t age_stride,
-                                                       const float* found_inf, void*) {
-  emulate_prologue(rows, num_rows, hypers, step_rows, by_age, age_stride, found_inf);
+                                                       const float* found_inf, int32_t advance, void*) {
+  emulate_prologue(rows, num_rows, hypers, step_rows, by_age, age_stride, found_inf, advance != 0);
   return cudaSuccess;
 }
 

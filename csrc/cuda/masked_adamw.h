@@ -4,8 +4,8 @@
 #pragma once
 #include "../adamw.h"
 #include "../stochastic.h"
+#include "chunks.h"
 #include "storage.h"
-#include "thread_mask.h"
 
 namespace graddrop {
 
@@ -31,15 +31,6 @@ GRADDROP_LONG_FN void update(float& param, AdamWElement<float>& e, float g, cons
                         bool amsgrad) {
   const AdamWDirection<float> direction = adamw_moments(e, g, scalars, amsgrad);
   param = adamw_param(param, direction, scalars, decay);
-}
-
-// Tells the compiler that an address that it has read from a table is one of device memory.
-GRADDROP_FN void assume_global(const void* address) {
-#if defined(__CUDA_ARCH__)
-  __builtin_assume(__isGlobal(address));
-#else
-  (void)address;
-#endif
 }
 
 // The elements of a launch's parameters, gradients and moments.
@@ -173,9 +164,7 @@ GRADDROP_LONG_FN void update_turn(const LaunchSpec& spec, const TensorRow& row, 
       if (kAmsgrad) unpack(&in.max_exp_avg_sq.word[m_word], e[0].max_exp_avg_sq, e[1].max_exp_avg_sq, M{});
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        float kept = g[first + j] * step.factor;
-        if (kVariant == kFactor) kept *= mask.factor[first + j];
-        if (selects(kVariant)) kept = mask.keep[first + j] ? kept : 0.0f;
+        const float kept = masked_gradient<kVariant>(g[first + j], step, mask, first + j);
         AdamWScalars<float> scalars = shared;
         if (by_age(kVariant) && step.num_ages) look_up_age(ages, step, mask.bucket[first + j], scalars);
         update(param[j], e[j], kept, scalars, decay, kAmsgrad);
@@ -219,7 +208,7 @@ GRADDROP_LONG_FN void update_element(const ElementSpec& how, const LaunchSpec& s
   }
   if (!write) return;
   if (spec.clip_factor) g *= *spec.clip_factor;
-  g = mask.keep ? g * step.factor * mask.factor : 0.0f;
+  g = masked_gradient(g, step, mask);
   AdamWScalars<float> scalars = scalars_of(step);
   if (how.ages && step.num_ages) look_up_age(ages, step, mask.bucket, scalars);
   float param = widen(*s.param);
@@ -236,22 +225,6 @@ GRADDROP_LONG_FN void update_element(const ElementSpec& how, const LaunchSpec& s
   narrow(e.exp_avg, *s.exp_avg);
   narrow(e.exp_avg_sq, *s.exp_avg_sq);
   if (how.amsgrad) narrow(e.max_exp_avg_sq, *s.max_exp_avg_sq);
-}
-
-constexpr int kThreads = 256;
-constexpr int kTurn = kThreads * kElements;  // elements of a block in one turn
-
-GRADDROP_FN constexpr int32_t kind_of(Variant v) {
-  return v == kPlain ? kKeep : v == kFactor ? kGaussian : v == kDraws || v == kDrawsFrozen ? kBernoulli : kBucket;
-}
-
-// Entry c of a launch's chunk list.
-struct Chunk {
-  int64_t tensor, first;  // first: element
-};
-GRADDROP_FN Chunk chunk_at(const LaunchSpec& spec, int64_t c) {
-  const int64_t entry = spec.chunks[c];
-  return {entry >> kChunkBits, (entry & ((int64_t{1} << kChunkBits) - 1)) * kChunk};
 }
 
 // One block a chunk: then the compiler sees that what it reads of a row is the same for all threads, and keeps it in
@@ -277,10 +250,8 @@ GRADDROP_FN void aligned_thread(const LaunchSpec& spec, int block, int num_block
       update_element<T>({kind_of(kVariant), reads_bits(kVariant), kAmsgrad, by_age(kVariant)}, spec, row, step, ages,
                         end_of_groups + thread);
 
-    const int warp_offset = thread / kWarp * kWarpElements;
-    const int64_t first = chunk.first + warp_offset, left = row.numel - first;
-    Turn turn = {first, left < kChunk - warp_offset ? static_cast<int>(left) : kChunk - warp_offset, thread % kWarp};
-    Streams<T> s = streams_at<T>(row, first + turn.lane * kVector);
+    Turn turn = first_turn(row, chunk, thread);
+    Streams<T> s = streams_at<T>(row, turn.first + turn.lane * kVector);
 #pragma unroll 1
     for (; turn.left > 0; turn.left -= kTurn, turn.first += kTurn) {
       update_turn<kVariant, kAmsgrad, T>(spec, row, step, ages, turn, s);

@@ -1,4 +1,5 @@
-// The masks of the eight elements that a thread updates in one turn, and of one element of any layout.
+// The masks of the eight elements that a thread updates in one turn, and of one element of any layout; what they make
+// of a gradient.
 //
 // The 16-bit draws of eight elements are one Philox call. Where all tensors are 16-bit, a thread's eight elements lie
 // side by side: its own call. Beside float32 they are two groups of four, 128 elements apart, so that the 32 lanes of a
@@ -31,6 +32,9 @@ GRADDROP_FN constexpr bool reads_bits(Variant v) { return v == kBits || v == kBi
 GRADDROP_FN constexpr bool selects(Variant v) { return draws(v) || reads_bits(v); }
 GRADDROP_FN constexpr bool freezes(Variant v) { return selects(v) && v != kDraws; }
 GRADDROP_FN constexpr bool by_age(Variant v) { return v == kBucketsByAge || v == kBitsByAge; }
+GRADDROP_FN constexpr int32_t kind_of(Variant v) {
+  return v == kPlain ? kKeep : v == kFactor ? kGaussian : v == kDraws || v == kDrawsFrozen ? kBernoulli : kBucket;
+}
 
 GRADDROP_FN uint64_t global_index(const TensorRow& row, int64_t i) {
   if (row.numel <= row.local_inner) return static_cast<uint64_t>(row.base + i);  // saves a 64-bit division
@@ -163,6 +167,14 @@ GRADDROP_LONG_FN void make_mask(const TensorRow& row, const StepRow& step, const
   }
 }
 
+// Element e's gradient kept, scaled and signed. Selected, not multiplied: a dropped inf or NaN is dropped.
+template <Variant kVariant>
+GRADDROP_FN float masked_gradient(float g, const StepRow& step, const ThreadMask& mask, int e) {
+  g *= step.factor;
+  if (kVariant == kFactor) g *= mask.factor[e];
+  return !selects(kVariant) || mask.keep[e] ? g : 0.0f;
+}
+
 // The mask of local element i of any row: a Philox call each.
 struct ElementMask {
   bool keep;
@@ -199,6 +211,10 @@ GRADDROP_LONG_FN ElementMask element_mask(int32_t kind, bool planes, const Tenso
   }
   if (step.flags & kOffFlag) mask.keep = false;
   return mask;
+}
+
+GRADDROP_FN float masked_gradient(float g, const StepRow& step, const ElementMask& mask) {
+  return mask.keep ? g * step.factor * mask.factor : 0.0f;
 }
 
 }  // namespace graddrop

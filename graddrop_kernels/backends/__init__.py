@@ -40,9 +40,9 @@ class Backend:
         automatic: whether ``"auto"`` may pick it; the first such row that fits is picked.
         unavailable: () -> None when it can run on this machine, else the reason and the remedy.
         masked_adamw_: the step on a TensorBatch, in place.
+        sum_of_squares: (batch, masked) -> float64 tensor (), the sum of the gradients' squares.
         masters: whether it takes batches with copies (master weights).
         stochastic: whether it rounds stochastically.
-        sum_of_squares: (batch, masked) -> float64 tensor (), the sum of the gradients' squares; None where it has none.
     """
 
     name: str
@@ -52,9 +52,9 @@ class Backend:
     automatic: bool
     unavailable: Callable[[], str | None]
     masked_adamw_: Callable[[TensorBatch], None]
+    sum_of_squares: Callable[[TensorBatch, bool], torch.Tensor]
     masters: bool = False
     stochastic: bool = False
-    sum_of_squares: Callable[[TensorBatch, bool], torch.Tensor] | None = None
 
     def misfit(
         self, device: torch.device, param_dtype: torch.dtype, moment_dtype: torch.dtype,
@@ -73,31 +73,31 @@ class Backend:
 BACKENDS = (
     Backend(
         "cpu", "C++, one pass over memory",
-        ("cpu",), _FUSED_DTYPES, True, cpu.unavailable, cpu.masked_adamw_, True, True, cpu.sum_of_squares,
+        ("cpu",), _FUSED_DTYPES, True, cpu.unavailable, cpu.masked_adamw_, cpu.sum_of_squares, True, True,
     ),
     Backend(
         "triton", "Triton, one launch for any number of tensors",
         triton.DEVICES, _FUSED_DTYPES, True, triton.unavailable, triton.masked_adamw_,
-        True, True, triton.sum_of_squares,
+        triton.sum_of_squares, True, True,
     ),
     Backend(
         "triton-fast", "the same with approximate square roots and divisions",
         triton.DEVICES, _FUSED_DTYPES, False, triton.unavailable, partial(triton.masked_adamw_, exact=False),
-        True, True, triton.sum_of_squares,
+        triton.sum_of_squares, True, True,
     ),
     Backend(
         "cuda", "C++ for CUDA, the same headers as the CPU kernels",
-        ("cuda",), _FUSED_DTYPES, True, cuda.unavailable, cuda.masked_adamw_, True, True,
+        ("cuda",), _FUSED_DTYPES, True, cuda.unavailable, cuda.masked_adamw_, cuda.sum_of_squares, True, True,
     ),
     Backend(
         "reference", "plain PyTorch, slow; defines the meaning",
-        None, _ANY_DTYPES, True, lambda: None, reference.masked_adamw_, True, True,
-        reference.sum_of_squares,
+        None, _ANY_DTYPES, True, lambda: None, reference.masked_adamw_,
+        reference.sum_of_squares, True, True,
     ),
     Backend(
         "exact", "the reference with every fma rounded once: the bits of the fused backends",
-        None, _ANY_DTYPES, False, lambda: None, partial(reference.masked_adamw_, exact=True), True, True,
-        partial(reference.sum_of_squares, exact=True),
+        None, _ANY_DTYPES, False, lambda: None, partial(reference.masked_adamw_, exact=True),
+        partial(reference.sum_of_squares, exact=True), True, True,
     ),
 )  # fmt: skip
 _BY_NAME = {backend.name: backend for backend in BACKENDS}

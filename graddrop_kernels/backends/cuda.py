@@ -15,13 +15,14 @@ from ..bitmask import num_planes, num_words
 from ..layout import RowBlock
 from ..multi_tensor import TensorBatch
 from ..plan import MaskPlan
-from .device_tables import DeviceTables
+from .device_tables import DeviceTables, Launch
 from .tensor_table import DTYPES, MASK_KINDS, TABLE_VERSION, TensorRow
 
 _LIBRARY = Path(__file__).resolve().parent.parent / "_cuda.so"
 _FUNCTIONS = {  # without the stream, which is the last argument of each
-    "prologue": (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
+    "prologue": (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32),
     "masked_adamw": (c_void_p,),
+    "sum_of_squares": (c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_int64),
     "mask_bytes": (c_void_p, c_void_p, c_void_p),
     "mask_words": (c_void_p, c_void_p, c_void_p),
     "mask_count": (c_void_p, c_void_p, c_void_p),
@@ -117,37 +118,74 @@ def _call(name: str, device: torch.device, *arguments) -> None:
 
 def masked_adamw_(batch: TensorBatch) -> None:
     """One masked AdamW step on the batch, in place: a launch for the scalars, then one a mask kind and alignment."""
+    tables = _tables_of(batch)
+    _prologue(tables, tables.age_stride, batch.found_inf, advance=True)
+    for launch in tables.launches:
+        spec = _launch_spec(batch, tables, launch)
+        _call("masked_adamw", batch.device, ctypes.addressof(spec))
+
+
+def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
+    """The sum over all gradients of the batch: float64 of shape (), on its device, without waiting for it.
+
+    Neither ``grad_scale`` nor ``clip_factor`` is applied. ``masked``: as the step that comes next masks them: dropped
+    ones count as 0, kept ones times their scale. The step counts stay. The same gradients give the same bits.
+    """
+    tables = _tables_of(batch, for_norm=True)
+    launches = tables.launches if masked else tables.launches_of_all()
+    total, first = sum(launch.chunks.numel() for launch in launches), 0
+    out = (torch.empty if total else torch.zeros)((), dtype=torch.float64, device=batch.device)
+    sums, arrived = tables.places(total)
+    if masked:
+        _prologue(tables, 0, None, advance=False)
+    for launch in launches:
+        spec = _launch_spec(batch, tables, launch)
+        _call(
+            "sum_of_squares", batch.device, ctypes.addressof(spec), masked,
+            sums.data_ptr(), arrived.data_ptr(), out.data_ptr(), first, total,
+        )  # fmt: skip
+        first += spec.num_chunks
+    return out
+
+
+def _tables_of(batch: TensorBatch, for_norm: bool = False) -> DeviceTables:
+    """The batch's tables, up to date."""
     if batch.table is None:
         batch.table = DeviceTables(batch)
-    tables = batch.table
-    tables.refresh(batch)
+    batch.table.refresh(batch, for_norm)
+    return batch.table
+
+
+def _prologue(tables: DeviceTables, age_stride: int, found_inf: torch.Tensor | None, advance: bool) -> None:
+    """Writes the step rows; unless age_stride is 0 the table by age, with ``advance`` the step counts."""
     _call(
-        "prologue", batch.device,
+        "prologue", tables.device,
         tables.rows.data_ptr(), tables.num_rows, tables.hypers.data_ptr(), tables.step_rows.data_ptr(),
-        tables.by_age.data_ptr(), tables.age_stride, _address(batch.found_inf),
+        tables.by_age.data_ptr(), age_stride, _address(found_inf), advance,
     )  # fmt: skip
-    for launch in tables.launches:
-        spec = LaunchSpec(
-            rows=tables.rows.data_ptr(),
-            step_rows=tables.step_rows.data_ptr(),
-            by_age=tables.by_age.data_ptr(),
-            chunks=launch.chunks.data_ptr(),
-            grad_scale=_address(batch.grad_scale),
-            clip_factor=_address(batch.clip_factor),
-            num_chunks=launch.chunks.numel(),
-            age_stride=tables.age_stride,
-            param_dtype=DTYPES[batch.param_dtype],
-            grad_dtype=DTYPES[batch.grad_dtype or batch.param_dtype],
-            moment_dtype=DTYPES[batch.moment_dtype],
-            stochastic=batch.stochastic,
-            kind=MASK_KINDS[launch.kind],
-            planes=launch.planes >= 0,
-            aligned=launch.aligned,
-            amsgrad=launch.amsgrad,
-            frozen=launch.frozen,
-            ages=launch.ages,
-        )
-        _call("masked_adamw", batch.device, ctypes.addressof(spec))
+
+
+def _launch_spec(batch: TensorBatch, tables: DeviceTables, launch: Launch) -> LaunchSpec:
+    return LaunchSpec(
+        rows=tables.rows.data_ptr(),
+        step_rows=tables.step_rows.data_ptr(),
+        by_age=tables.by_age.data_ptr(),
+        chunks=launch.chunks.data_ptr(),
+        grad_scale=_address(batch.grad_scale),
+        clip_factor=_address(batch.clip_factor),
+        num_chunks=launch.chunks.numel(),
+        age_stride=tables.age_stride,
+        param_dtype=DTYPES[batch.param_dtype],
+        grad_dtype=DTYPES[batch.grad_dtype or batch.param_dtype],
+        moment_dtype=DTYPES[batch.moment_dtype],
+        stochastic=batch.stochastic,
+        kind=MASK_KINDS[launch.kind],
+        planes=launch.planes >= 0,
+        aligned=launch.aligned,
+        amsgrad=launch.amsgrad,
+        frozen=launch.frozen,
+        ages=launch.ages,
+    )
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

@@ -10,7 +10,7 @@ from ..bitmask import num_planes
 from ..layout import RowBlock
 from ..multi_tensor import Hyper, TensorBatch
 from ..plan import MaskPlan
-from .tensor_table import hyper_table, tensor_table
+from .tensor_table import LeftByNorm, hyper_table, tensor_table
 
 CHUNK = 4096  # elements that one program or block of the update takes
 ALIGNMENT = 16  # bytes of the widest access
@@ -69,9 +69,15 @@ class DeviceTables:
         self.arrived = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._launches: dict[tuple, tuple[Launch, ...]] = {}
         self.captured_kinds: tuple | None = None
+        self._left_by_norm = LeftByNorm()
 
-    def refresh(self, batch: TensorBatch) -> None:
-        """Brings the tables up to the batch's gradients and hyper-parameters; copies only what has changed."""
+    def refresh(self, batch: TensorBatch, for_norm: bool = False) -> None:
+        """Brings the tables up to the batch's gradients and hyper-parameters; copies only what has changed.
+
+        ``for_norm``: for the norm of a step, whose update then finds them as they must be.
+        """
+        if self._left_by_norm.take(batch, for_norm):
+            return
         addresses = list(map(torch.Tensor.data_ptr, batch.grads))
         if capturing(self.device):
             return self._capture(addresses, batch.hypers)

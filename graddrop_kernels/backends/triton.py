@@ -64,11 +64,11 @@ def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
     return triton_norm.sum_of_squares(batch, masked)
 
 
-def tables_of(batch: TensorBatch) -> DeviceTables:
+def tables_of(batch: TensorBatch, for_norm: bool = False) -> DeviceTables:
     """The batch's tables, up to date."""
     if batch.table is None:
         batch.table = DeviceTables(batch, INTERPRETED_BLOCK if interpreted() else CHUNK, reads_lr=True)
-    batch.table.refresh(batch)
+    batch.table.refresh(batch, for_norm)
     return batch.table
 
 

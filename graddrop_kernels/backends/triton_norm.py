@@ -84,7 +84,7 @@ def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
     Neither ``grad_scale`` nor ``clip_factor`` is applied. ``masked``: as the step that comes next masks them: dropped
     ones count as 0, kept ones times their scale. The step counts stay.
     """
-    tables = tables_of(batch)
+    tables = tables_of(batch, for_norm=True)
     launches = tables.launches if masked else tables.launches_of_all()
     total, first = sum(launch.chunks.numel() for launch in launches), 0
     out = (torch.empty if total else torch.zeros)((), dtype=torch.float64, device=batch.device)
