@@ -1,5 +1,6 @@
 """GradDrop, masked fine-tuning of transformers, inside one fused AdamW step. See README.md."""
 
+from .attach import attach_deepspeed, attach_fsdp1, attach_zero
 from .backends import available_backends
 from .blocks import find_blocks
 from .groups import param_groups
@@ -21,6 +22,9 @@ __all__ = [
     "GradFreeze",
     "LayerGradDrop",
     "LinearAnneal",
+    "attach_deepspeed",
+    "attach_fsdp1",
+    "attach_zero",
     "available_backends",
     "describe",
     "find_blocks",

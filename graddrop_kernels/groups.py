@@ -16,7 +16,9 @@ _NO_DECAY_NAME = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.|_)norm(?:$|\.)")
 _NORM_CLASS = re.compile(r"norm(?:\dd|gated)?$", re.IGNORECASE)
 
 
-def param_groups(model: nn.Module, weight_decay: float = 1e-2, exclude=(), layers=None) -> list[dict]:
+def param_groups(
+    model: nn.Module, weight_decay: float = 1e-2, exclude=(), layers=None, per_block: bool = False
+) -> list[dict]:
     """Return parameter groups for the optimizer, so that its mask acts inside the model's blocks only (section III).
 
     Args:
@@ -26,6 +28,9 @@ def param_groups(model: nn.Module, weight_decay: float = 1e-2, exclude=(), layer
         exclude: shell patterns on whole canonical parameter names, for what shall be dense although it is inside a
             block. ``*`` is any run of characters, dots too: ``"*.bias"``, ``"*LayerNorm*"``, ``"encoder.layer.1.*"``.
         layers: the blocks, if ``find_blocks`` shall not look for them itself.
+        per_block: a group of its own for each block, for engines that make one flat tensor of a group (DeepSpeed) or
+            deal out its parameters (ZeroRedundancyOptimizer): policies of whole blocks need it there. Parameters then
+            come without names, which these engines do not take; ``attach_deepspeed`` and ``attach_zero`` give them.
 
     Embeddings, pooler, head and final norm are outside the blocks, hence dense, and so is a parameter that a block
     shares with them. What one block holds for all of them (T5 keeps its ``relative_attention_bias`` in block 0) is
@@ -36,6 +41,8 @@ def param_groups(model: nn.Module, weight_decay: float = 1e-2, exclude=(), layer
         ``{"name": "blocks" or "blocks_no_decay", "params": [(canonical name, Parameter), ...], "weight_decay": float,
         "blocks": [name of every block, in forward order], "param_blocks": [block name of each of params]}``, and
         ``{"name": "dense" or "dense_no_decay", "params": ..., "weight_decay": ..., "mask": None}``.
+        With ``per_block``, params are Parameters only, and a block's groups, called ``"{block}"`` and
+        ``"{block}_no_decay"``, have ``"block": its name`` in place of ``"param_blocks"``.
 
     Raises:
         TypeError: an argument of a wrong type.
@@ -70,7 +77,19 @@ def param_groups(model: nn.Module, weight_decay: float = 1e-2, exclude=(), layer
     result = [group for group in groups.values() if group["params"]]
     if not result:
         raise ValueError(f"no parameter of this {type(model).__name__} has requires_grad=True: nothing to optimize")
-    return result
+    return _per_block(result) if per_block else result
+
+
+def _per_block(groups) -> list[dict]:
+    split = {}
+    for group in groups:
+        for (_, param), block in zip(group["params"], group.get("param_blocks", [None] * len(group["params"]))):
+            name = group["name"] if block is None else group["name"].replace("blocks", block, 1)
+            if (block, name) not in split:
+                kept = {key: value for key, value in group.items() if key != "param_blocks"}
+                split[block, name] = {**kept, "name": name, "params": [], **({"block": block} if block else {})}
+            split[block, name]["params"].append(param)
+    return list(split.values())
 
 
 def _named_parameters(model) -> dict:

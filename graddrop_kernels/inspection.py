@@ -99,7 +99,8 @@ def _blocks_of_group(optimizer, index: int) -> list[str]:
     if policy is not None and policy.needs_blocks:
         known, own = optimizer._groups.blocks(index), {record.unit for record in optimizer._groups.records(index)}
     else:
-        known, own = group.get("blocks", ()), set(group.get("param_blocks", ()))
+        known = group.get("blocks", ())
+        own = {group["block"]} if "block" in group else set(group.get("param_blocks", ()))
     return [block for block in known if block in own]
 
 

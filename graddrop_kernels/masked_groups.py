@@ -5,6 +5,7 @@ import weakref
 import torch
 
 from . import backends
+from .attach import flat_buffer_reason
 from .bitmask import bits_of_layout, count_kept
 from .group_options import check_options
 from .layout import is_dtensor
@@ -14,7 +15,7 @@ from .parameters import FlatPiece, ParamRecord, check_fixed_mask, check_param, m
 from .plan import Clock, MaskPlan, PlanContext
 from .policies import KEEP, FixedMask, GradDropEpoch, Policy
 from .policy_book import PolicyBook
-from .shards import Span, spans_of
+from .shards import Span, several_processes, spans_of
 
 
 class MaskedGroups:
@@ -26,6 +27,9 @@ class MaskedGroups:
         self._optimizer = weakref.proxy(optimizer)  # or its moments would wait for the garbage collector
         self.policies = policies
         self.flat: dict[torch.Tensor, tuple[FlatPiece, ...]] = {}  # what is in the flat buffers among the parameters
+        self.shapes: dict[str, tuple[int, ...]] | None = None  # of all parameters, where this process has only some
+        self.last_buffers: frozenset[torch.Tensor] = frozenset()  # see attach_pieces(last=)
+        self._given: dict[int, weakref.ref] | None = None  # the tensors that groups were made of
         self.forget()
 
     def forget(self) -> None:
@@ -47,6 +51,23 @@ class MaskedGroups:
             )
             for group in self
         ]  # fmt: skip
+
+    def remember(self, params: list[torch.Tensor]) -> None:
+        """Notes the tensors of a new group: one that comes into a group later has been put there by an engine."""
+        if self._given is None:
+            self._given, params = {}, [param for group in self for param in group["params"]]
+        self._given |= {id(param): weakref.ref(param) for param in params}
+
+    def flat_buffer_reason(self, param: torch.Tensor) -> str | None:
+        """Why a parameter must not be stepped before ``attach_pieces``; None: there is no reason."""
+        if param in self.flat:
+            return None
+        ref = None if self._given is None else self._given.get(id(param))
+        return flat_buffer_reason(param, given=self._given is None or (ref is not None and ref() is param))
+
+    def completes_step(self, index: int) -> bool:
+        """Whether a step of what is in the group now is the group's last call of ``step()`` in a step."""
+        return not self.last_buffers or any(param in self.last_buffers for param in self[index]["params"])
 
     # Policies and their plans.
 
@@ -121,6 +142,8 @@ class MaskedGroups:
     def _records_and_blocks(self, index: int) -> tuple[list[ParamRecord], tuple[str, ...]]:
         group = self[index]
         made_from = (group["seed"], group["mask"], len(group["params"]), group.get("param_names"))
+        if self.flat:  # DeepSpeed's stage 3 puts one buffer after the other into a group
+            made_from += tuple(map(id, group["params"]))
         cached = self._records.get(index)
         if cached is None or cached[0] != made_from:
             made = make_records(self._optimizer.param_groups, index, self.policy(index), self.flat)
@@ -156,7 +179,6 @@ class MaskedGroups:
 
     def check(self) -> None:
         """Raises ValueError or TypeError for options, policies and parameters that no step could use."""
-        fixed: dict[FixedMask, dict[str, torch.Tensor]] = {}
         for index, group in enumerate(self):
             check_options(index, group)
             policy = self.policy(index)
@@ -165,7 +187,6 @@ class MaskedGroups:
                     f"masked={group['masked']!r} does not apply to {type(policy).__name__}, which drops nothing; "
                     "leave it None"
                 )
-            named = {}
             for param, record in zip(group["params"], self.records(index)):
                 check_param(record.name, param)
                 if is_dtensor(param) and policy is not None and "param_names" not in group:
@@ -174,13 +195,28 @@ class MaskedGroups:
                         "for masks that are to be the same in any sharding; pass model.named_parameters() or "
                         "graddrop_kernels.param_groups(model)"
                     )
-                named |= {piece.name: None for piece, _, _ in record.flat} or {record.name: param}
             if len(set(group["params"])) != len(group["params"]):
                 raise ValueError(f"a parameter appears twice in parameter group {index}; give each parameter once")
-            if isinstance(policy, FixedMask):
+        self.check_fixed_masks(wait=True)
+
+    def check_fixed_masks(self, wait: bool = False) -> None:
+        """Raises ValueError for a FixedMask of no parameter. ``wait``: pieces may still be attached to what has no name
+        in this process.
+        """
+        fixed: dict[FixedMask, dict[str, tuple[int, ...] | None]] = {}
+        for index, group in enumerate(self):
+            policy = self.policy(index)
+            if not isinstance(policy, FixedMask):
+                continue
+            nameless = "param_names" not in group and several_processes()
+            unknown = (param for param in group["params"] if param not in self.flat)
+            if wait and any(nameless or self.flat_buffer_reason(param) for param in unknown):
+                return
+            for param, record in zip(group["params"], self.records(index)):
+                named = {piece.name: None for piece, _, _ in record.flat} or {record.name: tuple(param.shape)}
                 fixed.setdefault(policy, {}).update(named)
-        for policy, named in fixed.items():
-            check_fixed_mask(policy, named)
+        for policy, shapes in fixed.items():
+            check_fixed_mask(policy, shapes if self.shapes is None else self.shapes)
 
 
 def _mask_words(policy: FixedMask | GradDropEpoch, span: Span, device: torch.device) -> torch.Tensor | None:

@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -17,11 +17,20 @@ from .memory import check_memory, overlaps_itself
 from .multi_tensor import PreparedStep, Row, grad_of
 from .names import canonical_name
 from .param_state import check_state, has_master, is_stochastic, make_state, mode
-from .parameters import FlatPiece, check_flat, check_grad, check_param, check_pieces
+from .parameters import FlatPiece, ParamRecord, check_flat, check_grad, check_param, check_pieces
 from .plan import Clock
 from .policies import GradDrop, Policy
 from .policy_book import PolicyBook
-from .shards import any_nonzero, as_sharded, local, local_grads, local_tensors, sharded_over, spans_of
+from .shards import (
+    any_nonzero,
+    as_sharded,
+    local,
+    local_grads,
+    local_tensors,
+    several_processes,
+    sharded_over,
+    spans_of,
+)
 from .skip_backward import SkipBackward
 
 
@@ -149,7 +158,6 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self.defaults.update(self._own_defaults)
         self._constructing = False
         self._groups.check()
-        self._warn_of_position_names()
 
     def step(self, closure: Callable[[], torch.Tensor] | None = None):
         """One masked AdamW step. Returns the closure's loss, or None.
@@ -262,6 +270,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._settle_skipped_steps()
         index, position = self._groups.find(param)
         tensor, record = self.param_groups[index]["params"][position], self._groups.records(index)[position]
+        self._check_flat(record, tensor)
         clock = self._groups.clock(index)
         if step is not None:
             clock = Clock(clock.epoch, step, clock.history)
@@ -300,6 +309,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             param_group["mask"] = self._groups.policies.add(param_group["mask"])
             param_group["moment_dtype"] = moment_dtype_name(param_group["moment_dtype"])
         super().add_param_group(param_group)
+        self._groups.remember(self.param_groups[-1]["params"])
         if not self._constructing:
             self._forget_caches()
             try:
@@ -309,12 +319,21 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 self._forget_caches()
                 raise
 
-    def attach_pieces(self, pieces: Mapping[torch.Tensor, Sequence[FlatPiece]]) -> None:
+    def attach_pieces(
+        self,
+        pieces: Mapping[torch.Tensor, Sequence[FlatPiece]],
+        shapes: Mapping[str, Sequence[int]] | None = None,
+        last: Iterable[torch.Tensor] = (),
+    ) -> None:
         """Says which parameters lie where in the flat buffers among this optimizer's parameters, so that their masks
         are those of the whole parameters. For engines that make such buffers: see ``graddrop_kernels.attach``.
 
         Args:
             pieces: of each buffer, its pieces in order. Elements between them are padding and are left as they are.
+            shapes: of all parameters of the model, by name, of which this process may have some only: a FixedMask is
+                checked against them.
+            last: where an engine steps the buffers of a group one after the other, by a ``step()`` for each: the last
+                buffer of every group. Its step ends the group's.
 
         Raises:
             KeyError: a tensor that is not a parameter of this optimizer.
@@ -324,6 +343,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             self._groups.find(tensor)
             check_pieces(tensor, own)
         self._groups.flat.update((tensor, tuple(map(FlatPiece._make, own))) for tensor, own in pieces.items())
+        self._groups.last_buffers |= frozenset(last)
+        if shapes is not None:
+            self._groups.shapes = {canonical_name(name): tuple(shape) for name, shape in shapes.items()}
         self._forget_caches()
         self._groups.check()
 
@@ -450,7 +472,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     def _count_step(self, indices: set[int], clocks: list[Clock], found_inf: torch.Tensor | None) -> None:
         """Counts the step that these groups have made."""
-        for index in indices:
+        for index in filter(self._groups.completes_step, indices):
             group, clock = self.param_groups[index], clocks[index]
             if not clock.history or clock.history[-1][0] != clock.epoch:
                 group["epoch_history"] = clock.with_this_step()
@@ -497,6 +519,15 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                     "expand(): it cannot be unscaled in place; give param.grad a copy (.clone())"
                 )
 
+    def _check_flat(self, record: ParamRecord, param: torch.Tensor) -> None:
+        """Raises TypeError for a flat buffer of which nobody said what is in it, ValueError as check_flat does."""
+        if reason := self._groups.flat_buffer_reason(param):
+            raise TypeError(
+                f"parameter {record.name!r} is a flat buffer of a wrapper, and a mask drawn for it would depend on the "
+                f"sharding: {reason}"
+            )
+        check_flat(record, self.max_grad_norm)
+
     def _prepare(
         self, params: list[torch.Tensor], grads: list[torch.Tensor | None], fresh: Callable[[], bool] | None
     ) -> PreparedStep | None:
@@ -518,8 +549,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                     check_state(record.name, local(param), state)
                     check_memory(f"parameter {record.name!r}", local(param))
                     check_memory(f"the gradient of {record.name!r}", grad)
-                    check_flat(record, param, self.max_grad_norm)
+                    self._check_flat(record, param)
                     found.append((index, group, param, record))
+        self._groups.check_fixed_masks()
+        self._warn_of_position_names()
         for _, group, param, _ in found:
             backends.select(self._backend_name(), *mode(param, group, self.state.get(param, {})))
         probe = fresh is not None and self._is_state_probe(params, grads, fresh)
@@ -570,12 +603,11 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 )
 
     def _warn_of_position_names(self) -> None:
-        distributed = (
-            torch.distributed.is_available()
-            and torch.distributed.is_initialized()
-            and torch.distributed.get_world_size() > 1
-        )
-        if distributed and any(group["mask"] is not None and "param_names" not in group for group in self.param_groups):
+        if several_processes() and any(
+            group["mask"] is not None and "param_names" not in group and param not in self._groups.flat
+            for group in self.param_groups
+            for param in group["params"]
+        ):
             self._warn_once(
                 "masks are keyed by each parameter's place in the optimizer, as it was given no names; "
                 "pass model.named_parameters()"

@@ -89,6 +89,8 @@ def group_blocks(
             )
         blocks = match_layers(policy.layers, _names_of_model(groups, flat))
         return tuple(blocks), [block_of(name, blocks) for name in names]
+    if "block" in group:  # param_groups(..., per_block=True): of however many tensors an engine makes of the group
+        return tuple(group["blocks"]), [group["block"]] * len(names)
     if "blocks" in group and len(group.get("param_blocks", ())) == len(names):
         return tuple(group["blocks"]), list(group["param_blocks"])
     if "blocks" in group and all(param in flat for param in group["params"]):
@@ -138,16 +140,14 @@ def _block_of_buffer(name: str, pieces: list[tuple[FlatPiece, int, object]]) -> 
     return next(iter(found))
 
 
-def check_fixed_mask(policy: FixedMask, named: dict[str, torch.Tensor | None]) -> None:
+def check_fixed_mask(policy: FixedMask, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
     """Raises ValueError unless every mask has a parameter of its name and shape (None: in a flat buffer)."""
     for name, shape in policy.shapes.items():
-        if name not in named:
-            near = difflib.get_close_matches(name, named, n=3, cutoff=0.0)
+        if name not in shapes:
+            near = difflib.get_close_matches(name, shapes, n=3, cutoff=0.0)
             raise ValueError(f"FixedMask: no parameter is called {name!r}; near names are {', '.join(map(repr, near))}")
-        if named[name] is not None and tuple(named[name].shape) != shape:
-            raise ValueError(
-                f"FixedMask: the mask of {name!r} has shape {shape}, but the parameter has {tuple(named[name].shape)}"
-            )
+        if shapes[name] not in (None, shape):
+            raise ValueError(f"FixedMask: the mask of {name!r} has shape {shape}, but the parameter has {shapes[name]}")
 
 
 def check_param(name: str, param: torch.Tensor) -> None:
@@ -193,15 +193,8 @@ def check_pieces(buffer: torch.Tensor, pieces: Sequence[FlatPiece]) -> None:
         end = piece.local_start + piece.numel
 
 
-def check_flat(record: ParamRecord, param: torch.Tensor, max_grad_norm: float | None) -> None:
-    """Raises TypeError for a flat buffer of which nobody said what is in it, ValueError for an option that needs more
-    of it than is here.
-    """
-    if type(param).__name__ == "FlatParameter" and not record.flat:
-        raise TypeError(
-            f"parameter {record.name!r} is a {type(param).__name__}, a flat buffer of a wrapper, and a mask drawn for "
-            "it would depend on the sharding: say what is in it, see graddrop_kernels.attach"
-        )
+def check_flat(record: ParamRecord, max_grad_norm: float | None) -> None:
+    """Raises ValueError for an option that needs more of a flat buffer than is here."""
     if record.flat and max_grad_norm is not None:
         raise ValueError(
             f"max_grad_norm={max_grad_norm!r} cannot be used with the flat buffer {record.name!r}, whose other parts "

@@ -89,6 +89,12 @@ def as_sharded(values: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     )
 
 
+def several_processes() -> bool:
+    """Whether this is one of several processes of torch.distributed."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 def sharded_over(param: torch.Tensor) -> tuple:
     """The process groups whose processes hold different parts of a DTensor; () for any other tensor."""
     if not is_dtensor(param):

@@ -17,6 +17,7 @@ pytest does not rewrite the asserts in ranks: give them a message, or return val
 What a rank prints is shown only if a rank fails.
 """
 
+import contextlib
 import faulthandler
 import functools
 import multiprocessing
@@ -69,8 +70,14 @@ def run_ranks(world: int, function, *args, timeout: float = 60) -> list:
         finally:
             for rank in ranks:
                 if rank.pid is not None:
-                    rank.kill()
-                    rank.join()
+                    _kill(rank)
+
+
+def _kill(rank) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(rank.pid, signal.SIGKILL)  # and what it has started, such as a compiler
+    rank.kill()  # it had no group yet
+    rank.join()
 
 
 @functools.cache
@@ -127,6 +134,7 @@ def _report(number: int, failure: str, folder: str) -> str:
 
 def _rank(rank: int, world: int, folder: str, call: bytes, timeout: float, environment: dict, sender) -> None:
     """What one process does."""
+    os.setpgid(0, 0)
     with open(Path(folder, f"printed{rank}"), "wb", buffering=0) as printed:
         for stream in (1, 2):
             os.dup2(printed.fileno(), stream)

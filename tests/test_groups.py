@@ -323,3 +323,23 @@ def test_random_model_loses_nothing(seed):
         if param.requires_grad:
             expected[name] = ("blocks" if inside else "dense") + ("_no_decay" if slow else "")
     assert where(groups) == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_per_block_makes_a_group_of_each_block(name):
+    build, blocks, _, _ = MODELS[name]
+    model = build()
+    names = {id(param): name for name, param in model.named_parameters()}
+    groups, split = by_name(param_groups(model, 0.07)), by_name(param_groups(model, 0.07, per_block=True))
+    for kind in ("", "_no_decay"):
+        whole = groups.get(f"blocks{kind}", {"params": [], "param_blocks": []})
+        for block in blocks:
+            expected = [name for (name, _), own in zip(whole["params"], whole["param_blocks"]) if own == block]
+            group = split.pop(f"{block}{kind}", {"params": [], "blocks": blocks, "block": block})
+            assert [names[id(param)] for param in group["params"]] == expected
+            assert group["blocks"] == blocks and group["block"] == block and "param_blocks" not in group
+            assert not expected or group["weight_decay"] == whole["weight_decay"]
+        dense, bare = (each.pop(f"dense{kind}", {"params": []}) for each in (groups, split))
+        assert [name for name, _ in dense["params"]] == [names[id(param)] for param in bare["params"]]
+        assert {**dense, "params": 0} == {**bare, "params": 0}
+    assert not split

@@ -4,9 +4,20 @@
 import pytest
 import torch
 from torch import nn
-from toy import bits, build, every_policy, random_grads, snapshot, state_bits, train
+from toy import (
+    POLICIES,
+    Encoder,
+    assert_train_alike,
+    bits,
+    build,
+    every_policy,
+    random_grads,
+    snapshot,
+    state_bits,
+    train,
+)
 
-from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch
+from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch, param_groups
 
 # Groups.
 
@@ -226,3 +237,19 @@ def test_two_callables_of_one_name_stay_apart():
         )  # refusing them by name is fine; taking one for the other is not
     else:
         assert optimizer.active_fraction() == [0.75, 0.25]
+
+
+@pytest.mark.parametrize("policy", ["layer", "freeze", "freeze-up"])
+def test_per_block_groups_train_alike(policy, seed):
+    made = build(policy, seed=seed)
+    model = Encoder()
+    groups = param_groups(model, weight_decay=0.1, per_block=True)
+    values = {key: made[1].defaults[key] for key in ("lr", "betas", "eps", "seed")}
+    optimizer = FusedGradDropAdamW(groups, mask=POLICIES[policy](model), **values)
+    assert_train_alike(made, (model, optimizer), range(10), seed)
+    assert "layer.2_no_decay" in optimizer.describe()
+    again = FusedGradDropAdamW(
+        param_groups(model, weight_decay=0.1, per_block=True), mask=POLICIES[policy](model), **values
+    )
+    again.load_state_dict(optimizer.state_dict())
+    assert again.active_fraction() == optimizer.active_fraction()

@@ -19,7 +19,8 @@ from graddrop_kernels.backends import cpu
 
 PUBLIC = {
     "ExponentialAnneal", "FixedMask", "FusedGradDropAdamW", "GaussianGradDrop", "GradDrop", "GradDropEpoch",
-    "GradFreeze", "LayerGradDrop", "LinearAnneal", "available_backends", "describe", "find_blocks", "param_groups",
+    "GradFreeze", "LayerGradDrop", "LinearAnneal", "attach_deepspeed", "attach_fsdp1", "attach_zero",
+    "available_backends", "describe", "find_blocks", "param_groups",
     "plot_mask", "plot_schedule",
 }  # fmt: skip
 every_public_name = pytest.mark.parametrize("name", sorted(PUBLIC))

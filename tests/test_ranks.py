@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -17,7 +18,9 @@ def gather(value):
 
 
 def go_wrong(how, folder):
-    (folder / str(os.getpid())).touch()
+    child = subprocess.Popen(["sleep", "600"])
+    for pid in (os.getpid(), child.pid):
+        (folder / str(pid)).touch()
     dist.barrier()
     if dist.get_rank() == 1:
         print("on my way")
@@ -65,7 +68,11 @@ def test_a_rank_that_fails_ends_all(how, timeout, message, tmp_path):
         run_ranks(2, go_wrong, how, tmp_path, timeout=timeout)
     assert time.monotonic() - begin < 30
     pids = [int(path.name) for path in tmp_path.iterdir()]
-    assert len(pids) == 2 and not any(map(alive, pids))
+    for _ in range(100):  # nobody waits for the children of a killed process but init
+        if not any(map(alive, pids)):
+            break
+        time.sleep(0.05)
+    assert len(pids) == 4 and not any(map(alive, pids))
 
 
 def test_the_function_must_be_of_a_module():
