@@ -4,13 +4,17 @@ VENV ?= .venv
 ARGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test deepspeed lint bench gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m graddrop_kernels.demo $(ARGS)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(ARGS)
+
+# DeepSpeed beside the other packages, without which its tests are skipped. Its build asks the torch that is there.
+deepspeed: $(VENV)/ready
+	DS_BUILD_OPS=0 $(BIN)/pip install --no-build-isolation -c constraints.txt deepspeed
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
