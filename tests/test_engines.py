@@ -5,6 +5,7 @@ of one process, bit for bit.
 import copy
 import functools
 import importlib.util
+import itertools
 import re
 
 import pytest
@@ -237,7 +238,8 @@ def trained(engine, policy, seed):
     masks = {}
     for number in range(STEPS):
         begin_epoch(optimizer, number)
-        if any(group["params"] for group in optimizer.param_groups):  # DeepSpeed's stage 3 keeps them out of sight
+        in_sight = any(group["params"] for group in optimizer.param_groups)  # not in DeepSpeed's stage 3
+        if in_sight and number % 3 == 0:
             masks |= {(number, tensor): optimizer.mask(tensor) for tensor in pieces}
         step(seed + number)
     found = []
@@ -285,7 +287,7 @@ def assert_trained_alike(by_rank, policy, seed, copies):
     pytest.param(engine, marks=needs_deepspeed if "deepspeed" in engine else ()) for engine in ENGINES
 ])  # fmt: skip
 def test_training_is_that_of_one_process(engine, seed):
-    by_rank = run_ranks(2, trained_by, engine, list(POLICIES), seed)
+    by_rank = run_ranks(2, trained_by, engine, list(POLICIES), seed, timeout=180)
     for policy, *found in zip(POLICIES, *by_rank):
         assert_trained_alike(found, policy, seed, COPIES.get(engine, 1))
 
@@ -341,45 +343,48 @@ def load(step, folder, saved):
     optimizer.load_state_dict(saved[0])
 
 
-def continued(engine, policies, seed, folder):
-    """Which policies end up with other parameters when they are interrupted in the middle of an epoch."""
+def continued(engines, policies, seed, folder):
+    """What ends up with other parameters when it is interrupted in the middle of an epoch."""
     different = []
-    for policy in policies:
+    for engine, policy in itertools.product(engines, policies):
         ends, saved = [], None
         for numbers in (range(STEPS), range(3, STEPS)):
             optimizer, step, pieces = ENGINES[engine](policy)
             if numbers.start:
-                load(step, folder / policy, saved)
+                load(step, folder / engine / policy, saved)
             for number in numbers:
                 if number == 3 and numbers.start == 0:
-                    saved = save(step, folder / policy)
+                    saved = save(step, folder / engine / policy)
                 begin_epoch(optimizer, number)
                 step(seed + number)
             ends.append([tensor.detach().clone() for tensor in pieces])
-        different += [] if all(map(torch.equal, *ends)) else [policy]
+        different += [] if all(map(torch.equal, *ends)) else [(engine, policy)]
     return different
 
 
-@pytest.mark.parametrize("engine", ["zero", "fsdp1 slices", "fsdp1 flat", *[
-    pytest.param(f"deepspeed {stage}", marks=needs_deepspeed) for stage in (1, 3)
-]])  # fmt: skip
-def test_a_run_goes_on_bit_for_bit(engine, seed, tmp_path):
-    assert run_ranks(2, continued, engine, ["graddrop", "layer", "epoch-bitpacked"], seed, tmp_path) == [[], []]
+@pytest.mark.parametrize("engines", [
+    ["zero", "fsdp1 slices", "fsdp1 flat"], pytest.param(["deepspeed 1", "deepspeed 3"], marks=needs_deepspeed),
+])  # fmt: skip
+def test_a_run_goes_on_bit_for_bit(engines, seed, tmp_path):
+    policies = ["graddrop", "layer", "epoch-bitpacked"]
+    assert run_ranks(2, continued, engines, policies, seed, tmp_path, timeout=180) == [[], []]
 
 
 # Refusals.
 
 
-def refusals(engine, attach):
+def refusals(attach, engines):
     """What each call says that would draw a mask for a flat buffer of which nobody said what is in it."""
     import test_engines
 
     setattr(test_engines, attach, lambda *arguments: None)
-    optimizer, step, _ = ENGINES[engine]("graddrop")
-    calls = [lambda: step(1)]
-    if optimizer.param_groups[0]["params"]:
-        calls.append(lambda: optimizer.mask(optimizer.param_groups[0]["params"][0]))
-    return [_error_of(call) for call in calls]
+    said = []
+    for engine in engines:
+        optimizer, step, _ = ENGINES[engine]("graddrop")
+        said.append(_error_of(lambda: step(1)))  # noqa: B023
+        for tensor in optimizer.param_groups[0]["params"][:1]:
+            said.append(_error_of(lambda: optimizer.mask(tensor)))  # noqa: B023
+    return said
 
 
 def _error_of(call):
@@ -390,12 +395,13 @@ def _error_of(call):
     return "no error"
 
 
-@pytest.mark.parametrize("engine, attach", [
-    ("fsdp1 slices", "attach_fsdp1"), ("fsdp1 flat", "attach_fsdp1"),
-    *[pytest.param(f"deepspeed {stage}", "attach_deepspeed", marks=needs_deepspeed) for stage in (1, 2, 3)],
+@pytest.mark.parametrize("attach, engines", [
+    ("attach_fsdp1", ["fsdp1 slices", "fsdp1 flat"]),
+    pytest.param("attach_deepspeed", ["deepspeed 1", "deepspeed 2", "deepspeed 3"], marks=needs_deepspeed),
 ])  # fmt: skip
-def test_a_flat_buffer_without_a_map_is_refused(engine, attach):
-    for said in run_ranks(2, refusals, engine, attach):
+def test_a_flat_buffer_without_a_map_is_refused(attach, engines):
+    for said in run_ranks(2, refusals, attach, engines):
+        assert len(said) >= len(engines) + 2
         for message in said:
             assert "would depend on the sharding" in message and f"call graddrop_kernels.{attach}(" in message
 
@@ -492,30 +498,33 @@ def contents(pieces):
     return found, others
 
 
-def fsdp1_contents(use_orig_params):
-    model = wrapped_fsdp1(numbered(Model()), use_orig_params)
-    pieces = fsdp1_pieces(model)
-    assert set(pieces) == set(model.parameters())
-    return contents(pieces)
+def fsdp1_contents():
+    found = []
+    for use_orig_params in (True, False):
+        model = wrapped_fsdp1(numbered(Model()), use_orig_params)
+        pieces = fsdp1_pieces(model)
+        assert set(pieces) == set(model.parameters())
+        found.append(contents(pieces))
+    return found
 
 
-def deepspeed_contents(stage):
-    model = numbered(Model())
-    engine = started_deepspeed(model, torch.optim.AdamW(model.parameters()), stage)
-    return contents(deepspeed_pieces(engine))
+def deepspeed_contents():
+    found = []
+    for stage in (1, 2, 3):
+        model = numbered(Model())
+        found.append(contents(deepspeed_pieces(started_deepspeed(model, torch.optim.AdamW(model.parameters()), stage))))
+    return found
 
 
-@pytest.mark.parametrize("function, argument", [
-    (fsdp1_contents, True), (fsdp1_contents, False),
-    *[pytest.param(deepspeed_contents, stage, marks=needs_deepspeed) for stage in (1, 2, 3)],
-])  # fmt: skip
+@pytest.mark.parametrize("function", [fsdp1_contents, pytest.param(deepspeed_contents, marks=needs_deepspeed)])
 @pytest.mark.parametrize("world", [2, 3])
-def test_a_map_says_where_every_element_is(function, argument, world):
-    owned = {name: torch.full((param.numel(),), -1.0) for name, param in Model().named_parameters()}
-    for found, others in run_ranks(world, function, argument):
-        assert others < 100  # padding
-        for name, start, values in found:
-            assert (owned[name][start : start + len(values)] == -1).all()  # nobody else's
-            owned[name][start : start + len(values)] = values
-    for name, param in numbered(Model()).named_parameters():
-        assert torch.equal(owned[name], param.flatten()), name
+def test_a_map_says_where_every_element_is(function, world):
+    for by_rank in zip(*run_ranks(world, function), strict=True):
+        owned = {name: torch.full((param.numel(),), -1.0) for name, param in Model().named_parameters()}
+        for found, others in by_rank:
+            assert others < 100  # padding
+            for name, start, values in found:
+                assert (owned[name][start : start + len(values)] == -1).all()  # nobody else's
+                owned[name][start : start + len(values)] = values
+        for name, param in numbered(Model()).named_parameters():
+            assert torch.equal(owned[name], param.flatten()), name
