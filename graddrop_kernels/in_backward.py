@@ -5,6 +5,7 @@ import weakref
 import torch
 
 from .multi_tensor import PreparedStep
+from .preparation import prepare
 from .shards import local_grads, local_tensors
 
 
@@ -104,7 +105,7 @@ class StepInBackward:
         groups, prepared = optimizer._groups, self._prepared.get(param)
         grads, state = local_grads([param], [param.grad]), {param: optimizer.state[param]}
         if prepared is None or not prepared.holds(local_tensors([param]), grads, state, optimizer._facts()):
-            prepared = self._prepared[param] = optimizer._prepare([param], grads, fresh=None)
+            prepared = self._prepared[param] = prepare(optimizer, [param], grads, fresh=None)
         if self._clocks is None:
             self._clocks = list(map(groups.clock, groups.indices()))
         optimizer._run(prepared, grads, self._clocks)

@@ -1,37 +1,25 @@
 """FusedGradDropAdamW: torch.optim.AdamW with the paper's gradient masks inside its one fused step."""
 
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 
-from . import backends, checkpoint, inspection, operator
+from . import backends, checkpoint, inspection, operator, preparation
 from .backends.device_tables import capturing
 from .clipping import check_max_grad_norm, clip_
 from .group_options import GROUP_DEFAULTS, check_options, moment_dtype_name
 from .in_backward import StepInBackward
 from .masked_groups import MaskedGroups
-from .memory import check_memory, overlaps_itself
-from .multi_tensor import PreparedStep, Row, grad_of
+from .multi_tensor import PreparedStep, grad_of
 from .names import canonical_name
-from .param_state import check_state, has_master, is_stochastic, make_state, mode
-from .parameters import FlatPiece, ParamRecord, check_flat, check_grad, check_param, check_pieces
+from .parameters import FlatPiece, check_pieces
 from .plan import Clock
 from .policies import GradDrop, Policy
 from .policy_book import PolicyBook
-from .shards import (
-    any_nonzero,
-    as_sharded,
-    local,
-    local_grads,
-    local_tensors,
-    several_processes,
-    sharded_over,
-    spans_of,
-)
+from .shards import as_sharded, local, local_grads, local_tensors, spans_of
 from .skip_backward import SkipBackward
+from .warn_once import WarnOnce
 
 
 class FusedGradDropAdamW(torch.optim.AdamW):
@@ -121,7 +109,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._handle = operator.new_handle(self)
         self._groups = MaskedGroups(self, PolicyBook())
         self._prepared: PreparedStep | None = None
-        self._warned: set[str] = set()
+        self._warn_once = WarnOnce()
         self._skipped_steps: dict[int, torch.Tensor] = {}  # of each group, counted on the device
         self._in_backward: StepInBackward | None = None
         self._skip = SkipBackward(self)
@@ -192,10 +180,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             self._settle_skipped_steps(only_if_needed=True)
         grads = local_grads(params, self._skip.complete(params, grads, grad_scale))
         if grad_scale is not None:
-            self._check_written_grads(params, grads)
+            preparation.check_written_grads(self, params, grads)
         prepared = self._prepared
         if prepared is None or not prepared.holds(local_tensors(params), grads, self.state, self._facts()):
-            prepared = self._prepared = self._prepare(params, grads, fresh)
+            prepared = self._prepared = preparation.prepare(self, params, grads, fresh)
             if prepared is None:
                 return
         grad_scale, found_inf = (
@@ -270,7 +258,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._settle_skipped_steps()
         index, position = self._groups.find(param)
         tensor, record = self.param_groups[index]["params"][position], self._groups.records(index)[position]
-        self._check_flat(record, tensor)
+        preparation.check_flat(self, record, tensor)
         clock = self._groups.clock(index)
         if step is not None:
             clock = Clock(clock.epoch, step, clock.history)
@@ -432,7 +420,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         super().__setstate__(state)
         if "_handle" not in self.__dict__:
             self._handle = operator.new_handle(self)
-        self.__dict__.setdefault("_warned", set())
+        self.__dict__.setdefault("_warn_once", WarnOnce())
         self.__dict__.setdefault("_skipped_steps", {})
         self.__dict__.setdefault("_in_backward", None)
         self.__dict__.setdefault("_captured", None)
@@ -509,114 +497,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             self.param_groups[index]["completed_steps"] -= int(skipped)
         self._skipped_steps.clear()
 
-    def _check_written_grads(self, params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> None:
-        """Raises ValueError for a gradient that cannot be unscaled in place."""
-        for param, grad in zip(params, grads):
-            if grad is not None and not grad.is_contiguous() and overlaps_itself(grad):
-                index, position = self._groups.find(param)
-                raise ValueError(
-                    f"the gradient of {self._groups.records(index)[position].name!r} has overlapping memory, as after "
-                    "expand(): it cannot be unscaled in place; give param.grad a copy (.clone())"
-                )
-
-    def _check_flat(self, record: ParamRecord, param: torch.Tensor) -> None:
-        """Raises TypeError for a flat buffer of which nobody said what is in it, ValueError as check_flat does."""
-        if reason := self._groups.flat_buffer_reason(param):
-            raise TypeError(
-                f"parameter {record.name!r} is a flat buffer of a wrapper, and a mask drawn for it would depend on the "
-                f"sharding: {reason}"
-            )
-        check_flat(record, self.max_grad_norm)
-
-    def _prepare(
-        self, params: list[torch.Tensor], grads: list[torch.Tensor | None], fresh: Callable[[], bool] | None
-    ) -> PreparedStep | None:
-        """Checks the parameters that have gradients, then makes missing state and masks.
-
-        None: this was a question for the state, not a step. ``fresh``: whether there was no step before; None: these
-        are not all parameters of the step.
-
-        Raises before anything has changed.
-        """
-        found, given = [], {id(param): grad for param, grad in zip(params, grads) if grad is not None}
-        for index, group in enumerate(self.param_groups):
-            for param, record in zip(group["params"], self._groups.records(index)):
-                if id(param) in given:
-                    grad = given[id(param)]
-                    check_param(record.name, param)
-                    check_grad(record.name, local(param), grad)
-                    state = {key: local(value) for key, value in self.state.get(param, {}).items()}
-                    check_state(record.name, local(param), state)
-                    check_memory(f"parameter {record.name!r}", local(param))
-                    check_memory(f"the gradient of {record.name!r}", grad)
-                    self._check_flat(record, param)
-                    found.append((index, group, param, record))
-        self._groups.check_fixed_masks()
-        self._warn_of_position_names()
-        for _, group, param, _ in found:
-            backends.select(self._backend_name(), *mode(param, group, self.state.get(param, {})))
-        probe = fresh is not None and self._is_state_probe(params, grads, fresh)
-        self._warn_of_unknown_epochs({index for index, _, _, _ in found})
-        for _, group, param, _ in found:
-            make_state(param, group, self.state[param])
-        if probe:
-            return None
-        rows = []
-        for index, group, param, record in found:
-            tensor, spans = local(param), spans_of(param, record)
-            over = sharded_over(param) if self.max_grad_norm is not None else ()
-            for span, words in zip(spans, self._groups.mask_words(index, param, record)):
-                elements = None if span.numel == tensor.numel() else slice(span.start, span.start + span.numel)
-                row = Row(
-                    tensor, given[id(param)], self.state[param], group["amsgrad"], span.key, span.layout,
-                    (index, span.unit), words, has_master(param, group), is_stochastic(param, group), elements, over,
-                )  # fmt: skip
-                rows.append(row)
-        state = self.state if fresh is not None else {param: self.state[param] for param in params}
-        return PreparedStep(local_tensors(params), rows, state, self._facts())
-
-    def _is_state_probe(
-        self, params: list[torch.Tensor], grads: list[torch.Tensor | None], fresh: Callable[[], bool]
-    ) -> bool:
-        """torch.distributed.checkpoint asks a fresh optimizer for its state by a step with lr 0 and zero gradients:
-        that must not count as one.
-        """
-        return (
-            fresh()
-            and any(grad is not None for grad in grads)
-            and all(float(group["lr"]) == 0 for group in self.param_groups)
-            and not any_nonzero(params, grads)
-        )
-
     def _forget_caches(self) -> None:
         """Nothing that was derived from the groups survives a load or a new group."""
         self._groups.forget()
         self._prepared: PreparedStep | None = None
-
-    def _warn_of_unknown_epochs(self, indices: set[int]) -> None:
-        for index in sorted(indices):
-            policy = self._groups.policy(index)
-            if policy is not None and policy.follows_epochs and not self.param_groups[index]["epoch_was_set"]:
-                self._warn_once(
-                    f"{type(policy).__name__} follows epochs, but set_epoch(epoch) was not called: "
-                    "call it at the start of every epoch, 0 first"
-                )
-
-    def _warn_of_position_names(self) -> None:
-        if several_processes() and any(
-            group["mask"] is not None and "param_names" not in group and param not in self._groups.flat
-            for group in self.param_groups
-            for param in group["params"]
-        ):
-            self._warn_once(
-                "masks are keyed by each parameter's place in the optimizer, as it was given no names; "
-                "pass model.named_parameters()"
-            )
-
-    def _warn_once(self, message: str | None) -> None:
-        if message is not None and message not in self._warned:
-            self._warned.add(message)
-            frame, level = sys._getframe(), 1  # shown at the caller's line, however deep we are
-            while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("graddrop_kernels", "torch"):
-                frame, level = frame.f_back, level + 1
-            warnings.warn(message, stacklevel=level)

@@ -191,12 +191,3 @@ def check_pieces(buffer: torch.Tensor, pieces: Sequence[FlatPiece]) -> None:
                 "taken: pieces are given in order and do not overlap"
             )
         end = piece.local_start + piece.numel
-
-
-def check_flat(record: ParamRecord, max_grad_norm: float | None) -> None:
-    """Raises ValueError for an option that needs more of a flat buffer than is here."""
-    if record.flat and max_grad_norm is not None:
-        raise ValueError(
-            f"max_grad_norm={max_grad_norm!r} cannot be used with the flat buffer {record.name!r}, whose other parts "
-            "are not known here: set it to None and clip with the engine's own method"
-        )

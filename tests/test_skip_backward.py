@@ -23,6 +23,7 @@ from graddrop_kernels import (
     LayerGradDrop,
     LinearAnneal,
     param_groups,
+    preparation,
 )
 
 POLICIES = {
@@ -362,8 +363,8 @@ def test_other_blocks_need_no_other_tables(seed, monkeypatch):
     """What was prepared for one step serves the next, whichever blocks it drops."""
     model, optimizer = make("layer", seed)
     prepared = []
-    prepare = optimizer._prepare
-    monkeypatch.setattr(optimizer, "_prepare", lambda *args: prepared.append(args) or prepare(*args))
+    prepare = preparation.prepare
+    monkeypatch.setattr(preparation, "prepare", lambda *args: prepared.append(args) or prepare(*args))
     assert run((model, optimizer), True, seed) > 0
     assert len(prepared) == 1
 

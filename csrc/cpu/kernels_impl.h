@@ -59,7 +59,7 @@ struct CallsAhead {
   uint32_t draw, domain;
   Philox8 next[kEights];
 };
-// This block's, at once: for the first one of a run. Not inlined, which saves a tenth of the compile time.
+// This block's, at once: for the first one of a run. Not inlined: it is seldom called.
 template <int kEights>
 static __attribute__((noinline)) void make_calls(uint64_t call, uint32_t draw, uint32_t domain, const PhiloxKeys& keys,
                                                  uint32_t* words) {
