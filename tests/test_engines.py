@@ -85,18 +85,25 @@ def wrapped_fsdp1(model, use_orig_params):
     return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=use_orig_params, device_id=cpu)
 
 
-def started_deepspeed(model, optimizer, stage):
+def deepspeed_config(stage, **more):
     import deepspeed
 
     # Or it would compile an operator for all-reduces in shared memory, for a minute; gloo does them, too.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    config = {
+    return {
         "train_micro_batch_size_per_gpu": 1,
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,  # the default is 1.0
         # Stage 3 makes a flat tensor of about so many elements of a group, and steps it, before it goes on to the next.
         "zero_optimization": {"stage": stage, "sub_group_size": 60, "stage3_param_persistence_threshold": 10},
+        **more,
     }
+
+
+def started_deepspeed(model, optimizer, stage):
+    import deepspeed
+
+    config = deepspeed_config(stage)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
 
 
@@ -186,32 +193,53 @@ def deepspeed_step(engine, seed):
     engine.step()
 
 
-def accelerated(policy, fsdp2=False):
-    """Two micro-batches a step."""
+def accelerated_step(accelerator, model, optimizer, seed):
+    """Two micro-batches."""
+    for _ in range(2):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(seed))
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def accelerate_with(**arguments):
     import accelerate
 
-    plugin = {}
-    if fsdp2:
-        plugin = {"fsdp_plugin": accelerate.FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Unit"],
-            cpu_ram_efficient_loading=False,
-        )}  # fmt: skip
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2, **plugin)
+    return accelerate.Accelerator(gradient_accumulation_steps=2, **arguments)
+
+
+def accelerate_ddp(policy, fsdp2=None):
+    import accelerate
+
+    accelerator = accelerate_with(cpu=True, fsdp_plugin=fsdp2)
     if fsdp2:  # which Accelerate leaves out, without a word, on CPUs
         accelerator.state.distributed_type = accelerate.DistributedType.FSDP
-        accelerator.state.fsdp_plugin = plugin["fsdp_plugin"]
+        accelerator.state.fsdp_plugin = fsdp2
     model = Model()
     model, optimizer = accelerator.prepare(model, FusedGradDropAdamW(groups_of(model), **options(policy)))
+    return optimizer.optimizer, functools.partial(accelerated_step, accelerator, model, optimizer), whole(model)
 
-    def step(seed):
-        for _ in range(2):
-            with accelerator.accumulate(model):
-                accelerator.backward(model(seed))
-                optimizer.step()
-                optimizer.zero_grad()
 
-    return optimizer.optimizer, step, whole(model)
+def accelerate_fsdp2(policy):
+    import accelerate
+
+    return accelerate_ddp(policy, accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Unit"],
+        cpu_ram_efficient_loading=False,
+    ))  # fmt: skip
+
+
+def accelerate_deepspeed(policy, stage):
+    import accelerate
+
+    config = deepspeed_config(stage, gradient_accumulation_steps=2)
+    accelerator = accelerate_with(deepspeed_plugin=accelerate.DeepSpeedPlugin(hf_ds_config=config))
+    model = Model()
+    optimizer = FusedGradDropAdamW(groups_of(model, per_block=True), **options(policy))
+    engine, wrapped = accelerator.prepare(model, optimizer)
+    attach_deepspeed(engine)
+    return optimizer, functools.partial(accelerated_step, accelerator, engine, wrapped), deepspeed_pieces(engine)
 
 
 ENGINES = {
@@ -221,8 +249,9 @@ ENGINES = {
     "fsdp1 slices": functools.partial(fsdp1, use_orig_params=True),
     "fsdp1 flat": functools.partial(fsdp1, use_orig_params=False),
     **{f"deepspeed {stage}": functools.partial(deepspeed, stage=stage) for stage in (1, 2, 3)},
-    "accelerate": accelerated,
-    "accelerate fsdp2": functools.partial(accelerated, fsdp2=True),
+    "accelerate": accelerate_ddp,
+    "accelerate fsdp2": accelerate_fsdp2,
+    "accelerate deepspeed": functools.partial(accelerate_deepspeed, stage=2),
 }
 COPIES = {"ddp": 2, "accelerate": 2, "accelerate fsdp2": 2}  # ranks that have each element; else 1
 
