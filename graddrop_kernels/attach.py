@@ -196,9 +196,9 @@ def flat_buffer_reason(tensor: torch.Tensor, given: bool = True) -> str | None:
         return "it is (a slice of) a flat parameter of FSDP1: call graddrop_kernels.attach_fsdp1(optimizer, model)"
     if not given and tensor.dim() == 1 and not isinstance(tensor, nn.Parameter) and not hasattr(tensor, "placements"):
         return (
-            "something has put this flat tensor in the place of the parameters: if it was DeepSpeed (ZeRO stage 1, 2 or "
-            "3), call graddrop_kernels.attach_deepspeed(engine) after deepspeed.initialize(); otherwise tell what it "
-            "holds with optimizer.attach_pieces()"
+            "something has put this flat tensor in the place of the parameters: if it was DeepSpeed (ZeRO 1, 2 or 3), "
+            "call graddrop_kernels.attach_deepspeed(engine) after deepspeed.initialize(); otherwise tell what it holds "
+            "with optimizer.attach_pieces()"
         )
     return None
 
