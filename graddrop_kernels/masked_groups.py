@@ -15,7 +15,7 @@ from .parameters import FlatPiece, ParamRecord, check_fixed_mask, check_param, m
 from .plan import Clock, MaskPlan, PlanContext
 from .policies import KEEP, FixedMask, GradDropEpoch, Policy
 from .policy_book import PolicyBook
-from .shards import Span, several_processes, spans_of
+from .shards import Span, has_processes, spans_of
 
 
 class MaskedGroups:
@@ -208,7 +208,7 @@ class MaskedGroups:
             policy = self.policy(index)
             if not isinstance(policy, FixedMask):
                 continue
-            nameless = "param_names" not in group and several_processes()
+            nameless = "param_names" not in group and ("block" in group or has_processes())
             unknown = (param for param in group["params"] if param not in self.flat)
             if wait and any(nameless or self.flat_buffer_reason(param) for param in unknown):
                 return

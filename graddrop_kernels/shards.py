@@ -89,10 +89,14 @@ def as_sharded(values: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     )
 
 
+def has_processes() -> bool:
+    """Whether torch.distributed runs here, if only in this process."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def several_processes() -> bool:
     """Whether this is one of several processes of torch.distributed."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return has_processes() and torch.distributed.get_world_size() > 1
 
 
 def sharded_over(param: torch.Tensor) -> tuple:

@@ -321,6 +321,13 @@ def test_training_is_that_of_one_process(engine, seed):
         assert_trained_alike(found, policy, seed, COPIES.get(engine, 1))
 
 
+@pytest.mark.parametrize("engine", ["zero", "fsdp1 slices", "fsdp1 flat"])
+def test_one_rank_is_no_exception(engine, seed):
+    """FSDP1 shards nothing then: its slices are whole parameters in their shapes."""
+    [found] = run_ranks(1, trained_by, engine, ["fixed"], seed)
+    assert_trained_alike(found, "fixed", seed, copies=1)
+
+
 def differing_replicas():
     """The names of parameters and moments that differ between the ranks after 50 steps on data of their own."""
     torch.manual_seed(dist.get_rank())
