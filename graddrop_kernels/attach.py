@@ -78,8 +78,9 @@ def attach_fsdp1(optimizer: "FusedGradDropAdamW", model: nn.Module) -> None:
 
 
 def attach_deepspeed(engine) -> None:
-    """Tells the optimizer inside a DeepSpeed engine what its flat partitions hold: ZeRO 1, 2, 3, and bfloat16 training
-    without ZeRO. In float32 without ZeRO the parameters are whole, and there is nothing to tell.
+    """Tells the optimizer inside a DeepSpeed engine what its flat partitions hold, under ZeRO 1, 2, 3. In float32
+    without ZeRO the parameters are whole, and there is nothing to tell; in 16 bits without ZeRO it cannot be told, as
+    DeepSpeed steps before it returns: stage 1 does the same.
 
     For policies of whole blocks make the optimizer from ``param_groups(model, per_block=True)``: DeepSpeed flattens
     each group by itself.
@@ -148,8 +149,7 @@ def deepspeed_pieces(engine) -> Pieces:
     mapped = [param for param in engine.module.parameters() if getattr(param, "_hp_mapping", None) is not None]
     if not mapped:
         raise TypeError(
-            f"attach_deepspeed: {type(zero).__name__} does not say what its flat partitions hold; "
-            "use ZeRO stage 1, 2 or 3, or bfloat16 instead of float16"
+            f"attach_deepspeed: {type(zero).__name__} does not say what its flat buffers hold; use ZeRO stage 1, 2 or 3"
         )
     for param in mapped:
         fragment = param._hp_mapping
@@ -196,9 +196,9 @@ def flat_buffer_reason(tensor: torch.Tensor, given: bool = True) -> str | None:
         return "it is (a slice of) a flat parameter of FSDP1: call graddrop_kernels.attach_fsdp1(optimizer, model)"
     if not given and tensor.dim() == 1 and not isinstance(tensor, nn.Parameter) and not hasattr(tensor, "placements"):
         return (
-            "something has put this flat tensor in the place of the parameters: if it was DeepSpeed, call "
-            "graddrop_kernels.attach_deepspeed(engine) after deepspeed.initialize(); otherwise tell what it holds with "
-            "optimizer.attach_pieces()"
+            "something has put this flat tensor in the place of the parameters: if it was DeepSpeed (ZeRO 1, 2 or 3), "
+            "call graddrop_kernels.attach_deepspeed(engine) after deepspeed.initialize(); otherwise tell what it holds "
+            "with optimizer.attach_pieces()"
         )
     return None
 

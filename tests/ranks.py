@@ -42,7 +42,7 @@ class RankFailure(AssertionError):
     """A rank raised, died or did not come to an end; the message has its traceback and what it printed."""
 
 
-def run_ranks(world: int, function, *args, timeout: float = 60) -> list:
+def run_ranks(world: int, function, *args, timeout: float = 120) -> list:
     """Runs ``function(*args)`` in ``world`` processes of one gloo group; returns the result of each, by rank.
 
     RANK, LOCAL_RANK, WORLD_SIZE, ... are in the environment, as torchrun sets them. One thread a rank.
