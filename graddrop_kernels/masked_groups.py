@@ -189,15 +189,20 @@ class MaskedGroups:
                 )
             for param, record in zip(group["params"], self.records(index)):
                 check_param(record.name, param)
-                if is_dtensor(param) and policy is not None and "param_names" not in group:
-                    raise ValueError(
-                        f"parameter {record.name!r} is sharded and has no name: its place in the optimizer is no key "
-                        "for masks that are to be the same in any sharding; pass model.named_parameters() or "
-                        "graddrop_kernels.param_groups(model)"
-                    )
+                self.check_named(index, param, record)
             if len(set(group["params"])) != len(group["params"]):
                 raise ValueError(f"a parameter appears twice in parameter group {index}; give each parameter once")
         self.check_fixed_masks(wait=True)
+
+    def check_named(self, index: int, param: torch.Tensor, record: ParamRecord) -> None:
+        """Raises ValueError for a DTensor without a name; a wrapper may also have put it into its place later."""
+        group = self[index]
+        if group["mask"] is not None and "param_names" not in group and not record.flat and is_dtensor(param):
+            raise ValueError(
+                f"parameter {record.name!r} is sharded and has no name: its place in the optimizer is no key for masks "
+                "that are to be the same in any sharding; pass model.named_parameters() or "
+                "graddrop_kernels.param_groups(model)"
+            )
 
     def check_fixed_masks(self, wait: bool = False) -> None:
         """Raises ValueError for a FixedMask of no parameter. ``wait``: pieces may still be attached to what has no name

@@ -28,8 +28,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     A drop-in for ``torch.optim.AdamW(..., fused=True)``: same arguments, same state (exp_avg, exp_avg_sq, step), state
     dicts load both ways. Masks act on the gradient once a step, after accumulation and clipping. They are a pure
-    function of (seed, parameter name, step or epoch, element index): equal on every backend and thread count and after
-    a resume; no generator is consumed.
+    function of (seed, parameter name, step or epoch, element index in the whole parameter): equal on every backend,
+    sharding and thread count and after a resume; no generator is consumed. DTensor parameters are stepped where they
+    lie; for engines that flatten parameters see ``graddrop_kernels.attach``.
 
     Args:
         params: tensors, (name, tensor) pairs such as ``model.named_parameters()``, group dicts (each may have its own

@@ -41,8 +41,9 @@ def prepare(
         for param, record in zip(group["params"], groups.records(index))
         if id(param) in given
     ]
-    for _, _, param, record in found:
+    for index, _, param, record in found:
         _check(optimizer, param, record, given[id(param)])
+        groups.check_named(index, param, record)
     groups.check_fixed_masks()
     _warn_of_position_names(optimizer)
     for _, group, param, _ in found:

@@ -328,29 +328,6 @@ def test_one_rank_is_no_exception(engine, seed):
     assert_trained_alike(found, "fixed", seed, copies=1)
 
 
-def differing_replicas():
-    """The names of parameters and moments that differ between the ranks after 50 steps on data of their own."""
-    torch.manual_seed(dist.get_rank())
-    model = nn.parallel.DistributedDataParallel(
-        nn.Sequential(nn.Linear(19, 31), nn.LayerNorm(31), nn.ReLU(), nn.Linear(31, 5)), bucket_cap_mb=0.001
-    )
-    optimizer = FusedGradDropAdamW(model.named_parameters(), lr=0.02, mask=GradDrop(p=0.3), weight_decay=0.1)
-    for _ in range(50):
-        model(torch.randn(13, 19)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    own = {name: param.detach() for name, param in model.named_parameters()}
-    for name, param in model.named_parameters():
-        own |= {f"{key} of {name}": value for key, value in optimizer.state[param].items()}
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return [name for other in everyone for name, value in own.items() if not torch.equal(value, other[name])]
-
-
-def test_replicas_stay_bit_identical():
-    assert run_ranks(2, differing_replicas) == [[], []]
-
-
 # Saving and loading, in as many processes.
 
 

@@ -10,7 +10,7 @@ from cases import EPOCH_OF_STEP, MASKINGS, PAST_THE_LAST_EPOCH, assert_same_bits
 from ranks import run_ranks
 from torch import nn
 
-from graddrop_kernels import FusedGradDropAdamW, GradDrop, param_groups
+from graddrop_kernels import FusedGradDropAdamW, GradDrop, describe, param_groups
 
 pytestmark = pytest.mark.filterwarnings(PAST_THE_LAST_EPOCH)
 
@@ -281,3 +281,52 @@ def scaled_steps(fused, seed):
 @pytest.mark.parametrize("fused", [None, True])
 def test_an_inf_on_one_rank_skips_the_step_on_all(fused, seed):
     assert run_ranks(2, scaled_steps, fused, seed) == [512.0, 512.0]
+
+
+def accumulate(seed):
+    """Two micro-batches a step; FSDP2 reduces gradients in the second only, and has none before."""
+    torch.manual_seed(seed)
+    model = WRAPPERS["fsdp2 over 2"][1](Model())
+    optimizer = FusedGradDropAdamW(param_groups(model), lr=0.01, mask=GradDrop(0.3), seed=seed)
+    before = {name: local(param.detach()).clone() for name, param in model.named_parameters()}
+    counts = []
+    for micro_batch in range(2):
+        model.set_requires_gradient_sync(micro_batch == 1)
+        ids = torch.randint(37, (8, 6))
+        nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten() % 5).backward()
+        optimizer.step()
+        moved = [not torch.equal(local(param), before[name]) for name, param in model.named_parameters()]
+        counts.append((any(moved), optimizer.param_groups[0]["completed_steps"]))
+    return counts, {float(state["step"]) for state in optimizer.state.values()}
+
+
+def test_without_reduced_gradients_there_is_no_step(seed):
+    for counts, steps in run_ranks(2, accumulate, seed):
+        assert counts == [(False, 0), (True, 1)] and steps == {1.0}
+
+
+def looked_at(seed):
+    """What can be asked of an optimizer of sharded parameters, and what is refused."""
+    model = WRAPPERS["fsdp2 over 2"][1](Model())
+    named, whole = (
+        FusedGradDropAdamW(each.named_parameters(), mask=GradDrop(0.25), seed=seed) for each in (model, Model())
+    )
+    assert describe(named) == describe(whole)
+    assert named.active_fraction() == whole.active_fraction() == [0.75]
+    own = named.mask("embedding.weight")
+    assert own.shape == (37, HIDDEN) and own.placements == model.embedding.weight.placements
+    whole_mask = own.full_tensor()
+    with pytest.raises(ValueError, match="'0.0' is sharded and has no name.*named_parameters"):
+        FusedGradDropAdamW(model.parameters())
+    FusedGradDropAdamW(model.parameters(), mask=None)
+    swapped, params = FusedGradDropAdamW(Model().parameters()), list(model.parameters())
+    swapped.param_groups[0]["params"] = params  # as Accelerate does
+    params[0].grad = torch.zeros_like(params[0])
+    with pytest.raises(ValueError, match="'0.0' is sharded and has no name.*named_parameters"):
+        swapped.step()
+    return whole_mask, whole.mask("embedding.weight")
+
+
+def test_an_optimizer_of_sharded_parameters_can_be_looked_at(seed):
+    for sharded, whole in run_ranks(2, looked_at, seed):
+        assert_same_bits(sharded, whole)
