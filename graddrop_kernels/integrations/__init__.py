@@ -1,0 +1,1 @@
+"""Other people's training loops; each module imports its own package only."""
