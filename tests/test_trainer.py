@@ -104,13 +104,13 @@ def test_trainer_is_a_plain_loop(mask, accumulation, tmp_path):
 
 @pytest.mark.parametrize("mask", ["graddrop", "annealed", "layer", "epoch"])
 def test_a_resumed_run_is_an_unbroken_one(mask, tmp_path):
-    """From a checkpoint in the middle of epoch 1."""
+    """From a checkpoint late in epoch 1."""
     whole = trainer_of(arguments(tmp_path / "whole"), mask)
     whole.train()
-    broken = trainer_of(arguments(tmp_path / "broken", save_strategy="steps", save_steps=8), mask)
+    broken = trainer_of(arguments(tmp_path / "broken", save_strategy="steps", save_steps=10), mask)
     broken.train()
     resumed = trainer_of(arguments(tmp_path / "broken"), mask)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-8"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-10"))
     for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters()):
         assert bits(a) == bits(b), name
     assert [group["epoch"] for group in optimizer_in(resumed).param_groups] == [1, 1, 1, 1]
