@@ -77,11 +77,21 @@ def test_masks_without_names_warn_once_where_several_processes_train(monkeypatch
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world_size)
     model = Encoder()
-    groups = [{"params": model.layer.parameters()}, {"params": model.head.parameters()}]
-    messages = warned(lambda: FusedGradDropAdamW(groups))
+
+    def two_steps(params, **arguments):
+        optimizer = FusedGradDropAdamW(params, **arguments)
+        for _ in range(2):
+            for param in model.parameters():
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+            optimizer._forget_caches()
+
+    groups = [{"params": list(part.parameters())} for part in (model.layer, model.head)]
+    messages = warned(lambda: two_steps(groups))
     assert len(messages) == expected and all("pass model.named_parameters()" in message for message in messages)
-    assert not warned(lambda: FusedGradDropAdamW(model.named_parameters()))
-    assert not warned(lambda: FusedGradDropAdamW(model.parameters(), mask=None))
+    assert not warned(lambda: FusedGradDropAdamW(groups))  # attach_zero() may still give it names
+    assert not warned(lambda: two_steps(model.named_parameters()))
+    assert not warned(lambda: two_steps(model.parameters(), mask=None))
 
 
 def test_toggle_past_its_end_warns_once(seed):
