@@ -54,7 +54,7 @@ def local_tensors(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     dtensor = _dtensor_type()
     if dtensor is None:
         return list(tensors)
-    return [tensor._local_tensor if type(tensor) is dtensor else tensor for tensor in tensors]
+    return [tensor._local_tensor if isinstance(tensor, dtensor) else tensor for tensor in tensors]
 
 
 def local_grads(params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -67,7 +67,7 @@ def local_grads(params: list[torch.Tensor], grads: list[torch.Tensor | None]) ->
     if dtensor is None:
         return grads
     return [
-        _local_grad(param, grad) if type(param) is dtensor and type(grad) is dtensor else grad
+        _local_grad(param, grad) if isinstance(param, dtensor) and isinstance(grad, dtensor) else grad
         for param, grad in zip(params, grads)
     ]
 
