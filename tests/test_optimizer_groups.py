@@ -253,3 +253,18 @@ def test_per_block_groups_train_alike(policy, seed):
     )
     again.load_state_dict(optimizer.state_dict())
     assert again.active_fraction() == optimizer.active_fraction()
+
+
+def test_the_pieces_of_a_buffer_count_one_step(seed):
+    """Also after its step count has been set in place, as a checkpoint does that copies into what is there."""
+    buffer = torch.nn.Parameter(torch.randn(40, generator=torch.Generator().manual_seed(seed)))
+    optimizer = FusedGradDropAdamW([buffer], mask=GradDrop(0.5), betas=(0.0, 0.9), seed=seed)
+    optimizer.attach_pieces({buffer: [("a", 0, 0, 15), ("b", 15, 7, 20)]})
+    for _ in range(3):
+        buffer.grad = torch.ones(40)
+        optimizer.step()
+    optimizer.state[buffer]["step"].fill_(0.0)
+    expected = optimizer.mask(buffer, step=0)
+    optimizer.step()
+    assert optimizer.state[buffer]["step"] == 1
+    assert torch.equal(optimizer.state[buffer]["exp_avg"] != 0, expected)  # beta1 is 0; the padding has never moved
