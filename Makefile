@@ -38,7 +38,7 @@ gpu: $(VENV)/ready
 $(VENV)/ready: setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt torch
-	$(BIN)/pip install -c constraints.txt -e '.[demo,test]'
+	$(BIN)/pip install -c constraints.txt -e '.[test]'
 	touch $@
 
 clean:
