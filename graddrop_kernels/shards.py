@@ -2,12 +2,18 @@
 
 import sys
 from collections.abc import Iterable
+from operator import attrgetter, is_
 from typing import NamedTuple
 
 import torch
 
 from .layout import RowBlock, is_dtensor, pieces_of
 from .parameters import ParamRecord
+
+# map() with these takes half the time of a list comprehension.
+_local_of = attrgetter("_local_tensor")
+_spec_of = attrgetter("_spec")
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
 
 
 class Span(NamedTuple):
@@ -51,9 +57,12 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def local_tensors(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """``local`` of each: 0.03 us a tensor, where DTensor.to_local() takes 2.4."""
-    dtensor = _dtensor_type()
-    if dtensor is None:
-        return list(tensors)
+    tensors, dtensor = list(tensors), _dtensor_type()
+    kinds = set(map(type, tensors))
+    if dtensor is None or kinds <= _PLAIN:
+        return tensors
+    if kinds == {dtensor}:
+        return list(map(_local_of, tensors))
     return [tensor._local_tensor if isinstance(tensor, dtensor) else tensor for tensor in tensors]
 
 
@@ -64,8 +73,14 @@ def local_grads(params: list[torch.Tensor], grads: list[torch.Tensor | None]) ->
     sum, of which each process would else mask and step its own.
     """
     dtensor = _dtensor_type()
-    if dtensor is None:
+    kinds = {*map(type, params), *map(type, grads)}
+    if dtensor is None or kinds <= _PLAIN:
         return grads
+    # As FSDP2 makes them: DTensors all, with their parameters' own specs.
+    if kinds == {dtensor} and all(map(is_, map(_spec_of, params), map(_spec_of, grads))):
+        found = list(map(_local_of, grads))
+        if set(map(type, found)) <= _PLAIN:
+            return found
     return [
         _local_grad(param, grad) if isinstance(param, dtensor) and isinstance(grad, dtensor) else grad
         for param, grad in zip(params, grads)
