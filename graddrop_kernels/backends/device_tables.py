@@ -270,7 +270,7 @@ class _Upload:
         self.captured: list[torch.Tensor] = []
 
     def _pinned(self) -> torch.Tensor:
-        return torch.empty(self.device.numel(), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        return torch.empty(self.device.numel(), dtype=torch.uint8, pin_memory=self.device.is_cuda)
 
     def write_captured(self, data: bytes) -> None:
         """Records a copy of ``data`` to the beginning in the graph that is being captured.
