@@ -1,9 +1,9 @@
 """The part of each parameter that lies in this process: shards of DTensors, spans of flat buffers."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from operator import attrgetter, is_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,7 +23,7 @@ class Span(NamedTuple):
     numel: int
     name: str  # of the parameter it belongs to
     key: int  # of the parameter's random stream
-    unit: object  # of the policy
+    unit: Hashable  # of the policy
     layout: RowBlock  # where the elements lie in the whole parameter
 
 
@@ -45,7 +45,7 @@ def spans_of(param: torch.Tensor, record: ParamRecord) -> tuple[Span, ...]:
     return spans or (Span(0, 0, record.name, record.key, record.unit, RowBlock.whole(0)),)
 
 
-def _dtensor_type() -> type | None:
+def _dtensor_type() -> Any:
     """DTensor, if anything has imported it: without that there is none to be found."""
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
@@ -87,11 +87,12 @@ def local_grads(params: list[torch.Tensor], grads: list[torch.Tensor | None]) ->
     ]
 
 
-def _local_grad(param, grad) -> torch.Tensor:
+def _local_grad(param: Any, grad: Any) -> torch.Tensor:
     if grad._spec is not param._spec and grad.placements != param.placements:
         grad = grad.redistribute(placements=param.placements)
     grad = grad._local_tensor
-    return grad.wait() if hasattr(grad, "wait") else grad  # AsyncCollectiveTensor
+    local_grad: torch.Tensor = grad.wait() if hasattr(grad, "wait") else grad  # AsyncCollectiveTensor
+    return local_grad
 
 
 def as_sharded(values: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
@@ -99,9 +100,10 @@ def as_sharded(values: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     values = values.view(local(param).shape)
     if not is_dtensor(param):
         return values
-    return _dtensor_type().from_local(
+    sharded: torch.Tensor = _dtensor_type().from_local(
         values, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
     )
+    return sharded
 
 
 def has_processes() -> bool:
@@ -114,7 +116,7 @@ def several_processes() -> bool:
     return has_processes() and torch.distributed.get_world_size() > 1
 
 
-def sharded_over(param: torch.Tensor) -> tuple:
+def sharded_over(param: torch.Tensor) -> tuple[Any, ...]:
     """The process groups whose processes hold different parts of a DTensor; () for any other tensor."""
     if not is_dtensor(param):
         return ()
@@ -132,7 +134,7 @@ def any_nonzero(params: list[torch.Tensor], grads: list[torch.Tensor | None]) ->
     groups = dict.fromkeys(group for param in params for group in sharded_over(param))
     if not groups:
         return found
-    found = torch.tensor(float(found), device=local(params[0]).device)
+    everywhere = torch.tensor(float(found), device=local(params[0]).device)
     for group in groups:
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
-    return bool(found)
+        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MAX, group=group)
+    return bool(everywhere)
