@@ -42,7 +42,12 @@ def attach_zero(zero: "torch.distributed.optim.ZeroRedundancyOptimizer", model: 
     if unknown := sum(id(tensor) not in names for tensor in tensors):
         raise ValueError(f"attach_zero: {unknown} of {len(tensors)} parameters are not of this {type(model).__name__}")
     pieces = {tensor: [FlatPiece(names[id(tensor)], 0, 0, tensor.numel())] for tensor in tensors}
-    inner.attach_pieces(pieces, {name: param.shape for name, param in model.named_parameters()})
+    inner.attach_pieces(
+        pieces,
+        {name: param.shape for name, param in model.named_parameters()},
+        # Every process has the gradients of all parameters, the inner optimizer some of them, or none of a group.
+        has_gradients=lambda index: any(param.grad is not None for param in zero.param_groups[index]["params"]),
+    )
 
     def set_epoch(epoch: int) -> None:
         type(inner).set_epoch(inner, epoch)
@@ -74,7 +79,14 @@ def attach_fsdp1(optimizer: "FusedGradDropAdamW", model: nn.Module) -> None:
             "wrap the model first, then make the optimizer from the wrapped model's named_parameters()"
         )
     shapes = {name: shape for names, flat in _fsdp1_units(model) for name, shape in zip(names, flat._shapes)}
-    optimizer.attach_pieces(stepped, shapes)
+    flat_of = {param: flat for _, flat in _fsdp1_units(model) for param in flat._params or ()}
+
+    def has_gradients(index: int) -> bool:
+        # A slice without elements in this process has no gradient either; its unit has.
+        params = (param for param in optimizer.param_groups[index]["params"] if param.requires_grad)
+        return any(param in flat_of and flat_of[param].grad is not None for param in params)
+
+    optimizer.attach_pieces(stepped, shapes, has_gradients=has_gradients)
 
 
 def attach_deepspeed(engine) -> None:

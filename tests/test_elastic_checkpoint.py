@@ -25,7 +25,7 @@ RANKS = (2, 4, 1, 3)  # one after the other, three steps each
 
 
 class Model(nn.Module):
-    """Few tensors, as each costs a checkpoint some milliseconds. Rows divide unevenly; the bias has too few for 4 ranks."""
+    """Few tensors, as each costs a checkpoint milliseconds. Rows divide unevenly; of the last bias rank 3 has nothing."""
 
     def __init__(self):
         super().__init__()
