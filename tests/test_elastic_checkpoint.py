@@ -25,7 +25,7 @@ RANKS = (2, 4, 1, 3)  # one after the other, three steps each
 
 
 class Model(nn.Module):
-    """Few tensors, as each costs a checkpoint milliseconds. Rows divide unevenly; of the last bias rank 3 has nothing."""
+    """Few tensors, as each costs a checkpoint milliseconds. Rows divide unevenly, the head leaves one rank none."""
 
     def __init__(self):
         super().__init__()
