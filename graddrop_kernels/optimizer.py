@@ -210,7 +210,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         if any(capturing(batch.device) for batch in prepared.batches):
             self._captured = prepared  # nothing has run
             return
-        self._count_step(prepared.group_indices | self._stepped_in_backward(), clocks, found_inf)
+        elsewhere = set(filter(self._groups.has_gradients, self._groups.indices()))
+        self._count_step(prepared.group_indices | self._stepped_in_backward() | elsewhere, clocks, found_inf)
 
     def advance_captured_step(self) -> None:
         """Call it before each replay of a CUDA graph in which ``step()`` was captured: it brings lr, p, the epoch and
@@ -326,6 +327,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         pieces: Mapping[torch.Tensor, Sequence[FlatPiece]],
         shapes: Mapping[str, Sequence[int]] | None = None,
         last: Iterable[torch.Tensor] = (),
+        has_gradients: Callable[[int], bool] | None = None,
     ) -> None:
         """Says which parameters lie where in the flat buffers among this optimizer's parameters, so that their masks
         are those of the whole parameters. For engines that make such buffers: see ``graddrop_kernels.attach``.
@@ -336,6 +338,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 checked against them.
             last: where an engine steps the buffers of a group one after the other, by a ``step()`` for each: the last
                 buffer of every group. Its step ends the group's.
+            has_gradients: of the number of a group, whether it has gradients in this step in any process. Needed where
+                a process may have no element of a group, whose steps it would not count.
 
         Raises:
             KeyError: a tensor that is not a parameter of this optimizer.
@@ -346,6 +350,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             check_pieces(tensor, own)
         self._groups.flat.update((tensor, tuple(map(FlatPiece._make, own))) for tensor, own in pieces.items())
         self._groups.last_buffers |= frozenset(last)
+        self._groups.has_gradients = has_gradients or self._groups.has_gradients
         if shapes is not None:
             self._groups.shapes = {canonical_name(name): tuple(shape) for name, shape in shapes.items()}
         self._forget_caches()
