@@ -37,8 +37,8 @@ def set_epoch(optimizer: Optimizer, epoch: int) -> None:
 
 
 def mask_log(optimizer: Optimizer) -> dict[str, float]:
-    """What the next step masks: ``graddrop_epoch``, ``graddrop_active_fraction`` in [0, 1] of the masked groups and,
-    where a policy has one, ``graddrop_p`` in [0, 1).
+    """What the masks of the last step did: ``graddrop_epoch``, ``graddrop_active_fraction`` in [0, 1] of the masked
+    groups and, where a policy has one, ``graddrop_p`` in [0, 1). Before the first step: what they will do.
 
     Raises:
         TypeError: no FusedGradDropAdamW in ``optimizer``.

@@ -10,11 +10,11 @@ from .optimizer_of import describe_masks, unwrapped
 
 class GradDropHooks:
     """Tells every FusedGradDropAdamW of the trainer the epoch, also after a resume in mid-epoch, and logs what the
-    masks of each step do: ``graddrop_epoch``, ``graddrop_active_fraction`` and, where a policy has one, ``graddrop_p``
-    (with ``_0``, ``_1`` ... at the end where there are several such optimizers).
+    masks of each step did: ``graddrop_epoch``, ``graddrop_active_fraction`` and, where a policy has one,
+    ``graddrop_p`` (with ``_0``, ``_1`` ... at the end where there are several such optimizers).
 
     Warns where the model drops out hidden activations, which the paper turns off. Other optimizers are left alone, with
-    a warning if there is no other.
+    a warning if there is none of ours.
 
     Args:
         skip_dropped: leave out the weight gradients of the blocks that a step drops, see
@@ -55,15 +55,14 @@ class GradDropHooks:
                 self._skipping.enter_context(optimizer.skip_dropped(trainer.strategy.model))
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        """After the backward pass, which Lightning runs inside of step()."""
-        self._skipping.close()
-        found = unwrapped(optimizer)
-        if found is not None:
-            end = f"_{self._optimizers.index(found)}" if len(self._optimizers) > 1 else ""
-            pl_module.log_dict({name + end: float(value) for name, value in describe_masks(found).items()})
+        self._skipping.close()  # the backward pass is over, which Lightning runs inside of step()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self._skipping.close()  # a batch without a step, of which gradients accumulate
+        for number, optimizer in enumerate(self._optimizers):
+            end = f"_{number}" if len(self._optimizers) > 1 else ""
+            found = {name + end: float(value) for name, value in describe_masks(optimizer).items()}
+            pl_module.log_dict(found, on_step=True, on_epoch=False)
 
     def on_exception(self, trainer, pl_module, exception):
         self._skipping.close()
