@@ -6,7 +6,9 @@ import contextlib
 import copy
 import functools
 import importlib
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -670,3 +672,26 @@ def test_lora_resumes_from_its_adapter(mask, task, seed, tmp_path):
         its_optimizer.zero_grad()
         schedule.step()
     assert_same_training(model, optimizer, half, its_optimizer)
+
+
+# What the README shows.
+
+
+def test_the_readmes_lines(seed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = (Path(__file__).resolve().parents[1] / "README.md").read_text().split("## In other training loops\n")[1]
+    in_lightning, in_accelerate = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
+    module, batches = lightning_module("lightning", Tiny(), "annealed", seed), tiny_batches(seed)
+    names = {"lightning": importlib.import_module("lightning"), "epochs": EPOCHS, "module": module, "loader": batches}
+    exec(in_lightning, {**names, "loader": Batches(batches)})
+    expected, _ = without_schedule("annealed", seed, 1, lambda step: 3e-4 * (1 / (1 + step)))
+    assert all(map(torch.equal, whole_params(module.model), expected))
+    model, logs = Tiny(), []
+    accelerator = accelerator_of()
+    accelerator.log = logs.append
+    rows = [{name: value[row] for name, value in batch.items()} for batch in batches for row in range(BATCH)]
+    names |= {"accelerator": accelerator, "model": model, "optimizer": optimizer_of(model, "annealed", seed)}
+    exec(in_accelerate, {**names, "loader": torch.utils.data.DataLoader(rows, batch_size=BATCH), "loss_of": loss_of})
+    expected, _ = without_schedule("annealed", seed, 1, lambda step: 3e-4)
+    assert all(map(torch.equal, whole_params(model), expected))
+    assert [log["graddrop_p"] for log in logs] == pytest.approx([0.9, 0.4])

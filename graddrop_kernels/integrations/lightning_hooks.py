@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from typing import Any
 
 from ..optimizer import FusedGradDropAdamW
 from .activation_dropout import warn_of_activation_dropout
@@ -25,12 +26,12 @@ class GradDropHooks:
             the trainer's ``gradient_clip_val``, whose norm would lack the gradients that were left out.
     """
 
-    def __init__(self, skip_dropped: bool = False):
+    def __init__(self, skip_dropped: bool = False) -> None:
         self.skip_dropped = skip_dropped
         self._optimizers: list[FusedGradDropAdamW] = []
         self._skipping = contextlib.ExitStack()
 
-    def on_train_start(self, trainer, pl_module):
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._skipping.close()  # a training that an exception has ended
         self._optimizers = [found for found in map(unwrapped, trainer.optimizers) if found is not None]
         if not self._optimizers:
@@ -46,32 +47,32 @@ class GradDropHooks:
             warn_of_activation_dropout(pl_module, optimizer)
         self._set_epoch(trainer)  # a run resumed in mid-epoch does not begin that epoch again
 
-    def on_train_epoch_start(self, trainer, pl_module):
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._set_epoch(trainer)
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.skip_dropped:
             for optimizer in self._optimizers:
                 self._skipping.enter_context(optimizer.skip_dropped(trainer.strategy.model))
 
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         self._skipping.close()  # the backward pass is over, which Lightning runs inside of step()
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._skipping.close()  # a batch without a step, of which gradients accumulate
         for number, optimizer in enumerate(self._optimizers):
             end = f"_{number}" if len(self._optimizers) > 1 else ""
             found = {name + end: float(value) for name, value in describe_masks(optimizer).items()}
             pl_module.log_dict(found, on_step=True, on_epoch=False)
 
-    def on_exception(self, trainer, pl_module, exception):
+    def on_exception(self, trainer: Any, pl_module: Any, exception: Any) -> None:
         self._skipping.close()
 
-    def _set_epoch(self, trainer) -> None:
+    def _set_epoch(self, trainer: Any) -> None:
         for optimizer in self._optimizers:
             optimizer.set_epoch(trainer.current_epoch)
 
-    def _check_skipping(self, trainer, pl_module) -> None:
+    def _check_skipping(self, trainer: Any, pl_module: Any) -> None:
         if not pl_module.automatic_optimization:
             raise ValueError(
                 "GradDropCallback(skip_dropped=True) with automatic_optimization=False: a batch may have any number of "
