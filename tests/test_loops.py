@@ -231,26 +231,31 @@ def test_lightning_is_a_plain_loop(package, mask, accumulation, precision, task,
         assert kept["graddrop_active_fraction"] == shares_of_blocks(optimizer, 2 * steps)
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_lightning_resumes(package, task, seed, tmp_path):
-    """From the middle of epoch 0, its end, and the middle of epoch 1."""
+@pytest.mark.parametrize(
+    "package, mask, accumulation, steps_at",
+    [("lightning", "annealed", 1, {3: 3, 5: 5, 7: 7}), ("pytorch_lightning", "epoch", 2, {4: 7})],
+)
+def test_lightning_resumes(package, mask, accumulation, steps_at, task, seed, tmp_path):
+    """From the middle of epoch 0, its end, and the middle of epoch 1; ``steps_at``: {step: batches before its end}."""
     model_of, batches = task
     saving = importlib.import_module(PACKAGES[package]).callbacks.ModelCheckpoint(
         tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1, auto_insert_metric_name=False
     )
-    steps = {"lightning": (3, 5, 7), "pytorch_lightning": (8,)}[package]
-    mask = {"lightning": "annealed", "pytorch_lightning": "epoch"}[package]
-    saving._should_skip_saving_checkpoint = lambda trainer: trainer.global_step not in steps  # each has 16 MB
+    saving._should_skip_saving_checkpoint = lambda trainer: (  # each has 16 MB
+        trainer.global_step not in steps_at or trainer.global_step == saving._last_global_step_saved
+    )
     broken = lightning_module(package, model_of(seed), mask, seed)
-    trainer = lightning_trainer(package, tmp_path, [callback_of(package), saving], enable_checkpointing=True)
+    common = {"accumulate_grad_batches": accumulation}
+    trainer = lightning_trainer(package, tmp_path, [callback_of(package), saving], enable_checkpointing=True, **common)
     trainer.fit(broken, Batches(batches))
-    for step in steps:
+    a_epoch = -(-PER_EPOCH // accumulation)
+    for step, batches_before in steps_at.items():
         resumed, kept = lightning_module(package, model_of(seed + 1), mask, seed), Kept(PACKAGES[package])
-        again = lightning_trainer(package, tmp_path, [callback_of(package)], logger=kept.logger)
+        again = lightning_trainer(package, tmp_path, [callback_of(package)], logger=kept.logger, **common)
         again.fit(resumed, Batches(batches), ckpt_path=str(tmp_path / f"{step}.ckpt"))
-        assert again.global_step == EPOCHS * PER_EPOCH and resumed.losses == broken.losses[step:]
+        assert again.global_step == EPOCHS * a_epoch and resumed.losses == broken.losses[batches_before:]
         assert_same_training(resumed.model, again.optimizers[0], broken.model, trainer.optimizers[0])
-        assert kept["graddrop_epoch"] == [0] * max(PER_EPOCH - step, 0) + [1] * min(PER_EPOCH, 2 * PER_EPOCH - step)
+        assert kept["graddrop_epoch"] == [0] * max(a_epoch - step, 0) + [1] * min(a_epoch, 2 * a_epoch - step)
 
 
 def test_the_epoch_of_a_resume_is_the_trainers(seed, tmp_path):
