@@ -32,6 +32,7 @@ from graddrop_kernels.attach import (
     flat_buffer_reason,
     fsdp1_pieces,
 )
+from graddrop_kernels.integrations.accelerate import graddrop_optimizer
 from graddrop_kernels.names import canonical_name
 from graddrop_kernels.parameters import FlatPiece
 
@@ -220,7 +221,8 @@ def accelerate_ddp(policy, fsdp2=None):
         accelerator.state.fsdp_plugin = fsdp2
     model = Model()
     model, optimizer = accelerator.prepare(model, FusedGradDropAdamW(groups_of(model), **options(policy)))
-    return optimizer.optimizer, functools.partial(accelerated_step, accelerator, model, optimizer), whole(model)
+    step = functools.partial(accelerated_step, accelerator, model, optimizer)
+    return graddrop_optimizer(optimizer), step, whole(model)
 
 
 def accelerate_fsdp2(policy):
@@ -241,7 +243,9 @@ def accelerate_deepspeed(policy, stage):
     optimizer = FusedGradDropAdamW(groups_of(model, per_block=True), **options(policy))
     engine, wrapped = accelerator.prepare(model, optimizer)
     attach_deepspeed(engine)
-    return optimizer, functools.partial(accelerated_step, accelerator, engine, wrapped), deepspeed_pieces(engine)
+    found = graddrop_optimizer(wrapped)  # Accelerate's wrapper, in it DeepSpeed's, in it ours
+    assert found is optimizer, found
+    return found, functools.partial(accelerated_step, accelerator, engine, wrapped), deepspeed_pieces(engine)
 
 
 ENGINES = {

@@ -20,6 +20,7 @@ from ..blocks import Layers
 from ..groups import param_groups
 from ..optimizer import FusedGradDropAdamW
 from ..policies import GradDrop, Policy
+from .activation_dropout import warn_of_activation_dropout
 from .optimizer_of import describe_masks, unwrapped
 
 
@@ -106,15 +107,7 @@ class GradDropCallback(TrainerCallback):
                 "lack the gradients that are left out; set args.max_grad_norm=0, and clip in the optimizer: "
                 "trainer_optimizer(args, ..., max_grad_norm=..., norm_after_mask=True)"
             )
-        config = getattr(model, "config", None)
-        rates = {name: getattr(config, name, 0) for name in ("hidden_dropout_prob", "dropout", "resid_pdrop")}
-        on = {name: rate for name, rate in rates.items() if isinstance(rate, float) and rate > 0}
-        if on and any(group["mask"] is not None for group in self._optimizer.param_groups):
-            warnings.warn(
-                f"the model drops out activations ({on}) beside masked gradients; the paper turns it off: set it to 0 "
-                "in the model's config",
-                stacklevel=2,
-            )
+        warn_of_activation_dropout(model, self._optimizer)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._optimizer is not None:
