@@ -109,9 +109,9 @@ class MaskedGroups:
             self.plan(index, unit, clock),
         )  # fmt: skip
 
-    def active_fraction(self, index: int) -> float:
-        """The share of a group's elements kept at the next step: exact for blocks and fixed masks. Of sharded
-        parameters as a whole, of flat buffers what is in this process.
+    def active_fraction(self, index: int, clock: Clock | None = None) -> float:
+        """The share of a group's elements kept at a time (default: in the next step): exact for blocks and fixed masks.
+        Of sharded parameters as a whole, of flat buffers what is in this process.
         """
         plans: dict = {}
         active = total = 0
@@ -121,7 +121,7 @@ class MaskedGroups:
             for span, bits in zip(spans, words):
                 unit, numel = (record.unit, param.numel()) if span is None else (span.unit, span.numel)
                 if unit not in plans:
-                    plans[unit] = self.plan(index, unit)
+                    plans[unit] = self.plan(index, unit, clock)
                 plan = plans[unit]
                 share = plan.active_fraction
                 if plan.kind == "fixed":

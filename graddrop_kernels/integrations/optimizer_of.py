@@ -1,5 +1,7 @@
 """What every training loop's callback asks of the optimizer it is given: which one it is, and what its masks do."""
 
+from dataclasses import replace
+
 from ..optimizer import FusedGradDropAdamW
 
 
@@ -11,19 +13,21 @@ def unwrapped(optimizer) -> FusedGradDropAdamW | None:
 
 
 def describe_masks(optimizer: FusedGradDropAdamW) -> dict[str, float]:
-    """What a training log should have: epoch, share of active elements of the masked groups, p."""
-    shares = optimizer.active_fraction()
-    masked = [
-        (share, sum(param.numel() for param in group["params"]), optimizer._groups.policy(index))
-        for index, (share, group) in enumerate(zip(shares, optimizer.param_groups))
-        if group["mask"] is not None
-    ]
-    epoch = optimizer.param_groups[0]["epoch"]
-    found = {"graddrop_epoch": epoch}
-    total = sum(numel for _, numel, _ in masked)
+    """What a training log should have of the last step (before the first: of that one): epoch, share of active elements
+    of the masked groups, p.
+    """
+    optimizer._settle_skipped_steps()
+    groups, epoch = optimizer._groups, optimizer.param_groups[0]["epoch"]
+    found, active, total = {"graddrop_epoch": epoch}, 0.0, 0
+    for index, group in enumerate(optimizer.param_groups):
+        policy, clock = groups.policy(index), groups.clock(index)
+        if policy is None:
+            continue
+        last = replace(clock, completed_steps=max(clock.completed_steps - 1, 0))
+        numel = sum(param.numel() for param in group["params"])
+        active, total = active + numel * groups.active_fraction(index, last), total + numel
+        if hasattr(policy, "p"):
+            found.setdefault("graddrop_p", float(policy.p(epoch) if callable(policy.p) else policy.p))
     if total:
-        found["graddrop_active_fraction"] = sum(share * numel for share, numel, _ in masked) / total
-    rates = [policy.p for _, _, policy in masked if hasattr(policy, "p")]
-    if rates:
-        found["graddrop_p"] = float(rates[0](epoch) if callable(rates[0]) else rates[0])
+        found["graddrop_active_fraction"] = active / total
     return found
