@@ -1,7 +1,10 @@
 """The Trainer of transformers, two epochs: the bits of a plain loop over the same batches, and of an unbroken run."""
 
 import contextlib
+import re
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,6 +184,23 @@ def test_a_resumed_run_of_bfloat16_weights_with_masters(tmp_path):
         assert masters[0].dtype == torch.float32 and bits(masters[0]) == bits(masters[1]), name
 
 
+def test_the_readme(tmp_path):
+    """Its code block as it is printed, with the three names that it leaves to the reader."""
+    readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
+    section = readme.split("## In the Trainer of transformers\n")[1].split("\n## ")[0]
+    [block] = re.findall("```python\n(.*?)```", section, re.DOTALL)
+    names = {"model": model_of(), "args": arguments(tmp_path), "train_dataset": sentences()}
+    start = [bits(param) for param in names["model"].parameters()]
+    if GIVES_NO_MODEL:
+        block = block.replace("trainer_optimizer(args,", "trainer_optimizer(args, model=model,")
+    exec(block, names)
+    names["trainer"].train()
+    optimizer = optimizer_in(names["trainer"])
+    assert {group["epoch"] for group in optimizer.param_groups} == {1}
+    assert [group["mask"] is None for group in optimizer.param_groups] == [False, False, True, True]
+    assert all(bits(param) != before for param, before in zip(names["model"].parameters(), start))
+
+
 # The log.
 
 
@@ -240,7 +260,7 @@ class StopsEpochs(TrainerCallback):
 def test_epochs_that_a_callback_ends(tmp_path):
     epochs = []
     args = arguments(tmp_path, gradient_accumulation_steps=2, num_train_epochs=3)
-    callbacks = [GradDropCallback(skip_dropped=True), StopsEpochs()]
+    callbacks = [GradDropCallback(), StopsEpochs()]
     trainer = trainer_of(args, LayerGradDrop(0.5, every="epoch"), callback=callbacks)
     trainer.create_optimizer()
     trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: epochs.append(optimizer.param_groups[0]["epoch"]))
@@ -262,7 +282,7 @@ def test_a_forgotten_callback(mask, tmp_path):
     trainer_of(args, mask).train()
     with pytest.raises(RuntimeError, match=r"follows epochs.*callbacks=\[GradDropCallback\(\)\]"):
         trainer_of(args, mask, callback=[]).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-    trainer_of(arguments(tmp_path, max_steps=1), "layer", callback=[]).train()
+    trainer_of(arguments(tmp_path, max_steps=1), LayerGradDrop(0.5), callback=[]).train()
 
 
 def test_a_resume_with_another_policy(tmp_path):
@@ -288,6 +308,10 @@ def test_other_errors_and_warnings(tmp_path):
     clipping = arguments(tmp_path, max_grad_norm=1.0)
     with pytest.raises(ValueError, match=r"skip_dropped=True.*max_grad_norm=1.0.*set args.max_grad_norm=0"):
         trainer_of(clipping, "layer", skip_dropped=True).train()
+    several = SimpleNamespace(max_grad_norm=0.0, world_size=2)  # of DDP, which callbacks do not see
+    optimizer = FusedGradDropAdamW(param_groups(model_of()))
+    with pytest.raises(ValueError, match="skip_dropped=True.* with 2 processes needs FSDP2.*skip_dropped=False"):
+        GradDropCallback(skip_dropped=True).on_train_begin(several, None, None, model_of(), optimizer)
     with pytest.raises(ValueError, match="max_steps=5.*number of epochs"):
         trainer_optimizer(arguments(tmp_path, max_steps=5), GradDropEpoch)
     with pytest.warns(UserWarning, match="not a FusedGradDropAdamW.*trainer_optimizer"):

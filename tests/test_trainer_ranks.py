@@ -6,7 +6,6 @@ Both ranks see the same batches, so that the mean of their gradients is the grad
 import functools
 import importlib.util
 import itertools
-import re
 
 import pytest
 import torch
@@ -127,15 +126,3 @@ def test_training_is_that_of_one_process(wrappers, tmp_path):
             assert whole[0] == pytest.approx(expected[mask][0], rel=0, abs=most), (wrapper, mask)
             for name, param in expected[mask][1].items():
                 assert (param - whole[1][name]).abs().max() <= most, (wrapper, mask, name)
-
-
-def refusals(folder):
-    trainer = ddp(folder, "layer", skip_dropped=True)
-    with pytest.raises(ValueError) as error:
-        trainer.train()
-    return str(error.value)
-
-
-def test_dropped_blocks_cannot_be_skipped_under_ddp(tmp_path):
-    for message in run_ranks(2, refusals, tmp_path, timeout=200):
-        assert re.search("skip_dropped=True.* with 2 processes needs FSDP2.*skip_dropped=False", message)
