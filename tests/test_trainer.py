@@ -27,9 +27,11 @@ from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch, LayerG
 from graddrop_kernels.integrations.transformers import GradDropCallback, trainer_optimizer
 
 
-def plain_loop(batches, divisor, accumulation=1, mask=None, smoothing=0.0, clip=0.0, autocast=False, scaler=None,
+def plain_loop(batches, averages=False, accumulation=1, mask=None, smoothing=0.0, clip=0.0, autocast=False, scaler=None,
                broken_step=None, prepare=lambda model: model, **options):  # fmt: skip
-    """Two epochs; returns (model, optimizer, losses). ``broken_step``: of which the gradients are infinite."""
+    """Two epochs; returns (model, optimizer, losses). ``averages``: over the micro-batches of a step; ``broken_step``:
+    of which the gradients are infinite.
+    """
     model = model_of()
     called = prepare(model)
     options = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "seed": 7, **options}
@@ -48,7 +50,9 @@ def plain_loop(batches, divisor, accumulation=1, mask=None, smoothing=0.0, clip=
             outputs = called(**inputs)
         loss = LabelSmoother(smoothing)(outputs, labels) if smoothing else outputs.loss.float()
         found.append(loss.item())
-        loss = loss / divisor
+        if averages:
+            start = number % per_epoch // accumulation * accumulation
+            loss = loss / min(accumulation, per_epoch - start)
         (scaler.scale(loss) if scaler else loss).backward()
         if number % per_epoch not in ends:
             continue
@@ -69,9 +73,9 @@ def plain_loop(batches, divisor, accumulation=1, mask=None, smoothing=0.0, clip=
     return model, optimizer, found
 
 
-def divisor_of(trainer, accumulation):
+def averages(trainer):
     # Trainer leaves the average over micro-batches to models that take any keyword, whether they do it or not.
-    return 1 if trainer.model_accepts_loss_kwargs else accumulation
+    return not trainer.model_accepts_loss_kwargs
 
 
 def assert_same_training(trainer, plain, found=None):
@@ -87,7 +91,7 @@ def test_trainer_is_a_plain_loop(mask, tmp_path):
     """Six batches an epoch in steps of four: the second step of each epoch has two."""
     trainer = trainer_of(arguments(tmp_path, gradient_accumulation_steps=4), mask)
     batches, found = recorded(trainer)
-    assert_same_training(trainer, plain_loop(batches, divisor_of(trainer, 4), 4, mask), found)
+    assert_same_training(trainer, plain_loop(batches, averages(trainer), 4, mask), found)
 
 
 def inductor(model):
@@ -125,7 +129,7 @@ def test_settings_of_trainer(setting, skip_dropped, tmp_path):
     batches, found = recorded(trainer)
     assert (max(frozen) > 0) == skip_dropped and all(param.requires_grad for param in trainer.model.parameters())
     torch._dynamo.reset()
-    assert_same_training(trainer, plain_loop(batches, 1, mask="layer", **ours, **options), found)
+    assert_same_training(trainer, plain_loop(batches, mask="layer", **ours, **options), found)
     trainer.evaluate()
 
 
@@ -147,7 +151,7 @@ def test_a_gradient_scaler(fused, tmp_path):
     trainer = trained("whole", save_strategy="steps", save_steps=8)
     batches, found = recorded(trainer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
-    plain = plain_loop(batches, 1, mask="layer", scaler=scaler, broken_step=3, fused=fused)
+    plain = plain_loop(batches, mask="layer", scaler=scaler, broken_step=3, fused=fused)
     assert_same_training(trainer, plain, found)
     assert trainer.accelerator.scaler.get_scale() == scaler.get_scale() == 2.0**11
     assert {group["completed_steps"] for group in optimizer_in(trainer).state_dict()["param_groups"]} == {11}
