@@ -1,4 +1,4 @@
-"""Hugging Face Trainer (transformers 5): the optimizer that it makes, and the callback that tells it the epoch.
+"""Hugging Face Trainer: the optimizer that it makes, and the callback that tells it the epoch.
 
     trainer = Trainer(
         model, args, train_dataset=...,
@@ -11,13 +11,16 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
+from ..attach import attach_deepspeed, attach_fsdp1
 from ..blocks import Layers
 from ..groups import param_groups
+from ..layout import is_dtensor
 from ..optimizer import FusedGradDropAdamW
 from ..policies import GradDrop, Policy
 from .activation_dropout import warn_of_activation_dropout
@@ -25,12 +28,63 @@ from .optimizer_of import describe_masks, unwrapped
 
 
 class GradDropFactory:
-    """What Trainer calls for its optimizer, with the model, so that parameters have names and blocks are known."""
+    """What Trainer calls for its optimizer, with the model, so that parameters have names and blocks are known.
+
+    transformers 5 makes an instance and calls it with the model. transformers 4 makes an instance of the parameters
+    that it has grouped itself, without names, or of what is called "model" in the arguments.
+    """
+
+    def __new__(cls, model: Any = None, **arguments: Any) -> Any:
+        factory = super().__new__(cls)
+        return factory if model is None else factory(model, **arguments)
 
     def __call__(
-        self, model: nn.Module, *, weight_decay: float, exclude: Any, layers: Any, **arguments: Any
-    ) -> FusedGradDropAdamW:
-        return FusedGradDropAdamW(param_groups(model, weight_decay, exclude, layers), **arguments)
+        self, trained: Any, *, args: TrainingArguments, model: nn.Module | None = None,
+        exclude: str | Iterable[str] = (), layers: Layers | None = None, **arguments: Any,
+    ) -> FusedGradDropAdamW:  # fmt: skip
+        model = trained if model is None else model
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                "this version of transformers hands the optimizer no model, hence neither names nor blocks: "
+                "trainer_optimizer(args, ..., model=model)"
+            )
+        # DeepSpeed makes one flat tensor of a group, of which policies of blocks need one each.
+        per_block = getattr(args, "hf_deepspeed_config", None) is not None
+        groups = param_groups(model, arguments.pop("weight_decay", args.weight_decay), exclude, layers, per_block)
+        values = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        optimizer = FusedGradDropAdamW(groups, **{"seed": args.seed, **values, **arguments})
+        if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):  # FSDP1
+            attach_fsdp1(optimizer, model)
+        optimizer.register_load_state_dict_post_hook(_forget_that_epoch_was_set)
+        optimizer.register_step_pre_hook(_require_epoch)
+        return optimizer
+
+
+def _attach_to_deepspeed(optimizer: Any, model: nn.Module) -> None:
+    """``optimizer`` as Trainer shows it: Accelerate's wrapper, in it DeepSpeed's, in it ours."""
+    inner = optimizer
+    while not isinstance(inner, FusedGradDropAdamW):
+        optimizer, inner = inner, inner.optimizer
+    if type(optimizer).__module__.startswith("deepspeed."):
+        attach_deepspeed(SimpleNamespace(basic_optimizer=inner, optimizer=optimizer, module=model))
+
+
+def _forget_that_epoch_was_set(optimizer: Any) -> None:
+    """A checkpoint's epoch is where it was saved: without the callback the resumed run would stay there."""
+    for group in optimizer.param_groups:
+        group["epoch_was_set"] = False
+
+
+def _require_epoch(optimizer: Any, *_: Any) -> None:
+    if all(group["lr"] == 0 for group in optimizer.param_groups):
+        return  # torch.distributed.checkpoint makes the state by such a step, before training begins
+    for index, group in enumerate(optimizer.param_groups):
+        policy = optimizer._groups.policy(index)
+        if policy is not None and policy.follows_epochs and not group["epoch_was_set"]:
+            raise RuntimeError(
+                f"mask={policy!r} follows epochs, and nothing tells this optimizer the epoch: give the trainer "
+                "callbacks=[GradDropCallback()]"
+            )
 
 
 def trainer_optimizer(
@@ -39,6 +93,7 @@ def trainer_optimizer(
     *,
     exclude: str | Iterable[str] = (),
     layers: Layers | None = None,
+    model: nn.Module | None = None,
     **arguments: Any,
 ) -> tuple[type[GradDropFactory], dict[str, Any]]:
     """For ``Trainer(optimizer_cls_and_kwargs=...)``: FusedGradDropAdamW in the paper's scope.
@@ -49,6 +104,8 @@ def trainer_optimizer(
         mask: a policy, or a function of the number of epochs that makes one: ``GradDropEpoch``,
             ``lambda epochs: GradDrop(LinearAnneal(epochs))``.
         exclude, layers: as in ``param_groups``.
+        model: what to train, if not the trainer's model: with sentence-transformers a loss that has parameters. With
+            transformers 4, which keeps the model to itself, the trainer's model.
         arguments: others of FusedGradDropAdamW, as ``seed`` (default: ``args.seed``), ``moment_dtype``.
 
     Raises:
@@ -61,19 +118,18 @@ def trainer_optimizer(
                 "trained: give a policy with its number of epochs"
             )
         mask = mask(math.ceil(args.num_train_epochs))
-    return GradDropFactory, {
-        "lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon,
-        "weight_decay": args.weight_decay, "exclude": exclude, "layers": layers, "mask": mask, "seed": args.seed,
-        **arguments,
-    }  # fmt: skip
+    factory = {"args": args, "mask": mask, "exclude": exclude, "layers": layers, **arguments}
+    return GradDropFactory, factory if model is None else {**factory, "model": model}
 
 
 class GradDropCallback(TrainerCallback):
-    """Tells the optimizer the epoch, also after a resume in mid-epoch, and logs what its masks do: ``graddrop_epoch``,
-    ``graddrop_active_fraction`` and, where a policy has one, ``graddrop_p``.
+    """Tells the optimizer the epoch, also after a resume in mid-epoch, and logs what the masks of the last step did:
+    ``graddrop_epoch``, ``graddrop_active_fraction`` and, where a policy has one, ``graddrop_p``.
 
     Warns where the model drops out hidden activations, which the paper turns off. Works under Accelerate's and
-    DeepSpeed's wrappers of the optimizer; another optimizer is left alone, with a warning.
+    DeepSpeed's wrappers of the optimizer; tells it what DeepSpeed's flat partitions hold. Another optimizer is left
+    alone, with a warning. Trainer calls the trackers of ``args.report_to`` before its callbacks; one that shall have
+    these values comes after this callback: ``callbacks=[GradDropCallback(), TensorBoardCallback()]``.
 
     Args:
         skip_dropped: leave out the weight gradients of the blocks that a step drops, see
@@ -82,18 +138,20 @@ class GradDropCallback(TrainerCallback):
     Raises, when training begins:
         ValueError: ``skip_dropped`` with ``args.max_grad_norm``: Trainer would clip by a norm without the gradients
             that were left out. Set it to 0, and give ``trainer_optimizer`` a ``max_grad_norm`` and ``norm_after_mask``.
+            ``skip_dropped`` in several processes without FSDP2.
     """
 
     def __init__(self, skip_dropped: bool = False):
         self.skip_dropped = skip_dropped
         self._optimizer: FusedGradDropAdamW | None = None
         self._skipping: AbstractContextManager[None] | None = None
+        self._epoch: int | None = None
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         self._leave()  # a training that an exception has ended
-        self._optimizer = unwrapped(optimizer)
+        self._epoch, self._optimizer = None, unwrapped(optimizer)
         if self._optimizer is None:
             warnings.warn(
                 f"GradDropCallback: the trainer's optimizer is a {type(optimizer).__name__}, not a FusedGradDropAdamW; "
@@ -101,17 +159,32 @@ class GradDropCallback(TrainerCallback):
                 stacklevel=2,
             )
             return
-        if self.skip_dropped and args.max_grad_norm:
+        if self.skip_dropped:
+            self._check_skip_dropped(self._optimizer, args)
+        _attach_to_deepspeed(optimizer, model)
+        warn_of_activation_dropout(model, self._optimizer)
+
+    def _check_skip_dropped(self, optimizer: FusedGradDropAdamW, args: TrainingArguments) -> None:
+        if args.max_grad_norm:
             raise ValueError(
                 f"GradDropCallback(skip_dropped=True) with args.max_grad_norm={args.max_grad_norm!r}: the norm would "
                 "lack the gradients that are left out; set args.max_grad_norm=0, and clip in the optimizer: "
                 "trainer_optimizer(args, ..., max_grad_norm=..., norm_after_mask=True)"
             )
-        warn_of_activation_dropout(model, self._optimizer)
+        params = (param for group in optimizer.param_groups for param in group["params"])
+        if args.world_size > 1 and not all(map(is_dtensor, params)):
+            raise ValueError(
+                f"GradDropCallback(skip_dropped=True) with {args.world_size} processes needs FSDP2: Trainer does not "
+                "show its callbacks the wrapper that averages the gradients; use fsdp=True, or skip_dropped=False"
+            )
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._optimizer is not None:
-            self._optimizer.set_epoch(int(state.epoch))  # a run resumed in mid-epoch begins it with a fraction
+        if self._optimizer is None:
+            return
+        self._leave()  # an epoch that a callback has ended between two micro-batches
+        # state.epoch is a fraction after a resume in mid-epoch, and after an epoch that a callback has ended.
+        self._epoch = int(state.epoch) if self._epoch is None else self._epoch + 1
+        self._optimizer.set_epoch(self._epoch)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.skip_dropped and self._optimizer is not None:
