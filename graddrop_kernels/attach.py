@@ -61,13 +61,13 @@ def attach_zero(zero: "ZeroRedundancyOptimizer", model: nn.Module) -> None:
     inner.set_epoch = set_epoch
     load = zero.load_state_dict
 
-    def load_state_dict(state_dict: dict) -> None:
+    def load_state_dict(state_dict: dict[str, Any]) -> None:
         # The wrapper would take the file's policies and seed without a word.
         load(checkpoint.prepare(state_dict, zero.param_groups, strict=True))
         inner._forget_caches()
         inner._skipped_steps.clear()
 
-    zero.load_state_dict = load_state_dict
+    zero.load_state_dict = load_state_dict  # type: ignore[method-assign]
 
 
 def attach_fsdp1(optimizer: "FusedGradDropAdamW", model: nn.Module) -> None:
@@ -141,7 +141,7 @@ def attach_deepspeed(engine: Any) -> None:
     universal_checkpoint.repair_stage3_loads(zero, optimizer, groups)
 
 
-def _check_checkpoints(engine) -> None:
+def _check_checkpoints(engine: Any) -> None:
     if engine.zero_elastic_checkpoint():
         raise ValueError(
             "zero_optimization.elastic_checkpoint=True: DeepSpeed cannot load what it then saves of an AdamW; leave it "

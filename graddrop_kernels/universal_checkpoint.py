@@ -6,7 +6,8 @@ put right.
 """
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,11 +16,13 @@ from . import checkpoint
 if TYPE_CHECKING:
     from .optimizer import FusedGradDropAdamW
 
+_Found = tuple[list[dict[str, Any]], list[tuple[torch.Tensor, float]]]  # groups; flat partitions and their steps
+
 # What is said of DeepSpeed here is of 0.19, runtime/base_optimizer.py, load_hp_checkpoint_state_from_checkpoint_dir(),
 # and runtime/zero/stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3().
 
 
-def repair_loads(zero, optimizer: "FusedGradDropAdamW") -> None:
+def repair_loads(zero: Any, optimizer: "FusedGradDropAdamW") -> None:
     """Stages 1 and 2: from now on a load of a universal checkpoint leaves ``optimizer`` as its load_state_dict() would.
 
     ``zero`` is DeepSpeed's optimizer around it. Such a load raises ValueError, before anything has changed: another
@@ -27,7 +30,7 @@ def repair_loads(zero, optimizer: "FusedGradDropAdamW") -> None:
     some process has no element.
     """
 
-    def read(folder: str) -> tuple[list[dict], list]:
+    def read(folder: str) -> _Found:
         for index, group in enumerate(optimizer.param_groups):
             others = torch.distributed.get_world_size(zero.real_dp_process_group[index]) - 1
             numel = sum(param.numel() for param in zero.bit16_groups[index])
@@ -42,10 +45,12 @@ def repair_loads(zero, optimizer: "FusedGradDropAdamW") -> None:
     _around_load(zero, optimizer, read)
 
 
-def repair_stage3_loads(zero, optimizer: "FusedGradDropAdamW", flats: list[tuple[int, torch.Tensor]]) -> None:
+def repair_stage3_loads(
+    zero: Any, optimizer: "FusedGradDropAdamW", flats: list[tuple[int, torch.Tensor]]
+) -> None:
     """As ``repair_loads``; ``flats``: (parameter group, flat partition) of every partition of this process."""
 
-    def read(folder: str) -> tuple[list[dict], list]:
+    def read(folder: str) -> _Found:
         file = _file(folder)
         groups, steps = _groups_of(file, optimizer.param_groups), _steps_of(file)
         return groups, [(flat, steps[index]) for index, flat in flats]
@@ -53,11 +58,14 @@ def repair_stage3_loads(zero, optimizer: "FusedGradDropAdamW", flats: list[tuple
     _around_load(zero, optimizer, read)
 
 
-def _around_load(zero, optimizer, read) -> None:
+def _around_load(zero: Any, optimizer: "FusedGradDropAdamW", read: Callable[[str], _Found]) -> None:
     load = zero.load_state_dict
 
-    def load_state_dict(state_dict_list, load_optimizer_states=True, *args, checkpoint_folder=None, **more):
-        groups, steps = read(checkpoint_folder) if checkpoint_folder else ((), ())
+    def load_state_dict(
+        state_dict_list: Any, load_optimizer_states: bool = True, *args: Any, checkpoint_folder: str | None = None,
+        **more: Any,
+    ) -> None:  # fmt: skip
+        groups, steps = read(checkpoint_folder) if checkpoint_folder else ([], [])
         load(state_dict_list, load_optimizer_states, *args, checkpoint_folder=checkpoint_folder, **more)
         for group, values in zip(optimizer.param_groups, groups):
             params = group["params"]
@@ -71,23 +79,28 @@ def _around_load(zero, optimizer, read) -> None:
     zero.load_state_dict = load_state_dict
 
 
-def _file(folder: str) -> dict:
-    return torch.load(os.path.join(folder, "zero", "optimizer_state.pt"), map_location="cpu", weights_only=False)
+def _file(folder: str) -> dict[str, Any]:
+    path = os.path.join(folder, "zero", "optimizer_state.pt")
+    file: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+    return file
 
 
-def _groups_of(file: dict, groups: list[dict]) -> list[dict]:
+def _groups_of(file: dict[str, Any], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The values of each group: the file's, ours where they describe the model."""
     if any(group["amsgrad"] for group in groups):
         raise ValueError(
             "amsgrad=True: DeepSpeed's universal checkpoints have no max_exp_avg_sq, which would begin again from 0; "
             "go on with as many ranks as the checkpoint is of, or train without amsgrad"
         )
-    return checkpoint.prepare({"state": {}, "param_groups": file["param_groups"]}, groups, strict=True)["param_groups"]
+    found = {"state": {}, "param_groups": file["param_groups"]}
+    values: list[dict[str, Any]] = checkpoint.prepare(found, groups, strict=True)["param_groups"]
+    return values
 
 
-def _steps_of(file: dict) -> list[float]:
+def _steps_of(file: dict[str, Any]) -> list[float]:
     """The steps that the parameters of each group have made."""
-    states, steps = file["optimizer_state_dict"]["state"], []
+    states = file["optimizer_state_dict"]["state"]
+    steps: list[float] = []
     for index, group in enumerate(file["param_groups"]):
         found = {float(states[number]["step"]) for number in group["params"]}
         if len(found) != 1:
