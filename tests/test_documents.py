@@ -8,6 +8,7 @@ import io
 import re
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 
 import page_names
 import pytest
@@ -147,6 +148,26 @@ def test_every_page_is_linked_from_the_readme():
     assert {page for page in PAGES if page != "README.md"} <= linked
 
 
+def test_the_sources_include_what_csrc_says():
+    rows = re.findall(r"^\| (`.+`) \|.*\| (.+) \|$", text_of("csrc/README.md"), re.MULTILINE)
+    table = [(re.findall(r"`([^`]+)`", files), re.findall(r"`([^`]+)`", may)) for files, may in rows]
+    sources = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cpp", ".cu")]
+    for path in sources:
+        name = str(path.relative_to(ROOT / "csrc"))
+        (allowed,) = [may for files, may in table if any(fnmatchcase(name, pattern) for pattern in files)]
+        for header in re.findall(r'#include "(.+)"', path.read_text()):
+            included = str((path.parent / header).resolve().relative_to(ROOT / "csrc"))
+            assert any(fnmatchcase(included, pattern) for pattern in allowed), f"{name} includes {included}"
+    assert len(sources) > 20
+
+
+def test_every_benchmark_has_its_command():
+    scripts = [path.name for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()]
+    assert len(scripts) > 10
+    commands = " ".join(commands_of("benchmarks/README.md"))
+    assert [name for name in scripts if f"benchmarks/{name}" not in commands] == []
+
+
 # Pictures and `make docs`.
 
 
@@ -186,6 +207,36 @@ def test_the_site_is_whole(site):
 @pytest.mark.parametrize("name", graddrop_kernels.__all__)
 def test_every_public_name_is_in_the_reference(site, name):
     assert f'id="{name}"' in (site / "api/graddrop_kernels.html").read_text()
+
+
+# Docstrings.
+
+
+def documented() -> dict[str, object]:
+    """The public classes, functions and methods that are ours, by name."""
+    found = {name: getattr(graddrop_kernels, name) for name in graddrop_kernels.__all__}
+    methods = vars(graddrop_kernels.FusedGradDropAdamW)
+    inherited = vars(torch.optim.AdamW).keys() | vars(torch.optim.Optimizer).keys()
+    found |= {name: each for name, each in methods.items() if name[0] != "_" and name not in inherited}
+    integration = importlib.import_module("graddrop_kernels.integrations.transformers")
+    return found | {name: getattr(integration, name) for name in ("trainer_optimizer", "GradDropCallback")}
+
+
+def own_source(public) -> str:
+    """Of a class what runs when one is made."""
+    if inspect.isclass(public):
+        public = vars(public).get("__post_init__") or public.__init__
+    return inspect.getsource(inspect.unwrap(public)) if hasattr(public, "__code__") else ""
+
+
+@pytest.mark.parametrize("name", documented())
+def test_docstrings_say_what_goes_in_and_what_is_raised(name):
+    public = documented()[name]
+    sections = re.findall(r"^ *(Args|Returns|Raises|Example):$", public.__doc__, re.MULTILINE)
+    arguments = set(inspect.signature(public).parameters) - {"self"}
+    assert not arguments or "Args" in sections or len(public.__doc__) < 120, "no section Args"
+    assert "raise " not in own_source(public) or "Raises" in sections, "no section Raises"
+    assert "Raises, " not in public.__doc__, "pdoc does not know this heading"
 
 
 # docs/troubleshooting.md.
