@@ -26,9 +26,15 @@ def batches():
     return [[(torch.randint(50, (4, 6)), torch.randint(3, (4,))) for _ in range(2)] for _ in range(2)]
 
 
+def loader(batches):
+    return torch.utils.data.DataLoader([micro_batch for batch in batches for micro_batch in batch], batch_size=None)
+
+
 def loss_of(model):
-    def loss(micro_batch):
-        ids, labels = micro_batch
+    """Of a micro-batch; a model before it, as some examples have it, is this one, wrapped."""
+
+    def loss(*arguments):
+        ids, labels = arguments[-1]
         hidden = model["encoder"](model["embeddings"](ids))
         return torch.nn.functional.cross_entropy(model["head"](hidden.mean(1)), labels)
 
@@ -45,6 +51,33 @@ def optimizer(model):
 
 def scaler():
     return torch.amp.GradScaler("cpu")
+
+
+def accelerator():
+    import accelerate
+
+    return accelerate.Accelerator(cpu=True)
+
+
+def lightning():
+    import lightning
+
+    return lightning
+
+
+def module(model, loss_of, lightning):
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def training_step(self, micro_batch, _):
+            return loss_of(micro_batch)
+
+        def configure_optimizers(self):
+            return FusedGradDropAdamW(param_groups(self.model), lr=1e-3)
+
+    return Module()
 
 
 def Trainer():  # noqa: N802
