@@ -22,6 +22,7 @@ docs: $(VENV)/ready
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/bandwidth.py

@@ -1,9 +1,11 @@
 """What every training loop's callback asks of the optimizer it is given: which one it is, and what its masks do."""
 
+from typing import Any
+
 from ..optimizer import FusedGradDropAdamW
 
 
-def unwrapped(optimizer) -> FusedGradDropAdamW | None:
+def unwrapped(optimizer: Any) -> FusedGradDropAdamW | None:
     """The FusedGradDropAdamW in a wrapper (Accelerate's, DeepSpeed's, one in the other); None if there is none."""
     while optimizer is not None and not isinstance(optimizer, FusedGradDropAdamW):
         optimizer = getattr(optimizer, "optimizer", None)
@@ -23,7 +25,7 @@ def describe_masks(optimizer: FusedGradDropAdamW) -> dict[str, float]:
     total = sum(numel for _, numel, _ in masked)
     if total:
         found["graddrop_active_fraction"] = sum(share * numel for share, numel, _ in masked) / total
-    rates = [policy.p for _, _, policy in masked if hasattr(policy, "p")]
+    rates = [policy.p for _, _, policy in masked if policy is not None and hasattr(policy, "p")]
     if rates:
         found["graddrop_p"] = float(rates[0](epoch) if callable(rates[0]) else rates[0])
     return found

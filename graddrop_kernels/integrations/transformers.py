@@ -9,12 +9,14 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
+from ..blocks import Layers
 from ..groups import param_groups
 from ..optimizer import FusedGradDropAdamW
 from ..policies import GradDrop, Policy
@@ -24,7 +26,9 @@ from .optimizer_of import describe_masks, unwrapped
 class GradDropFactory:
     """What Trainer calls for its optimizer, with the model, so that parameters have names and blocks are known."""
 
-    def __call__(self, model: nn.Module, *, weight_decay: float, exclude, layers, **arguments) -> FusedGradDropAdamW:
+    def __call__(
+        self, model: nn.Module, *, weight_decay: float, exclude: Any, layers: Any, **arguments: Any
+    ) -> FusedGradDropAdamW:
         return FusedGradDropAdamW(param_groups(model, weight_decay, exclude, layers), **arguments)
 
 
@@ -32,10 +36,10 @@ def trainer_optimizer(
     args: TrainingArguments,
     mask: Policy | Callable[[int], Policy] | None = GradDrop(),  # noqa: B008 (immutable)
     *,
-    exclude=(),
-    layers=None,
-    **arguments,
-) -> tuple[type[GradDropFactory], dict]:
+    exclude: str | Iterable[str] = (),
+    layers: Layers | None = None,
+    **arguments: Any,
+) -> tuple[type[GradDropFactory], dict[str, Any]]:
     """For ``Trainer(optimizer_cls_and_kwargs=...)``: FusedGradDropAdamW in the paper's scope.
 
     Args:
@@ -86,9 +90,11 @@ class GradDropCallback(TrainerCallback):
     def __init__(self, skip_dropped: bool = False):
         self.skip_dropped = skip_dropped
         self._optimizer: FusedGradDropAdamW | None = None
-        self._skipping: AbstractContextManager | None = None
+        self._skipping: AbstractContextManager[None] | None = None
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         self._leave()  # a training that an exception has ended
         self._optimizer = unwrapped(optimizer)
         if self._optimizer is None:
@@ -114,16 +120,16 @@ class GradDropCallback(TrainerCallback):
                 stacklevel=2,
             )
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._optimizer is not None:
             self._optimizer.set_epoch(int(state.epoch))  # a run resumed in mid-epoch begins it with a fraction
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.skip_dropped and self._optimizer is not None:
             self._skipping = self._optimizer.skip_dropped()
             self._skipping.__enter__()
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._leave()
 
     def _leave(self) -> None:
@@ -131,7 +137,9 @@ class GradDropCallback(TrainerCallback):
             self._skipping.__exit__(None, None, None)
             self._skipping = None
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         if logs is None or self._optimizer is None or "loss" not in logs:
             return
         found = describe_masks(self._optimizer)
