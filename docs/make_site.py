@@ -19,8 +19,8 @@ from pdoc.render_helpers import to_html
 from graddrop_kernels import integrations
 
 ROOT = Path(__file__).resolve().parents[1]
-_GUIDES = sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))
-PAGES = ("README.md", "csrc/README.md", "benchmarks/README.md", *_GUIDES)
+_PATHS = [*ROOT.glob("[!.]*/README.md"), *ROOT.glob("docs/*.md")]
+PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in _PATHS))
 STYLE = (
     "body { font: 15px/1.5 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em } img { max-width: 100% }"
     "pre, code { background: #f3f3f3 } pre { padding: .7em; overflow: auto } table { border-collapse: collapse }"

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-_GUIDES = sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))
-PAGES = ("README.md", "csrc/README.md", "benchmarks/README.md", *_GUIDES)
+_PATHS = [*ROOT.glob("[!.]*/README.md"), *ROOT.glob("docs/*.md")]
+PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in _PATHS))
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _MARKER = re.compile(r"<!-- runs: (\S+?)::(\w+) -->\s*\Z")
-_INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:python3?|make|pip|pytest) [^`]+)`")
+_INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:[\w./]+/)?(?:python3?|make|pip|pytest) [^`]+)`")
 
 
 @dataclass(frozen=True)
