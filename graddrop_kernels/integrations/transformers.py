@@ -108,6 +108,9 @@ def trainer_optimizer(
             transformers 4, which keeps the model to itself, the trainer's model.
         arguments: others of FusedGradDropAdamW, as ``seed`` (default: ``args.seed``), ``moment_dtype``.
 
+    Returns:
+        What Trainer calls with the model, and the keyword arguments that it adds.
+
     Raises:
         ValueError: a function for ``mask``, and ``args.max_steps`` instead of a number of epochs.
     """
@@ -135,10 +138,10 @@ class GradDropCallback(TrainerCallback):
         skip_dropped: leave out the weight gradients of the blocks that a step drops, see
             ``FusedGradDropAdamW.skip_dropped``. In one process or under FSDP2.
 
-    Raises, when training begins:
-        ValueError: ``skip_dropped`` with ``args.max_grad_norm``: Trainer would clip by a norm without the gradients
-            that were left out. Set it to 0, and give ``trainer_optimizer`` a ``max_grad_norm`` and ``norm_after_mask``.
-            ``skip_dropped`` in several processes without FSDP2.
+    Raises:
+        ValueError: when training begins, ``skip_dropped`` with ``args.max_grad_norm``: Trainer would clip by a norm
+            without the gradients that were left out (set it to 0, and give ``trainer_optimizer`` a ``max_grad_norm``
+            and ``norm_after_mask``); ``skip_dropped`` in several processes without FSDP2.
     """
 
     def __init__(self, skip_dropped: bool = False):
