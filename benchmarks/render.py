@@ -14,6 +14,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import render_compatibility
 import render_contract
 import render_gpu
 from markdown_table import markdown, number
@@ -303,8 +304,10 @@ def render(text: str, found: dict) -> str:
     marked = re.compile(f"({OPEN}).*?({CLOSE})", re.DOTALL)
 
     def made(match: re.Match) -> str:
-        static = match[2] == render_contract.NAME
-        return render_contract.section(RESULTS) if static else section(match[2], match[3], found)
+        for static in (render_contract, render_compatibility):
+            if match[2] == static.NAME:
+                return static.section(RESULTS)
+        return section(match[2], match[3], found)
 
     return marked.sub(lambda match: match[1] + made(match) + match[4], text)
 
