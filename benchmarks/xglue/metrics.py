@@ -78,8 +78,9 @@ def label_scores(task: Task, gold: Sequence[str], predicted: Sequence[str]) -> d
 def chunks(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     """(type, first, last) of the chunks, by the rules of seqeval before 1.0.
 
-    They look at a tag's first letter, and at its type, which is what follows the last "-", or all of it. A chunk ends before: anything, after S or E; B, S or O, after B or I; another type, after anything but O and ".".
-    It begins with: B or S; E or I, after O, S or E; another type, unless the tag is O or ".".
+    They look at a tag's first letter, and at its type: what follows the last "-", or all of it. A chunk ends before
+    anything after S or E; before B, S or O after B or I; before another type after anything but O and ".". It begins
+    with B or S; with E or I after O, S or E; with another type, unless the tag is O or ".".
     """
     found, begin = set(), 0
     before, before_type = "O", ""
