@@ -1,7 +1,7 @@
 """Examples of the official tasks from Hugging Face ``datasets``, whose XGLUE has other names of fields and labels.
 
 Not run against the hub, which could not be reached: field names, labels and splits are those of the loader's source.
-Questions of MLQA have no id there, so their guids are numbers: prediction files are then not for the official evaluator.
+Questions of MLQA have no id there, so their guids are numbers: the official evaluator cannot read such predictions.
 The hub's POS may lack Portuguese.
 """
 

@@ -1,7 +1,7 @@
 """Examples from the official folder ``xglue_full_dataset``.
 
-Files and columns as microsoft/XGLUE's Data_Format.txt, its evaluator and Unicoder's readers have them. Of XNLI there are
-two layouts: {language}.dev and .test (premise, hypothesis, label), and xnli.dev.tsv and xnli.test.tsv for all languages.
+Files and columns as microsoft/XGLUE's Data_Format.txt, its evaluator and Unicoder's readers have them. XNLI has two
+layouts: {language}.dev and .test (premise, hypothesis, label), and xnli.dev.tsv and xnli.test.tsv for all languages.
 """
 
 import json

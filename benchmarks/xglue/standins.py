@@ -1,4 +1,4 @@
-"""Tasks whose data may be passed on, from the archives in benchmarks/xglue/data (sources and licences: LICENSES.md there).
+"""Tasks whose data may be passed on, from the archives in benchmarks/xglue/data (sources, licences: LICENSES.md there).
 
 - sib200: the topic of a sentence, as NC. The splits are SIB-200's own; sentences are parallel in 22 languages.
 - ud-pos: the official POS task itself, rebuilt from Universal Dependencies 2.5, in nine of its 18 languages, as far as
