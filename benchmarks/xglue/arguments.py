@@ -7,6 +7,7 @@ from graddrop_kernels.demo.methods import METHODS
 
 from .settings import LARGE, SELECTIONS, SMALL, TINY, Settings, settings_for
 from .tasks import TASKS
+from .titles import TITLES
 
 DESCRIPTION = """\
 The GradDrop paper's experiments: fine-tune a multilingual encoder on English with each of its methods, test it in every
@@ -71,7 +72,7 @@ def _running(parser) -> None:
     add("--device", choices=("cpu",), help="(default: a GPU if there is one)")
     add("--threads", type=int, help="of PyTorch, in each process (default: the cores shared out)")
     add("--eval-batch-size", type=int, default=64, help="of a process (default: %(default)s)")
-    add("--no-checkpoints", action="store_true", help="a killed run starts anew; saves the disk what short runs need not")
+    add("--no-checkpoints", action="store_true", help="a killed run starts anew; less to write for short runs")
     add("--deterministic", action="store_true", help="on a GPU: the same bits again, at some cost in time")
 
 
@@ -136,6 +137,4 @@ def seeds_of(words: list[str]) -> tuple[int, ...]:
 
 def methods_of(words: list[str]) -> tuple[str, ...]:
     """The methods, or all eleven for "all"."""
-    from .methods import TITLES
-
     return tuple(TITLES) if words == ["all"] else tuple(dict.fromkeys(words))

@@ -39,6 +39,16 @@ class Source:
         return model
 
 
+def check(name: str) -> None:
+    """Raises what ``load`` raises where there is no such model, without loading it."""
+    if name == SMALL:
+        e5_small.path()
+    elif name != TINY:
+        from transformers import AutoConfig
+
+        AutoConfig.from_pretrained(name)
+
+
 def load(name: str, task: Task, texts: list[str]) -> Source:
     """The encoder called ``name``, with the head that the task's kind needs.
 

