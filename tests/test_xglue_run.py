@@ -65,7 +65,7 @@ def test_a_run_of_each_kind(task, method, seed, tmp_path):
     assert expected is None or shares == pytest.approx([expected] * len(shares), abs=1e-3)
     if method == "gradfreeze-topdown":
         assert shares[0] == pytest.approx(1 / 3, abs=0.01) and shares[-1] == 1
-    assert result["parameters"]["masked"] == 3 * 12_704  # blocks: 4 x 32 x 32 and 2 x 32 x 64 weights, biases, 2 norms
+    assert result["parameters"]["masked"] == 3 * 8_544  # blocks: 4 x 32 x 32 and 2 x 32 x 64 weights, biases, 2 norms
     assert not (tmp_path / settings.file).with_suffix(".checkpoints").exists()
     assert result["settings"]["seed"] == settings.seed and result["commit"] is None or len(result["commit"]) >= 40
 
@@ -82,11 +82,11 @@ def test_the_epoch_of_the_best_dev_score_is_the_one_tested(tmp_path):
 
 def test_best_epoch():
     dev = lambda *pairs: [{"en": {"official": en}, "de": {"official": de}} for en, de in pairs]
-    assert best_epoch(dev((0.5, 0.5), (0.7, 0.5), (0.4, 0.8))) == 2  # .5 .6 .6: the first of equal ones
+    assert best_epoch(dev((0.5, 0.5), (0.75, 0.5), (0.25, 1.0))) == 2  # the first of equal means
 
 
 def test_same_seed_same_head_and_batches_for_every_method(tmp_path):
-    results = [run(tiny(method=method, seed=3, epochs=1), tmp_path) for method in ("sft", "layer-graddrop")]
+    results = [run(tiny(method=method, seed=3, epochs=1), tmp_path) for method in ("sft", "graddrop")]
     # The first step's loss is of the weights before it: equal if head and batch are.
     assert results[0]["losses"][0] == results[1]["losses"][0]
     assert results[0]["weights_sha256"] != results[1]["weights_sha256"]
@@ -217,8 +217,8 @@ def test_the_small_model_is_cut_as_its_own_tokenizer_does():
     from graddrop_kernels.demo import e5_small
 
     texts = [
-        "query: The ﬁrst  ①  test…", "query: Straße № 5 – ½", "query: 你好，世界！", "query: ｱｲｳ ＡＢＣ", "query: नमस्ते दुनिया", "query: مرحبا ﷲ",
-        "query: สวัสดี ครับ",
+        "query: The ﬁrst  ①  test…", "query: Straße № 5 – ½", "query: 你好，世界！", "query: ｱｲｳ ＡＢＣ",
+        "query: नमस्ते दुनिया", "query: مرحبا ﷲ", "query: สวัสดี ครับ",
     ]  # fmt: skip
     body, own = e5_small.load(texts)
     fast = fast_tokenizer(own, texts, 512)
