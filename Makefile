@@ -4,7 +4,7 @@ VENV ?= .venv
 ARGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test deepspeed lint bench gpu clean
+.PHONY: demo test study deepspeed lint bench gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m graddrop_kernels.demo $(ARGS)
@@ -15,6 +15,11 @@ test: $(VENV)/ready
 # DeepSpeed beside the other packages, without which its tests are skipped. Its build asks the torch that is there.
 deepspeed: $(VENV)/ready
 	DS_BUILD_OPS=0 $(BIN)/pip install --no-build-isolation -c constraints.txt deepspeed
+
+# The table of benchmarks/xglue/studies/small.json from nothing; STUDY=stand-ins takes another.
+STUDY ?= small
+study: $(VENV)/ready
+	$(BIN)/python -m benchmarks.xglue study $(STUDY) $(ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
