@@ -171,6 +171,18 @@ def test_answers_are_found_in_every_window(tokenizer, seed):
     assert seen - {-1} >= {i for i, c in enumerate(examples[0].context) if c != " "}
 
 
+def test_an_answer_may_begin_and_end_inside_of_a_word(tokenizer, seed):
+    """As in scripts without spaces, where the sub-word before an answer ends at its first character."""
+    rng = random.Random(seed)
+    examples = []
+    for number in range(20):
+        context = "".join(rng.choices("abcdefgh", k=60))
+        start = rng.randrange(1, 50)
+        examples.append(SpanExample(str(number), "?", context, ((context[start : start + 7], start),)))
+    predicted = predict(MLQA, examples, tokenizer, max_length=40, stride=12)
+    assert predicted == {example.guid: example.answers[0][0] for example in examples}
+
+
 def test_an_answer_longer_than_the_limit_is_not_found(tokenizer):
     answer = " ".join(["words"] * 12)
     example = SpanExample("q", "?", f"before {answer} after", ((answer, 7),))

@@ -10,11 +10,11 @@ import tarfile
 from pathlib import Path
 
 
-def pack(files: dict[str, bytes]) -> bytes:
-    """{name: contents} as a .tar.gz, sorted by name, without times, owners and modes."""
+def pack(files: dict[str, bytes], level: int = 9) -> bytes:
+    """{name: contents} as a .tar.gz, sorted by name, without times, owners and modes. level: zlib's, 0 to 9."""
     packed = io.BytesIO()
     with (
-        gzip.GzipFile(filename="", mode="wb", compresslevel=9, fileobj=packed, mtime=0) as compressed,
+        gzip.GzipFile(filename="", mode="wb", compresslevel=level, fileobj=packed, mtime=0) as compressed,
         tarfile.open(fileobj=compressed, mode="w", format=tarfile.USTAR_FORMAT) as archive,
     ):
         for name in sorted(files):

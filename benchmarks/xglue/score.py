@@ -45,15 +45,3 @@ def _score_task(folder: str | Path, name: str, split: str, root: str | Path | No
         scores[language] = metrics.score(task, language, examples, predicted)
     keys = next(iter(scores.values()))
     return {**scores, "avg": {key: sum(own[key] for own in scores.values()) / len(scores) for key in keys}}
-
-
-def table(scores: Scores) -> str:
-    """A Markdown table of each task: languages down, the official score and those beside it across, in percent."""
-    blocks = []
-    for name, rows in scores.items():
-        keys = list(rows["avg"])
-        block = [f"| {name} | " + " | ".join(keys) + " |", "| --- |" + " ---: |" * len(keys)]
-        for language, row in rows.items():
-            block.append(f"| {language} | " + " | ".join(f"{100 * row[key]:.2f}" for key in keys) + " |")
-        blocks.append("\n".join(block))
-    return "\n\n".join(blocks)
