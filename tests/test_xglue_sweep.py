@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from benchmarks.xglue import study, sweep  # noqa: E402
+from benchmarks.xglue import run, study  # noqa: E402
 from benchmarks.xglue.__main__ import main  # noqa: E402
 from benchmarks.xglue.arguments import methods_of, seeds_of  # noqa: E402
 from benchmarks.xglue.claims import claim  # noqa: E402
@@ -55,7 +55,7 @@ def counted(monkeypatch):
         runs.append(settings)
         pretend(results, settings, 0.6 if (settings.lr == 2e-3) is (settings.method == "graddrop") else 0.5)
 
-    monkeypatch.setattr(sweep, "run_one", run_one)
+    monkeypatch.setattr(run, "run_one", run_one)
     return runs
 
 
@@ -86,14 +86,14 @@ def test_stopped_at_any_run_it_goes_on_there(counted, tmp_path):
 
 def test_a_failed_run_loses_nothing_else_and_is_tried_again_by_the_next_sweep(counted, tmp_path, monkeypatch, capsys):
     bad = replace(plan().base, method="graddrop", seed=1, lr=1e-3)
-    fine, broken = sweep.run_one, [True]
+    fine, broken = run.run_one, [True]
 
     def run_one(settings, results, **options):
         if settings == bad and broken:
             raise RuntimeError("out of memory, say")
         fine(settings, results, **options)
 
-    monkeypatch.setattr(sweep, "run_one", run_one)
+    monkeypatch.setattr(run, "run_one", run_one)
     assert work(plan(), tmp_path, OPTIONS) == [bad]
     assert len(counted) == 8  # 7 of the grid, sft's third seed; graddrop has no rate yet
     failure = (tmp_path / bad.file).with_suffix(".failed.txt")

@@ -27,8 +27,8 @@ def report(results: Path, output: Path) -> None:
     page = Page(output, "GradDrop: zero-shot transfer after fine-tuning on English")
     page.text(
         "Scores are percent. ± is the standard deviation over seeds. **Bold** is the best mean of a column, † the "
-        f"second best, {MISSING} a missing one. Avg. is the mean over all languages, as XGLUE has it; zero-shot is that "
-        "without English, which was trained on."
+        f"second best, {MISSING} a missing one. Avg. is the mean over all languages, as XGLUE has it; zero-shot is "
+        "that without English, which was trained on."
     )
     for group in groups:
         _task(page, group, _methods(group, groups))

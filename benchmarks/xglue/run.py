@@ -49,12 +49,13 @@ def run_one(
         ValueError, FileNotFoundError: nothing was run: settings, data or model cannot be used.
     """
     path = results / settings.file
+    folder = path.with_suffix(".checkpoints")
     if path.is_file():
+        shutil.rmtree(folder, ignore_errors=True)  # killed between the last two lines of this function
         return read(path)
     check_devices(settings, device)
     policy = policy_of(settings)
     prepared = prepare(settings, root)
-    folder = path.with_suffix(".checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     resumed = last_checkpoint(folder) if checkpoints else None

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from .choice import best_lr, english_dev
 from .claims import claim
 from .results import read
-from .run import run_one
 from .settings import Settings, check
 
 POLL = 0.5  # seconds between looks at the folder
+_CHOSEN: dict[tuple, float] = {}  # (plan, method, folder): learning rate, so that the grid is read once
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ class Plan:
         """The method's learning rate; None while its part of the grid is not done."""
         if len(self.lrs) == 1:
             return self.lrs[0]
+        if (self, method, results) in _CHOSEN:
+            return _CHOSEN[self, method, results]
         scores: dict[float, dict[int, float]] = {}
         for settings in self.tuning():
             if settings.method == method:
@@ -80,7 +82,8 @@ class Plan:
                 if not path.is_file():
                     return None
                 scores.setdefault(settings.lr, {})[settings.seed] = english_dev(read(path))
-        return best_lr(scores)[0]
+        _CHOSEN[self, method, results] = best_lr(scores)[0]
+        return _CHOSEN[self, method, results]
 
 
 def work(
@@ -118,6 +121,8 @@ def _attempt(settings: Settings, results: Path, options: dict) -> bool:
             return True
         failure = _failure(path)
         try:
+            from .run import run_one  # only in workers: transformers' Trainer takes seconds to import
+
             run_one(settings, results, **options)
             failure.unlink(missing_ok=True)
         except Exception:

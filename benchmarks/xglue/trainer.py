@@ -17,7 +17,7 @@ from graddrop_kernels.integrations.transformers import GradDropCallback
 
 from . import features, metrics, weights
 from .batches import LengthBuckets
-from .methods import optimizer_of
+from .optimizer import optimizer_of
 from .prepare import Prepared, Split
 from .settings import Settings
 
