@@ -4,7 +4,7 @@ VENV ?= .venv
 ARGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test wheel-test deepspeed docs lint bench gpu clean
+.PHONY: demo test study wheel-test deepspeed docs lint bench gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m graddrop_kernels.demo $(ARGS)
@@ -26,6 +26,11 @@ deepspeed: $(VENV)/ready
 # Pictures, reference and pages, into site/.
 docs: $(VENV)/ready
 	$(BIN)/python docs/make_site.py
+
+# The table of benchmarks/xglue/studies/small.json from nothing; STUDY=stand-ins takes another.
+STUDY ?= small
+study: $(VENV)/ready
+	$(BIN)/python -m benchmarks.xglue study $(STUDY) $(ARGS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

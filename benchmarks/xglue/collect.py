@@ -1,0 +1,114 @@
+"""The results of a folder, in order: by configuration, method and seed, each method at its learning rate."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import statistics
+from .choice import best_lr, english_dev
+from .results import read
+from .settings import VARIED
+from .tasks import TASKS, Task
+from .titles import TITLES
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A method's runs at the rate that was chosen for it. results: by seed; tuning: the seeds that the rate was chosen
+    by, none where it was given; rates: those there were."""
+
+    method: str
+    lr: float
+    rates: tuple[float, ...]
+    tuning: tuple[int, ...]
+    results: dict[int, dict]
+
+    def scores(self, column: str) -> dict[int, float]:
+        """{seed: test score in percent} of a language, of the mean over all ("avg") or all but English ("zero")."""
+        found = {}
+        for seed, result in self.results.items():
+            own = {language: 100 * score["official"] for language, score in test_scores(result).items()}
+            others = [value for language, value in own.items() if language != "en"]
+            if column == "avg":
+                found[seed] = statistics.mean(list(own.values()))
+            elif column == "zero" and others:
+                found[seed] = statistics.mean(others)
+            elif column in own:
+                found[seed] = own[column]
+        return found
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but method, seed and learning rate: one table. name: unique among the groups."""
+
+    name: str
+    configuration: dict
+    runs: dict[str, Runs]
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.configuration["task"]]
+
+    @property
+    def languages(self) -> list[str]:
+        return list(self.configuration["languages"])
+
+    @property
+    def result(self) -> dict:
+        """Any one of them, for what they have in common."""
+        return next(iter(next(iter(self.runs.values())).results.values()))
+
+    def results(self) -> list[dict]:
+        """All that are in the table."""
+        return [result for runs in self.runs.values() for result in runs.results.values()]
+
+
+def test_scores(result: dict) -> dict[str, dict[str, float]]:
+    """{language: scores} of the best epoch."""
+    return result["test"][str(result["best_epoch"])]
+
+
+def collect(folder: Path) -> list[Group]:
+    """The groups of all results below ``folder``, official tasks first, in the order of tasks.TASKS.
+
+    Raises:
+        FileNotFoundError: no result there.
+        ValueError: a file that is not a result.
+    """
+    found: dict[str, list[dict]] = {}
+    # Results alone lie two folders deep, task and configuration.
+    for path in sorted(Path(folder).glob("*/*/*-lr*-seed*.json")):
+        result = read(path)
+        configuration = {name: value for name, value in result["settings"].items() if name not in VARIED}
+        found.setdefault(json.dumps(configuration, sort_keys=True), []).append(result)
+    if not found:
+        raise FileNotFoundError(f"no results in {folder}: expected TASK/CONFIGURATION/METHOD-lr...-seed....json")
+    order = list(TASKS)
+    keys = sorted(found, key=lambda key: order.index(json.loads(key)["task"]))
+    pairs = [(json.loads(key)["task"], json.loads(key)["model"]) for key in keys]
+    groups = []
+    for place, (key, pair) in enumerate(zip(keys, pairs)):
+        several = pairs.count(pair) > 1
+        name = f"{pair[0]}-{pairs[: place + 1].count(pair)}" if several else pair[0]
+        models = {model for task, model in pairs if task == pair[0]}
+        name = f"{name}-{Path(pair[1]).name}" if len(models) > 1 else name
+        groups.append(Group(name, json.loads(key), _by_method(found[key])))
+    return groups
+
+
+def _by_method(results: list[dict]) -> dict[str, Runs]:
+    by_method: dict[str, dict[float, dict[int, dict]]] = {}
+    for result in results:
+        settings = result["settings"]
+        by_method.setdefault(settings["method"], {}).setdefault(settings["lr"], {})[settings["seed"]] = result
+    return {method: _chosen(method, by_method[method]) for method in TITLES if method in by_method}
+
+
+def _chosen(method: str, by_lr: dict[float, dict[int, dict]]) -> Runs:
+    scores = {lr: {seed: english_dev(result) for seed, result in own.items()} for lr, own in by_lr.items()}
+    try:
+        lr, tuning = best_lr(scores)
+    except ValueError:  # rates that cannot be compared, of several sweeps: the one with the most runs
+        lr, tuning = max(by_lr, key=lambda rate: (len(by_lr[rate]), -rate)), []
+    return Runs(method, lr, tuple(sorted(by_lr)), tuple(tuning), dict(sorted(by_lr[lr].items())))

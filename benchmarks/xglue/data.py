@@ -1,0 +1,34 @@
+"""The examples of a task, from wherever they are."""
+
+from pathlib import Path
+
+from . import hub, official, standins
+from .examples import Example
+from .tasks import TASKS, Task
+
+
+def load(task: Task, language: str, split: str, root: str | Path | None = None) -> list[Example]:
+    """Examples in the order of the file.
+
+    Args:
+        task: one of tasks.TASKS.
+        language: one of task.languages; "train" has English only.
+        split: "train", "dev" or "test".
+        root: for official tasks the folder ``xglue_full_dataset``; or "hub" for Hugging Face ``datasets``, "hub:NAME"
+            for a copy of it there or in a folder. Stand-ins need none.
+
+    Raises:
+        ValueError: an unknown language or split; an official task without a root; what the loaders raise.
+        FileNotFoundError: a file is missing; says where it is expected.
+    """
+    if not task.official:
+        return standins.load(task, language, split)
+    if root is None:
+        raise ValueError(
+            f"root: {task.name} is a task of XGLUE, whose data you must have: give the folder xglue_full_dataset, or"
+            f' "hub"; tasks that need none: {", ".join(task.name for task in TASKS.values() if not task.official)}'
+        )
+    source, _, name = str(root).partition(":")
+    if source == "hub":
+        return hub.load(task, language, split, name or hub.NAME)
+    return official.load(task, language, split, root)

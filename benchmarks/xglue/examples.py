@@ -1,0 +1,36 @@
+"""One example, of each kind that there is: what loaders give, and what features, metrics and predictions take."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """A text, or two, with a label out of the task's. group: the query, in ranking tasks."""
+
+    guid: str
+    text: str
+    pair: str | None
+    label: str
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class WordsExample:
+    """A sentence as words, and a tag for each."""
+
+    guid: str
+    words: list[str]
+    tags: list[str]
+
+
+@dataclass(frozen=True)
+class SpanExample:
+    """A question, and its answers in a context: (text, index of its first character). Metrics take the best answer."""
+
+    guid: str
+    question: str
+    context: str
+    answers: tuple[tuple[str, int], ...]
+
+
+Example = TextExample | WordsExample | SpanExample

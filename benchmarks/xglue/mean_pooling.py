@@ -1,0 +1,27 @@
+"""A BertModel whose last hidden states are averaged for a linear classifier, as e5 was pretrained to be read."""
+
+import torch
+from torch import nn
+from transformers import BertModel, BertPreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class BertForMeanPooling(BertPreTrainedModel):
+    """``config.num_labels`` outputs; takes what BertForSequenceClassification takes."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask, token_type_ids=None, labels=None) -> SequenceClassifierOutput:
+        """int64 (examples, length), mask 0 on padding, labels (examples,) -> loss and float32 logits."""
+        hidden = self.bert(input_ids, attention_mask, token_type_ids).last_hidden_state.float()
+        weight = attention_mask.unsqueeze(-1).float()
+        # float32 under autocast too: it costs nothing, and the head is all that has no pretraining.
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = self.classifier(self.dropout((hidden * weight).sum(1) / weight.sum(1)))
+            loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)

@@ -1,0 +1,291 @@
+"""The paper's tables and figures from the results in a folder."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from . import figures, paper, statistics
+from .collect import Group, collect
+from .page import Page
+from .titles import TITLES
+
+MISSING = "–"
+METRICS = {
+    "accuracy": "accuracy", "chunk_f1": "F1 of entities", "ndcg": "nDCG", "answer_f1": "F1 of answers",
+    "chunk_precision": "precision of chunks of equal tags (what XGLUE's evaluator computes for POS)",
+}  # fmt: skip
+OFFICIAL = ("xnli", "nc", "ner", "pawsx", "pos", "qam", "qadsm", "wpr", "mlqa")  # table X's columns
+PAPERS = tuple(TITLES)[:8]  # the methods of the paper's tables
+
+
+def report(results: Path, output: Path) -> None:
+    """Write report.md, report.html, a CSV a table and a PNG a figure into ``output``.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``collect``.
+    """
+    groups = collect(results)
+    page = Page(output, "GradDrop: zero-shot transfer after fine-tuning on English")
+    page.text(
+        "Scores are percent. ± is the standard deviation over seeds. **Bold** is the best mean of a column, † the "
+        f"second best, {MISSING} a missing one. Avg. is the mean over all languages, as XGLUE has it; zero-shot is "
+        "that without English, which was trained on."
+    )
+    for group in groups:
+        _task(page, group, _methods(group, groups))
+    for model in dict.fromkeys(group.configuration["model"] for group in groups):
+        for official in (True, False):
+            own = [g for g in groups if g.configuration["model"] == model and g.task.official is official]
+            if own:
+                _over_tasks(page, own, official)
+    page.write()
+
+
+def _methods(group: Group, groups: list[Group]) -> list[str]:
+    """The rows of a table: what was run for any table, and for XGLUE's tasks what the paper has."""
+    ran = {method for other in groups for method in other.runs} | set(PAPERS if group.task.official else ())
+    return [method for method in TITLES if method in ran]
+
+
+def data_name(group: Group) -> str:
+    """What the data set is called in a heading: a stand-in is not named after the task that it stands in for."""
+    return f"XGLUE {group.task.folder}" if group.task.official else group.task.name
+
+
+def caption(group: Group) -> str:
+    """Model, data, training and where it ran: all that a table needs beside its numbers."""
+    facts, given, results = group.result, group.configuration, group.results()
+    several = lambda values: ", ".join(dict.fromkeys(map(str, values)))
+    examples = facts["data"]["examples"]
+    tested = sorted({count for name, count in examples.items() if name.startswith("test ")})
+    train = f"{examples['train']:,} English examples to train on"
+    test = f"{tested[0]:,}" + (f" to {tested[-1]:,}" if len(tested) > 1 else "") + " a language to test"
+    best = "English dev" if given["select"] == "en" else "the mean of all languages' dev (not zero-shot)"
+    kind = "official data of XGLUE" if group.task.official else "a stand-in, not a task of XGLUE"
+    commits = several(short_commit(result["commit"]) for result in results)
+    parts = [
+        f"Model: {facts['model']}. Data: {data_name(group)}, {kind}: {train}, {test}. "
+        f"Metric: {METRICS[group.task.metric]}.",
+        f"{given['epochs']} epochs, batch {given['batch_size']}, {given['precision']}, p {given['p']:g} where a method "
+        f"has a constant one; best epoch by {best}; {_rates(group)}",
+        f"Ran on: {several(result['machine']['device'] for result in results)}; "
+        f"torch {several(result['versions']['torch'] for result in results)}; commit {commits}.",
+    ]
+    return " ".join(parts)
+
+
+def short_commit(commit: str | None) -> str:
+    """Nine digits, and the + of a checkout with changes."""
+    return "unknown" if commit is None else commit[:9] + ("+" if commit.endswith("+") else "")
+
+
+def _rates(group: Group) -> str:
+    tuned = [runs for runs in group.runs.values() if len(runs.rates) > 1]
+    if not tuned:
+        return "the learning rate was given, not chosen."
+    rates = sorted({lr for runs in tuned for lr in runs.rates})
+    seeds = sorted({seed for runs in tuned for seed in runs.tuning})
+    text = ", ".join(f"{lr:g}" for lr in rates)
+    return (
+        f"learning rate of each method out of {text} by mean English dev over seeds {', '.join(map(str, seeds))} "
+        "(also in the table, where it has them)."
+    )
+
+
+def _task(page: Page, group: Group, methods: list[str]) -> None:
+    printed = paper.table_of(group.task.name)
+    number = f" (the paper's table {printed.number})" if printed else ""
+    page.heading(f"{data_name(group)}{number}" + (f": {group.name}" if group.name != group.task.name else ""))
+    page.text(caption(group))
+    if printed:
+        other = "" if "xlm-roberta-large" in group.configuration["model"] else " Its model is XLM-R-Large, this is not."
+        page.text(" ".join(["In brackets: what the paper prints." + other, *printed.notes]))
+    columns = [*group.languages, "avg", "zero"]
+    cells, rows = _cells(group, methods, columns)
+    header = ["method", "lr", "seeds", *group.languages, "Avg.", "zero-shot"]
+    lines = []
+    for method in methods:
+        runs, row = group.runs.get(method), printed.row(method) if printed else None
+        shown = [cells[method, column] + _bracket(row, column) for column in columns]
+        lr, seeds = (f"{runs.lr:g}", str(len(runs.results))) if runs else (MISSING, "0")
+        lines.append([TITLES[method], lr, seeds, *shown])
+    page.table(header, lines)
+    page.csv(f"{group.name}-scores", rows)
+    _differences(page, group)
+    if any(len(result["test"]) > 1 for result in group.results()):
+        figures.by_epoch(page.folder / f"{group.name}-epochs.png", group)
+        page.figure(
+            f"{group.name}-epochs.png",
+            f"As the paper's figure 2, {data_name(group)}: test score by epoch, mean over languages; bands are ± one "
+            "standard deviation over seeds.",
+        )
+    if "sft" in group.runs and len(group.runs) > 1:
+        figures.gains(page.folder / f"{group.name}-gains.png", group)
+        page.figure(
+            f"{group.name}-gains.png",
+            f"As the paper's figure 4, {data_name(group)}: gain over SFT by language, points, mean over the seeds that "
+            "both have.",
+        )
+
+
+def _bracket(row: paper.Row | None, column: str) -> str:
+    if row is None or column == "zero":
+        return ""
+    value = row.average if column == "avg" else row.values.get(column)
+    return "" if value is None else f" ({value:.2f})"
+
+
+def _cells(group: Group, methods: Iterable[str], columns: list[str]) -> tuple[dict, list[dict]]:
+    """({(method, column): text}, the same as rows for a CSV)."""
+    values = {
+        (method, column): list(group.runs[method].scores(column).values())
+        for method in methods for column in columns if method in group.runs
+    }  # fmt: skip
+    means = {key: statistics.mean(own) for key, own in values.items() if own}
+    cells, rows = {}, []
+    for column in columns:
+        marks = ranks({method: means[method, column] for method in methods if (method, column) in means})
+        for method in methods:
+            own = values.get((method, column))
+            if not own:
+                cells[method, column] = MISSING
+                continue
+            mean, spread = means[method, column], statistics.sd(own)
+            text = marked(f"{mean:.2f}", marks[method])
+            cells[method, column] = text if spread is None else f"{text} ± {spread:.2f}"
+            rows.append({
+                "method": method, "lr": group.runs[method].lr, "seeds": len(own), "column": column, "mean": mean,
+                "sd": spread, "rank": marks[method],
+            })  # fmt: skip
+    return cells, rows
+
+
+def ranks(values: dict[str, float]) -> dict[str, int]:
+    """1 for the best, 2 for the second best, 0 for others; equal values have equal rank. Nothing to rank alone."""
+    best = sorted(set(values.values()), reverse=True)[:2]
+    if len(values) < 2:
+        return dict.fromkeys(values, 0)
+    return {name: best.index(value) + 1 if value in best else 0 for name, value in values.items()}
+
+
+def marked(text: str, rank: int) -> str:
+    """The table's mark of a rank."""
+    return {0: text, 1: f"**{text}**", 2: f"{text}†"}[rank]
+
+
+def against_sft(group: Group, column: str) -> dict[str, statistics.Paired]:
+    """Each method's scores minus SFT's, paired by the seeds that both have."""
+    base, found = group.runs["sft"].scores(column), {}
+    for method, runs in group.runs.items():
+        own = runs.scores(column)
+        seeds = sorted(base.keys() & own.keys())
+        if method != "sft" and seeds:
+            found[method] = statistics.paired([own[seed] for seed in seeds], [base[seed] for seed in seeds])
+    return found
+
+
+def _differences(page: Page, group: Group) -> None:
+    if "sft" not in group.runs:
+        return
+    rows, lines = [], []
+    for column, name in (("avg", "Avg."), ("zero", "zero-shot")):
+        tests = against_sft(group, column) if group.runs["sft"].scores(column) else {}
+        judged = [method for method, test in tests.items() if test.p is not None]
+        adjusted = dict(zip(judged, statistics.holm([tests[method].p for method in judged])))
+        for method, test in tests.items():
+            interval = MISSING if test.low is None else f"{test.low:+.2f} to {test.high:+.2f}"
+            numbers = [MISSING] * 3 if test.p is None else [f"{test.t:.2f}", f"{test.p:.3f}", f"{adjusted[method]:.3f}"]
+            lines.append([TITLES[method], name, str(test.n), f"{test.difference:+.2f}", interval, *numbers])
+            rows.append({
+                "method": method, "column": column, "seeds": test.n, "difference": test.difference, "low": test.low,
+                "high": test.high, "t": test.t, "p": test.p, "p_holm": adjusted.get(method),
+            })  # fmt: skip
+    if lines:
+        page.text(
+            "Difference to SFT in points, paired by seed (same head, same batches): mean, its 95 % confidence "
+            "interval, two-sided paired t test, and p corrected by Holm for as many methods."
+        )
+        page.table(["method", "column", "seeds", "difference", "95 %", "t", "p", "p, Holm"], lines)
+        page.csv(f"{group.name}-differences", rows)
+
+
+def _over_tasks(page: Page, groups: list[Group], official: bool) -> None:
+    """Table X, and figure 3: one for XGLUE's tasks, one for stand-ins."""
+    model = groups[0].configuration["model"]
+    methods = [method for method in TITLES if any(method in g.runs for g in groups) or (official and method in PAPERS)]
+    by_name = {group.name: group for group in groups}
+    names = list(by_name)
+    unique = len({group.task.name for group in groups}) == len(groups)
+    if official and unique:
+        names = [next((n for n in names if by_name[n].task.name == task), task) for task in OFFICIAL]
+    short = Path(model).name
+    page.heading(f"Understanding score (the paper's table X), {short}" if official else f"Mean over stand-ins, {short}")
+    if official:
+        page.text(
+            "Mean over languages of each task's official score, then over the nine tasks. In brackets: what the paper "
+            "prints. " + " ".join(paper.tables()["X"].notes)
+        )  # fmt: skip
+    else:
+        page.text("Mean over languages of each data set's score, then over the data sets. None is a task of XGLUE.")
+    runs = lambda method, name: by_name[name].runs.get(method) if name in by_name else None
+    means = {
+        (method, name): statistics.mean(list(runs(method, name).scores("avg").values()))
+        for method in methods for name in names if runs(method, name)
+    }  # fmt: skip
+    complete = unique and (not official or len(names) == len(OFFICIAL))
+    for method in methods:
+        own = [means.get((method, name)) for name in names]
+        if complete and None not in own:
+            means[method, "Avg."] = statistics.mean(own)
+    lines, printed = [], paper.tables()["X"] if official else None
+    marks = {
+        name: ranks({method: means[method, name] for method in methods if (method, name) in means})
+        for name in [*names, "Avg."]
+    }
+    for method in methods:
+        row, cells = printed.row(method) if printed else None, []
+        for name in [*names, "Avg."]:
+            value = means.get((method, name))
+            text = MISSING if value is None else marked(f"{value:.2f}", marks[name][method])
+            task = by_name[name].task.name if name in by_name else name
+            column = "avg" if name == "Avg." else task
+            cells.append(text + _bracket(row, column))
+        lines.append([TITLES[method], *cells])
+    page.table(["method", *(n if n not in by_name else by_name[n].name for n in names), "Avg."], lines)
+    kind = f"{'official' if official else 'stand-ins'}-{short}"
+    page.csv(f"{kind}-means", [
+        {"method": method, "task": name, "mean": value} for (method, name), value in means.items()
+    ])  # fmt: skip
+    _pairwise(page, groups, methods, kind)
+
+
+def pairwise(groups: list[Group], methods: Iterable[str]) -> list[tuple[str, str, statistics.Paired]]:
+    """Paired t tests between all methods over the groups' mean scores (the paper's figure 3), two groups at least."""
+    mean = lambda runs: statistics.mean(list(runs.scores("avg").values()))
+    scores = {method: {g.name: mean(g.runs[method]) for g in groups if method in g.runs} for method in methods}
+    found, names = [], list(scores)
+    for place, first in enumerate(names):
+        for second in names[place + 1 :]:
+            common = sorted(scores[first].keys() & scores[second].keys())
+            if len(common) > 1:
+                pairs = ([scores[method][name] for name in common] for method in (first, second))
+                found.append((first, second, statistics.paired(*pairs)))
+    return found
+
+
+def _pairwise(page: Page, groups: list[Group], methods: list[str], kind: str) -> None:
+    tests = pairwise(groups, methods)
+    if not tests:
+        return
+    adjusted = statistics.holm([test.p for _, _, test in tests])
+    figures.t_matrix(page.folder / f"{kind}-t.png", methods, tests, adjusted)
+    most = max(test.n for _, _, test in tests)
+    page.figure(
+        f"{kind}-t.png",
+        f"As the paper's figure 3: two-sided paired t statistics between methods (row minus column) over {most} "
+        f"{'tasks of XGLUE' if groups[0].task.official else 'stand-ins'}, p corrected by Holm for {len(tests)} pairs; "
+        "a star where that is at most 0.05.",
+    )
+    page.csv(f"{kind}-t", [
+        {"first": a, "second": b, "tasks": test.n, "difference": test.difference, "t": test.t, "p": test.p, "p_holm": p}
+        for (a, b, test), p in zip(tests, adjusted)
+    ])  # fmt: skip
