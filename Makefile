@@ -18,6 +18,7 @@ deepspeed: $(VENV)/ready
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/bandwidth.py

@@ -36,7 +36,7 @@ def dtensors(tensors: Tensors) -> Tensors:
     sharded = Tensors([], [tuple(map(shard, pair)) for pair in tensors.moments], tensors.blocks)
     for name, param in tensors.named:
         sharded.named.append((name, torch.nn.Parameter(shard(param.detach()))))
-        sharded.named[-1][1].grad = shard(param.grad)
+        sharded.named[-1][1].grad = DTensor(param.grad, sharded.named[-1][1]._spec, requires_grad=False)  # as FSDP2's
     return sharded
 
 

@@ -5,7 +5,7 @@ DistributedDataParallel and FSDP2 need none of this: their tensors say it themse
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,12 +15,14 @@ from .names import canonical_name
 from .parameters import FlatPiece
 
 if TYPE_CHECKING:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
     from .optimizer import FusedGradDropAdamW
 
 Pieces = dict[torch.Tensor, list[FlatPiece]]
 
 
-def attach_zero(zero: "torch.distributed.optim.ZeroRedundancyOptimizer", model: nn.Module) -> None:
+def attach_zero(zero: "ZeroRedundancyOptimizer", model: nn.Module) -> None:
     """Gives the optimizer inside a ZeroRedundancyOptimizer the names of its parameters: the wrapper takes none.
 
     ``zero.optim.set_epoch(epoch)`` is then seen by the wrapper too, which would otherwise put back its own copy of the
@@ -35,7 +37,7 @@ def attach_zero(zero: "torch.distributed.optim.ZeroRedundancyOptimizer", model: 
         TypeError: another kind of optimizer inside.
         ValueError: a parameter that is not the model's, or ``max_grad_norm``, as no process has all gradients.
     """
-    inner = getattr(zero, "optim", None)
+    inner: Any = getattr(zero, "optim", None)
     _require(inner, "attach_zero(zero, model)", "a ZeroRedundancyOptimizer(optimizer_class=FusedGradDropAdamW)")
     names = _names(model)
     tensors = _tensors(inner)
@@ -46,7 +48,8 @@ def attach_zero(zero: "torch.distributed.optim.ZeroRedundancyOptimizer", model: 
 
     def set_epoch(epoch: int) -> None:
         type(inner).set_epoch(inner, epoch)
-        zero._sync_param_groups(inner.param_groups, zero.param_groups)
+        wrapper: Any = zero
+        wrapper._sync_param_groups(inner.param_groups, zero.param_groups)
 
     inner.set_epoch = set_epoch
 
@@ -77,7 +80,7 @@ def attach_fsdp1(optimizer: "FusedGradDropAdamW", model: nn.Module) -> None:
     optimizer.attach_pieces(stepped, shapes)
 
 
-def attach_deepspeed(engine) -> None:
+def attach_deepspeed(engine: Any) -> None:
     """Tells the optimizer inside a DeepSpeed engine what its flat partitions hold, under ZeRO 1, 2, 3. In float32
     without ZeRO the parameters are whole, and there is nothing to tell; in 16 bits without ZeRO it cannot be told, as
     DeepSpeed steps before it returns: stage 1 does the same.
@@ -92,7 +95,7 @@ def attach_deepspeed(engine) -> None:
         TypeError: no engine, another kind of optimizer inside, or a way to step it that is not known here.
         ValueError: ``max_grad_norm``, as no process has all gradients (use DeepSpeed's ``gradient_clipping``).
     """
-    optimizer = getattr(engine, "basic_optimizer", None)
+    optimizer: Any = getattr(engine, "basic_optimizer", None)
     _require(optimizer, "attach_deepspeed(engine)", "a DeepSpeed engine with a FusedGradDropAdamW inside")
     if engine.optimizer is optimizer:
         return
@@ -129,7 +132,7 @@ def fsdp1_pieces(model: nn.Module) -> Pieces:
     return pieces
 
 
-def _fsdp1_units(model: nn.Module) -> Iterator[tuple[list[str], nn.Parameter]]:
+def _fsdp1_units(model: nn.Module) -> Iterator[tuple[list[str], Any]]:
     """(the names of its parameters, its flat parameter) of every FSDP1 unit that has parameters."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -140,12 +143,12 @@ def _fsdp1_units(model: nn.Module) -> Iterator[tuple[list[str], nn.Parameter]]:
             yield [canonical_name(f"{prefix}.{name}".removeprefix(".")) for name in flat._fqns], flat
 
 
-def deepspeed_pieces(engine) -> Pieces:
+def deepspeed_pieces(engine: Any) -> Pieces:
     """What each flat partition of a DeepSpeed engine holds in this process."""
     zero, names = engine.optimizer, _names(engine.module)
     if _is_zero3(zero):
         return _zero3_pieces(zero, names)
-    pieces = {group["params"][0]: [] for group in zero.optimizer.param_groups}
+    pieces: Pieces = {group["params"][0]: [] for group in zero.optimizer.param_groups}
     mapped = [param for param in engine.module.parameters() if getattr(param, "_hp_mapping", None) is not None]
     if not mapped:
         raise TypeError(
@@ -159,11 +162,11 @@ def deepspeed_pieces(engine) -> Pieces:
     return {flat: sorted(each, key=lambda piece: piece.local_start) for flat, each in pieces.items()}
 
 
-def _is_zero3(zero) -> bool:
+def _is_zero3(zero: Any) -> bool:
     return hasattr(zero, "fp32_partitioned_groups_flat")
 
 
-def _zero3_pieces(zero, names: dict[int, str]) -> Pieces:
+def _zero3_pieces(zero: Any, names: dict[int, str]) -> Pieces:
     """Stage 3 puts the partitions of a sub-group's parameters side by side; a partition is the rank's share of the
     parameter, padded where the parameter ends before it.
     """
@@ -203,7 +206,7 @@ def flat_buffer_reason(tensor: torch.Tensor, given: bool = True) -> str | None:
     return None
 
 
-def _require(optimizer, function: str, what: str) -> None:
+def _require(optimizer: Any, function: str, what: str) -> None:
     try:
         require_optimizer(function, optimizer)
     except TypeError:
@@ -219,5 +222,5 @@ def _names(model: nn.Module) -> dict[int, str]:
     return {id(param): canonical_name(name) for name, param in model.named_parameters()}
 
 
-def _tensors(optimizer) -> list[torch.Tensor]:
+def _tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [tensor for group in optimizer.param_groups for tensor in group["params"]]

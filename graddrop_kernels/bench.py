@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import __version__, backends
 from .backends import cpu
 from .optimizer import FusedGradDropAdamW
-from .policies import FixedMask, GaussianGradDrop, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop
+from .policies import FixedMask, GaussianGradDrop, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, Policy
 
 _MODES = {  # dtypes of parameters and gradients, of moments
     "float32": (torch.float32, torch.float32),
@@ -31,7 +32,8 @@ _SECONDS = {"quick": 0.0, "cpu": 25.0, "cuda": 10.0}  # of rounds for each mode
 _ROUNDS = 3  # at least
 _BASELINE = "torch fused"
 _EAGER = "mask drawn by torch, torch fused"
-_HYPERS = {"lr": 1e-6, "weight_decay": 0.01}  # small, so that the parameters hardly move over many steps
+# Small, so that the parameters hardly move over many steps.
+_HYPERS: dict[str, Any] = {"lr": 1e-6, "weight_decay": 0.01}
 _P = 0.2
 
 
@@ -49,7 +51,7 @@ def bench(device: str | torch.device | None = None, out: str | Path | None = Non
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = Path(out or "graddrop-bench")
     kind = "quick" if quick else device.type if device.type in _SIZES else "cpu"
-    found = {"quick": quick, "machine": _machine(device), "modes": []}
+    found: dict[str, Any] = {"quick": quick, "machine": _machine(device), "modes": []}
     for mode in _MODES:
         backend = backends.select("auto", device, *_MODES[mode]).name
         if backend == "reference":
@@ -66,7 +68,7 @@ def bench(device: str | torch.device | None = None, out: str | Path | None = Non
     return 0
 
 
-def _machine(device: torch.device) -> dict:
+def _machine(device: torch.device) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else cpu.processor()
     threads = None if on_gpu else torch.get_num_threads()
@@ -118,7 +120,7 @@ class _Entry:
     seconds: list[float] = field(default_factory=list)
 
 
-def _policies(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, object]:
+def _policies(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, Policy | None]:
     half = FixedMask({name: torch.randint(0, 2, param.shape, dtype=torch.bool) for name, param in named})
     return {
         "mask=None": None,
@@ -137,15 +139,16 @@ def _entries(tensors: _Tensors, mode: str, backend: str) -> list[_Entry]:
     dtype, moment_dtype = _MODES[mode]
     params = [param for _, param in tensors.named]
     fused = tensors.attach(torch.optim.AdamW(params, fused=True, **_HYPERS), dtype)
-    saved = [param.grad.clone() for param in params]
+    grads: list[Any] = [param.grad for param in params]
+    saved = [grad.clone() for grad in grads]
 
     def masked_by_hand() -> None:
-        for param in params:
-            param.grad.mul_(torch.empty_like(param.grad).bernoulli_(1 - _P)).div_(1 - _P)
+        for grad in grads:
+            grad.mul_(torch.empty_like(grad).bernoulli_(1 - _P)).div_(1 - _P)
         fused.step()
 
     def restore() -> None:
-        torch._foreach_copy_([param.grad for param in params], saved)
+        torch._foreach_copy_(grads, saved)
 
     entries = [_Entry(_BASELINE, fused.step), _Entry(_EAGER, masked_by_hand, restore)]
     for name, policy in _policies(tensors.named).items():
@@ -162,19 +165,20 @@ def _entries(tensors: _Tensors, mode: str, backend: str) -> list[_Entry]:
 
 def _time(step: Callable[[], object], device: torch.device) -> float:
     if device.type != "cuda":
-        start = time.perf_counter()
+        begin = time.perf_counter()
         step()
-        return time.perf_counter() - start
+        return time.perf_counter() - begin
     torch.cuda._sleep(20_000_000)  # 10 ms or so: the host queues the step meanwhile
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     step()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds / 1e3
 
 
-def _measure(mode: str, backend: str, device: torch.device, kind: str) -> dict:
+def _measure(mode: str, backend: str, device: torch.device, kind: str) -> dict[str, Any]:
     tensors = _make_tensors(mode, device, *_SIZES[kind])
     entries = _entries(tensors, mode, backend)
     for entry in entries + entries:  # code is compiled, tables are made
@@ -199,7 +203,7 @@ def _measure(mode: str, backend: str, device: torch.device, kind: str) -> dict:
     return {"mode": mode, "backend": backend, **size, "rounds": rounds, "rows": rows}
 
 
-def _table(found: dict) -> str:
+def _table(found: dict[str, Any]) -> str:
     """A row a variant, a column a mode: time over torch's fused step, and milliseconds."""
     modes, machine = found["modes"], found["machine"]
     threads = f", {machine['threads']} threads" if machine["threads"] else ""
@@ -215,7 +219,7 @@ def _table(found: dict) -> str:
     return "\n".join(lines)
 
 
-def _plot(found: dict, path: Path) -> Path | None:
+def _plot(found: dict[str, Any], path: Path) -> Path | None:
     """The same as a figure; None without matplotlib."""
     try:
         from matplotlib.figure import Figure

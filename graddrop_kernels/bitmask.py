@@ -54,7 +54,7 @@ def count_kept(words: torch.Tensor) -> int:
     return sum(int(np.unpackbits(part.numpy().view(np.uint8)).sum(dtype=np.int64)) for part in parts)
 
 
-def element_buckets(key: int, buckets: int, first: int, count: int, device=None) -> torch.Tensor:
+def element_buckets(key: int, buckets: int, first: int, count: int, device: torch.device | None = None) -> torch.Tensor:
     """Each element's bucket in [0, buckets), drawn once for the whole training: int64 tensor of shape (count,).
 
     GradDrop-Epoch without a sort or a permutation: every element has exactly one bucket,

@@ -1,6 +1,7 @@
 """The transformer blocks of a model (the paper's "layers"): which modules they are and which parameters are theirs."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -23,8 +24,11 @@ _SHARED = (
     f"to the optimizer; for other blocks {SAY_LAYERS}"
 )
 
+Layers = str | Iterable[str | nn.Module]  # what ``layers=`` takes
+Blocks = list[tuple[str, nn.Module]]
 
-def find_blocks(model: nn.Module, layers=None) -> list[tuple[str, nn.Module]]:
+
+def find_blocks(model: nn.Module, layers: Layers | None = None) -> Blocks:
     """Return the blocks of ``model`` as (canonical name, module), in forward order, encoder before decoder.
 
     The first rule that finds something decides:
@@ -46,7 +50,7 @@ def find_blocks(model: nn.Module, layers=None) -> list[tuple[str, nn.Module]]:
     return blocks
 
 
-def parameter_blocks(model: nn.Module, blocks) -> dict[int, str]:
+def parameter_blocks(model: nn.Module, blocks: Blocks) -> dict[int, str]:
     """Return {id(parameter): block name} for every parameter that is reached only through one of ``blocks``.
 
     A parameter that the rest of the model holds too (tied to an embedding or a head) is outside and left out.
@@ -66,7 +70,7 @@ def parameter_blocks(model: nn.Module, blocks) -> dict[int, str]:
     return owner
 
 
-def _select(model, layers):
+def _select(model: nn.Module, layers: Layers) -> Blocks:
     if not isinstance(layers, Iterable) or isinstance(layers, (bytes, dict)):
         raise TypeError(f"layers={layers!r}: {SAY_LAYERS}")
     if not (layers := [layers] if isinstance(layers, str) else list(layers)):
@@ -88,7 +92,7 @@ def _select(model, layers):
     return blocks
 
 
-def _detect(model):
+def _detect(model: nn.Module) -> Blocks:
     for module in model.modules():
         config = getattr(module, "config", None)
         applied, stored = (getattr(config, key, None) for key in ("num_hidden_layers", "num_hidden_groups"))
@@ -96,9 +100,10 @@ def _detect(model):
             raise ValueError(f"{type(module).__name__} runs {applied} layers on {stored} stored group(s): {_SHARED}")
     blocks = [(name, module) for name, module in _outermost(model, _is_checkpointing_layer) if name]
     if not blocks:
-        stacks: dict[nn.Module, str] = {}
-        for name, module in _outermost(model, lambda module: isinstance(module, nn.ModuleList) and len(module) > 1):
-            stacks.setdefault(module, name)  # a list under two names is one list
+        stacks: dict[nn.ModuleList, str] = {}
+        lists: Any = _outermost(model, lambda module: isinstance(module, nn.ModuleList) and len(module) > 1)
+        for name, stack in lists:
+            stacks.setdefault(stack, name)  # a list under two names is one list
         stacks = {stack: name for stack, name in stacks.items() if len(set(map(_class, stack))) == 1}
         stacks = {s: name for s, name in stacks.items() if any(list(child.children()) for child in s)} or stacks
         places = {(name.rpartition(".")[0], in_decoder(name)) for name in stacks.values()}
@@ -106,34 +111,36 @@ def _detect(model):
             # Not children(), which leaves out a module that is listed again.
             blocks += [(f"{name}.{key}".removeprefix("."), child) for key, child in stack._modules.items()]
     if not blocks:
-        lists = {n: m for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))}
-        seen = [f"{n!r} ({len(m)} of {', '.join(sorted({_class(c).__name__ for c in m}))})" for n, m in lists.items()]
-        seen = "; ".join(seen[:8]) or "there is no ModuleList or Sequential"
-        raise ValueError(f"{type(model).__name__}: no clear transformer blocks: {SAY_LAYERS}. Candidates: {seen}")
+        near = {n: m for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))}
+        seen = [f"{n!r} ({len(m)} of {', '.join(sorted({_class(c).__name__ for c in m}))})" for n, m in near.items()]
+        candidates = "; ".join(seen[:8]) or "there is no ModuleList or Sequential"
+        raise ValueError(f"{type(model).__name__}: no clear transformer blocks: {SAY_LAYERS}. Candidates: {candidates}")
     return _in_forward_order(blocks)
 
 
-def _in_forward_order(blocks):
+def _in_forward_order(blocks: Blocks) -> Blocks:
     key = forward_order([name for name, _ in blocks])
     return sorted(blocks, key=lambda block: key(block[0]))
 
 
-def _is_checkpointing_layer(module):
+def _is_checkpointing_layer(module: nn.Module) -> bool:
     # By name, not isinstance: transformers may be absent, and is slow to import.
     return any(f"{cls.__module__}.{cls.__qualname__}" == _CHECKPOINTING_LAYER for cls in type(module).__mro__)
 
 
-def _class(module):
+def _class(module: nn.Module) -> type[nn.Module]:
     """The class, seen through what a compiled or checkpointed child is wrapped in."""
     inner = next((child for key, child in module._modules.items() if key in WRAPPERS and key != "module"), None)
     return type(module) if inner is None else _class(inner)
 
 
-def _outermost(model, wanted):
+def _outermost(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Blocks:
     return [(name, module) for name, module in _walk(model, wanted) if wanted(module)]
 
 
-def _walk(module, stop, name="", seen=None):
+def _walk(
+    module: nn.Module, stop: Callable[[nn.Module], bool], name: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
     """Yield (canonical name, module), not looking into ``stop`` modules; those come at every place, others once."""
     seen = set() if seen is None else seen
     if stop(module):

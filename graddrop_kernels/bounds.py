@@ -68,8 +68,9 @@ def ulp_at(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def operand_sizes(
-    before: dict, after: dict, beta1: float, lr_weight_decay: float, exact_moments: bool, grad: torch.Tensor | None
-) -> dict[str, torch.Tensor]:
+    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], beta1: float, lr_weight_decay: float,
+    exact_moments: bool, grad: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """The size of the operands of one exact step, float64, by tensor: what a rounding error is relative to.
 
     A moment may cancel against its gradient, (1 - beta2) g^2 is a difference of numbers of the size of g^2, and the

@@ -1,5 +1,7 @@
 """Loading state dicts: what is taken from the file and what stays this optimizer's own."""
 
+from typing import Any
+
 import torch
 
 from .names import canonical_name
@@ -14,7 +16,7 @@ _STRUCTURE = (
 _MASKING = ("mask", "seed", "masked", "bias_correction")
 
 
-def prepare(state_dict: dict, groups: list[dict], strict: bool) -> dict:
+def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]], strict: bool) -> dict[str, Any]:
     """A copy of ``state_dict`` fit for ``groups``: our keys that it lacks are filled in,
     parameters are brought into our order by name.
 
@@ -46,8 +48,10 @@ def prepare(state_dict: dict, groups: list[dict], strict: bool) -> dict:
     return {**state_dict, "param_groups": saved_groups}
 
 
-def _check_saved_state(index: int, state: dict | None, param: torch.Tensor) -> None:
-    for key in ("step", "exp_avg", "exp_avg_sq") if state else ():
+def _check_saved_state(index: int, state: dict[str, Any] | None, param: torch.Tensor) -> None:
+    if not state:
+        return
+    for key in ("step", "exp_avg", "exp_avg_sq"):
         if key not in state:
             raise ValueError(
                 f"the state dict has no {key!r} for a parameter of group {index}: "
@@ -61,16 +65,17 @@ def _check_saved_state(index: int, state: dict | None, param: torch.Tensor) -> N
             )
 
 
-def _in_our_order(index: int, saved: dict, group: dict) -> list:
+def _in_our_order(index: int, saved: dict[str, Any], group: dict[str, Any]) -> list[Any]:
     """The saved parameter ids of a group, reordered by name; unchanged where they are names themselves
     (torch.distributed.checkpoint has ordered them).
     """
-    if saved["params"] and isinstance(saved["params"][0], str):
-        return saved["params"]
+    params: list[Any] = saved["params"]
+    if params and isinstance(params[0], str):
+        return params
     theirs, ours = ([canonical_name(name) for name in names] for names in (saved["param_names"], group["param_names"]))
     if theirs == ours:  # also where two parameters have one name
-        return saved["params"]
-    ids = dict(zip(theirs, saved["params"]))
+        return params
+    ids = dict(zip(theirs, params))
     if set(ids) != set(ours):
         missing, extra = sorted(set(ours) - set(ids))[:3], sorted(set(ids) - set(ours))[:3]
         raise ValueError(
@@ -80,7 +85,7 @@ def _in_our_order(index: int, saved: dict, group: dict) -> list:
     return [ids[name] for name in ours]
 
 
-def restore_moment_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
+def restore_moment_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     """Undoes torch's cast of float32 moments and masters to the parameter's dtype, makes step counts float32, which the
     kernels count in, and leaves out masters where none are wanted.
 

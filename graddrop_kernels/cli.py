@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--out", help="folder of the files; default: graddrop-bench")
     command.add_argument("--quick", action="store_true", help="smaller tensors, fewer rounds")
     arguments = vars(parser.parse_args(argv))
-    return arguments.pop("run")(**arguments)
+    status: int = arguments.pop("run")(**arguments)
+    return status
 
 
 def _device(text: str) -> str:

@@ -1,13 +1,15 @@
 """What the pictures share. Nothing of pyplot: no window, no global state, no figure that would have to be closed."""
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 _SHARES, _ABSENT = "Blues", "#F5DEC8"
 
@@ -20,14 +22,14 @@ def new_figure(function: str, size: tuple[float, float]) -> "Figure":
     return Figure(figsize=size, layout="constrained")
 
 
-def picture(axis, values: np.ndarray, origin: str = "upper"):
+def picture(axis: "Axes", values: np.ndarray[Any, Any], origin: Literal["upper", "lower"] = "upper") -> "AxesImage":
     """An image of shares in [0, 1], float [rows, columns]; NaN has a colour of its own."""
     image = axis.imshow(values, _SHARES, vmin=0, vmax=1, aspect="auto", origin=origin, interpolation="nearest")
     image.set_cmap(image.get_cmap().with_extremes(bad=_ABSENT))
     return image
 
 
-def label_ticks(set_ticks, labels: Sequence, at_most: int = 64, **style) -> None:
+def label_ticks(set_ticks: Callable[..., Any], labels: Sequence[object], at_most: int = 64, **style: Any) -> None:
     """Labels the places 0, 1, ..., every so manieth only where they are many."""
     every = max(1, -(-len(labels) // at_most))
     set_ticks(range(0, len(labels), every), [str(label) for label in labels[::every]], **style)
@@ -41,7 +43,7 @@ def block_labels(names: Sequence[str]) -> tuple[list[str], str]:
     return list(names), ""
 
 
-def finish(figure: "Figure", path: str | os.PathLike | None) -> "Figure":
+def finish(figure: "Figure", path: str | os.PathLike[str] | None) -> "Figure":
     if path is not None:
         figure.savefig(path, dpi=130)
     return figure

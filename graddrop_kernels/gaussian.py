@@ -6,9 +6,11 @@ function", GPU Computing Gems, 2011). Library logarithms differ from machine to 
 logarithm is a polynomial too. csrc/gaussian.h holds the same operations and numbers; tests bind the two.
 """
 
+from collections.abc import Callable
+
 import torch
 
-from .rounding import Rounding
+from .rounding import Fma, Rounding
 
 # ln(1 + f) = f - f^2/2 + f^3 * P(f) for f in [sqrt(1/2) - 1, sqrt(2) - 1], Horner order (Cephes logf).
 LOG = (
@@ -30,7 +32,9 @@ TAIL = (
 def normal_from_words(words: torch.Tensor, rounding: Rounding) -> torch.Tensor:
     """32-bit words (int64 tensor) -> float32 normal numbers, |z| <= 5.42."""
     fma = rounding.fma
-    scalar = lambda value: torch.tensor(value, dtype=torch.float32, device=words.device)
+    scalar: Callable[[float], torch.Tensor] = lambda value: torch.tensor(
+        value, dtype=torch.float32, device=words.device
+    )
     signed = (words - ((words >> 31) << 32)) >> 8  # the top 24 bits, two's complement
     x = (signed.float() + 0.5) * scalar(2.0**-23)  # exact: odd multiples of 2^-24, never 0 or +-1
     w = -_log((1 - x) * (1 + x), fma, scalar)
@@ -42,7 +46,7 @@ def normal_from_words(words: torch.Tensor, rounding: Rounding) -> torch.Tensor:
     return z * x * scalar(SQRT2)
 
 
-def _log(y: torch.Tensor, fma, scalar) -> torch.Tensor:
+def _log(y: torch.Tensor, fma: Fma, scalar: Callable[[float], torch.Tensor]) -> torch.Tensor:
     """ln(y) for normal float32 y in (0, 1]."""
     bits = y.view(torch.int32) - 0x3F3504F3  # so that the mantissa below lies in [sqrt(1/2), sqrt(2))
     exponent = (bits >> 23).float()

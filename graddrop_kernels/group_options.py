@@ -1,6 +1,7 @@
 """What a parameter group holds: our keys beside torch's, and which values are allowed."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ def moment_dtype_name(dtype: torch.dtype | str | None) -> str | None:
     return None if dtype is None else "float32"
 
 
-def _number(name: str, index: int, value) -> float:
+def _number(name: str, index: int, value: Any) -> float:
     """The value as a float. Raises ValueError for what is none: a string, None, a tensor of several elements.
 
     An lr on a GPU counts as 0: nobody waits for its value.
@@ -42,7 +43,7 @@ def _number(name: str, index: int, value) -> float:
         raise ValueError(f"{name} of parameter group {index} must be a number, got {value!r}") from None
 
 
-def check_options(index: int, group: dict) -> None:
+def check_options(index: int, group: dict[str, Any]) -> None:
     """Raises ValueError that names the group's offending value. Comparisons are written so that NaN fails them."""
     for name in ("lr", "eps", "weight_decay"):
         if not 0 <= _number(name, index, group[name]) < math.inf:

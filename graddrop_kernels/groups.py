@@ -4,10 +4,11 @@ import math
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
-from .blocks import find_blocks, parameter_blocks
+from .blocks import Layers, find_blocks, parameter_blocks
 from .names import canonical_name, near_names
 
 # As transformers' Trainer.get_decay_parameter_names, on lower-case names ...
@@ -17,8 +18,9 @@ _NORM_CLASS = re.compile(r"norm(?:\dd|gated)?$", re.IGNORECASE)
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float = 1e-2, exclude=(), layers=None, per_block: bool = False
-) -> list[dict]:
+    model: nn.Module, weight_decay: float = 1e-2, exclude: str | Iterable[str] = (), layers: Layers | None = None,
+    per_block: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Return parameter groups for the optimizer, so that its mask acts inside the model's blocks only (section III).
 
     Args:
@@ -57,15 +59,15 @@ def param_groups(
     owner = parameter_blocks(model, blocks)
     named = _named_parameters(model)
     excluded = _excluded(exclude, named)
-    groups = {
+    groups: dict[str, dict[str, Any]] = {
         "blocks": {"blocks": [name for name, _ in blocks], "param_blocks": []},
         "blocks_no_decay": {"blocks": [name for name, _ in blocks], "param_blocks": []},
         "dense": {"mask": None},
         "dense_no_decay": {"mask": None},
     }
-    for group, values in groups.items():
-        decay = 0.0 if group.endswith("no_decay") else float(weight_decay)
-        groups[group] = {"name": group, "params": [], "weight_decay": decay, **values}
+    for kind, values in groups.items():
+        decay = 0.0 if kind.endswith("no_decay") else float(weight_decay)
+        groups[kind] = {"name": kind, "params": [], "weight_decay": decay, **values}
     for name, (module, param) in named.items():
         if not param.requires_grad:
             continue
@@ -80,8 +82,8 @@ def param_groups(
     return _per_block(result) if per_block else result
 
 
-def _per_block(groups) -> list[dict]:
-    split = {}
+def _per_block(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    split: dict[tuple[str | None, str], dict[str, Any]] = {}
     for group in groups:
         for (_, param), block in zip(group["params"], group.get("param_blocks", [None] * len(group["params"]))):
             name = group["name"] if block is None else group["name"].replace("blocks", block, 1)
@@ -92,9 +94,10 @@ def _per_block(groups) -> list[dict]:
     return list(split.values())
 
 
-def _named_parameters(model) -> dict:
+def _named_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
     """{canonical name: (owning module, parameter)}, each parameter once, as in ``model.named_parameters()``."""
-    named, seen = {}, set()
+    named: dict[str, tuple[nn.Module, nn.Parameter]] = {}
+    seen: set[int] = set()
     for path, module in model.named_modules():
         for key, param in module.named_parameters(recurse=False):
             if id(param) in seen:
@@ -110,11 +113,11 @@ def _named_parameters(model) -> dict:
     return named
 
 
-def _excluded(exclude, names) -> set[str]:
+def _excluded(exclude: str | Iterable[str], names: Iterable[str]) -> set[str]:
     patterns = list(exclude) if isinstance(exclude, Iterable) and not isinstance(exclude, str) else [exclude]
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"exclude must be patterns on parameter names such as ['*.bias'], not {exclude!r}")
-    excluded = set()
+    excluded: set[str] = set()
     for pattern in patterns:
         hits = {name for name in names if fnmatchcase(name, pattern)}
         if not hits:
@@ -124,6 +127,6 @@ def _excluded(exclude, names) -> set[str]:
     return excluded
 
 
-def _decays(name, module) -> bool:
+def _decays(name: str, module: nn.Module) -> bool:
     norm = any(_NORM_CLASS.search(cls.__name__) for cls in type(module).__mro__)
     return not (norm or _NO_DECAY_NAME.search(name.lower()))

@@ -1,12 +1,16 @@
 """StepInBackward: parameters are stepped in the backward pass, and their gradients freed one by one."""
 
 import weakref
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .multi_tensor import PreparedStep
 from .preparation import prepare
 from .shards import local_grads, local_tensors
+
+if TYPE_CHECKING:
+    from .optimizer import FusedGradDropAdamW
 
 
 class StepInBackward:
@@ -35,13 +39,13 @@ class StepInBackward:
         >>> handle.remove()
     """
 
-    def __init__(self, optimizer):
+    def __init__(self, optimizer: "FusedGradDropAdamW") -> None:
         if optimizer._in_backward is not None:
             raise RuntimeError("step_in_backward() is on already; remove() the handle of the first call before another")
         self._optimizer = weakref.ref(optimizer)  # the parameters hold the hooks, and they this
         self._check(optimizer)
         self._prepared: dict[torch.Tensor, PreparedStep] = {}
-        self._clocks: list | None = None  # of the step that is under way
+        self._clocks: list[Any] | None = None  # of the step that is under way
         self._done: dict[torch.Tensor, int] = {}  # parameters stepped in it, and their groups
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._step_one)
@@ -72,7 +76,7 @@ class StepInBackward:
         return indices
 
     @staticmethod
-    def _check(optimizer) -> None:
+    def _check(optimizer: "FusedGradDropAdamW") -> None:
         if optimizer.max_grad_norm is not None:
             raise ValueError(
                 f"max_grad_norm={optimizer.max_grad_norm!r} needs all gradients before the first is used; "
@@ -105,7 +109,9 @@ class StepInBackward:
         groups, prepared = optimizer._groups, self._prepared.get(param)
         grads, state = local_grads([param], [param.grad]), {param: optimizer.state[param]}
         if prepared is None or not prepared.holds(local_tensors([param]), grads, state, optimizer._facts()):
-            prepared = self._prepared[param] = prepare(optimizer, [param], grads, fresh=None)
+            prepared = prepare(optimizer, [param], grads, fresh=None)
+            assert prepared is not None  # with fresh=None it is a step, never a question
+            self._prepared[param] = prepared
         if self._clocks is None:
             self._clocks = list(map(groups.clock, groups.indices()))
         optimizer._run(prepared, grads, self._clocks)

@@ -2,8 +2,9 @@
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import backends
 from .param_state import mode
@@ -72,7 +73,7 @@ def describe(optimizer: "FusedGradDropAdamW") -> str:
     ])  # fmt: skip
 
 
-def require_optimizer(function: str, optimizer) -> None:
+def require_optimizer(function: str, optimizer: object) -> None:
     """Raises TypeError unless it is a FusedGradDropAdamW."""
     from .optimizer import FusedGradDropAdamW  # which imports this module
 
@@ -88,12 +89,12 @@ def policy_text(policy: Policy | None) -> str:
     return "None: plain AdamW" if policy is None else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(policy))
 
 
-def clock_text(group: dict) -> str:
+def clock_text(group: dict[str, Any]) -> str:
     """Where a parameter group is in the training."""
     return f"epoch {group['epoch']}, {group['completed_steps']} completed steps"
 
 
-def _blocks_of_group(optimizer, index: int) -> list[str]:
+def _blocks_of_group(optimizer: "FusedGradDropAdamW", index: int) -> list[str]:
     """The blocks in which the group's tensors lie, in forward order; [] where nobody has named any."""
     group, policy = optimizer.param_groups[index], optimizer._groups.policy(index)
     if policy is not None and policy.needs_blocks:
@@ -104,13 +105,13 @@ def _blocks_of_group(optimizer, index: int) -> list[str]:
     return [block for block in known if block in own]
 
 
-def _meaning(group: dict, policy: Policy | None) -> str:
+def _meaning(group: dict[str, Any], policy: Policy | None) -> str:
     if policy is None or policy.masked is None:
         return "-"
     return group["masked"] or policy.masked
 
 
-def _notes(group: dict, policy: Policy | None) -> list[str]:
+def _notes(group: dict[str, Any], policy: Policy | None) -> list[str]:
     notes = []
     untrained = sum(not param.requires_grad for param in group["params"])
     if untrained:
@@ -120,7 +121,7 @@ def _notes(group: dict, policy: Policy | None) -> list[str]:
     return notes
 
 
-def _counts(blocks, tensors: int, numel: int) -> tuple[str, str, str]:
+def _counts(blocks: Collection[str], tensors: int, numel: int) -> tuple[str, str, str]:
     return str(len(blocks) or "-"), str(tensors), f"{numel:,}"
 
 
@@ -128,10 +129,11 @@ def _percent(share: float, numel: int) -> str:
     return f"{100 * share:.4g}%" if numel else "-"
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Lines of aligned columns: the first and the last two are text, the others figures."""
     widths = [max(map(len, column)) for column in zip(_HEADER, *rows)]
-    align = lambda i, cell: cell.rjust(widths[i]) if 0 < i < len(_HEADER) - 2 else cell.ljust(widths[i])
+    figures = range(1, len(_HEADER) - 2)
+    align: Callable[[int, str], str] = lambda i, cell: (cell.rjust if i in figures else cell.ljust)(widths[i])
     return ["  ".join(align(i, cell) for i, cell in enumerate(row)).rstrip() for row in (_HEADER, *rows)]
 
 
@@ -143,7 +145,7 @@ def _by_group(what: str, texts: list[tuple[int, str]]) -> list[str]:
     return [f"{what} (group {', '.join(indices)}): {text}" for text, indices in groups.items()]
 
 
-def _backends(optimizer) -> list[str]:
+def _backends(optimizer: "FusedGradDropAdamW") -> list[str]:
     """A line for each kind of tensor: the backend that would step it, or why none can."""
     kinds = Counter(
         (param.dtype, mode(param, group, optimizer.state.get(param, {})))

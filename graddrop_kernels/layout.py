@@ -9,9 +9,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from operator import mul
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Piece(NamedTuple):
     layout: RowBlock
 
 
-def is_dtensor(tensor) -> bool:
+def is_dtensor(tensor: object) -> "TypeGuard[DTensor]":
     """Whether this is a DTensor; does not import that class, without which there is none."""
     return isinstance(tensor, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
 
@@ -67,8 +72,8 @@ def pieces_of(tensor: torch.Tensor) -> tuple[Piece, ...]:
 
 @lru_cache(maxsize=4096)
 def shard_pieces(
-    shape: tuple[int, ...], placements: tuple, mesh_shape: tuple[int, ...], coordinate: tuple[int, ...] | None,
-    local_shape: tuple[int, ...],
+    shape: tuple[int, ...], placements: tuple[Any, ...], mesh_shape: tuple[int, ...],
+    coordinate: tuple[int, ...] | None, local_shape: tuple[int, ...],
 ) -> tuple[Piece, ...]:  # fmt: skip
     """The pieces of the shard at ``coordinate`` of a mesh, in local order.
 
@@ -140,7 +145,7 @@ def _order(cuts: list[_Cut]) -> list[_Cut] | None:
 
     A split factor is the number of parts made before this cut by mesh dimensions that come later.
     """
-    order = []
+    order: list[_Cut] = []
     for cut in reversed(cuts):
         parts_before = list(accumulate((other.parts for other in order), mul, initial=1))
         if cut.split_factor not in parts_before:
@@ -167,7 +172,7 @@ def _total(runs: _Runs) -> int:
 
 def _merged(runs: _Runs) -> _Runs:
     """Adjacent runs as one."""
-    merged = []
+    merged: _Runs = []
     for start, count in runs:
         if merged and sum(merged[-1]) == start:
             start, before = merged.pop()

@@ -3,7 +3,7 @@
 import os
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,8 +27,9 @@ _RUNS = 4  # contiguous runs that make the sample
 
 
 def plot_mask(
-    optimizer: "FusedGradDropAdamW", path: str | os.PathLike | None = None, *, param: torch.Tensor | str | None = None
-) -> "Figure":
+    optimizer: "FusedGradDropAdamW", path: str | os.PathLike[str] | None = None, *,
+    param: torch.Tensor | str | None = None,
+) -> "Figure":  # fmt: skip
     """The masks of the next step: a figure of two pictures.
 
     Left, the share of the elements that is kept: kinds of tensors (their names inside a block, numbers as ``*``) x
@@ -81,7 +82,7 @@ def plot_mask(
     return finish(figure, path)
 
 
-def _largest(optimizer) -> tuple[int, int]:
+def _largest(optimizer: "FusedGradDropAdamW") -> tuple[int, int]:
     """(group, position) of the largest tensor of the groups with a policy, else of all."""
     places = [
         (group["mask"] is not None, param.numel(), index, position)
@@ -93,21 +94,27 @@ def _largest(optimizer) -> tuple[int, int]:
     return max(places, key=lambda place: place[:2])[2:]
 
 
-def _plan_of(optimizer, index: int, position: int) -> MaskPlan:
+def _plan_of(optimizer: "FusedGradDropAdamW", index: int, position: int) -> MaskPlan:
     plan = optimizer._groups.plan(index, optimizer._groups.records(index)[position].unit)
     return replace(plan, bitpacked=False)  # the same masks, with nothing to be stored for the whole tensor
 
 
-def _keep(optimizer, index: int, position: int, layout: RowBlock, numel: int) -> torch.Tensor:
+def _keep(optimizer: "FusedGradDropAdamW", index: int, position: int, layout: RowBlock, numel: int) -> torch.Tensor:
     """The keep mask of ``numel`` of a parameter's elements, bool, shape (numel,)."""
     group, record = optimizer.param_groups[index], optimizer._groups.records(index)[position]
     param, plan = group["params"][position], _plan_of(optimizer, index, position)
     if plan.kind == "fixed":
-        words = optimizer._groups.policy(index).words[record.name]
+        words = _fixed_words(optimizer, index, record.name)
         runs = [_bits(words, first, count) for _, first, count in layout.runs(numel)]
         return torch.cat(runs) if runs else torch.empty(0, dtype=torch.bool)
     completed_steps = int(optimizer.state.get(param, {}).get("step", 0))
     return backends.keep_mask(plan, record.key, completed_steps, layout, numel, None, param.device)
+
+
+def _fixed_words(optimizer: "FusedGradDropAdamW", index: int, name: str) -> torch.Tensor:
+    policy: Any = optimizer._groups.policy(index)  # a FixedMask
+    words: torch.Tensor = policy.words[name]
+    return words
 
 
 def _bits(words: torch.Tensor, first: int, count: int) -> torch.Tensor:
@@ -115,7 +122,7 @@ def _bits(words: torch.Tensor, first: int, count: int) -> torch.Tensor:
     return bitmask.unpack(words[first // 32 : (first + count + 31) // 32], skipped + count)[skipped:]
 
 
-def _crop(optimizer, index: int, position: int) -> torch.Tensor:
+def _crop(optimizer: "FusedGradDropAdamW", index: int, position: int) -> torch.Tensor:
     """The keep mask of a parameter's first rows and columns, bool [at most CROP, at most CROP]."""
     param = optimizer.param_groups[index]["params"][position]
     if not param.numel():
@@ -125,19 +132,20 @@ def _crop(optimizer, index: int, position: int) -> torch.Tensor:
     return _keep(optimizer, index, position, RowBlock(0, width, columns), rows * width).view(rows, width)
 
 
-def _share(optimizer, index: int, position: int) -> float:
+def _share(optimizer: "FusedGradDropAdamW", index: int, position: int) -> float:
     """The share of a parameter's elements that the next step keeps; of a large random mask that of a sample."""
-    numel, plan = optimizer.param_groups[index]["params"][position].numel(), _plan_of(optimizer, index, position)
+    numel: int = optimizer.param_groups[index]["params"][position].numel()
+    plan = _plan_of(optimizer, index, position)
     if plan.kind == "fixed":
         record = optimizer._groups.records(index)[position]
-        return count_kept(optimizer._groups.policy(index).words[record.name]) / numel
+        return count_kept(_fixed_words(optimizer, index, record.name)) / numel
     if plan.kind not in ("bernoulli", "bucket"):
         return plan.active_fraction
     layout = RowBlock.whole(numel) if numel <= SAMPLE else RowBlock(0, SAMPLE // _RUNS, numel // _RUNS)
     return _keep(optimizer, index, position, layout, min(numel, SAMPLE)).double().mean().item()
 
 
-def _shares_by_kind(optimizer) -> tuple[np.ndarray, list[str], list[str | None]]:
+def _shares_by_kind(optimizer: "FusedGradDropAdamW") -> tuple[np.ndarray[Any, Any], list[str], list[str | None]]:
     """(share kept, float [kinds, blocks], NaN where there is no such tensor; kinds; blocks, None last: outside)."""
     groups = optimizer.param_groups
     known: dict[str, None] = {}

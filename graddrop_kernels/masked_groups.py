@@ -1,6 +1,8 @@
 """MaskedGroups: an optimizer's parameter groups as its steps see them: policies, names, random streams, plans."""
 
 import weakref
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 
@@ -24,38 +26,41 @@ class MaskedGroups:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, policies: PolicyBook):
-        self._optimizer = weakref.proxy(optimizer)  # or its moments would wait for the garbage collector
+        # Or its moments would wait for the garbage collector.
+        self._optimizer: torch.optim.Optimizer = weakref.proxy(optimizer)
         self.policies = policies
         self.flat: dict[torch.Tensor, tuple[FlatPiece, ...]] = {}  # what is in the flat buffers among the parameters
         self.shapes: dict[str, tuple[int, ...]] | None = None  # of all parameters, where this process has only some
         self.last_buffers: frozenset[torch.Tensor] = frozenset()  # see attach_pieces(last=)
-        self._given: dict[int, weakref.ref] | None = None  # the tensors that groups were made of
+        self._given: dict[int, weakref.ref[torch.Tensor]] | None = None  # the tensors that groups were made of
         self.forget()
 
     def forget(self) -> None:
-        self._records: dict[int, tuple] = {}
-        self._words: dict[torch.Tensor, tuple] = {}
+        self._records: dict[int, tuple[tuple[Any, ...], tuple[list[ParamRecord], tuple[str, ...]]]] = {}
+        self._words: dict[torch.Tensor, tuple[tuple[Any, ...], list[torch.Tensor | None]]] = {}
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self._optimizer.param_groups[index]
 
     def indices(self) -> range:
         return range(len(self._optimizer.param_groups))
 
-    def facts(self) -> list[tuple]:
+    def facts(self) -> list[tuple[Any, ...]]:
         """What of the groups a prepared step depends on."""
         return [
             (
                 group["mask"], group["seed"], group["amsgrad"], group["master_weights"], group["stochastic_rounding"],
                 len(group["params"]), group.get("param_names"),
             )
-            for group in self
+            for group in self._optimizer.param_groups
         ]  # fmt: skip
 
     def remember(self, params: list[torch.Tensor]) -> None:
         """Notes the tensors of a new group: one that comes into a group later has been put there by an engine."""
         if self._given is None:
-            self._given, params = {}, [param for group in self for param in group["params"]]
+            self._given, params = {}, [
+                param for group in self._optimizer.param_groups for param in group["params"]
+            ]
         self._given |= {id(param): weakref.ref(param) for param in params}
 
     def flat_buffer_reason(self, param: torch.Tensor) -> str | None:
@@ -75,8 +80,10 @@ class MaskedGroups:
         return self.policies.get(self[index]["mask"])
 
     def is_frozen(self, index: int) -> bool:
-        """Whether dropped elements stay as they are, instead of having a gradient of 0."""
-        return (self[index]["masked"] or self.policy(index).masked) == "frozen"
+        """Whether dropped elements stay as they are, instead of having a gradient of 0. Of a group with a policy."""
+        policy: Any = self.policy(index)
+        masked: str = self[index]["masked"] or policy.masked
+        return masked == "frozen"
 
     def counts_steps(self, index: int) -> bool:
         """Whether the masks of a group depend on how many steps it has made."""
@@ -87,7 +94,7 @@ class MaskedGroups:
         group = self[index]
         return Clock(group["epoch"], group["completed_steps"], Clock.parse_history(group["epoch_history"]))
 
-    def plan(self, index: int, unit, clock: Clock | None = None) -> MaskPlan:
+    def plan(self, index: int, unit: Hashable, clock: Clock | None = None) -> MaskPlan:
         """What the policy does to one unit of a group at a time (default: in the next step)."""
         policy, group = self.policy(index), self[index]
         if policy is None:
@@ -98,7 +105,7 @@ class MaskedGroups:
         )
         return policy.plan(context, unit)
 
-    def hyper(self, index: int, unit, clock: Clock) -> Hyper:
+    def hyper(self, index: int, unit: Hashable, clock: Clock) -> Hyper:
         """The hyper-parameters and the mask of this step, for one unit of one group."""
         group, lr = self[index], self[index]["lr"]
         if not isinstance(lr, torch.Tensor) or (lr.device.type == "cpu" and not lr.requires_grad):
@@ -113,10 +120,10 @@ class MaskedGroups:
         """The share of a group's elements kept at a time (default: in the next step): exact for blocks and fixed masks.
         Of sharded parameters as a whole, of flat buffers what is in this process.
         """
-        plans: dict = {}
-        active = total = 0
+        plans: dict[Hashable, MaskPlan] = {}
+        active, total = 0.0, 0
         for param, record in zip(self[index]["params"], self.records(index)):
-            spans = spans_of(param, record) if record.flat else [None]
+            spans: Sequence[Span | None] = spans_of(param, record) if record.flat else [None]
             words = self.mask_words(index, param, record) if record.flat else [None]
             for span, bits in zip(spans, words):
                 unit, numel = (record.unit, param.numel()) if span is None else (span.unit, span.numel)
@@ -125,7 +132,8 @@ class MaskedGroups:
                 plan = plans[unit]
                 share = plan.active_fraction
                 if plan.kind == "fixed":
-                    share = count_kept(self.policy(index).words[record.name] if bits is None else bits) / max(numel, 1)
+                    policy: Any = self.policy(index)  # a FixedMask
+                    share = count_kept(policy.words[record.name] if bits is None else bits) / max(numel, 1)
                 active += share * numel
                 total += numel
         return active / total if total else 1.0
@@ -141,7 +149,7 @@ class MaskedGroups:
 
     def _records_and_blocks(self, index: int) -> tuple[list[ParamRecord], tuple[str, ...]]:
         group = self[index]
-        made_from = (group["seed"], group["mask"], len(group["params"]), group.get("param_names"))
+        made_from: tuple[Any, ...] = (group["seed"], group["mask"], len(group["params"]), group.get("param_names"))
         if self.flat:  # DeepSpeed's stage 3 puts one buffer after the other into a group
             made_from += tuple(map(id, group["params"]))
         cached = self._records.get(index)
@@ -153,7 +161,7 @@ class MaskedGroups:
     def find(self, param: torch.Tensor | str) -> tuple[int, int]:
         """(group, position) of a parameter or of its name; of the flat buffer that it is in. Raises KeyError."""
         wanted = canonical_name(param) if isinstance(param, str) else None
-        for index, group in enumerate(self):
+        for index, group in enumerate(self._optimizer.param_groups):
             for position, (tensor, record) in enumerate(zip(group["params"], self.records(index))):
                 names = [record.name, *(piece.name for piece, _, _ in record.flat)]
                 if tensor is param or wanted in names:
@@ -179,7 +187,7 @@ class MaskedGroups:
 
     def check(self) -> None:
         """Raises ValueError or TypeError for options, policies and parameters that no step could use."""
-        for index, group in enumerate(self):
+        for index, group in enumerate(self._optimizer.param_groups):
             check_options(index, group)
             policy = self.policy(index)
             if policy is not None and policy.masked is None and group["masked"] is not None:
@@ -209,7 +217,7 @@ class MaskedGroups:
         in this process.
         """
         fixed: dict[FixedMask, dict[str, tuple[int, ...] | None]] = {}
-        for index, group in enumerate(self):
+        for index, group in enumerate(self._optimizer.param_groups):
             policy = self.policy(index)
             if not isinstance(policy, FixedMask):
                 continue
@@ -218,13 +226,14 @@ class MaskedGroups:
             if wait and any(nameless or self.flat_buffer_reason(param) for param in unknown):
                 return
             for param, record in zip(group["params"], self.records(index)):
-                named = {piece.name: None for piece, _, _ in record.flat} or {record.name: tuple(param.shape)}
+                named: dict[str, tuple[int, ...] | None] = {piece.name: None for piece, _, _ in record.flat}
+                named = named or {record.name: tuple(param.shape)}
                 fixed.setdefault(policy, {}).update(named)
         for policy, shapes in fixed.items():
             check_fixed_mask(policy, shapes if self.shapes is None else self.shapes)
 
 
-def _mask_words(policy: FixedMask | GradDropEpoch, span: Span, device: torch.device) -> torch.Tensor | None:
+def _mask_words(policy: Any, span: Span, device: torch.device) -> torch.Tensor | None:
     if isinstance(policy, GradDropEpoch):
         return backends.bucket_planes(span.key, policy.epochs, span.layout, span.numel, device)
     if span.name not in policy.words:

@@ -65,7 +65,8 @@ def turns_of(params: list[torch.Tensor]) -> dict[int, int]:
         for position, param in enumerate(params)
         if param.numel()
     )
-    shared, end, last = set(), 0, None
+    shared: set[int] = set()
+    end = last = 0
     for start, stop, position in spans:
         if start < end:
             shared |= {last, position}

@@ -2,10 +2,11 @@
 with everything the call needs beside them in plain numbers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
+from typing import Any
 
 import torch
 
@@ -43,16 +44,16 @@ class Row:
 
     param: torch.Tensor
     grad: torch.Tensor
-    state: dict
+    state: dict[str, Any]
     amsgrad: bool
     key: int  # 64-bit Philox key
     layout: RowBlock  # where the elements lie in the whole parameter
-    plan_of: tuple  # (group index, unit): rows of one pair share a Hyper
+    plan_of: tuple[Any, ...]  # (group index, unit): rows of one pair share a Hyper
     mask_words: torch.Tensor | None = None  # int32 bit-planes of the buckets, or the bits of a fixed mask
     master: bool = False  # master_param is stepped, and the parameter is what it rounds to
     stochastic: bool = False  # the bfloat16 parameter is rounded up or down at random
     span: slice | None = None  # of the flat elements; None: all
-    sharded_over: tuple = ()  # process groups whose processes hold the other parts
+    sharded_over: tuple[Any, ...] = ()  # process groups whose processes hold the other parts
 
 
 @dataclass
@@ -84,7 +85,7 @@ class TensorBatch:
     hyper_rows: list[int] = field(default_factory=list)
     members: list[int] = field(default_factory=list)  # positions among the parameters that have gradients
     spans: list[slice | None] = field(default_factory=list)  # of each of these; None: all of it
-    plans_of: list[tuple] = field(default_factory=list)  # of each hyper row
+    plans_of: list[tuple[Any, ...]] = field(default_factory=list)  # of each hyper row
     grads: list[torch.Tensor] = field(default_factory=list)
     hypers: list[Hyper] = field(default_factory=list)
     grad_scale: torch.Tensor | None = None  # one float32: gradients are divided by it, and written back
@@ -92,17 +93,17 @@ class TensorBatch:
     clip_factor: torch.Tensor | None = None  # one float32: gradients are multiplied by it after that, in registers
     grad_dtype: torch.dtype | None = None  # None: param_dtype
     stochastic: bool = False  # params (bfloat16) are rounded up or down at random, with the odds of where they lie
-    sharded_over: tuple = ()  # process groups over which a sum over all elements is still to be added up
+    sharded_over: tuple[Any, ...] = ()  # process groups over which a sum over all elements is still to be added up
     copies: list[torch.Tensor] = field(default_factory=list)
     staged: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # (tensor, its contiguous copy)
-    table: object = None
+    table: Any = None  # of a type of the backend's own
 
     @property
     def parts(self) -> int:
         """Numbers an element of a mask."""
         return 2 if self.param_dtype.is_complex else 1
 
-    def step_with(self, masked_adamw_: Callable) -> None:
+    def step_with(self, masked_adamw_: Callable[["TensorBatch"], None]) -> None:
         """Steps it, through contiguous copies where a tensor has other strides: slower, and right where torch's fused
         CPU kernel silently is not. Copied now: a batch before it may have stepped the same memory.
         """
@@ -113,7 +114,7 @@ class TensorBatch:
             tensor.copy_(copy)
 
     @property
-    def mode(self) -> tuple:
+    def mode(self) -> tuple[Any, ...]:
         """What backends.select() asks about it."""
         return self.device, self.param_dtype, self.moment_dtype, bool(self.copies), self.stochastic
 
@@ -128,7 +129,9 @@ class PreparedStep:
     An element's index is its place in contiguous order, whatever the strides.
     """
 
-    def __init__(self, params: list[torch.Tensor], rows: list[Row], state: dict, made_for: object):
+    def __init__(
+        self, params: list[torch.Tensor], rows: list[Row], state: Mapping[torch.Tensor, Any], made_for: object
+    ) -> None:
         self.made_for = made_for
         self.params = params
         stepped = {id(row.param) for row in rows}
@@ -146,14 +149,14 @@ class PreparedStep:
         self.same_grads = same_facts(grads)
         self.grads_are_contiguous = all(map(is_plain, grads))
         self.has_spans = any(row.span for row in rows)
-        self.state_tensors = self._state_tensors()
-        local_state = local_tensors(self.state_tensors)
-        self.state_is_local = same_objects(local_state, self.state_tensors)  # not asked again: 36 us for 400 tensors
-        self.addresses = list(map(_address, chain(params, local_state)))
+        state_tensors: Any = self._state_tensors()  # a list: nothing is missing yet
+        self.state_tensors: list[torch.Tensor] = state_tensors
+        self.addresses = self._addresses(params)
 
     def holds(
-        self, params: list[torch.Tensor], grads: list[torch.Tensor | None], state: dict, made_for: object
-    ) -> bool:
+        self, params: list[torch.Tensor], grads: list[torch.Tensor | None], state: Mapping[torch.Tensor, Any],
+        made_for: object,
+    ) -> bool:  # fmt: skip
         """Whether ``rows`` made now would be the same but for the gradients' addresses."""
         return (
             self.made_for == made_for
@@ -162,9 +165,8 @@ class PreparedStep:
             and same_objects(list(state.values()), self.all_states)
             and self.same_params(params)
             and self.same_grads(present(grads))
-            and same_objects(tensors := self._state_tensors(), self.state_tensors)
-            and list(map(_address, chain(params, tensors if self.state_is_local else local_tensors(tensors))))
-            == self.addresses
+            and same_objects(self._state_tensors(), self.state_tensors)
+            and self._addresses(params) == self.addresses
         )
 
     def set_grads(self, grads: list[torch.Tensor | None]) -> None:
@@ -196,10 +198,16 @@ class PreparedStep:
         for batch in self.batches:
             batch.grads = []
 
+    def _addresses(self, params: list[torch.Tensor]) -> list[int]:
+        """Of the parameters and of what is kept for them."""
+        steps = len(self.states)  # these come first, and are no DTensors
+        moments = local_tensors(self.state_tensors[steps:])
+        return list(map(_address, chain(params, self.state_tensors[:steps], moments)))
+
     def _state_tensors(self) -> list[torch.Tensor] | None:
-        """The moments and steps of all rows; None where one is gone."""
+        """The steps and moments of all rows; None where one is gone."""
         try:
-            kept = [map(itemgetter(name), self.states) for name in ("exp_avg", "exp_avg_sq", "step")]
+            kept = [map(itemgetter(name), self.states) for name in ("step", "exp_avg", "exp_avg_sq")]
             kept.append(map(itemgetter("max_exp_avg_sq"), self.amsgrad_states))
             kept.append(map(itemgetter("master_param"), self.master_states))
             return list(chain(*kept))
@@ -207,7 +215,7 @@ class PreparedStep:
             return None
 
     def _sort(self, rows: list[Row]) -> list[TensorBatch]:
-        batches: dict[tuple, TensorBatch] = {}
+        batches: dict[tuple[Any, ...], TensorBatch] = {}
         turns = turns_of([_span(row.param, row.span) if is_plain(row.param) else row.param for row in rows])
         members: dict[int, int] = {}
         for position, row in enumerate(rows):
@@ -262,7 +270,7 @@ def _span(tensor: torch.Tensor, span: slice | None) -> torch.Tensor:
     return tensor if span is None else tensor.detach().view(-1)[span]
 
 
-def same_objects(objects: list | None, others: list) -> bool:
+def same_objects(objects: list[Any] | None, others: list[Any]) -> bool:
     return objects is not None and len(objects) == len(others) and all(map(is_, objects, others))
 
 

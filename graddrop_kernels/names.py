@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from fnmatch import fnmatchcase
 
 # DistributedDataParallel and most hand-made wrappers, torch.compile, FSDP1, torch's activation checkpointing.
@@ -24,12 +24,12 @@ def canonical_module_name(fqn: str) -> str:
     return canonical_name(f"{fqn}.").removesuffix(".")
 
 
-def block_of(name: str, block_names) -> str | None:
+def block_of(name: str, block_names: Collection[str]) -> str | None:
     """Return which of ``block_names`` (best a set or dict) holds the parameter of this canonical name, or None."""
     return next((prefix for prefix in _prefixes(name) if prefix in block_names), None)
 
 
-def match_layers(patterns, names) -> list[str]:
+def match_layers(patterns: str | Iterable[str], names: Iterable[str]) -> list[str]:
     """Return the distinct block names that ``patterns`` find among the parameter names ``names``, in forward order.
 
     A pattern is a whole block name with shell wildcards inside its dotted components: ``*`` is exactly one component,
@@ -62,13 +62,13 @@ def match_layers(patterns, names) -> list[str]:
     return sorted(found, key=forward_order(found))
 
 
-def forward_order(names):
+def forward_order(names: Iterable[str]) -> Callable[[str], tuple[bool, int, list[int]]]:
     """Return the sort key that puts block names, given in order of appearance, into forward order."""
     stacks: dict[str, int] = {}
     for name in names:
         stacks.setdefault(_numbers_to_stars(name), len(stacks))
 
-    def key(name):
+    def key(name: str) -> tuple[bool, int, list[int]]:
         numbers = [int(part) for part in name.split(".") if part.isdecimal()]
         return in_decoder(name), stacks[_numbers_to_stars(name)], numbers
 
@@ -81,7 +81,7 @@ def in_decoder(name: str) -> bool:
     return coder is not None and coder[0] == "decoder"
 
 
-def near_names(pattern: str, names, count: int = 3) -> str:
+def near_names(pattern: str, names: Iterable[str], count: int = 3) -> str:
     """The ``count`` names (numbers as ``*``) most like ``pattern``, quoted, for an error message."""
     near = difflib.get_close_matches(pattern, dict.fromkeys(map(_numbers_to_stars, names)), n=count, cutoff=0.0)
     return ", ".join(map(repr, near)) or "none: there are no names"

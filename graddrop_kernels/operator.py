@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -47,7 +48,7 @@ def new_handle(optimizer: FusedGradDropAdamW) -> str:
     return handle
 
 
-def step_in_graph(optimizer: FusedGradDropAdamW, closure):
+def step_in_graph(optimizer: FusedGradDropAdamW, closure: Callable[[], Any] | None) -> Any:
     """step() as torch.compile traces it: collects the tensors and calls the operator.
 
     What cannot be traced (a closure, a change of the groups in the same function) is a graph break, hence with
@@ -70,7 +71,7 @@ def step_in_graph(optimizer: FusedGradDropAdamW, closure):
     if any(map(is_dtensor, everything)):
         torch._dynamo.graph_break(msg="a step of DTensors is not compiled: it is one call already")
         return optimizer._step_uncompiled(closure)
-    hyper_places = _before_tracing(optimizer._handle, positions)
+    hyper_places: Any = _before_tracing(optimizer._handle, positions)
     if hyper_places is None:
         torch._dynamo.graph_break(
             msg="the compiled function has changed optimizer.param_groups, which a step in the same graph would not "
@@ -103,7 +104,7 @@ def step_in_graph(optimizer: FusedGradDropAdamW, closure):
     return None
 
 
-def _hyper(group: dict, place: int):
+def _hyper(group: dict[str, Any], place: int) -> Any:
     return group["lr"] if place == 0 else group["betas"][place - 1]
 
 
@@ -129,10 +130,11 @@ def _before_tracing(handle: str, positions: list[int]) -> tuple[tuple[int, int],
     )
 
 
-_before_tracing._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result; that imports torch._dynamo
+# As torch.compiler.assume_constant_result, which imports torch._dynamo.
+_before_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark on a function
 
 
-def _has_pending_change(groups: list[dict]) -> bool:
+def _has_pending_change(groups: list[dict[str, Any]]) -> bool:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     effects = InstructionTranslator.current_tx().output.side_effects
@@ -142,8 +144,10 @@ def _has_pending_change(groups: list[dict]) -> bool:
 
 @torch.no_grad()
 def _step(
-    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, master_params, steps, hypers, grad_scale, found_inf,
-    positions, hyper_places, handle,
+    params: list[torch.Tensor], grads: list[torch.Tensor], exp_avgs: list[torch.Tensor],
+    exp_avg_sqs: list[torch.Tensor], max_exp_avg_sqs: list[torch.Tensor], master_params: list[torch.Tensor],
+    steps: list[torch.Tensor], hypers: list[torch.Tensor], grad_scale: torch.Tensor | None,
+    found_inf: torch.Tensor | None, positions: list[int], hyper_places: list[int], handle: str,
 ) -> None:  # fmt: skip
     optimizer = _optimizers.get(handle)
     if optimizer is None:
@@ -153,7 +157,8 @@ def _step(
             "a compiled step has the tensors of one pattern of dropped blocks: after skip_dropped() call "
             "optimizer.step() outside of torch.compile"
         )
-    optimizer._opt_called = True  # as the step that torch's lr_scheduler wraps says
+    # As the step that torch's lr_scheduler wraps says.
+    optimizer._opt_called = True  # type: ignore[attr-defined]  # made by that scheduler
     for group in optimizer.param_groups:  # torch.compile sets it when a function that it compiles names param_groups
         group["capturable"] = optimizer.defaults["capturable"]
     everything = [(group, param) for group in optimizer.param_groups for param in group["params"]]
@@ -193,11 +198,15 @@ def _step(
         optimizer.grad_norm = target.grad_norm
 
 
-def _twin(optimizer, param_at: dict, states, hypers) -> FusedGradDropAdamW:
+def _twin(
+    optimizer: FusedGradDropAdamW, param_at: dict[int, torch.Tensor],
+    states: Iterable[tuple[torch.Tensor, dict[str, torch.Tensor]]],
+    hypers: Iterable[tuple[tuple[int, int], torch.Tensor]],
+) -> FusedGradDropAdamW:  # fmt: skip
     """An optimizer with everything of this one but its tensors. A graph may have copied them, to be free of side
     effects, and changed the copies on the way.
     """
-    twin = object.__new__(type(optimizer))
+    twin: FusedGradDropAdamW = object.__new__(type(optimizer))
     twin.__dict__.update(optimizer.__dict__)
     twin._groups, twin._prepared = MaskedGroups(twin, optimizer._groups.policies), None
     twin._groups.flat = optimizer._groups.flat

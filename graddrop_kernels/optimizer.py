@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any, TypeVar, overload
 
 import torch
+from torch._compile import _disable_dynamo
+from torch.optim.optimizer import ParamsT
 
 from . import backends, checkpoint, inspection, operator, preparation
 from .backends.device_tables import capturing
@@ -20,6 +23,8 @@ from .policy_book import PolicyBook
 from .shards import as_sharded, local, local_grads, local_tensors, spans_of
 from .skip_backward import SkipBackward
 from .warn_once import WarnOnce
+
+_Loss = TypeVar("_Loss")
 
 
 class FusedGradDropAdamW(torch.optim.AdamW):
@@ -83,7 +88,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | torch.Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -105,7 +110,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         max_grad_norm: float | None = None,
         norm_after_mask: bool = False,
         backend: str = "auto",
-    ):
+    ) -> None:
         self._backend = backends.check_name(backend)
         self._handle = operator.new_handle(self)
         self._groups = MaskedGroups(self, PolicyBook())
@@ -148,7 +153,11 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._constructing = False
         self._groups.check()
 
-    def step(self, closure: Callable[[], torch.Tensor] | None = None):
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], _Loss]) -> _Loss: ...
+    def step(self, closure: Callable[[], _Loss] | None = None) -> _Loss | None:
         """One masked AdamW step. Returns the closure's loss, or None.
 
         Raises:
@@ -157,11 +166,12 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         """
         if torch.compiler.is_compiling():
             with torch.no_grad():
-                return operator.step_in_graph(self, closure)
+                loss: _Loss | None = operator.step_in_graph(self, closure)
+                return loss
         return self._step_uncompiled(closure)
 
-    @torch._disable_dynamo
-    def _step_uncompiled(self, closure: Callable[[], torch.Tensor] | None):
+    @_disable_dynamo
+    def _step_uncompiled(self, closure: Callable[[], _Loss] | None) -> _Loss | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -172,7 +182,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             self._step_with(params, list(map(grad_of, params)), *amp_scalars, fresh=lambda: not self.state)
         return loss
 
-    def _step_with(self, params, grads, grad_scale, found_inf, fresh: Callable[[], bool]) -> None:
+    def _step_with(
+        self, params: list[torch.Tensor], grads: list[torch.Tensor | None], grad_scale: torch.Tensor | None,
+        found_inf: torch.Tensor | None, fresh: Callable[[], bool],
+    ) -> None:  # fmt: skip
         """The step of all parameters (those whose gradient is None are left out); the scalars as a GradScaler has
         put them on this optimizer; ``fresh``: whether there was no step before this one.
         """
@@ -224,7 +237,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._skip.check_outside("step_in_backward()")
         return StepInBackward(self)
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def set_epoch(self, epoch: int) -> None:
         """Tells the policies that an epoch begins.
 
@@ -288,7 +301,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         """What the next step would mask, as a table of text: see ``graddrop_kernels.describe``."""
         return inspection.describe(self)
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the group may have its own ``"mask"`` (a policy or None), ``"seed"``, ``"masked"``,
         ``"bias_correction"``.
         """
@@ -338,13 +351,13 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._forget_caches()
         self._groups.check()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """As torch's: the state of every parameter, and the groups with the policies and counts of ours."""
         self._skip.check_outside("state_dict()")
         self._settle_skipped_steps()
         return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict, strict: bool = True) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Loads a state dict of this class or of torch.optim.AdamW; moments keep the dtype they were saved with.
 
         Args:
@@ -358,9 +371,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 Nothing has changed then.
         """
         self._skip.check_outside("load_state_dict()")
-        prepared = {}
+        prepared: dict[str, Any] = {}
 
-        def prepare(_, state_dict):
+        def prepare(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             prepared.update(checkpoint.prepare(state_dict, self.param_groups, strict))
             return prepared
 
@@ -373,7 +386,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._forget_caches()
         self._skipped_steps.clear()
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's."""
         super().zero_grad(set_to_none)
@@ -401,7 +414,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         """
         return self._skip.around(model)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         self._skip.check_outside("a copy of the optimizer")
         self._settle_skipped_steps()
         return {
@@ -414,11 +427,11 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             "grad_norm": self.grad_norm,
         }
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         if "_policies" in state:  # not from load_state_dict, which comes by here too
             self._groups = MaskedGroups(self, state.pop("_policies"))
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
         if "_handle" not in self.__dict__:
             self._handle = operator.new_handle(self)
         self.__dict__.setdefault("_warn_once", WarnOnce())
@@ -436,7 +449,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     # One step's pieces, in the order of step().
 
-    def _run(self, prepared: PreparedStep, grads: list, clocks: list[Clock], grad_scale=None, found_inf=None) -> None:
+    def _run(
+        self, prepared: PreparedStep, grads: list[torch.Tensor | None], clocks: list[Clock],
+        grad_scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Masks and updates what is prepared; counts nothing but the parameters' own steps."""
         prepared.set_grads(grads)
         for batch in prepared.batches:
@@ -455,7 +471,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             prepared.write_grads_back()
         prepared.forget_grads()
 
-    def _facts(self) -> tuple:
+    def _facts(self) -> tuple[Any, ...]:
         """What of the options a prepared step depends on."""
         return self.max_grad_norm is not None, self._groups.facts()
 
@@ -501,4 +517,4 @@ class FusedGradDropAdamW(torch.optim.AdamW):
     def _forget_caches(self) -> None:
         """Nothing that was derived from the groups survives a load or a new group."""
         self._groups.forget()
-        self._prepared: PreparedStep | None = None
+        self._prepared = None

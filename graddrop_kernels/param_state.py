@@ -2,6 +2,8 @@
 and what of it must be refused.
 """
 
+from typing import Any
+
 import torch
 
 from .memory import check_memory, overlaps_itself, reach
@@ -9,33 +11,34 @@ from .memory import check_memory, overlaps_itself, reach
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def has_master(param: torch.Tensor, group: dict) -> bool:
+def has_master(param: torch.Tensor, group: dict[str, Any]) -> bool:
     """Whether a float32 copy of the parameter is stepped in its place."""
     return group["master_weights"] and param.dtype in _HALF
 
 
-def is_stochastic(param: torch.Tensor, group: dict) -> bool:
+def is_stochastic(param: torch.Tensor, group: dict[str, Any]) -> bool:
     """Whether the parameter is rounded stochastically; one of another dtype is rounded as usual."""
     return group["stochastic_rounding"] and param.dtype == torch.bfloat16
 
 
-def moment_dtype(param: torch.Tensor, group: dict, state: dict) -> torch.dtype:
+def moment_dtype(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> torch.dtype:
     """That of the moments which are there, else the group's choice; float32 beside master weights."""
     if has_master(param, group):
         return torch.float32
     if "exp_avg" in state:
-        return state["exp_avg"].dtype
+        dtype: torch.dtype = state["exp_avg"].dtype
+        return dtype
     return torch.float32 if group["moment_dtype"] == "float32" and param.dtype in _HALF else param.dtype
 
 
-def mode(param: torch.Tensor, group: dict, state: dict) -> tuple:
+def mode(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> tuple[Any, ...]:
     """What backends.select() asks about a parameter: device, dtypes of what is stepped and of the moments, options."""
     master = has_master(param, group)
     stepped = torch.float32 if master else param.dtype
     return param.device, stepped, moment_dtype(param, group, state), master, is_stochastic(param, group)
 
 
-def make_state(param: torch.Tensor, group: dict, state: dict) -> None:
+def make_state(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
     """Makes what ``state`` lacks, as torch does: zeros in the parameter's strides."""
     dtype = moment_dtype(param, group, state)
     for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + group["amsgrad"]]:
@@ -50,7 +53,7 @@ def make_state(param: torch.Tensor, group: dict, state: dict) -> None:
         state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
 
 
-def check_state(name: str, param: torch.Tensor, state: dict) -> None:
+def check_state(name: str, param: torch.Tensor, state: dict[str, Any]) -> None:
     """Raises ValueError or TypeError for state that does not fit its parameter: the kernels get addresses,
     and would write past an end.
     """
@@ -59,7 +62,7 @@ def check_state(name: str, param: torch.Tensor, state: dict) -> None:
     tensor_step = isinstance(step, torch.Tensor) and step.numel() == 1 and step.device.type != "meta"
     if not (tensor_step or isinstance(step, (int, float))):
         raise ValueError(f"step of {name!r} must be one number, got {step!r}; {remedy}")
-    moments = {key: state[key] for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if key in state}
+    moments: dict[str, Any] = {key: state[key] for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if key in state}
     for key, moment in moments.items():
         if not isinstance(moment, torch.Tensor):
             raise ValueError(f"{key} of {name!r} must be a tensor, got {moment!r}; {remedy}")

@@ -3,11 +3,12 @@ And which parameters it must refuse.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in torch's stub
 
 from .memory import overlaps_itself
 from .names import block_of, canonical_name, match_layers
@@ -33,14 +34,14 @@ class ParamRecord:
 
     name: str
     key: int
-    unit: object
-    flat: tuple[tuple[FlatPiece, int, object], ...] = ()
+    unit: Hashable
+    flat: tuple[tuple[FlatPiece, int, Hashable], ...] = ()
 
 
 Flat = Mapping[torch.Tensor, Sequence[FlatPiece]]  # what was attached to the flat buffers among the parameters
 
 
-def group_names(group: dict, index: int, flat: Flat) -> list[str]:
+def group_names(group: dict[str, Any], index: int, flat: Flat) -> list[str]:
     """Canonical names of a group's parameters; "{group}.{position}" for parameters given without names, and where a
     wrapper has put flat buffers in their place.
 
@@ -59,7 +60,7 @@ def group_names(group: dict, index: int, flat: Flat) -> list[str]:
     return [canonical_name(name) for name in names]
 
 
-def _names_of_model(groups: list[dict], flat: Flat) -> list[str]:
+def _names_of_model(groups: list[dict[str, Any]], flat: Flat) -> list[str]:
     """Canonical names of all parameters in all groups, flat buffers as what is in them."""
     return [
         each
@@ -70,7 +71,7 @@ def _names_of_model(groups: list[dict], flat: Flat) -> list[str]:
 
 
 def group_blocks(
-    groups: list[dict], index: int, policy: Policy, flat: Flat
+    groups: list[dict[str, Any]], index: int, policy: Policy, flat: Flat
 ) -> tuple[tuple[str, ...], list[str | None]]:
     """(all blocks in forward order, the block of each parameter of group ``index``), for a policy that needs blocks.
 
@@ -103,7 +104,7 @@ def group_blocks(
 
 
 def make_records(
-    groups: list[dict], index: int, policy: Policy | None, flat: Flat
+    groups: list[dict[str, Any]], index: int, policy: Policy | None, flat: Flat
 ) -> tuple[list[ParamRecord], tuple[str, ...]]:
     """The records of group ``index``, and the blocks of the model (empty where the policy needs none).
 
@@ -111,10 +112,11 @@ def make_records(
     """
     group = groups[index]
     names = group_names(group, index, flat)
-    blocks, param_blocks = (), [None] * len(names)
+    blocks: tuple[str, ...] = ()
+    param_blocks: list[str | None] = [None] * len(names)
     if policy is not None and policy.needs_blocks:
         blocks, param_blocks = group_blocks(groups, index, policy, flat)
-    unit = policy.unit if policy is not None else lambda name, block: None
+    unit: Callable[[str, str | None], Hashable] = policy.unit if policy is not None else lambda name, block: None
     records = []
     for name, block, param in zip(names, param_blocks, group["params"]):
         pieces = []
@@ -128,7 +130,7 @@ def make_records(
     return records, blocks
 
 
-def _block_of_buffer(name: str, pieces: list[tuple[FlatPiece, int, object]]) -> str | None:
+def _block_of_buffer(name: str, pieces: list[tuple[FlatPiece, int, Any]]) -> str | None:
     """The block that everything in a flat buffer belongs to."""
     found = dict.fromkeys(unit for _, _, unit in pieces)
     if len(found) > 1:
@@ -137,7 +139,8 @@ def _block_of_buffer(name: str, pieces: list[tuple[FlatPiece, int, object]]) -> 
             "...), which are dropped apart but would count their steps together: build it from parameter groups of one "
             "block each"
         )
-    return next(iter(found))
+    block: str | None = next(iter(found))
+    return block
 
 
 def check_fixed_mask(policy: FixedMask, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
@@ -152,7 +155,7 @@ def check_fixed_mask(policy: FixedMask, shapes: Mapping[str, tuple[int, ...] | N
 
 def check_param(name: str, param: torch.Tensor) -> None:
     """Raises ValueError or TypeError for a parameter that no backend can step."""
-    if isinstance(param, torch.nn.parameter.UninitializedTensorMixin):
+    if isinstance(param, UninitializedTensorMixin):
         return  # of a lazy module: checked again before its first step
     if not param.is_floating_point() and param.dtype not in (torch.complex64, torch.complex128):
         raise TypeError(

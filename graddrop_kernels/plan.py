@@ -80,10 +80,10 @@ class Clock:
             history += ((self.epoch, self.completed_steps),)
         return ",".join(f"{epoch}:{start}" for epoch, start in history)
 
-    def steps_by_epoch(self) -> Counter:
+    def steps_by_epoch(self) -> Counter[int]:
         """Completed steps of each epoch. An epoch visited twice has its steps added up."""
         ends = [start for _, start in self.history[1:]] + [self.completed_steps]
-        steps = Counter()
+        steps: Counter[int] = Counter()
         for (epoch, start), end in zip(self.history, ends):
             steps[epoch] += end - start
         return steps

@@ -10,14 +10,15 @@ and moments stay as they are, bit for bit.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
 from . import bitmask
 from .philox import block_uniform16, stream_key
-from .plan import MaskPlan, PlanContext
+from .plan import Clock, MaskPlan, PlanContext
 from .schedules import ExponentialAnneal, LinearAnneal, Schedule, drop_probability, quantize, require_epochs
 
 KEEP = MaskPlan("keep")
@@ -27,15 +28,15 @@ _SCHEDULES = {cls.__name__: cls for cls in (LinearAnneal, ExponentialAnneal)}
 class Policy:
     """Base of the policies: the JSON form, and the defaults that element policies share."""
 
-    masked = "gradient"
+    masked: str | None = "gradient"
     needs_blocks = False
-    layers = None
+    layers: tuple[str, ...] | None = None
 
-    def plan(self, context: PlanContext, unit) -> MaskPlan:
+    def plan(self, context: PlanContext, unit: Hashable) -> MaskPlan:
         """The mask of one step for one ``unit``; units are what ``unit`` below returns."""
         raise NotImplementedError
 
-    def unit(self, name: str, block: str | None):
+    def unit(self, name: str, block: str | None) -> Hashable:
         """What decides about this parameter: parameters of one unit share a plan."""
         return None
 
@@ -50,8 +51,9 @@ class Policy:
 
     def check_epoch(self, epoch: int) -> None:
         """Raises ValueError when a schedule has no usable p at this epoch."""
-        if callable(getattr(self, "p", None)):
-            quantize(drop_probability(self.p, epoch))
+        p = getattr(self, "p", None)
+        if callable(p):
+            quantize(drop_probability(p, epoch))
 
     def after_last_epoch(self, epoch: int) -> str | None:
         """What the user should be warned of when training goes on to this epoch; None: nothing."""
@@ -61,16 +63,17 @@ class Policy:
         """One canonical string; equal policies give equal strings."""
         return json.dumps({"policy": type(self).__name__, **self._values()}, sort_keys=True, separators=(",", ":"))
 
-    def _values(self) -> dict:
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+    def _values(self) -> dict[str, Any]:
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]  # dataclasses all
 
     @property
     def rebuildable(self) -> bool:
         """Whether ``from_json`` can restore the policy: not with a callable p, nor a FixedMask."""
-        return not callable(getattr(self, "p", None)) or type(self.p).__name__ in _SCHEDULES
+        p = getattr(self, "p", None)
+        return not callable(p) or type(p).__name__ in _SCHEDULES
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     if type(value).__name__ in _SCHEDULES:
@@ -98,7 +101,7 @@ def from_json(text: str) -> Policy:
     name = values.pop("policy", None)
     if name not in POLICIES:
         raise ValueError(f"unknown mask policy {name!r}; known are {', '.join(POLICIES)}")
-    schedule = values.get("p")
+    schedule: Any = values.get("p")
     if name == "FixedMask" or isinstance(schedule, dict) and schedule.get("schedule") == "callable":
         what = "a FixedMask" if name == "FixedMask" else f"the callable p {schedule.get('name')!r}"
         raise ValueError(
@@ -119,12 +122,12 @@ def _check_p(p: Schedule) -> Schedule:
     return value
 
 
-def _check_every(policy, every: str) -> None:
+def _check_every(policy: Policy, every: str) -> None:
     if every not in ("step", "epoch"):
         raise ValueError(f"{type(policy).__name__}(every=) must be 'step' or 'epoch', got {every!r}")
 
 
-def _check_layers(policy, layers) -> tuple[str, ...] | None:
+def _check_layers(policy: Policy, layers: str | Iterable[str] | None) -> tuple[str, ...] | None:
     if layers is None:
         return None
     layers = (layers,) if isinstance(layers, str) else tuple(layers)
@@ -135,7 +138,7 @@ def _check_layers(policy, layers) -> tuple[str, ...] | None:
     return layers
 
 
-def _freeze_values(policy, **values) -> None:
+def _freeze_values(policy: Policy, **values: Any) -> None:
     for name, value in values.items():
         object.__setattr__(policy, name, value)
 
@@ -153,11 +156,11 @@ class GradDrop(Policy):
     p: Schedule = 0.2
     every: str = "step"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _freeze_values(self, p=_check_p(self.p))
         _check_every(self, self.every)
 
-    def plan(self, context: PlanContext, unit) -> MaskPlan:
+    def plan(self, context: PlanContext, unit: Hashable) -> MaskPlan:
         clock = context.clock
         threshold = quantize(drop_probability(self.p, clock.epoch))
         age_rate = self._age_rate(clock) if context.frozen and context.count_active_steps else 1.0
@@ -169,7 +172,7 @@ class GradDrop(Policy):
     def counts_steps(self, frozen: bool) -> bool:
         return frozen
 
-    def _age_rate(self, clock) -> float:
+    def _age_rate(self, clock: Clock) -> float:
         """The expected share of the past steps in which an element that is active now was active.
 
         A frozen element's true age under random masks is random and would cost a counter an element;
@@ -195,10 +198,10 @@ class GaussianGradDrop(Policy):
     p: Schedule = 0.2
     masked = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _freeze_values(self, p=_check_p(self.p))
 
-    def plan(self, context: PlanContext, unit) -> MaskPlan:
+    def plan(self, context: PlanContext, unit: Hashable) -> MaskPlan:
         threshold = quantize(drop_probability(self.p, context.clock.epoch))
         return MaskPlan("gaussian", scale=math.sqrt(threshold / (65536 - threshold))) if threshold else KEEP
 
@@ -213,10 +216,10 @@ class BlockPolicy(Policy):
 
     needs_blocks = True
 
-    def unit(self, name: str, block: str | None):
+    def unit(self, name: str, block: str | None) -> Hashable:
         return block
 
-    def plan(self, context: PlanContext, unit) -> MaskPlan:
+    def plan(self, context: PlanContext, unit: Any) -> MaskPlan:
         if unit is None:
             return KEEP
         # A frozen block's own step counts do not advance,
@@ -244,7 +247,7 @@ class LayerGradDrop(BlockPolicy):
     every: str = "step"
     layers: tuple[str, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _freeze_values(self, p=_check_p(self.p), layers=_check_layers(self, self.layers))
         _check_every(self, self.every)
 
@@ -267,14 +270,14 @@ class GradFreeze(BlockPolicy):
         layers: as in LayerGradDrop.
     """
 
-    epochs: int | None = None
+    epochs: int = None  # type: ignore[assignment]  # left out, it is refused with a message that says what it is
     direction: str = "top_down"
     blocks_per_epoch: int | None = None
     layers: tuple[str, ...] | None = None
     masked = "frozen"
     follows_epochs = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_epochs("GradFreeze(epochs=)", self.epochs)
         if self.direction not in ("top_down", "bottom_up"):
             raise ValueError(f"GradFreeze(direction=) must be 'top_down' or 'bottom_up', got {self.direction!r}")
@@ -304,13 +307,13 @@ class GradDropEpoch(Policy):
             ceil(log2 T) bits an element. The training is the same bit for bit.
     """
 
-    epochs: int | None = None
+    epochs: int = None  # type: ignore[assignment]  # left out, it is refused with a message that says what it is
     toggle: bool = False
     storage: str = "recompute"
     masked = "frozen"
     follows_epochs = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_epochs("GradDropEpoch(epochs=)", self.epochs)
         if self.epochs > 4096:
             raise ValueError(
@@ -319,7 +322,7 @@ class GradDropEpoch(Policy):
         if self.storage not in ("bitpacked", "recompute"):
             raise ValueError(f"GradDropEpoch(storage=) must be 'bitpacked' or 'recompute', got {self.storage!r}")
 
-    def plan(self, context: PlanContext, unit) -> MaskPlan:
+    def plan(self, context: PlanContext, unit: Hashable) -> MaskPlan:
         epoch = min(context.clock.epoch, self.epochs - 1)
         first = epoch if self.toggle else 0
         if self.epochs == 1 or (not context.frozen and first == 0 and epoch == self.epochs - 1):
@@ -344,7 +347,7 @@ class GradDropEpoch(Policy):
             "its last bucket goes on being trained"
         )
 
-    def _ages(self, clock, first: int, last: int) -> tuple[int, ...]:
+    def _ages(self, clock: Clock, first: int, last: int) -> tuple[int, ...]:
         """By bucket: steps in which it was active, this one included; 0 where it is not active now."""
         ages = [0] * first + [1] * (last + 1 - first)
         for epoch, steps in clock.steps_by_epoch().items():
@@ -390,22 +393,22 @@ class FixedMask(Policy):
             digest.update(f"{name}{self.shapes[name]}".encode() + self.words[name].numpy().tobytes())
         self.digest = digest.hexdigest()
 
-    def unit(self, name: str, block: str | None):
+    def unit(self, name: str, block: str | None) -> Hashable:
         return name in self.words
 
-    def plan(self, context: PlanContext, unit) -> MaskPlan:
+    def plan(self, context: PlanContext, unit: Hashable) -> MaskPlan:
         return MaskPlan("fixed", context.frozen, scale=self.scale) if unit else KEEP
 
-    def _values(self) -> dict:
+    def _values(self) -> dict[str, Any]:
         return {"scale": self.scale, "digest": self.digest}
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, FixedMask) and self.to_json() == other.to_json()
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self.digest)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"FixedMask({len(self.words)} masks, scale={self.scale})"
 
 

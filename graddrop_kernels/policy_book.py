@@ -6,7 +6,7 @@ from .policies import Policy, from_json
 class PolicyBook:
     """Keeps what a string cannot: callable schedules and fixed masks."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._by_json: dict[str, Policy] = {}
 
     def add(self, mask: Policy | str | None) -> str | None:

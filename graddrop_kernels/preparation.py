@@ -3,7 +3,7 @@ missing of state and masks, then the rows.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -96,7 +96,7 @@ def check_flat(optimizer: "FusedGradDropAdamW", record: ParamRecord, param: torc
         )
 
 
-def check_written_grads(optimizer: "FusedGradDropAdamW", params: list, grads: list[torch.Tensor | None]) -> None:
+def check_written_grads(optimizer: "FusedGradDropAdamW", params: list[Any], grads: list[torch.Tensor | None]) -> None:
     """Raises ValueError for a gradient that cannot be unscaled in place."""
     for param, grad in zip(params, grads):
         if grad is not None and not grad.is_contiguous() and overlaps_itself(grad):
@@ -107,7 +107,10 @@ def check_written_grads(optimizer: "FusedGradDropAdamW", params: list, grads: li
             )
 
 
-def _is_state_probe(optimizer: "FusedGradDropAdamW", params, grads, fresh: Callable[[], bool]) -> bool:
+def _is_state_probe(
+    optimizer: "FusedGradDropAdamW", params: list[torch.Tensor], grads: list[torch.Tensor | None],
+    fresh: Callable[[], bool],
+) -> bool:  # fmt: skip
     """torch.distributed.checkpoint asks a fresh optimizer for its state by a step with lr 0 and zero gradients: that
     must not count as one.
     """

@@ -5,6 +5,9 @@ Read it beside csrc/adamw.h. Arithmetic is float32 (float64 for float64 paramete
 in float32; without it an fma is a multiplication and an addition.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 
 from .bitmask import element_buckets, planes_to_buckets, unpack
@@ -53,11 +56,12 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
         return  # nothing moves, nor the step count
     param, max_exp_avg_sq = batch.params[row], batch.max_exp_avg_sqs[row]
     dtype = _working_dtype(param)
-    before = [param, batch.exp_avgs[row], batch.exp_avg_sqs[row], *([max_exp_avg_sq] if hyper.amsgrad else [])]
+    before: list[Any] = [param, batch.exp_avgs[row], batch.exp_avg_sqs[row]]
+    before += [max_exp_avg_sq] if hyper.amsgrad else []
     if torch.is_grad_enabled():  # differentiable=True: what a derivative needs must not be overwritten
         before = [tensor.clone() for tensor in before]
     p, m, v, *rest = (tensor.to(dtype).flatten() for tensor in before)
-    vmax = rest[0] if rest else None
+    vmax: Any = rest[0] if rest else None
     completed_steps = int(batch.steps[row])
     batch.steps[row].add_(1)
     grad = batch.grads[row]
@@ -81,7 +85,7 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
         g = -g
     g = _masked_gradient(g, batch, row, plan, completed_steps, keep, rounding)
 
-    old = p, m, v, vmax
+    old: tuple[Any, ...] = p, m, v, vmax
     if hyper.weight_decay != 0:
         p = fma(neg_lr_wd, p, p)
     m = fma(beta1, m, fma(-beta1, g, g))
@@ -96,14 +100,14 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
     if batch.stochastic:
         draws = lambda *run: words32(key, completed_steps, DOMAIN_ROUNDING, *run)
         p = stochastic_bfloat16(p, by_runs(layout, p.numel(), param.device, draws))
-    targets = [param, batch.exp_avgs[row], batch.exp_avg_sqs[row], max_exp_avg_sq]
+    targets: list[Any] = [param, batch.exp_avgs[row], batch.exp_avg_sqs[row], max_exp_avg_sq]
     if batch.copies:  # of the master weights that have just been stepped
         targets.append(batch.copies[row])
         old += (batch.copies[row].flatten(),)
-    for target, new, before in zip(targets, (p, m, v, vmax, p.to(batch.grad_dtype or param.dtype)), old):
+    for target, new, kept in zip(targets, (p, m, v, vmax, p.to(batch.grad_dtype or param.dtype)), old):
         if new is not None:
             if plan.frozen and keep is not None:
-                new = torch.where(keep, new, before)
+                new = torch.where(keep, new, kept)
             target.copy_(new.view_as(target))
 
 
@@ -112,8 +116,9 @@ def _working_dtype(param: torch.Tensor) -> torch.dtype:
 
 
 def _masked_gradient(
-    g: torch.Tensor, batch: TensorBatch, row: int, plan: MaskPlan, completed_steps: int, keep, rounding: Rounding
-) -> torch.Tensor:
+    g: torch.Tensor, batch: TensorBatch, row: int, plan: MaskPlan, completed_steps: int, keep: torch.Tensor | None,
+    rounding: Rounding,
+) -> torch.Tensor:  # fmt: skip
     """What the mask makes of a row's gradient g, flat and of the working dtype."""
     if plan.kind == "off":
         return torch.zeros_like(g)  # the fused backends do not even read it
@@ -128,7 +133,7 @@ def _masked_gradient(
     return g
 
 
-def _scalars(hyper: Hyper, step: int, dtype: torch.dtype, device):
+def _scalars(hyper: Hyper, step: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
     """The scalars of one update as tensors of the working dtype;
     the last two have one entry a bucket where the plan has ages.
 
@@ -139,17 +144,17 @@ def _scalars(hyper: Hyper, step: int, dtype: torch.dtype, device):
     beta1, beta2, eps, weight_decay = torch.tensor(
         (hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay), dtype=dtype, device=device
     )
+    ages: Sequence[float]
     if plan.ages:
         ages = [min(max(age, 1), step) for age in plan.ages] + [1] * (plan.buckets - len(plan.ages))
     else:
-        ages = plan.global_step or 1 + (step - 1) * plan.age_rate
-        ages = [ages]
+        ages = [plan.global_step or 1 + (step - 1) * plan.age_rate]
     bias_correction1 = torch.tensor([1 - float(beta1) ** age for age in ages], dtype=dtype, device=device)
     bias_correction2_sqrt = torch.tensor([(1 - float(beta2) ** age) ** 0.5 for age in ages], dtype=dtype, device=device)
     return beta1, beta2, eps, -(lr * weight_decay), lr / bias_correction1, bias_correction2_sqrt
 
 
-def _keep_and_bucket(batch: TensorBatch, row: int, plan: MaskPlan, completed_steps: int):
+def _keep_and_bucket(batch: TensorBatch, row: int, plan: MaskPlan, completed_steps: int) -> list[Any]:
     param, layout, words = batch.params[row], batch.layouts[row], batch.mask_words[row]
     found = keep_and_bucket(
         plan, batch.keys[row], completed_steps, layout, param.numel() // batch.parts, words, param.device
@@ -158,8 +163,9 @@ def _keep_and_bucket(batch: TensorBatch, row: int, plan: MaskPlan, completed_ste
 
 
 def keep_and_bucket(
-    plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, numel: int, mask_words=None, device=None
-):
+    plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, numel: int, mask_words: Any = None,
+    device: torch.device | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """(keep, bucket) of every element in local order, shape (numel,): the mask rule.
 
     keep is a bool tensor, or None where the plan drops no single elements; bucket is an int64 tensor,
@@ -180,7 +186,9 @@ def keep_and_bucket(
     return None, None
 
 
-def by_runs(layout: RowBlock, numel: int, device, draws) -> torch.Tensor:
+def by_runs(
+    layout: RowBlock, numel: int, device: torch.device | None, draws: Callable[..., torch.Tensor]
+) -> torch.Tensor:
     """``draws(first global index, count, device)`` of each contiguous run of a layout, put together in local order."""
     inner, outer = layout.local_inner, layout.global_inner
     rows = numel // inner

@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 import torch
 
+Fma = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
 
 class Rounding(NamedTuple):
     """``fma(a, b, c)``: a * b + c; ``sqrt(a)``: on tensors of one floating dtype."""
 
-    fma: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    fma: Fma
     sqrt: Callable[[torch.Tensor], torch.Tensor]
 
 

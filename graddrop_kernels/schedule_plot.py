@@ -4,7 +4,7 @@ import math
 import os
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def plot_schedule(
     policy: Policy | None,
     epochs: int,
-    path: str | os.PathLike | None = None,
+    path: str | os.PathLike[str] | None = None,
     *,
     blocks: int | Sequence[str] = 12,
     steps_per_epoch: int | None = None,
@@ -83,11 +83,11 @@ def plot_schedule(
     return finish(figure, path)
 
 
-def _is_count(value) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _is_names(blocks) -> bool:
+def _is_names(blocks: object) -> bool:
     return isinstance(blocks, (list, tuple)) and len(blocks) > 0 and all(isinstance(name, str) for name in blocks)
 
 
@@ -116,13 +116,15 @@ def _element_curves(policy: Policy | None, epochs: int) -> dict[str, list[float]
     return curves
 
 
-def _block_shares(policy, blocks, epochs: int, steps: int | None, seed: int) -> tuple[np.ndarray, str]:
+def _block_shares(
+    policy: Any, blocks: int | Sequence[str], epochs: int, steps_per_epoch: int | None, seed: int
+) -> tuple[np.ndarray[Any, Any], str]:
     """(share kept, float [blocks, epochs]; what it means)."""
     names, every_step = _names(blocks), getattr(policy, "every", None) == "step"
-    if hasattr(policy, "p") and (isinstance(blocks, int) or every_step and steps is None):
+    if hasattr(policy, "p") and (isinstance(blocks, int) or every_step and steps_per_epoch is None):
         keep = [1 - quantize(drop_probability(policy.p, epoch)) / 65536 for epoch in range(epochs)]
         return np.tile(keep, (len(names), 1)), "probability that a block is active"
-    steps = steps if every_step else 1
+    steps = steps_per_epoch if every_step and steps_per_epoch is not None else 1
     contexts = [
         [_context(policy, epoch, epoch * steps + step, seed, names) for step in range(steps)] for epoch in range(epochs)
     ]

@@ -19,7 +19,7 @@ class LinearAnneal:
     start: float = 0.9
     end: str = "paper"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_epochs("LinearAnneal(epochs=)", self.epochs)
         require_probability("LinearAnneal(start=)", self.start)
         if self.end not in ("paper", "zero"):
@@ -46,7 +46,7 @@ class ExponentialAnneal:
     start: float
     decay: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_probability("ExponentialAnneal(start=)", self.start)
         if not 0 < self.decay <= 1:
             raise ValueError(f"ExponentialAnneal(decay=) must be in (0, 1], got {self.decay!r}")
@@ -93,13 +93,13 @@ def quantize(p: float) -> int:
     return threshold
 
 
-def require_probability(what: str, p) -> None:
+def require_probability(what: str, p: object) -> None:
     """Raises ValueError unless p is a number in [0, 1)."""
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:  # NaN fails the comparison too
         raise ValueError(f"{what} must be a drop probability in [0, 1), got {p!r}")
 
 
-def require_epochs(what: str, epochs) -> None:
+def require_epochs(what: str, epochs: object) -> None:
     """Raises ValueError unless epochs is an int >= 1."""
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"{what} must be the number of training epochs, an int >= 1, got {epochs!r}")

@@ -1,9 +1,10 @@
 """One case of `verify`: "exact" and the backends step the same values side by side, compared after every step."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,7 +24,7 @@ class Engine(NamedTuple):
     device: torch.device
     isa: str | None = None
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.backend.name}{f'/{self.isa}' if self.isa else ''} on {self.device}"
 
 
@@ -58,7 +59,7 @@ class Findings:
 class Training:
     """The parameters of a case, and the optimizer over them on one engine."""
 
-    def __init__(self, case: Case, named: list[tuple[str, torch.Tensor]], engine: Engine, arguments: dict):
+    def __init__(self, case: Case, named: list[tuple[str, torch.Tensor]], engine: Engine, arguments: dict[str, Any]):
         self.engine, self._misaligned = engine, case.misaligned
         self.params = [
             torch.nn.Parameter(self._placed(value.to(engine.device), i)) for i, (_, value) in enumerate(named)
@@ -124,7 +125,7 @@ def run_case(case: Case, engines: list[Engine], findings: dict[Engine, Findings]
     arguments = case.arguments(rng, named, scales.norm().item())
     running: dict[Engine, Training] = {}
 
-    def attempt(engine: Engine, when: str, action) -> None:
+    def attempt(engine: Engine, when: str, action: Callable[[], object]) -> None:
         try:
             action()
         except Exception as error:  # whatever a backend raises is a finding
@@ -159,15 +160,19 @@ def _name(i: int) -> str:
     return f"layers.{i % 4}.weight{i}"
 
 
-def _gradients(case: Case, exp_avg: torch.Tensor, scales: torch.Tensor, generator: torch.Generator):
+def _gradients(
+    case: Case, exp_avg: torch.Tensor, scales: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, ...]:
     """Gradients against the first moment, so that the moment of every trained element moves."""
     coin = torch.randint(2, scales.shape, generator=generator) * 2 - 1.0
     against = exp_avg.float().sign() * (1 if "maximize" in case.switches else -1)
     sizes = scales * (0.5 + torch.rand(scales.shape, generator=generator))
-    return (torch.where(against == 0, coin, against) * sizes).to(DTYPES[case.dtypes].params).split(case.sizes)
+    grads = (torch.where(against == 0, coin, against) * sizes).to(DTYPES[case.dtypes].params)
+    parts: tuple[torch.Tensor, ...] = grads.split(case.sizes)
+    return parts
 
 
-def _check_step(case: Case, arguments: dict, truth: Truth, training: Training, found: Findings) -> None:
+def _check_step(case: Case, arguments: dict[str, Any], truth: Truth, training: Training, found: Findings) -> None:
     """Steps ``training`` and compares its masks and tensors with those of "exact"; raises Mismatch."""
     mask, before, after = truth.mask, truth.before, truth.after
     bound, gaussian = BOUNDS.get(training.engine.backend.name, EXACT), case.policy == "GaussianGradDrop"
@@ -189,7 +194,8 @@ def _check_step(case: Case, arguments: dict, truth: Truth, training: Training, f
                 found.wrong_masks += 1
                 raise _wrong_mask(case, what, actual, mask)
     if truth.norm is not None:
-        norm, limit = training.norm(), norm_limit(gaussian and arguments["norm_after_mask"])
+        norm: Any = training.norm()
+        limit = norm_limit(gaussian and arguments["norm_after_mask"])
         _compare(case, "grad_norm", norm, truth.norm, limit, None, found)
         if not torch.equal(norm, truth.norm):
             # Backends add the squares up in orders of their own, in float64: once in millions of steps the norm rounds
@@ -204,21 +210,24 @@ def _check_step(case: Case, arguments: dict, truth: Truth, training: Training, f
         _compare(case, key, stepped[key], expected, limit, sizes.get(key), found)
 
 
-def _clip_factor(truth: Truth, arguments: dict) -> float:
+def _clip_factor(truth: Truth, arguments: dict[str, Any]) -> float:
     """About what the step multiplied the gradients by."""
     return 1.0 if truth.norm is None else min(1.0, arguments["max_grad_norm"] / max(truth.norm.item(), 1e-6))
 
 
 def _wrong_mask(case: Case, what: str, actual: torch.Tensor, expected: torch.Tensor) -> Mismatch:
     index = int((actual != expected).nonzero()[0])
-    say = lambda trained: "trained" if trained else "dropped"
+    say: Callable[[torch.Tensor], str] = lambda trained: "trained" if trained else "dropped"
     return Mismatch(
         f"mask, by {what}: {int((actual != expected).sum())} of {len(actual)} elements are wrong, the first "
         f"{_place(case, index)}: {say(actual[index])}, not {say(expected[index])}"
     )
 
 
-def _compare(case: Case, key: str, actual: torch.Tensor, expected: torch.Tensor, limit: float, size, found) -> None:
+def _compare(
+    case: Case, key: str, actual: torch.Tensor, expected: torch.Tensor, limit: float,
+    size: torch.Tensor | None, found: Findings,
+) -> None:  # fmt: skip
     """Adds to the findings; raises Mismatch where the tensors are more than ``limit`` ulp apart.
 
     An ulp is that of ``expected``'s dtype at ``size``, or where that is None at the larger of the two numbers.

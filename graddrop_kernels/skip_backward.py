@@ -4,11 +4,15 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from .backends.device_tables import capturing
 from .multi_tensor import present
+
+if TYPE_CHECKING:
+    from .optimizer import FusedGradDropAdamW
 
 
 class SkipBackward:
@@ -22,8 +26,9 @@ class SkipBackward:
     torch does not step one that has none, and a dropped block must not become the reason to.
     """
 
-    def __init__(self, optimizer):
-        self._optimizer = weakref.proxy(optimizer)  # or its moments would wait for the garbage collector
+    def __init__(self, optimizer: "FusedGradDropAdamW") -> None:
+        # Or its moments would wait for the garbage collector.
+        self._optimizer: FusedGradDropAdamW = weakref.proxy(optimizer)
         self._inside = False
         # Parameters whose gradients lack a backward pass, since the gradients were last zeroed. A step may only drop
         # them: whatever came between (another epoch, a step too many or too few), that decides whether it is right.
@@ -49,7 +54,9 @@ class SkipBackward:
                 param.requires_grad_(True)
             self.missing.update(skipped)
 
-    def complete(self, params: list[torch.Tensor], grads: list[torch.Tensor | None], grad_scale) -> list:
+    def complete(
+        self, params: list[torch.Tensor], grads: list[torch.Tensor | None], grad_scale: torch.Tensor | None
+    ) -> list[torch.Tensor | None]:
         """The gradients of a step, with something in the place of those that were skipped.
 
         Raises:
@@ -86,7 +93,8 @@ class SkipBackward:
 
     def _dropped(self) -> set[torch.Tensor]:
         """The parameters of which the next step drops the whole gradient."""
-        groups, found = self._optimizer._groups, set()
+        groups = self._optimizer._groups
+        found: set[torch.Tensor] = set()
         for index in groups.indices():
             records, clock = groups.records(index), groups.clock(index)
             units = {record.unit for record in records}

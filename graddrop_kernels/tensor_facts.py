@@ -1,7 +1,9 @@
 """same_facts: whether tensors still have the shapes, strides, dtypes, layouts and devices that others had."""
 
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
+from typing import Any
 
 import torch
 
@@ -10,9 +12,10 @@ try:
     # Not a public name of torch: where it is missing or other than expected, the comparison is made in Python.
     from torch._C._dynamo.guards import TensorGuards
 
-    TensorGuards(torch.empty(0), dynamic_dims_sizes=None, dynamic_dims_strides=None).check(torch.empty(0))
+    guards_of: Any = partial(TensorGuards, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    guards_of(torch.empty(0)).check(torch.empty(0))
 except (ImportError, TypeError, AttributeError):
-    TensorGuards = None
+    guards_of = None
 
 _facts = attrgetter("shape", "dtype", "layout", "device")
 
@@ -23,10 +26,10 @@ def same_facts(tensors: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], bo
     It keeps none of the tensors alive. It may say no without need (another subclass, another requires_grad), never yes.
     """
     count = len(tensors)
-    if TensorGuards is None or not tensors:
+    if guards_of is None or not tensors:
         facts = [(_facts(tensor), tensor.stride()) for tensor in tensors]
         return lambda others: len(others) == count and all(
             _facts(tensor) == fact and tensor.stride() == stride for tensor, (fact, stride) in zip(others, facts)
         )
-    guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    guards = guards_of(*tensors)
     return lambda others: len(others) == count and guards.check(*others)

@@ -7,6 +7,9 @@ import secrets
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -69,7 +72,7 @@ def _engines(devices: list[torch.device], only: str | None) -> tuple[list[Engine
         reason = backend.unavailable()
         fitting = [device for device in devices if backend.devices is None or device.type in backend.devices]
         if reason is None and not fitting:
-            reason = f"works on {' and '.join(backend.devices)} tensors, not on {' or '.join(map(str, devices))}"
+            reason = f"works on {' and '.join(backend.devices or ())} tensors, not on {' or '.join(map(str, devices))}"
         if reason is not None:
             absent[backend.name] = reason
             continue
@@ -97,17 +100,21 @@ def _progress(done: int, cases: list[Case], seconds: float) -> None:
 
 def _merged(findings: dict[Engine, dict[str, Findings]]) -> dict[tuple[Backend, torch.device, str], list[Findings]]:
     """By backend, device and policy: instruction sets share a row."""
-    rows: dict[tuple, list[Findings]] = {}
+    rows: dict[tuple[Any, ...], list[Findings]] = {}
     for engine, by_policy in findings.items():
         for policy, found in by_policy.items():
             rows.setdefault((engine.backend, engine.device, policy), []).append(found)
     return rows
 
 
+def _total(group: list[Findings], name: str) -> int:
+    return sum(getattr(found, name) for found in group)
+
+
 def _table(findings: dict[Engine, dict[str, Findings]]) -> str:
     lines = [("backend", "device", "policy", "cases", "masks", *COLUMNS, "elements that differ", "")]
     for (backend, device, policy), group in _merged(findings).items():
-        total = lambda name, group=group: sum(getattr(found, name) for found in group)
+        total = partial(_total, group)
         worst = {column: [found.ulp[column] for found in group if column in found.ulp] for column in COLUMNS}
         masks = f"{total('masks') - total('wrong_masks')}/{total('masks')}" if total("masks") else "-"
         failed = sum(len(found.failures) for found in group)
@@ -117,7 +124,7 @@ def _table(findings: dict[Engine, dict[str, Findings]]) -> str:
             f"{total('differing')} of {total('elements')}", f"FAIL {failed}" if failed else "PASS",
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*lines)]
-    align = lambda i, cell: cell.ljust(widths[i]) if i < 3 else cell.rjust(widths[i])
+    align: Callable[[int, str], str] = lambda i, cell: cell.ljust(widths[i]) if i < 3 else cell.rjust(widths[i])
     table = "\n".join("  ".join(align(i, cell) for i, cell in enumerate(line)).rstrip() for line in lines)
     bounds = "; ".join(
         f"{name} {bound.param:g} (parameters), {bound.moments:g} (moments), {bound.gaussian:g} (Gaussian)"

@@ -2,12 +2,13 @@
 
 import itertools
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .policies import FixedMask, GaussianGradDrop, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop
+from .policies import FixedMask, GaussianGradDrop, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, Policy
 from .schedules import LinearAnneal
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -22,7 +23,7 @@ class Dtypes(NamedTuple):
     stochastic: bool = False
 
     @property
-    def mode(self) -> tuple:
+    def mode(self) -> tuple[Any, ...]:
         """What Backend.misfit() asks about it beside the device; of master weights the masters are stepped."""
         return F32 if self.masters else self.params, self.moments, self.masters, self.stochastic
 
@@ -49,9 +50,12 @@ SIZES = (*SMALL_SIZES, 65537)  # the last is more than two threads' shares
 LARGE_SIZES = (2**22 + 3, 33)  # for a GPU: more blocks than run at a time
 
 _BLOCKS = ("layers.*",)
-_p = lambda rng: rng.uniform(0.05, 0.95)
-_anneal = lambda rng: LinearAnneal(epochs=4, start=rng.uniform(0.5, 0.9), end=rng.choice(("paper", "zero")))
-_epochs = lambda rng: rng.choice((2, 5, 12, 20))  # ages of up to 8, 16 and more buckets are looked up in different ways
+_p: Callable[[random.Random], float] = lambda rng: rng.uniform(0.05, 0.95)
+_anneal: Callable[[random.Random], LinearAnneal] = lambda rng: LinearAnneal(
+    epochs=4, start=rng.uniform(0.5, 0.9), end=rng.choice(("paper", "zero"))
+)
+# Ages of up to 8, 16 and more buckets are looked up in different ways.
+_epochs: Callable[[random.Random], int] = lambda rng: rng.choice((2, 5, 12, 20))
 
 
 def _fixed_mask(rng: random.Random, named: list[tuple[str, torch.Tensor]]) -> FixedMask:
@@ -62,7 +66,7 @@ def _fixed_mask(rng: random.Random, named: list[tuple[str, torch.Tensor]]) -> Fi
 
 
 # The rows of the README's table, and the buckets' other storage: (random numbers, named values) -> policy.
-POLICIES = {
+POLICIES: dict[str, Callable[[random.Random, list[tuple[str, torch.Tensor]]], Policy | None]] = {
     "mask=None": lambda rng, named: None,
     "GradDrop": lambda rng, named: GradDrop(_p(rng)),
     "GradDrop every epoch": lambda rng, named: GradDrop(_p(rng), every="epoch"),
@@ -94,7 +98,7 @@ class Case:
     misaligned: bool = False  # every tensor begins at an odd element of its memory
     reference: torch.device = torch.device("cpu")
 
-    def __str__(self):
+    def __str__(self) -> str:
         return ", ".join((self.policy, self.dtypes, *self.switches, *["misaligned"] * self.misaligned))
 
     @property
@@ -111,12 +115,12 @@ class Case:
         """That of COLUMNS."""
         return self.dtypes.split()[-1]
 
-    def arguments(self, rng: random.Random, named: list[tuple[str, torch.Tensor]], norm: float) -> dict:
+    def arguments(self, rng: random.Random, named: list[tuple[str, torch.Tensor]], norm: float) -> dict[str, Any]:
         """The optimizer's arguments, random where the case does not say; ``norm``: about that of its gradients."""
         _, moments, masters, stochastic = DTYPES[self.dtypes]
         # A float16 moment of a small square is 0: only eps keeps its update finite.
         eps = (-3, -2) if moments is F16 else (-8, -3)
-        arguments = {
+        arguments: dict[str, Any] = {
             "mask": POLICIES[self.policy](rng, named),
             "seed": rng.getrandbits(64),
             "lr": 10 ** rng.uniform(-3.5, -1.5),
@@ -144,7 +148,7 @@ def make_cases(seed: int, quick: bool, gpus: list[torch.device]) -> list[Case]:
     is a coin of each case.
     """
     rng, cases = random.Random(f"{seed} cases"), []
-    clip = lambda: ("clip",) * rng.randrange(2)
+    clip: Callable[[], tuple[str, ...]] = lambda: ("clip",) * rng.randrange(2)
     for policy in POLICIES:
         combinations = [
             tuple(itertools.compress(SWITCHES, on))

@@ -5,7 +5,7 @@ import warnings
 
 
 class WarnOnce:
-    def __init__(self):
+    def __init__(self) -> None:
         self._given: set[str] = set()
 
     def __call__(self, message: str | None) -> None:

@@ -2,11 +2,13 @@
 
 import ctypes
 import dataclasses
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from graddrop_kernels.backends import device_tables
 from graddrop_kernels.backends.device_tables import CHUNK, DeviceTables
 from graddrop_kernels.backends.tensor_table import HyperRow, TensorRow
 from graddrop_kernels.layout import RowBlock
@@ -267,3 +269,15 @@ def test_ages_grow_with_the_epochs():
     batch.hypers = [dataclasses.replace(batch.hypers[0], plan=later)]
     tables.refresh(batch)
     assert tables.upload is place and tables.hypers[0, 9] == 5 and tables.by_age.shape == (1, 5, 4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_copied_to_a_gpu_lies_in_pinned_memory(device, monkeypatch):
+    """Or the host would wait for each copy, and a CUDA graph could not hold one."""
+    upload = device_tables._Upload(48, torch.device("cpu"))
+    upload.device = mock.Mock(torch.Tensor, device=torch.device(device), is_cuda=device == "cuda")
+    upload.device.numel.return_value = 48
+    asked, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, pin_memory: asked.append(pin_memory) or empty(size))
+    upload._pinned()
+    assert asked == [device == "cuda"]

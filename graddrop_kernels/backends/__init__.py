@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -157,7 +158,8 @@ def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int, device: 
     if device.type == "cpu" and cpu.unavailable() is None:
         return cpu.bucket_planes(key, buckets, layout, numel)
     if device.type in triton.DEVICES and triton.unavailable() is None:
-        return triton.masks().bucket_planes(key, buckets, layout, numel, device)
+        planes: torch.Tensor = triton.masks().bucket_planes(key, buckets, layout, numel, device)
+        return planes
     if device.type == "cuda" and cuda.unavailable() is None:
         return cuda.bucket_planes(key, buckets, layout, numel, device)
     drawn = reference.by_runs(layout, numel, device, lambda *run: bitmask.element_buckets(key, buckets, *run))
@@ -165,15 +167,18 @@ def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int, device: 
 
 
 def keep_mask(
-    plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, numel: int, mask_words, device: torch.device
-) -> torch.Tensor:
+    plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, numel: int, mask_words: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:  # fmt: skip
     """The bool keep mask of a plan, shape (numel,), made by the fastest code at hand for its device."""
     if plan.kind not in ("bernoulli", "bucket", "fixed"):
         return torch.full((numel,), plan.kind != "off", dtype=torch.bool, device=device)
     if device.type in triton.DEVICES and triton.unavailable() is None:
-        return triton.masks().keep_mask(plan, key, completed_steps, layout, numel, mask_words, device)
-    keep, _ = reference.keep_and_bucket(plan, key, completed_steps, layout, numel, mask_words, device)
-    return keep
+        keep: Any = triton.masks().keep_mask(plan, key, completed_steps, layout, numel, mask_words, device)
+    else:
+        keep, _ = reference.keep_and_bucket(plan, key, completed_steps, layout, numel, mask_words, device)
+    mask: torch.Tensor = keep
+    return mask
 
 
 def _short(dtype: torch.dtype) -> str:

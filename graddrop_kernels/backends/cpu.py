@@ -5,8 +5,10 @@ import ctypes
 import os
 import platform
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,7 +80,8 @@ def library() -> ctypes.CDLL:
 
 def isa() -> str:
     """The instruction set in use: avx512_bf16, avx512, avx2 or portable. GRADDROP_CPU_ISA sets it at start."""
-    return library().graddrop_cpu_isa().decode()
+    name: bytes = library().graddrop_cpu_isa()
+    return name.decode()
 
 
 def select_isa(name: str) -> None:
@@ -94,9 +97,9 @@ def select_isa(name: str) -> None:
 
 
 @contextlib.contextmanager
-def using_isa(name: str | None):
+def using_isa(name: str | None) -> Iterator[None]:
     """Selects an instruction set for a with block; None leaves it as it is."""
-    in_use = isa() if name else None
+    in_use = isa() if name else ""
     if name:
         select_isa(name)
     try:
@@ -154,11 +157,11 @@ class _Tables:
 
     def __init__(self, batch: TensorBatch):
         self.rows = tensor_table(batch)
-        self.hypers: ctypes.Array | None = None
+        self.hypers: Any = None
         self.left_by_norm = LeftByNorm()
 
 
-def _tables(batch: TensorBatch, for_norm: bool):
+def _tables(batch: TensorBatch, for_norm: bool) -> tuple[Any, Any]:
     """Those of this step: (TensorRows, HyperRows)."""
     if batch.table is None:
         batch.table = _Tables(batch)

@@ -95,7 +95,7 @@ def unavailable() -> str | None:
     return None
 
 
-def _call(name: str, device: torch.device, *arguments) -> None:
+def _call(name: str, device: torch.device, *arguments: object) -> None:
     """Runs a C function on the current stream of a device; its emulation on the CPU.
 
     Raises:
@@ -153,7 +153,8 @@ def _tables_of(batch: TensorBatch, for_norm: bool = False) -> DeviceTables:
     if batch.table is None:
         batch.table = DeviceTables(batch)
     batch.table.refresh(batch, for_norm)
-    return batch.table
+    tables: DeviceTables = batch.table
+    return tables
 
 
 def _prologue(tables: DeviceTables, age_stride: int, found_inf: torch.Tensor | None, advance: bool) -> None:
@@ -243,7 +244,10 @@ def _row(key: int, layout: RowBlock, numel: int, mask_words: torch.Tensor | None
     )  # fmt: skip
 
 
-def _materialise(name: str, plan: MaskPlan, key: int, draw: int, layout: RowBlock, numel: int, mask_words, out) -> None:
+def _materialise(
+    name: str, plan: MaskPlan, key: int, draw: int, layout: RowBlock, numel: int, mask_words: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:  # fmt: skip
     draw = 0 if plan.kind == "bucket" else draw if plan.draw is None else plan.draw
     spec = MaskSpec(
         kind=MASK_KINDS[plan.kind], threshold=plan.threshold, draw=draw & 0xFFFFFFFF, buckets=plan.buckets,

@@ -1,7 +1,7 @@
 """DeviceTables: what the kernels on a device read in one step, kept up to date with copies that nobody waits for."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ class Launch:
     amsgrad: bool
     frozen: bool  # some row keeps its dropped elements as they are
     ages: bool  # some row has a bias correction for every bucket
-    chunks: torch.Tensor | None = None  # int64: tensor << 40 | number of the chunk in it
+    chunks: Any = None  # int64 tensor: tensor << 40 | number of the chunk in it
 
 
 class DeviceTables:
@@ -61,14 +61,14 @@ class DeviceTables:
         self.addresses: list[int] = []
         self.hyper_image = b""
         self.age_room = 0
-        self.upload: _Upload | None = None
+        self.upload: Any = None  # an _Upload, once there is room
         self.step_rows = torch.zeros(self.num_rows, _STEP_ROW_BYTES // 4, dtype=torch.int32, device=self.device)
         self.by_age = torch.zeros(1, dtype=torch.float32, device=self.device)
         self.age_stride = 0
         self.sums = torch.zeros(1, dtype=torch.float64, device=self.device)
         self.arrived = torch.zeros(1, dtype=torch.int32, device=self.device)
-        self._launches: dict[tuple, tuple[Launch, ...]] = {}
-        self.captured_kinds: tuple | None = None
+        self._launches: dict[tuple[Any, ...], tuple[Launch, ...]] = {}
+        self.captured_kinds: tuple[Any, ...] | None = None
         self._left_by_norm = LeftByNorm()
 
     def refresh(self, batch: TensorBatch, for_norm: bool = False) -> None:
@@ -161,19 +161,20 @@ class DeviceTables:
             self.age_stride = buckets
             self.by_age = torch.zeros(self.num_rows, buckets, 4, dtype=torch.float32, device=self.device)
 
-    def _point_to_device_ages(self, hypers) -> None:
+    def _point_to_device_ages(self, hypers: Any) -> None:
         address = self.upload.device.data_ptr() + self.host.nbytes + len(hypers) * _HYPER_BYTES
         for row in hypers:
             row.ages = address
             address += 8 * row.num_ages
 
-    def _aligned(self) -> np.ndarray:
+    def _aligned(self) -> np.ndarray[Any, Any]:
         """Whether each row's tensors and layout allow whole vectors and whole Philox calls."""
         together = np.bitwise_or.reduce([self.host[name] for name in _STREAMS])
         layouts = np.array([in_eights(layout, int(row["numel"])) for layout, row in zip(self.layouts, self.host)])
-        return (together % ALIGNMENT == 0) & layouts
+        aligned: np.ndarray[Any, Any] = (together % ALIGNMENT == 0) & layouts
+        return aligned
 
-    def _launches_of(self, kinds: list) -> tuple[Launch, ...]:
+    def _launches_of(self, kinds: list[Any]) -> tuple[Launch, ...]:
         """By the _Kind of each hyper row, or None where nothing is touched."""
         signature = self._signature(kinds)
         if signature not in self._launches:
@@ -182,16 +183,16 @@ class DeviceTables:
             self._launches[signature] = self._make_launches(kinds)
         return self._launches[signature]
 
-    def _signature(self, kinds: list) -> tuple:
+    def _signature(self, kinds: list[Any]) -> tuple[Any, ...]:
         """What the launches depend on. Where nothing is drawn, dropped blocks go with those that keep everything."""
         if not any(kind is not None and kind.is_drawn for kind in kinds):
             kinds = [_Kind("keep") if kind == _Kind("off") else kind for kind in kinds]
         return tuple(kinds), self.aligned.tobytes()
 
-    def _make_launches(self, kinds: list) -> tuple[Launch, ...]:
+    def _make_launches(self, kinds: list[Any]) -> tuple[Launch, ...]:
         """Rows that can share a launch do: one a mask kind, alignment and use of amsgrad, for any number of tensors."""
         drawn = next((kind for kind in kinds if kind is not None and kind.is_drawn), None)
-        members: dict[tuple, list[tuple[int, _Kind]]] = {}
+        members: dict[tuple[str, int, bool, bool, bool], list[tuple[int, _Kind]]] = {}
         for row, (numel, layout) in enumerate(zip(self.host["numel"], self.layouts)):
             kind = kinds[self.hyper_rows[row]]
             if kind is None or numel == 0:
@@ -208,8 +209,8 @@ class DeviceTables:
             for key, found in members.items()
         )  # fmt: skip
 
-    def _chunks(self, tensors: list[int]) -> torch.Tensor:
-        tensors = np.array(tensors, np.int64)
+    def _chunks(self, positions: list[int]) -> torch.Tensor:
+        tensors = np.array(positions, np.int64)
         counts = -(-self.host["numel"][tensors] // self.chunk)
         ends = np.cumsum(counts)
         within = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
@@ -263,14 +264,14 @@ class _Upload:
     """
 
     def __init__(self, size: int, device: torch.device):
-        self.device = torch.zeros(-(-size // 16) * 16, dtype=torch.uint8, device=device)
+        self.device: torch.Tensor = torch.zeros(-(-size // 16) * 16, dtype=torch.uint8, device=device)
         self.buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
         # Nothing can be allocated while a graph is captured; what a graph copies from is kept as it is for ever.
         self.spare: torch.Tensor | None = self._pinned()
         self.captured: list[torch.Tensor] = []
 
     def _pinned(self) -> torch.Tensor:
-        return torch.empty(self.device.numel(), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        return torch.empty(self.device.numel(), dtype=torch.uint8, pin_memory=self.device.is_cuda)
 
     def write_captured(self, data: bytes) -> None:
         """Records a copy of ``data`` to the beginning in the graph that is being captured.

@@ -1,7 +1,9 @@
 """The rows of csrc/tensor_table.h as ctypes structures, field by field, and the filling of them from a TensorBatch."""
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_double, c_int32, c_int64, c_uint64, c_void_p
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,25 +57,26 @@ class LeftByNorm:
     A step is known by its lists of gradients and hyper-parameters, which no other step shares.
     """
 
-    def __init__(self):
-        self._lists: tuple | None = None
+    def __init__(self) -> None:
+        self._lists: tuple[Any, ...] | None = None
 
     def take(self, batch: TensorBatch, for_norm: bool) -> bool:
         """Whether the tables are those of the batch's gradients and hyper-parameters: never so for a norm."""
-        found = not for_norm and self._lists is not None
-        found = found and self._lists[0] is batch.grads and self._lists[1] is batch.hypers
+        lists = None if for_norm else self._lists
+        found = lists is not None and lists[0] is batch.grads and lists[1] is batch.hypers
         self._lists = (batch.grads, batch.hypers) if for_norm else None
         return found
 
 
-def tensor_table(batch: TensorBatch) -> np.ndarray:
+def tensor_table(batch: TensorBatch) -> np.ndarray[Any, Any]:
     """One TensorRow a parameter, all but its gradient's address, which every step brings anew."""
     table = np.zeros(len(batch.params), TENSOR_ROW)
-    for column, tensors in (
+    columns: tuple[tuple[str, Sequence[torch.Tensor | None]], ...] = (
         ("param", batch.params), ("exp_avg", batch.exp_avgs), ("exp_avg_sq", batch.exp_avg_sqs),
         ("max_exp_avg_sq", batch.max_exp_avg_sqs), ("step", batch.steps), ("mask_words", batch.mask_words),
         ("copy", batch.copies or [None] * len(batch.params)),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for column, tensors in columns:
         table[column] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     table["numel"] = [tensor.numel() for tensor in batch.params]
     for column in ("base", "local_inner", "global_inner"):
@@ -83,13 +86,13 @@ def tensor_table(batch: TensorBatch) -> np.ndarray:
     return table
 
 
-def hyper_table(hypers: list[Hyper], lr_on: torch.device | None = None) -> ctypes.Array:
+def hyper_table(hypers: list[Hyper], lr_on: torch.device | None = None) -> Any:
     """One HyperRow a Hyper; the age arrays stay alive with the table.
 
     ``lr_on``: an lr that is a tensor on this device goes in by its address. Any other goes in by its value, for which
     the host may wait for a device.
     """
-    table = (HyperRow * len(hypers))()
+    table: Any = (HyperRow * len(hypers))()
     table.age_arrays = []
     for row, hyper in zip(table, hypers):
         plan = hyper.plan

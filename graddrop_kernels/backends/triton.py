@@ -1,13 +1,15 @@
 """The triton backend: triton_kernels.py launched on a batch. CUDA and ROCm tensors; CPU tensors in the interpreter."""
 
 import os
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from ..multi_tensor import TensorBatch
-from .device_tables import CHUNK, DeviceTables
+from .device_tables import CHUNK, DeviceTables, Launch
 
 ELEMENTS, WARPS = 8, 4  # of a thread, of a program; 16 elements need 200 registers, 4 double the cost of what is shared
 INTERPRETED_BLOCK = 65536  # the interpreter's cost is per program
@@ -42,7 +44,7 @@ def masked_adamw_(batch: TensorBatch, exact: bool = True) -> None:
 
     tables = tables_of(batch)
     block = block_of(batch.device)
-    compiled = {
+    compiled: dict[str, Any] = {
         "param_dtype": batch.param_dtype, "moment_dtype": batch.moment_dtype, "grad_dtype": batch.grad_dtype,
         "copies": bool(batch.copies), "stochastic": batch.stochastic, "grad_scale": batch.grad_scale is not None,
         "clip": batch.clip_factor is not None, "exact": exact,
@@ -69,7 +71,8 @@ def tables_of(batch: TensorBatch, for_norm: bool = False) -> DeviceTables:
     if batch.table is None:
         batch.table = DeviceTables(batch, INTERPRETED_BLOCK if interpreted() else CHUNK, reads_lr=True)
     batch.table.refresh(batch, for_norm)
-    return batch.table
+    tables: DeviceTables = batch.table
+    return tables
 
 
 def prologue(tables: DeviceTables, found_inf: torch.Tensor | None, ages: bool, advance: bool) -> None:
@@ -90,7 +93,7 @@ def block_of(device: torch.device) -> int:
     return ELEMENTS * WARPS * (torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32)
 
 
-def masks():
+def masks() -> Any:
     """The module triton_masks, which needs triton."""
     from . import triton_masks
 
@@ -98,9 +101,9 @@ def masks():
 
 
 def constants(
-    launch, param_dtype: torch.dtype, moment_dtype: torch.dtype, grad_dtype: torch.dtype | None = None,
+    launch: Launch, param_dtype: torch.dtype, moment_dtype: torch.dtype, grad_dtype: torch.dtype | None = None,
     copies: bool = False, stochastic: bool = False, grad_scale: bool = False, clip: bool = False, exact: bool = True,
-) -> dict:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """What of a launch is compiled into the kernel."""
     import triton.language as tl
 
@@ -117,6 +120,6 @@ def constants(
     }  # fmt: skip
 
 
-def on_device(device: torch.device):
+def on_device(device: torch.device) -> AbstractContextManager[None]:
     """The device as the current one, for the launch and its stream."""
     return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()

@@ -1,11 +1,12 @@
 """What every training loop's callback asks of the optimizer it is given: which one it is, and what its masks do."""
 
 from dataclasses import replace
+from typing import Any
 
 from ..optimizer import FusedGradDropAdamW
 
 
-def unwrapped(optimizer) -> FusedGradDropAdamW | None:
+def unwrapped(optimizer: Any) -> FusedGradDropAdamW | None:
     """The FusedGradDropAdamW in a wrapper (Accelerate's, DeepSpeed's, one in the other); None if there is none."""
     while optimizer is not None and not isinstance(optimizer, FusedGradDropAdamW):
         optimizer = getattr(optimizer, "optimizer", None)
@@ -18,7 +19,8 @@ def describe_masks(optimizer: FusedGradDropAdamW) -> dict[str, float]:
     """
     optimizer._settle_skipped_steps()
     groups, epoch = optimizer._groups, optimizer.param_groups[0]["epoch"]
-    found, active, total = {"graddrop_epoch": epoch}, 0.0, 0
+    found: dict[str, float] = {"graddrop_epoch": epoch}
+    active, total = 0.0, 0
     for index, group in enumerate(optimizer.param_groups):
         policy, clock = groups.policy(index), groups.clock(index)
         if policy is None:

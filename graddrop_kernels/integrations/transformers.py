@@ -9,14 +9,16 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
+from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from ..attach import attach_deepspeed, attach_fsdp1
+from ..blocks import Layers
 from ..groups import param_groups
 from ..layout import is_dtensor
 from ..optimizer import FusedGradDropAdamW
@@ -31,11 +33,13 @@ class GradDropFactory:
     that it has grouped itself, without names, or of what is called "model" in the arguments.
     """
 
-    def __new__(cls, model=None, **arguments):
+    def __new__(cls, model: Any = None, **arguments: Any) -> Any:
         factory = super().__new__(cls)
         return factory if model is None else factory(model, **arguments)
 
-    def __call__(self, trained, *, args, model=None, exclude=(), layers=None, **arguments) -> FusedGradDropAdamW:
+    def __call__(
+        self, trained: Any, *, args: Any, model: Any = None, exclude: Any = (), layers: Any = None, **arguments: Any
+    ) -> FusedGradDropAdamW:
         model = trained if model is None else model
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -54,7 +58,7 @@ class GradDropFactory:
         return optimizer
 
 
-def _attach_to_deepspeed(optimizer, model: nn.Module) -> None:
+def _attach_to_deepspeed(optimizer: Any, model: nn.Module) -> None:
     """``optimizer`` as Trainer shows it: Accelerate's wrapper, in it DeepSpeed's, in it ours."""
     inner = optimizer
     while not isinstance(inner, FusedGradDropAdamW):
@@ -63,13 +67,13 @@ def _attach_to_deepspeed(optimizer, model: nn.Module) -> None:
         attach_deepspeed(SimpleNamespace(basic_optimizer=inner, optimizer=optimizer, module=model))
 
 
-def _forget_that_epoch_was_set(optimizer) -> None:
+def _forget_that_epoch_was_set(optimizer: Any) -> None:
     """A checkpoint's epoch is where it was saved: without the callback the resumed run would stay there."""
     for group in optimizer.param_groups:
         group["epoch_was_set"] = False
 
 
-def _require_epoch(optimizer, *_) -> None:
+def _require_epoch(optimizer: Any, *_: Any) -> None:
     if all(group["lr"] == 0 for group in optimizer.param_groups):
         return  # torch.distributed.checkpoint makes the state by such a step, before training begins
     for index, group in enumerate(optimizer.param_groups):
@@ -85,11 +89,11 @@ def trainer_optimizer(
     args: TrainingArguments,
     mask: Policy | Callable[[int], Policy] | None = GradDrop(),  # noqa: B008 (immutable)
     *,
-    exclude=(),
-    layers=None,
+    exclude: str | Iterable[str] = (),
+    layers: Layers | None = None,
     model: nn.Module | None = None,
-    **arguments,
-) -> tuple[type[GradDropFactory], dict]:
+    **arguments: Any,
+) -> tuple[type[GradDropFactory], dict[str, Any]]:
     """For ``Trainer(optimizer_cls_and_kwargs=...)``: FusedGradDropAdamW in the paper's scope.
 
     Args:
@@ -138,10 +142,12 @@ class GradDropCallback(TrainerCallback):
     def __init__(self, skip_dropped: bool = False):
         self.skip_dropped = skip_dropped
         self._optimizer: FusedGradDropAdamW | None = None
-        self._skipping: AbstractContextManager | None = None
+        self._skipping: AbstractContextManager[None] | None = None
         self._epoch: int | None = None
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         self._leave()  # a training that an exception has ended
         self._epoch, self._optimizer = None, unwrapped(optimizer)
         if self._optimizer is None:
@@ -152,7 +158,7 @@ class GradDropCallback(TrainerCallback):
             )
             return
         if self.skip_dropped:
-            self._check_skip_dropped(args)
+            self._check_skip_dropped(self._optimizer, args)
         _attach_to_deepspeed(optimizer, model)
         config = getattr(model, "config", None)
         rates = {name: getattr(config, name, 0) for name in ("hidden_dropout_prob", "dropout", "resid_pdrop")}
@@ -164,21 +170,21 @@ class GradDropCallback(TrainerCallback):
                 stacklevel=2,
             )
 
-    def _check_skip_dropped(self, args) -> None:
+    def _check_skip_dropped(self, optimizer: FusedGradDropAdamW, args: Any) -> None:
         if args.max_grad_norm:
             raise ValueError(
                 f"GradDropCallback(skip_dropped=True) with args.max_grad_norm={args.max_grad_norm!r}: the norm would "
                 "lack the gradients that are left out; set args.max_grad_norm=0, and clip in the optimizer: "
                 "trainer_optimizer(args, ..., max_grad_norm=..., norm_after_mask=True)"
             )
-        params = (param for group in self._optimizer.param_groups for param in group["params"])
+        params = (param for group in optimizer.param_groups for param in group["params"])
         if args.world_size > 1 and not all(map(is_dtensor, params)):
             raise ValueError(
                 f"GradDropCallback(skip_dropped=True) with {args.world_size} processes needs FSDP2: Trainer does not "
                 "show its callbacks the wrapper that averages the gradients; use fsdp=True, or skip_dropped=False"
             )
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._optimizer is None:
             return
         self._leave()  # an epoch that a callback has ended between two micro-batches
@@ -186,12 +192,12 @@ class GradDropCallback(TrainerCallback):
         self._epoch = int(state.epoch) if self._epoch is None else self._epoch + 1
         self._optimizer.set_epoch(self._epoch)
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.skip_dropped and self._optimizer is not None:
             self._skipping = self._optimizer.skip_dropped()
             self._skipping.__enter__()
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._leave()
 
     def _leave(self) -> None:
@@ -199,7 +205,7 @@ class GradDropCallback(TrainerCallback):
             self._skipping.__exit__(None, None, None)
             self._skipping = None
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is None or self._optimizer is None or "loss" not in logs:
             return
         found = describe_masks(self._optimizer)
