@@ -4,7 +4,7 @@ VENV ?= .venv
 ARGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test deepspeed lint bench gpu clean
+.PHONY: demo test wheel-test deepspeed docs lint bench gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m graddrop_kernels.demo $(ARGS)
@@ -12,9 +12,20 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(ARGS)
 
+# The public part of the suite on a wheel, out of a source archive, where the source tree cannot be imported.
+wheel-test: $(VENV)/ready
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/installed.py dist/*.whl $(ARGS)
+
 # DeepSpeed beside the other packages, without which its tests are skipped. Its build asks the torch that is there.
 deepspeed: $(VENV)/ready
 	DS_BUILD_OPS=0 $(BIN)/pip install --no-build-isolation -c constraints.txt deepspeed
+
+# Pictures, reference and pages, into site/.
+docs: $(VENV)/ready
+	$(BIN)/python docs/make_site.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -43,4 +54,4 @@ $(VENV)/ready: setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info graddrop_kernels/_cpu.so graddrop_kernels/_cuda.so
+	rm -rf $(VENV) build dist *.egg-info graddrop_kernels/_cpu.so graddrop_kernels/_cuda.so

@@ -14,6 +14,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import render_compatibility
 import render_contract
 import render_gpu
 from markdown_table import markdown, number
@@ -193,6 +194,29 @@ def _precision(results: dict) -> str:
     return markdown(["weights", "seeds", *(f"{name}, %" for name in languages), "loss, last 10 steps"], table)
 
 
+def _policy_costs(results: dict) -> str:
+    """One line a policy: memory beyond plain AdamW's, and the range of its time over all runs of step_cpu."""
+    configs = [config_of(run, "layers") for _, run in _runs(results)]
+    if not configs:
+        return "*No results yet.*"
+    memory = [row for row in results.get("memory", {}).get("rows", ()) if row["dtype"] == row["moment_dtype"]]
+    kept = {row["name"]: row["kept_per_param"] for row in memory if row["dtype"] == "float32"}
+    saved = {}
+    for table in results.get("skip_backward", {}).get("tables", ()):
+        for row in table["rows"]:
+            saved.setdefault(row["name"], []).append(100 * (1 - row["flops_ratio"]))
+    rows = []
+    for name in names_of(configs, "ours"):
+        ratios = [row_of(config, name).get("ratio") for config in configs]
+        ratios = [ratio for ratio in ratios if ratio is not None]
+        times = " to ".join(dict.fromkeys(map(number, (min(ratios), max(ratios)))))
+        more = number(kept[name] - kept["mask=None"], 3) if {name, "mask=None"} <= kept.keys() else "–"
+        skipped = saved.get(f"{name}(0.2), skip_dropped()")
+        rows.append([name, more, times, f"{number(statistics.mean(skipped), 1)} %" if skipped else "–"])
+    header = ["policy", "bytes a parameter beyond AdamW's", "time of a step / torch fused without a mask"]
+    return markdown([*header, "FLOPs of a training step saved by skip_dropped()"], rows)
+
+
 def _machine(results: dict) -> str:
     facts = next(iter(results.values()))["machine"]
     processor = f"{facts['cpu']} (family {facts['family']}, model {facts['model']}), {facts['cores']} cores"
@@ -215,6 +239,7 @@ TABLES = {  # name in the marker: (benchmarks of which it needs one, the table)
     "step-detail": (_STEP, _details),
     "isas": (_STEP, _isas),
     "frozen-blocks": (_STEP, _frozen_blocks),
+    "policy-costs": ((*_STEP, "memory", "skip_backward"), _policy_costs),
     "bandwidth": (("bandwidth",), _bandwidth),
     "host-overhead": (("host_overhead",), _host_overhead),
     "memory": (("memory",), _memory),
@@ -279,21 +304,24 @@ def render(text: str, found: dict) -> str:
     marked = re.compile(f"({OPEN}).*?({CLOSE})", re.DOTALL)
 
     def made(match: re.Match) -> str:
-        static = match[2] == render_contract.NAME
-        return render_contract.section(RESULTS) if static else section(match[2], match[3], found)
+        for static in (render_contract, render_compatibility):
+            if match[2] == static.NAME:
+                return static.section(RESULTS)
+        return section(match[2], match[3], found)
 
     return marked.sub(lambda match: match[1] + made(match) + match[4], text)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="*", help="default: the READMEs of the project and of its benchmarks")
+    parser.add_argument("files", type=Path, nargs="*", help="default: README.md, benchmarks/README.md, docs/*.md")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with one folder a machine")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--gpu-page", metavar="MACHINE", help="write every GPU table to results/MACHINE/tables.md")
     parser.add_argument("--rehearsal", action="store_true", help="take rehearsals too; the tables say so")
     options = parser.parse_args(arguments)
-    own = [path for path in (ROOT / "README.md", ROOT / "benchmarks" / "README.md") if path.exists()]
+    pages = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    own = [path for path in pages if path.exists()]
     found, stale = load(options.results, options.rehearsal), 0
     if options.gpu_page:
         page = options.results / options.gpu_page / "tables.md"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from . import checkpoint, universal_checkpoint
 from .inspection import require_optimizer
 from .names import canonical_name
 from .parameters import FlatPiece
@@ -26,7 +27,8 @@ def attach_zero(zero: "ZeroRedundancyOptimizer", model: nn.Module) -> None:
     """Gives the optimizer inside a ZeroRedundancyOptimizer the names of its parameters: the wrapper takes none.
 
     ``zero.optim.set_epoch(epoch)`` is then seen by the wrapper too, which would otherwise put back its own copy of the
-    epoch at the next step.
+    epoch at the next step. ``zero.load_state_dict()`` then refuses what the optimizer's own does: a state dict of
+    another policy, seed or meaning of masked.
 
     Args:
         zero: made with ``optimizer_class=FusedGradDropAdamW``. For policies of whole blocks give it
@@ -44,7 +46,12 @@ def attach_zero(zero: "ZeroRedundancyOptimizer", model: nn.Module) -> None:
     if unknown := sum(id(tensor) not in names for tensor in tensors):
         raise ValueError(f"attach_zero: {unknown} of {len(tensors)} parameters are not of this {type(model).__name__}")
     pieces = {tensor: [FlatPiece(names[id(tensor)], 0, 0, tensor.numel())] for tensor in tensors}
-    inner.attach_pieces(pieces, {name: param.shape for name, param in model.named_parameters()})
+    inner.attach_pieces(
+        pieces,
+        {name: param.shape for name, param in model.named_parameters()},
+        # Every process has the gradients of all parameters, the inner optimizer some of them, or none of a group.
+        has_gradients=lambda index: any(param.grad is not None for param in zero.param_groups[index]["params"]),
+    )
 
     def set_epoch(epoch: int) -> None:
         type(inner).set_epoch(inner, epoch)
@@ -52,6 +59,15 @@ def attach_zero(zero: "ZeroRedundancyOptimizer", model: nn.Module) -> None:
         wrapper._sync_param_groups(inner.param_groups, zero.param_groups)
 
     inner.set_epoch = set_epoch
+    load = zero.load_state_dict
+
+    def load_state_dict(state_dict: dict[str, Any]) -> None:
+        # The wrapper would take the file's policies and seed without a word.
+        load(checkpoint.prepare(state_dict, zero.param_groups, strict=True))
+        inner._forget_caches()
+        inner._skipped_steps.clear()
+
+    zero.load_state_dict = load_state_dict  # type: ignore[method-assign]
 
 
 def attach_fsdp1(optimizer: "FusedGradDropAdamW", model: nn.Module) -> None:
@@ -77,7 +93,14 @@ def attach_fsdp1(optimizer: "FusedGradDropAdamW", model: nn.Module) -> None:
             "wrap the model first, then make the optimizer from the wrapped model's named_parameters()"
         )
     shapes = {name: shape for names, flat in _fsdp1_units(model) for name, shape in zip(names, flat._shapes)}
-    optimizer.attach_pieces(stepped, shapes)
+    flat_of = {param: flat for _, flat in _fsdp1_units(model) for param in flat._params or ()}
+
+    def has_gradients(index: int) -> bool:
+        # A slice without elements in this process has no gradient either; its unit has.
+        params = (param for param in optimizer.param_groups[index]["params"] if param.requires_grad)
+        return any(param in flat_of and flat_of[param].grad is not None for param in params)
+
+    optimizer.attach_pieces(stepped, shapes, has_gradients=has_gradients)
 
 
 def attach_deepspeed(engine: Any) -> None:
@@ -86,31 +109,49 @@ def attach_deepspeed(engine: Any) -> None:
     DeepSpeed steps before it returns: stage 1 does the same.
 
     For policies of whole blocks make the optimizer from ``param_groups(model, per_block=True)``: DeepSpeed flattens
-    each group by itself.
+    each group by itself. Call it before ``engine.load_checkpoint()``, so that a universal checkpoint, which may be of
+    another number of ranks, is loaded in full.
 
     Args:
         engine: from ``deepspeed.initialize(model=..., optimizer=FusedGradDropAdamW(...), ...)``.
 
     Raises:
         TypeError: no engine, another kind of optimizer inside, or a way to step it that is not known here.
-        ValueError: ``max_grad_norm``, as no process has all gradients (use DeepSpeed's ``gradient_clipping``).
+        ValueError: ``max_grad_norm``, as no process has all gradients (use DeepSpeed's ``gradient_clipping``);
+            ``elastic_checkpoint``; a universal checkpoint was loaded already.
     """
     optimizer: Any = getattr(engine, "basic_optimizer", None)
     _require(optimizer, "attach_deepspeed(engine)", "a DeepSpeed engine with a FusedGradDropAdamW inside")
     if engine.optimizer is optimizer:
         return
     pieces, zero = deepspeed_pieces(engine), engine.optimizer
+    _check_checkpoints(engine)
     shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in engine.module.named_parameters()}
     if not _is_zero3(zero):
         optimizer.attach_pieces(pieces, shapes)
+        universal_checkpoint.repair_loads(zero, optimizer)
         return
     # The groups are empty but for a step of one sub-group after the other.
-    groups = zip(map(zero.sub_group_to_group_id.get, range(len(pieces))), pieces)
+    groups = list(zip(map(zero.sub_group_to_group_id.get, range(len(pieces))), pieces))
     zero._set_fp32_optimizer_param_groups()
     try:
         optimizer.attach_pieces(pieces, shapes, last=dict(groups).values())
     finally:
         zero._clear_fp32_optimizer_param_groups()
+    universal_checkpoint.repair_stage3_loads(zero, optimizer, groups)
+
+
+def _check_checkpoints(engine: Any) -> None:
+    if engine.zero_elastic_checkpoint():
+        raise ValueError(
+            "zero_optimization.elastic_checkpoint=True: DeepSpeed cannot load what it then saves of an AdamW; leave it "
+            "False, and go on with other numbers of ranks from a universal checkpoint (ds_to_universal)"
+        )
+    if engine.load_universal_checkpoint() and engine.loaded_checkpoint_dp_world_size is not None:
+        raise ValueError(
+            "attach_deepspeed: a universal checkpoint was loaded before: call it between deepspeed.initialize() and "
+            "engine.load_checkpoint()"
+        )
 
 
 def fsdp1_pieces(model: nn.Module) -> Pieces:

@@ -29,7 +29,8 @@ Blocks = list[tuple[str, nn.Module]]
 
 
 def find_blocks(model: nn.Module, layers: Layers | None = None) -> Blocks:
-    """Return the blocks of ``model`` as (canonical name, module), in forward order, encoder before decoder.
+    """Return the blocks of ``model`` (the paper's layers, section III) as (canonical name, module), in forward order,
+    encoder before decoder.
 
     The first rule that finds something decides:
 
@@ -39,9 +40,15 @@ def find_blocks(model: nn.Module, layers: Layers | None = None) -> Blocks:
        tables) count only where no list has composite children. A list of one is never taken, and two lists of one
        parent only as encoder and decoder (XLM keeps each half of its blocks in a list of its own): use ``layers``.
 
-    Raises TypeError for wrong types, and ValueError if nothing is found (it lists the candidates), if ``layers`` names
-    what the model does not have, or if blocks share weights: ALBERT, tied, nested or repeated blocks. That a forward()
-    runs a block several times does not show in the modules and is not refused; ALBERT's config tells.
+    Args:
+        model: any module; it is not changed.
+        layers: one or a list of block modules of the model, or of patterns as ``"encoder.layer.*"``. None: rules 2, 3.
+
+    Raises:
+        TypeError: an argument of a wrong type.
+        ValueError: nothing is found (the candidates are listed), ``layers`` names what the model does not have, or
+            blocks share weights: ALBERT, tied, nested or repeated blocks. That a forward() runs a block several times
+            does not show in the modules and is not refused; ALBERT's config tells.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")

@@ -1,7 +1,7 @@
 """MaskedGroups: an optimizer's parameter groups as its steps see them: policies, names, random streams, plans."""
 
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class MaskedGroups:
         self.flat: dict[torch.Tensor, tuple[FlatPiece, ...]] = {}  # what is in the flat buffers among the parameters
         self.shapes: dict[str, tuple[int, ...]] | None = None  # of all parameters, where this process has only some
         self.last_buffers: frozenset[torch.Tensor] = frozenset()  # see attach_pieces(last=)
+        self.has_gradients: Callable[[int], bool] = lambda index: False  # see attach_pieces(has_gradients=)
         self._given: dict[int, weakref.ref[torch.Tensor]] | None = None  # the tensors that groups were made of
         self.forget()
 

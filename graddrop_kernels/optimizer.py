@@ -158,7 +158,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
     @overload
     def step(self, closure: Callable[[], _Loss]) -> _Loss: ...
     def step(self, closure: Callable[[], _Loss] | None = None) -> _Loss | None:
-        """One masked AdamW step. Returns the closure's loss, or None.
+        """One masked AdamW step of every parameter that has a gradient. Returns the closure's loss, or None.
+
+        Args:
+            closure: computes the loss and the gradients anew, as in torch.
 
         Raises:
             ValueError, TypeError, RuntimeError: a hyper-parameter or gradient that cannot be used.
@@ -210,7 +213,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         if any(capturing(batch.device) for batch in prepared.batches):
             self._captured = prepared  # nothing has run
             return
-        self._count_step(prepared.group_indices | self._stepped_in_backward(), clocks, found_inf)
+        elsewhere = set(filter(self._groups.has_gradients, self._groups.indices()))
+        self._count_step(prepared.group_indices | self._stepped_in_backward() | elsewhere, clocks, found_inf)
 
     def advance_captured_step(self) -> None:
         """Call it before each replay of a CUDA graph in which ``step()`` was captured: it brings lr, p, the epoch and
@@ -231,8 +235,15 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._count_step(self._captured.group_indices, clocks, None)
 
     def step_in_backward(self) -> "StepInBackward":
-        """From now on steps each parameter in the backward pass, as its gradient arrives, and frees the gradient: see
-        StepInBackward.
+        """From now on steps each parameter in the backward pass, as its gradient arrives, and frees the gradient.
+        ``step()`` stays in the loop and ends the step. Masks and results are those of a normal step.
+
+        Returns:
+            A handle, whose ``remove()`` goes back to normal.
+
+        Raises:
+            ValueError, RuntimeError: what needs all gradients at once: ``max_grad_norm``, a GradScaler
+                (``fused=True``), more than one process; and in the backward pass accumulation.
         """
         self._skip.check_outside("step_in_backward()")
         return StepInBackward(self)
@@ -242,6 +253,13 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         """Tells the policies that an epoch begins.
 
         Call it at the start of every epoch, 0 first. Resuming restores the epoch by itself.
+
+        Args:
+            epoch: its number, at least 0.
+
+        Raises:
+            ValueError: no such number, or a schedule has no usable p at this epoch.
+            RuntimeError: inside of ``skip_dropped()``.
         """
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"set_epoch(epoch) needs the number of the epoch, an int >= 0, got {epoch!r}")
@@ -291,7 +309,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         return as_sharded(keep, tensor)
 
     def active_fraction(self) -> list[float]:
-        """The share of elements kept at the next step, one number a group: exact for blocks and fixed masks,
+        """The share of elements kept at the next step, one number in [0, 1] a group: exact for blocks and fixed masks,
         the keep probability for random elements.
         """
         self._settle_skipped_steps()
@@ -304,6 +322,12 @@ class FusedGradDropAdamW(torch.optim.AdamW):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the group may have its own ``"mask"`` (a policy or None), ``"seed"``, ``"masked"``,
         ``"bias_correction"``.
+
+        Args:
+            param_group: ``{"params": [...], ...}``.
+
+        Raises:
+            ValueError, TypeError: an option out of range, or a policy of blocks without blocks. Nothing has changed.
         """
         if isinstance(param_group, dict):
             clock = {} if self._constructing else {key: self.param_groups[0][key] for key in ("epoch", "epoch_was_set")}
@@ -326,6 +350,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         pieces: Mapping[torch.Tensor, Sequence[FlatPiece]],
         shapes: Mapping[str, Sequence[int]] | None = None,
         last: Iterable[torch.Tensor] = (),
+        has_gradients: Callable[[int], bool] | None = None,
     ) -> None:
         """Says which parameters lie where in the flat buffers among this optimizer's parameters, so that their masks
         are those of the whole parameters. For engines that make such buffers: see ``graddrop_kernels.attach``.
@@ -336,6 +361,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 checked against them.
             last: where an engine steps the buffers of a group one after the other, by a ``step()`` for each: the last
                 buffer of every group. Its step ends the group's.
+            has_gradients: of the number of a group, whether it has gradients in this step in any process. Needed where
+                a process may have no element of a group, whose steps it would not count.
 
         Raises:
             KeyError: a tensor that is not a parameter of this optimizer.
@@ -346,6 +373,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             check_pieces(tensor, own)
         self._groups.flat.update((tensor, tuple(map(FlatPiece._make, own))) for tensor, own in pieces.items())
         self._groups.last_buffers |= frozenset(last)
+        self._groups.has_gradients = has_gradients or self._groups.has_gradients
         if shapes is not None:
             self._groups.shapes = {canonical_name(name): tuple(shape) for name, shape in shapes.items()}
         self._forget_caches()

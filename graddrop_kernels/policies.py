@@ -151,6 +151,9 @@ class GradDrop(Policy):
         p: drop probability in [0, 1), or a schedule epoch -> p (Anneal-GradDrop: ``LinearAnneal(epochs=T)``).
             Quantised to 2^-16. p = 0 draws nothing.
         every: ``"step"`` redraws at every step, ``"epoch"`` at every epoch, with replacement (III-B, first form).
+
+    Raises:
+        ValueError: p outside of [0, 1), or one that rounds to 0 or 1 without being it; another ``every``.
     """
 
     p: Schedule = 0.2
@@ -193,6 +196,9 @@ class GaussianGradDrop(Policy):
 
     Args:
         p: in [0, 1) or a schedule; quantised to 2^-16. Nothing is dropped, so ``masked=`` does not apply.
+
+    Raises:
+        ValueError: p outside of [0, 1), or one that rounds to 0 or 1 without being it.
     """
 
     p: Schedule = 0.2
@@ -237,10 +243,14 @@ class LayerGradDrop(BlockPolicy):
     """Layer-GradDrop: drops each transformer block's whole gradient with probability p, unscaled (IV-2).
 
     Args:
-        p: drop probability of a block, or a schedule (Anneal-Layer-GradDrop).
+        p: drop probability of a block in [0, 1), quantised to 2^-16, or a schedule (Anneal-Layer-GradDrop).
         every: ``"step"`` (IV-2) or ``"epoch"`` (the paper's contribution 2).
         layers: block name patterns (``*`` matches one dotted component) where the groups do not come from
             ``param_groups``.
+
+    Raises:
+        ValueError: p outside of [0, 1), or one that rounds to 0 or 1 without being it; another ``every``;
+            ``layers`` that are no patterns.
     """
 
     p: Schedule = 0.2
@@ -260,14 +270,17 @@ class LayerGradDrop(BlockPolicy):
 
 @dataclass(frozen=True)
 class GradFreeze(BlockPolicy):
-    """Gradual unfreezing: after e epochs ceil(L (e+1) / T) of the L blocks are trained,
-    the others frozen (GradFreeze-TopDown, -BottomUp).
+    """Gradual unfreezing: in epoch e (0 first) ceil(L (e+1) / T) of the L blocks are trained,
+    the others frozen (GradFreeze-TopDown, -BottomUp; V-A).
 
     Args:
-        epochs: training epochs T; after them every block is trained.
+        epochs: training epochs T >= 1; after them every block is trained.
         direction: ``"top_down"`` begins with the last block, ``"bottom_up"`` with the first.
-        blocks_per_epoch: unfreeze this many an epoch instead (the paper's figure 2 has 2 of 24).
+        blocks_per_epoch: unfreeze this many (at least 1) an epoch instead (the paper's figure 2 has 2 of 24).
         layers: as in LayerGradDrop.
+
+    Raises:
+        ValueError: ``epochs`` is missing, or a number is below 1; another direction; ``layers`` that are no patterns.
     """
 
     epochs: int = None  # type: ignore[assignment]  # left out, it is refused with a message that says what it is
@@ -301,10 +314,13 @@ class GradDropEpoch(Policy):
     epoch e trains the elements of buckets 0..e, the others are frozen (III-B, figure 1).
 
     Args:
-        epochs: training epochs T, at most 4096; in the last one every element is trained. Later epochs stay there.
+        epochs: training epochs T, 1 to 4096; in the last one every element is trained. Later epochs stay there.
         toggle: train bucket e only, so that every element is trained in exactly one epoch (GradDrop-Epoch-Toggle).
         storage: ``"recompute"`` redraws the bucket in the kernel and stores nothing; ``"bitpacked"`` keeps it as
             ceil(log2 T) bits an element. The training is the same bit for bit.
+
+    Raises:
+        ValueError: ``epochs`` is missing or out of range; another ``storage``.
     """
 
     epochs: int = None  # type: ignore[assignment]  # left out, it is refused with a message that says what it is
@@ -363,7 +379,11 @@ class FixedMask(Policy):
     Args:
         masks: {parameter name: bool tensor of the parameter's shape}, True where trained. Parameters without an entry
             are trained densely. Kept as 1 bit an element.
-        scale: factor on the kept gradients, > 0.
+        scale: factor on the kept gradients, finite and > 0.
+
+    Raises:
+        ValueError: no masks, one that is no bool tensor, or ``scale`` out of range. Names and shapes are compared with
+            the parameters when the optimizer is made.
 
     A state dict holds a digest of the masks, not the masks: construct with the same ones to resume.
     """

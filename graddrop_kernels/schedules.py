@@ -9,10 +9,13 @@ class LinearAnneal:
     """The paper's annealing (section III-B): p starts at ``start`` and falls by the same amount every epoch.
 
     Args:
-        epochs: number of epochs T >= 1.
+        epochs: number of training epochs T >= 1.
         start: p at epoch 0, in [0, 1). The paper's is 0.9.
         end: ``"paper"`` falls by 1/T an epoch as printed, max(0, start - epoch/T), which reaches 0 in the last epoch
             only for T = 10 (T = 3 ends at 0.23); ``"zero"`` is rescaled so that the last epoch has p = 0 for any T.
+
+    Raises:
+        ValueError: an argument out of range.
     """
 
     epochs: int
@@ -36,11 +39,14 @@ class LinearAnneal:
 
 @dataclass(frozen=True)
 class ExponentialAnneal:
-    """p = start * decay^epoch.
+    """p = start * decay^epoch (beyond the paper).
 
     Args:
         start: p at epoch 0, in [0, 1).
         decay: factor an epoch, in (0, 1].
+
+    Raises:
+        ValueError: an argument out of range.
     """
 
     start: float

@@ -32,6 +32,7 @@ from graddrop_kernels.attach import (
     flat_buffer_reason,
     fsdp1_pieces,
 )
+from graddrop_kernels.integrations.accelerate import graddrop_optimizer
 from graddrop_kernels.names import canonical_name
 from graddrop_kernels.parameters import FlatPiece
 
@@ -42,8 +43,9 @@ needs_deepspeed = pytest.mark.skipif(
 
 
 class Unit(nn.Module):
-    """Its output's gradient by each parameter is a random tensor of the caller's seed: the same on every rank, so that
-    any average over two ranks, or half the sum of two, is that tensor to the last bit.
+    """Its output's gradient by each parameter is a random tensor of the caller's seed: the same on every rank, and 3
+    times a number of few digits, so that any average over up to four ranks, or half the sum of two, is that tensor to
+    the last bit.
     """
 
     def __init__(self, number, shapes):
@@ -55,7 +57,8 @@ class Unit(nn.Module):
     def forward(self, seed):
         generator = torch.Generator().manual_seed(1000 * seed + self.number)
         params = [getattr(self, name) for name in self.names]  # not parameters(): FSDP1 has put views in their place
-        return sum((param * torch.randn(param.shape, generator=generator)).sum() for param in params)
+        grads = (torch.randn(param.shape, generator=generator).bfloat16().float() * 3 for param in params)
+        return sum((param * grad).sum() for param, grad in zip(params, grads))
 
 
 class Model(nn.Module):
@@ -218,7 +221,8 @@ def accelerate_ddp(policy, fsdp2=None):
         accelerator.state.fsdp_plugin = fsdp2
     model = Model()
     model, optimizer = accelerator.prepare(model, FusedGradDropAdamW(groups_of(model), **options(policy)))
-    return optimizer.optimizer, functools.partial(accelerated_step, accelerator, model, optimizer), whole(model)
+    step = functools.partial(accelerated_step, accelerator, model, optimizer)
+    return graddrop_optimizer(optimizer), step, whole(model)
 
 
 def accelerate_fsdp2(policy):
@@ -239,7 +243,9 @@ def accelerate_deepspeed(policy, stage):
     optimizer = FusedGradDropAdamW(groups_of(model, per_block=True), **options(policy))
     engine, wrapped = accelerator.prepare(model, optimizer)
     attach_deepspeed(engine)
-    return optimizer, functools.partial(accelerated_step, accelerator, engine, wrapped), deepspeed_pieces(engine)
+    found = graddrop_optimizer(wrapped)  # Accelerate's wrapper, in it DeepSpeed's, in it ours
+    assert found is optimizer, found
+    return found, functools.partial(accelerated_step, accelerator, engine, wrapped), deepspeed_pieces(engine)
 
 
 ENGINES = {
@@ -262,7 +268,7 @@ def begin_epoch(optimizer, number):
 
 
 def trained(engine, policy, seed):
-    """[(name, first element, step, {what: values})] of every piece after training."""
+    """found_in() after training."""
     optimizer, step, pieces = engine(policy)
     masks = {}
     for number in range(STEPS):
@@ -271,6 +277,11 @@ def trained(engine, policy, seed):
         if in_sight and number % 3 == 0:
             masks |= {(number, tensor): optimizer.mask(tensor) for tensor in pieces}
         step(seed + number)
+    return found_in(optimizer, pieces, masks)
+
+
+def found_in(optimizer, pieces, masks={}):  # noqa: B006 (nobody writes to it)
+    """[(name, first element, step, {what: values})] of every piece; ``masks``: by (step, tensor)."""
     found = []
     for tensor, each in pieces.items():
         state = optimizer.state.get(tensor, {})

@@ -1,7 +1,5 @@
-"""describe() tells what the steps do; it and the pictures change nothing; what the README shows of them."""
+"""describe() tells what the steps do; it and the pictures change nothing; the pictures of the guide."""
 
-import contextlib
-import io
 import os
 import re
 import subprocess
@@ -275,25 +273,10 @@ def test_pictures_leave_pyplot_alone(tmp_path):
     assert "<svg" in (tmp_path / "schedule.svg").read_text()
 
 
-# What the README shows.
+# What the guide shows.
 
 
-def test_the_readmes_example_prints_what_it_says(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    section = (ROOT / "README.md").read_text().split("## Look at it\n")[1].split("\n## ")[0]
-    code, shown = (re.search(rf"```{kind}\n(.*?)```", section, re.DOTALL)[1] for kind in ("python", "text"))
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(code, {})
-    backend = lambda text: re.sub(r"^(backend .*: )\S+$", r"\1any", text, flags=re.MULTILINE)
-    assert backend(printed.getvalue()) == backend(shown)
-    for name in re.findall(r"\"(\w+\.png)\"", code):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    for name in re.findall(r"\(([\w/]+\.png)\)", section):
-        assert (ROOT / name).exists()
-
-
-def test_the_script_of_the_readmes_pictures(tmp_path):
+def test_the_script_of_the_guides_pictures(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks/plots_masks.py"), "--folder", str(tmp_path / "new")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -34,9 +34,11 @@ offered = pytest.mark.parametrize("backend", OFFERED)
 
 
 def make(dtype, seed, backend, policy="graddrop", **more):
-    """(parameters, optimizer): two tensors in two blocks, at values that a bfloat16 holds."""
+    """(parameters, optimizer): two tensors in two blocks, at values that a bfloat16 holds and a float16 too (one in
+    100,000 normal numbers is so small that float16 would round a bfloat16 again).
+    """
     generator = torch.Generator().manual_seed(seed)
-    values = [torch.randn(size, generator=generator).bfloat16() for size in (1031, 64)]
+    values = [torch.randn(size, generator=generator).bfloat16().half() for size in (1031, 64)]
     params = [torch.nn.Parameter(value.to(dtype)) for value in values]
     mask, masked = POLICIES[policy]
     optimizer = FusedGradDropAdamW(
@@ -50,7 +52,7 @@ def make(dtype, seed, backend, policy="graddrop", **more):
 def give_grads(params, step, seed):
     generator = torch.Generator().manual_seed(1000 * seed + step)
     for param in params:
-        param.grad = torch.randn(param.shape, generator=generator).bfloat16().to(param.dtype)
+        param.grad = torch.randn(param.shape, generator=generator).bfloat16().half().to(param.dtype)
 
 
 # Stochastic rounding.

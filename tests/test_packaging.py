@@ -11,6 +11,7 @@ import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
+import installed
 import pytest
 
 import graddrop_kernels
@@ -36,11 +37,10 @@ ONE_STEP = (
 
 def copy_of_the_tree(folder):
     built = shutil.ignore_patterns("*.so", "*.o", "__pycache__", "*.egg-info")
-    for name in ("csrc", "graddrop_kernels"):
+    for name in ("csrc", "graddrop_kernels", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=built)
-    for path in ROOT.iterdir():
-        if path.name in ("setup.py", "pyproject.toml", "LICENSE", "README.md", "MANIFEST.in"):
-            shutil.copy(path, folder)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md", "Makefile"):
+        shutil.copy(ROOT / name, folder)
     return folder
 
 
@@ -215,11 +215,11 @@ def test_what_is_in_the_wheel(wheel):
     ours = {
         str(path.relative_to(source))
         for path in (source / "graddrop_kernels").rglob("*")
-        if path.suffix in (".py", ".tsv", ".md")
+        if path.suffix in (".py", ".tsv", ".md", ".typed")
     }
     assert sum(name.endswith(".tsv") for name in ours) > 5 and "graddrop_kernels/backends/__init__.py" in ours
     assert ours <= files, "add new packages and data to pyproject.toml"
-    assert "graddrop_kernels/_cpu.so" in files
+    assert {"graddrop_kernels/_cpu.so", "graddrop_kernels/py.typed"} <= files
     strangers = {name for name in files - ours - {"graddrop_kernels/_cpu.so"} if ".dist-info/" not in name}
     assert strangers == set()  # no csrc, no objects, no tests
     assert any(name.endswith("licenses/LICENSE") for name in files)
@@ -268,8 +268,8 @@ def test_the_library_needs_neither_torch_nor_python(wheel):
     assert needed and not [name for name in needed if re.search("torch|python|c10|cuda|gomp|iomp", name)]
 
 
-def test_the_source_archive_has_all_that_a_build_needs(source_with_cuda):
-    """Also the CUDA sources, though this machine may have no nvcc."""
+def test_the_source_archive_has_all_that_a_build_and_the_tests_need(source_with_cuda):
+    """Also the CUDA sources, though this machine may have no nvcc; and the pictures of the README."""
     result = run([sys.executable, "setup.py", "--quiet", "sdist"], source_with_cuda, GRADDROP_NO_CUDA="1")
     assert result.returncode == 0, result.stderr
     (path,) = (source_with_cuda / "dist").glob("*.tar.gz")
@@ -279,7 +279,14 @@ def test_the_source_archive_has_all_that_a_build_needs(source_with_cuda):
         str(path.relative_to(source_with_cuda))
         for path in (source_with_cuda / "csrc").rglob("*")
         if path.suffix in (".h", ".cpp", ".cu")
+    } | {
+        str(path.relative_to(source_with_cuda))
+        for folder in ("tests", "benchmarks")
+        for path in (source_with_cuda / folder).rglob("*")
+        if path.suffix in (".py", ".md", ".json", ".png")
     }
+    pictures = re.findall(r"\]\((\S+\.png)\)", (ROOT / "README.md").read_text())
+    assert pictures and set(pictures) <= files
     assert "csrc/cuda/planted.cu" in wanted and wanted <= files, sorted(wanted - files)
     assert {
         "setup.py",
@@ -290,6 +297,39 @@ def test_the_source_archive_has_all_that_a_build_needs(source_with_cuda):
     } <= files
 
 
-def test_one_version():
-    in_pyproject = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
-    assert graddrop_kernels.__version__ == in_pyproject == version("graddrop_kernels")
+def test_one_version(source):
+    """That of __init__.py, which the build reads without importing it: it may have no torch."""
+    init = source / "graddrop_kernels/__init__.py"
+    init.write_text(init.read_text().replace(graddrop_kernels.__version__, "7.8.9.dev1"))
+    (source / "torch.py").write_text("raise ImportError('a build without torch')")
+    result = run([sys.executable, "setup.py", "--version"], source)
+    assert result.stdout.split() == ["7.8.9.dev1"], result.stderr
+    assert version("graddrop_kernels") == graddrop_kernels.__version__
+
+
+# As users have it: the wheel installed, the source tree out of reach.
+
+
+def test_the_public_tests_pass_on_the_wheel(wheel, monkeypatch, seed):
+    """Some of them: `make wheel-test` runs them all."""
+    monkeypatch.setenv("GRADDROP_TEST_ONE_IN", "6")
+    monkeypatch.setenv("GRADDROP_TEST_SEED", str(seed))
+    found = installed.run(wheel[0], arguments=("test_public_api.py", "test_optimizer.py", "test_masked_semantics.py"))
+    assert found["failed"] == 0 and found["passed"] > 20 and found["backends"][0] == "cpu"
+
+
+def test_the_package_of_another_place_is_refused(wheel, tmp_path, monkeypatch):
+    foreign = tmp_path / "site-packages"
+    shutil.copytree(wheel[1] / "graddrop_kernels", foreign / "graddrop_kernels")
+    monkeypatch.setattr(installed, "_environment", lambda: {**os.environ, "PYTHONPATH": str(foreign)})
+    with pytest.raises(RuntimeError, match="not the wheel's"):
+        installed.run(wheel[0])
+
+
+def test_a_users_program_passes_a_strict_type_check(wheel, tmp_path):
+    """And its mistakes are found, see typed_user.py. The cache is that of `make lint`: of torch, mostly."""
+    own = installed.make_environment(tmp_path / "environment", wheel[0], sys.executable)
+    shutil.copy(ROOT / "tests/typed_user.py", tmp_path)
+    command = [sys.executable, "-m", "mypy", "--config-file=", "--strict", "--python-executable", own]
+    result = run([*command, "--cache-dir", str(ROOT / ".mypy_cache"), "typed_user.py"], tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr

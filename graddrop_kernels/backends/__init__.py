@@ -105,7 +105,9 @@ _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names of the backends that can run on this machine, the preferred first."""
+    """Names of the backends that can run on this machine, the preferred first; ``"reference"`` and ``"exact"`` always
+    can. Which one a tensor gets depends on its device and dtypes too: ``python -m graddrop_kernels info``.
+    """
     return tuple(backend.name for backend in BACKENDS if backend.unavailable() is None)
 
 

@@ -23,6 +23,7 @@ from ..groups import param_groups
 from ..layout import is_dtensor
 from ..optimizer import FusedGradDropAdamW
 from ..policies import GradDrop, Policy
+from .activation_dropout import warn_of_activation_dropout
 from .optimizer_of import describe_masks, unwrapped
 
 
@@ -38,8 +39,9 @@ class GradDropFactory:
         return factory if model is None else factory(model, **arguments)
 
     def __call__(
-        self, trained: Any, *, args: Any, model: Any = None, exclude: Any = (), layers: Any = None, **arguments: Any
-    ) -> FusedGradDropAdamW:
+        self, trained: Any, *, args: TrainingArguments, model: nn.Module | None = None,
+        exclude: str | Iterable[str] = (), layers: Layers | None = None, **arguments: Any,
+    ) -> FusedGradDropAdamW:  # fmt: skip
         model = trained if model is None else model
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -58,13 +60,22 @@ class GradDropFactory:
         return optimizer
 
 
-def _attach_to_deepspeed(optimizer: Any, model: nn.Module) -> None:
+def _attach_to_deepspeed(optimizer: Any, model: nn.Module, args: TrainingArguments, state: Any) -> None:
     """``optimizer`` as Trainer shows it: Accelerate's wrapper, in it DeepSpeed's, in it ours."""
     inner = optimizer
     while not isinstance(inner, FusedGradDropAdamW):
         optimizer, inner = inner, inner.optimizer
-    if type(optimizer).__module__.startswith("deepspeed."):
-        attach_deepspeed(SimpleNamespace(basic_optimizer=inner, optimizer=optimizer, module=model))
+    if not type(optimizer).__module__.startswith("deepspeed."):
+        return
+    config: Any = args.hf_deepspeed_config
+    # Trainer keeps the engine to itself, and has loaded a checkpoint already if it resumes from one.
+    engine = SimpleNamespace(
+        basic_optimizer=inner, optimizer=optimizer, module=model,
+        zero_elastic_checkpoint=lambda: config.get_value("zero_optimization.elastic_checkpoint", False),
+        load_universal_checkpoint=lambda: config.get_value("checkpoint.load_universal", False),
+        loaded_checkpoint_dp_world_size=state.global_step or None,
+    )  # fmt: skip
+    attach_deepspeed(engine)
 
 
 def _forget_that_epoch_was_set(optimizer: Any) -> None:
@@ -106,6 +117,9 @@ def trainer_optimizer(
             transformers 4, which keeps the model to itself, the trainer's model.
         arguments: others of FusedGradDropAdamW, as ``seed`` (default: ``args.seed``), ``moment_dtype``.
 
+    Returns:
+        What Trainer calls with the model, and the keyword arguments that it adds.
+
     Raises:
         ValueError: a function for ``mask``, and ``args.max_steps`` instead of a number of epochs.
     """
@@ -133,10 +147,10 @@ class GradDropCallback(TrainerCallback):
         skip_dropped: leave out the weight gradients of the blocks that a step drops, see
             ``FusedGradDropAdamW.skip_dropped``. In one process or under FSDP2.
 
-    Raises, when training begins:
-        ValueError: ``skip_dropped`` with ``args.max_grad_norm``: Trainer would clip by a norm without the gradients
-            that were left out. Set it to 0, and give ``trainer_optimizer`` a ``max_grad_norm`` and ``norm_after_mask``.
-            ``skip_dropped`` in several processes without FSDP2.
+    Raises:
+        ValueError: when training begins, ``skip_dropped`` with ``args.max_grad_norm``: Trainer would clip by a norm
+            without the gradients that were left out (set it to 0, and give ``trainer_optimizer`` a ``max_grad_norm``
+            and ``norm_after_mask``); ``skip_dropped`` in several processes without FSDP2.
     """
 
     def __init__(self, skip_dropped: bool = False):
@@ -159,18 +173,10 @@ class GradDropCallback(TrainerCallback):
             return
         if self.skip_dropped:
             self._check_skip_dropped(self._optimizer, args)
-        _attach_to_deepspeed(optimizer, model)
-        config = getattr(model, "config", None)
-        rates = {name: getattr(config, name, 0) for name in ("hidden_dropout_prob", "dropout", "resid_pdrop")}
-        on = {name: rate for name, rate in rates.items() if isinstance(rate, float) and rate > 0}
-        if on and any(group["mask"] is not None for group in self._optimizer.param_groups):
-            warnings.warn(
-                f"the model drops out activations ({on}) beside masked gradients; the paper turns it off: set it to 0 "
-                "in the model's config",
-                stacklevel=2,
-            )
+        _attach_to_deepspeed(optimizer, model, args, state)
+        warn_of_activation_dropout(model, self._optimizer)
 
-    def _check_skip_dropped(self, optimizer: FusedGradDropAdamW, args: Any) -> None:
+    def _check_skip_dropped(self, optimizer: FusedGradDropAdamW, args: TrainingArguments) -> None:
         if args.max_grad_norm:
             raise ValueError(
                 f"GradDropCallback(skip_dropped=True) with args.max_grad_norm={args.max_grad_norm!r}: the norm would "
@@ -205,7 +211,9 @@ class GradDropCallback(TrainerCallback):
             self._skipping.__exit__(None, None, None)
             self._skipping = None
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         if logs is None or self._optimizer is None or "loss" not in logs:
             return
         found = describe_masks(self._optimizer)

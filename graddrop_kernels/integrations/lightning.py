@@ -1,0 +1,12 @@
+"""Lightning 2 as ``import lightning``: the callback that tells the optimizer the epoch.
+
+    trainer = lightning.Trainer(callbacks=[GradDropCallback()])
+"""
+
+from lightning.pytorch import Callback
+
+from .lightning_hooks import GradDropHooks
+
+
+class GradDropCallback(GradDropHooks, Callback):
+    __doc__ = GradDropHooks.__doc__

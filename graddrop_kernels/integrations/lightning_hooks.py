@@ -1,0 +1,86 @@
+"""What GradDropCallback does in a Trainer of Lightning, whichever of its two packages that one is from."""
+
+import contextlib
+import warnings
+from typing import Any
+
+from ..optimizer import FusedGradDropAdamW
+from .activation_dropout import warn_of_activation_dropout
+from .optimizer_of import describe_masks, unwrapped
+
+
+class GradDropHooks:
+    """Tells every FusedGradDropAdamW of the trainer the epoch, also after a resume in mid-epoch, and logs what the
+    masks of each step did: ``graddrop_epoch``, ``graddrop_active_fraction`` and, where a policy has one,
+    ``graddrop_p`` (with ``_0``, ``_1`` ... at the end where there are several such optimizers).
+
+    Warns where the model drops out hidden activations, which the paper turns off. Other optimizers are left alone, with
+    a warning if there is none of ours.
+
+    Args:
+        skip_dropped: leave out the weight gradients of the blocks that a step drops, see
+            ``FusedGradDropAdamW.skip_dropped``. DistributedDataParallel needs ``find_unused_parameters``.
+
+    Raises, when training begins:
+        ValueError: ``skip_dropped`` with manual optimization, where a batch may have any number of steps, or with
+            the trainer's ``gradient_clip_val``, whose norm would lack the gradients that were left out.
+    """
+
+    def __init__(self, skip_dropped: bool = False) -> None:
+        self.skip_dropped = skip_dropped
+        self._optimizers: list[FusedGradDropAdamW] = []
+        self._skipping = contextlib.ExitStack()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._skipping.close()  # a training that an exception has ended
+        self._optimizers = [found for found in map(unwrapped, trainer.optimizers) if found is not None]
+        if not self._optimizers:
+            warnings.warn(
+                f"GradDropCallback: the trainer's optimizers are {[type(one).__name__ for one in trainer.optimizers]}, "
+                "none of them a FusedGradDropAdamW; return one from configure_optimizers()",
+                stacklevel=2,
+            )
+            return
+        if self.skip_dropped:
+            self._check_skipping(trainer, pl_module)
+        for optimizer in self._optimizers:
+            warn_of_activation_dropout(pl_module, optimizer)
+        self._set_epoch(trainer)  # a run resumed in mid-epoch does not begin that epoch again
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._set_epoch(trainer)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.skip_dropped:
+            for optimizer in self._optimizers:
+                self._skipping.enter_context(optimizer.skip_dropped(trainer.strategy.model))
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self._skipping.close()  # the backward pass is over, which Lightning runs inside of step()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._skipping.close()  # a batch without a step, of which gradients accumulate
+        for number, optimizer in enumerate(self._optimizers):
+            end = f"_{number}" if len(self._optimizers) > 1 else ""
+            found = {name + end: float(value) for name, value in describe_masks(optimizer).items()}
+            pl_module.log_dict(found, on_step=True, on_epoch=False)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: Any) -> None:
+        self._skipping.close()
+
+    def _set_epoch(self, trainer: Any) -> None:
+        for optimizer in self._optimizers:
+            optimizer.set_epoch(trainer.current_epoch)
+
+    def _check_skipping(self, trainer: Any, pl_module: Any) -> None:
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                "GradDropCallback(skip_dropped=True) with automatic_optimization=False: a batch may have any number of "
+                "steps; enter optimizer.skip_dropped() in training_step() yourself"
+            )
+        if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
+            raise ValueError(
+                f"GradDropCallback(skip_dropped=True) with gradient_clip_val={trainer.gradient_clip_val!r}: the norm "
+                "would lack the gradients that are left out; set gradient_clip_val=None, and clip in the optimizer: "
+                "FusedGradDropAdamW(..., max_grad_norm=..., norm_after_mask=True)"
+            )

@@ -1,0 +1,12 @@
+"""Lightning 2 as ``import pytorch_lightning``: the callback that tells the optimizer the epoch.
+
+    trainer = pytorch_lightning.Trainer(callbacks=[GradDropCallback()])
+"""
+
+from pytorch_lightning import Callback
+
+from .lightning_hooks import GradDropHooks
+
+
+class GradDropCallback(GradDropHooks, Callback):
+    __doc__ = GradDropHooks.__doc__
