@@ -1,6 +1,7 @@
 """The Trainer of transformers, two epochs: the bits of a plain loop over the same batches, and of an unbroken run."""
 
 import contextlib
+import os
 import re
 import warnings
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from toy import bits
 from trainer_runs import (
     GIVES_NO_MODEL,
@@ -25,6 +27,16 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch, LayerGradDrop, LinearAnneal, param_groups
 from graddrop_kernels.integrations.transformers import GradDropCallback, trainer_optimizer
+
+
+@pytest.fixture(autouse=True)
+def forgotten_settings():
+    """transformers 4 leaves settings in the environment, and Accelerate's are those of the process."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def plain_loop(batches, averages=False, accumulation=1, mask=None, smoothing=0.0, clip=0.0, autocast=False, scaler=None,

@@ -60,13 +60,22 @@ class GradDropFactory:
         return optimizer
 
 
-def _attach_to_deepspeed(optimizer: Any, model: nn.Module) -> None:
+def _attach_to_deepspeed(optimizer: Any, model: nn.Module, args: TrainingArguments, state: Any) -> None:
     """``optimizer`` as Trainer shows it: Accelerate's wrapper, in it DeepSpeed's, in it ours."""
     inner = optimizer
     while not isinstance(inner, FusedGradDropAdamW):
         optimizer, inner = inner, inner.optimizer
-    if type(optimizer).__module__.startswith("deepspeed."):
-        attach_deepspeed(SimpleNamespace(basic_optimizer=inner, optimizer=optimizer, module=model))
+    if not type(optimizer).__module__.startswith("deepspeed."):
+        return
+    config: Any = args.hf_deepspeed_config
+    # Trainer keeps the engine to itself, and has loaded a checkpoint already if it resumes from one.
+    engine = SimpleNamespace(
+        basic_optimizer=inner, optimizer=optimizer, module=model,
+        zero_elastic_checkpoint=lambda: config.get_value("zero_optimization.elastic_checkpoint", False),
+        load_universal_checkpoint=lambda: config.get_value("checkpoint.load_universal", False),
+        loaded_checkpoint_dp_world_size=state.global_step or None,
+    )  # fmt: skip
+    attach_deepspeed(engine)
 
 
 def _forget_that_epoch_was_set(optimizer: Any) -> None:
@@ -164,7 +173,7 @@ class GradDropCallback(TrainerCallback):
             return
         if self.skip_dropped:
             self._check_skip_dropped(self._optimizer, args)
-        _attach_to_deepspeed(optimizer, model)
+        _attach_to_deepspeed(optimizer, model, args, state)
         warn_of_activation_dropout(model, self._optimizer)
 
     def _check_skip_dropped(self, optimizer: FusedGradDropAdamW, args: TrainingArguments) -> None:
