@@ -4,6 +4,7 @@ its tensors hold, so that masks stay those of the whole parameters.
 DistributedDataParallel and FSDP2 need none of this: their tensors say it themselves.
 """
 
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -94,10 +95,11 @@ def attach_fsdp1(optimizer: "FusedGradDropAdamW", model: nn.Module) -> None:
         )
     shapes = {name: shape for names, flat in _fsdp1_units(model) for name, shape in zip(names, flat._shapes)}
     flat_of = {param: flat for _, flat in _fsdp1_units(model) for param in flat._params or ()}
+    own = weakref.proxy(optimizer)  # which holds the function below
 
     def has_gradients(index: int) -> bool:
         # A slice without elements in this process has no gradient either; its unit has.
-        params = (param for param in optimizer.param_groups[index]["params"] if param.requires_grad)
+        params = (param for param in own.param_groups[index]["params"] if param.requires_grad)
         return any(param in flat_of and flat_of[param].grad is not None for param in params)
 
     optimizer.attach_pieces(stepped, shapes, has_gradients=has_gradients)

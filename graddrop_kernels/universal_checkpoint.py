@@ -30,10 +30,12 @@ def repair_loads(zero: Any, optimizer: "FusedGradDropAdamW") -> None:
     some process has no element.
     """
 
-    def read(folder: str) -> _Found:
+    def read(folder: str, load_optimizer_states: bool) -> _Found:
+        # Loaded in either case. DeepSpeed keeps the groups' parameters under one of two names.
+        params_of = getattr(zero, "bit16_groups", None) or zero.bf16_groups
         for index, group in enumerate(optimizer.param_groups):
             others = torch.distributed.get_world_size(zero.real_dp_process_group[index]) - 1
-            numel = sum(param.numel() for param in zero.bit16_groups[index])
+            numel = sum(param.numel() for param in params_of[index])
             if others * group["params"][0].numel() >= numel:
                 raise ValueError(
                     f"parameter group {index} has {numel} elements, none in the last process, and DeepSpeed's stages "
@@ -50,7 +52,9 @@ def repair_stage3_loads(
 ) -> None:
     """As ``repair_loads``; ``flats``: (parameter group, flat partition) of every partition of this process."""
 
-    def read(folder: str) -> _Found:
+    def read(folder: str, load_optimizer_states: bool) -> _Found:
+        if not load_optimizer_states:
+            return [], []
         file = _file(folder)
         groups, steps = _groups_of(file, optimizer.param_groups), _steps_of(file)
         return groups, [(flat, steps[index]) for index, flat in flats]
@@ -58,15 +62,14 @@ def repair_stage3_loads(
     _around_load(zero, optimizer, read)
 
 
-def _around_load(zero: Any, optimizer: "FusedGradDropAdamW", read: Callable[[str], _Found]) -> None:
+def _around_load(zero: Any, optimizer: "FusedGradDropAdamW", read: Callable[[str, bool], _Found]) -> None:
     load = zero.load_state_dict
 
-    def load_state_dict(
-        state_dict_list: Any, load_optimizer_states: bool = True, *args: Any, checkpoint_folder: str | None = None,
-        **more: Any,
-    ) -> None:  # fmt: skip
-        groups, steps = read(checkpoint_folder) if checkpoint_folder else ([], [])
-        load(state_dict_list, load_optimizer_states, *args, checkpoint_folder=checkpoint_folder, **more)
+    def load_state_dict(  # as the engine calls it
+        *, checkpoint_folder: str | None = None, load_optimizer_states: bool = True, **more: Any
+    ) -> None:
+        groups, steps = read(checkpoint_folder, load_optimizer_states) if checkpoint_folder else ([], [])
+        load(checkpoint_folder=checkpoint_folder, load_optimizer_states=load_optimizer_states, **more)
         for group, values in zip(optimizer.param_groups, groups):
             params = group["params"]
             group.clear()
