@@ -204,7 +204,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             if prepared is None:
                 return
         grad_scale, found_inf = (
-            scalar if scalar is None else scalar.to(torch.float32) for scalar in (grad_scale, found_inf)
+            scalar if scalar is None else torch.as_tensor(scalar, dtype=torch.float32)  # the int 0 if no gradient came
+            for scalar in (grad_scale, found_inf)
         )
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf != 0:
             return

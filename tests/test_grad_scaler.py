@@ -139,3 +139,18 @@ def test_the_protocol_is_opt_in():
     assert not new()._step_supports_amp_scaling and not new(fused=False)._step_supports_amp_scaling
     optimizer = new(fused=True)
     assert optimizer._step_supports_amp_scaling and copy.deepcopy(optimizer)._step_supports_amp_scaling
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_step_without_any_gradient_is_none(fused):
+    """As torch's: such a step changes nothing, and the scaler goes on."""
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = FusedGradDropAdamW([("w", param)], **ARGUMENTS, mask=GradDrop(0.3), fused=fused)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))  # as a loss that reaches no parameter
+    if fused:
+        scaler.step(optimizer)
+    else:
+        with pytest.raises(AssertionError, match="No inf checks"):  # of the scaler itself, with torch's AdamW too
+            scaler.step(optimizer)
+    assert torch.equal(param, torch.ones(3)) and not optimizer.state
