@@ -146,7 +146,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(method, seed, tmp_path):
     assert last_checkpoint(folder) is not None, error
     assert not (tmp_path / "killed" / settings.file).exists(), "ended before it was killed"
     (folder / "checkpoint-9999").mkdir()  # as one that was killed while it was being written
-    (folder / "checkpoint-9999" / "model.safetensors").write_bytes(b"")
+    for name in ("model.safetensors", "trainer_state.json"):
+        (folder / "checkpoint-9999" / name).write_bytes(b"")
     resumed, whole = run(settings, tmp_path / "killed"), run(settings, tmp_path / "whole")
     assert resumed["resumed"] and not whole["resumed"]
     for key in whole.keys() - {"resumed", "seconds"}:
