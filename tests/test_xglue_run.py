@@ -1,6 +1,7 @@
 """Runs of the XGLUE benchmark with a tiny random model: every kind of task, resume after kill -9, scope and batches."""
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
@@ -183,6 +185,29 @@ def test_dropout_and_head_of_a_copy():
     assert torch.equal(model.bert.embeddings.word_embeddings.weight, other.bert.embeddings.word_embeddings.weight)
 
 
+@pytest.mark.parametrize("task", ["xquad-match", "uner", "xquad"])
+def test_a_model_of_transformers(task, tmp_path):
+    """XLM-R's class with its own head, from a folder; its vocabulary is that of the tiny model."""
+    folder = tmp_path / "xlm-r"
+    tokenizer = copy.deepcopy(prepare.prepare(tiny(task)).source.tokenizer)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # XLM-R knows one type of token
+    tokenizer.save_pretrained(folder)
+    config = XLMRobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=140, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    XLMRobertaForMaskedLM(config).save_pretrained(folder)
+    settings = tiny(task, model=str(folder), method="graddrop", epochs=1, train_examples=32)
+    assert settings.file.parent.name.startswith("xlm-r-")
+    result = run(settings, tmp_path)
+    assert result["parameters"]["masked"] == 2 * 8_544 and set(result["test"]["1"]) == {"en", "de"}
+    source = prepare.prepare(settings).source
+    first, second = source.model(1, 0.0), source.model(2, 0.0)
+    differ = {name for (name, a), b in zip(first.named_parameters(), second.parameters()) if not torch.equal(a, b)}
+    head = {name for name, param in first.named_parameters() if not name.startswith("roberta.") and param.dim() > 1}
+    assert differ == head != set()
+
+
 def test_methods_follow_the_settings():
     assert set(TITLES) == set(METHODS)
     policy = policy_of(tiny(method="anneal-layer-graddrop", anneal_start=0.6, anneal_end="zero"))
@@ -212,7 +237,7 @@ def test_batches_are_of_near_equal_length_and_a_function_of_seed_and_epoch(seed)
     (["--task", "sib200", "--languages", "en", "xx"], "--languages xx: must be one of en"),
     (["--task", "sib200", "--languages", "de"], "English (en) first"),
     (["--task", "sib200", "--model", "./no-such-model"], "no-such-model"),
-    (["--task", "xnli", "--model", "tiny"], "give the folder xglue_full_dataset"),
+    (["--task", "xnli", "--model", "tiny"], "--data: xnli is a task of XGLUE"),
     (["--task", "xnli", "--model", "tiny", "--data", "no-such-folder"], "no-such-folder"),
     (["--task", "sib200", "--model", "tiny", "--batch-size", "9", "--gradient-accumulation", "2"], "must divide"),
     (["--task", "sib200", "--model", "tiny", "--p", "1.0"], "--p 1.0: must be in [0, 1)"),
