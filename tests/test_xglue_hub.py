@@ -10,7 +10,7 @@ from benchmarks.xglue.tasks import TASKS
 datasets = pytest.importorskip("datasets")
 from datasets import ClassLabel, Dataset, Features, Sequence, Value  # noqa: E402
 
-UPOS, IOB = TASKS["pos"].labels[::-1], TASKS["ner"].labels[::-1]  # the hub's order of names need not be ours
+IOB = TASKS["ner"].labels[::-1]  # the hub's order of names need not be ours
 TEXT = Value("string")
 # Features of the configs as in the loader's source, its misspelt keys included, in the order of the official columns.
 FORMS = {

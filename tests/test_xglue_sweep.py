@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
@@ -18,7 +19,7 @@ from benchmarks.xglue.__main__ import main  # noqa: E402
 from benchmarks.xglue.arguments import methods_of, seeds_of  # noqa: E402
 from benchmarks.xglue.claims import claim  # noqa: E402
 from benchmarks.xglue.settings import settings_for  # noqa: E402
-from benchmarks.xglue.sweep import Plan, work  # noqa: E402
+from benchmarks.xglue.sweep import Plan, deal_gpus, work  # noqa: E402
 from benchmarks.xglue.titles import TITLES  # noqa: E402
 
 OPTIONS = {"device": "cpu", "checkpoints": False, "progress": False}
@@ -156,6 +157,16 @@ def test_a_sweep_killed_and_resumed_with_workers(tmp_path):
         assert path.suffix == ".json", path
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
     assert "| SFT |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_gpus_are_dealt_out(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert deal_gpus(3, None) == ["0", "1", "0"] and deal_gpus(2, "cpu") == [None, None]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    assert deal_gpus(3, None) == ["5", "3", "5"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert deal_gpus(2, None) == [None, None]
 
 
 def test_seeds_and_methods():

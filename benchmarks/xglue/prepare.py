@@ -70,6 +70,12 @@ def check(settings: Settings, root: str | Path | None = None) -> None:
         FileNotFoundError, OSError, ValueError, ModuleNotFoundError: a file or the model is missing or cannot be read.
     """
     task = TASKS[settings.task]
+    if task.official and root is None:
+        ours = ", ".join(task.name for task in TASKS.values() if not task.official)
+        raise ValueError(
+            f"--data: {task.name} is a task of XGLUE, whose data you must have: give its folder xglue_full_dataset, or "
+            f"hub for Hugging Face datasets. Tasks that need none: {ours}"
+        )
     for split, languages in (("train", ("en",)), ("dev", settings.dev_languages), ("test", settings.languages)):
         for language in languages:
             data.load(task, language, split, root)

@@ -10,7 +10,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -166,8 +167,9 @@ def sweep(plan: Plan, results: Path, options: dict, *, workers: int = 1, threads
     before = done()
     try:
         with tqdm(total=total, initial=before, desc=plan.base.task, unit="run", smoothing=0) as bar:
-            for process in processes:
-                process.start()
+            for process, gpu in zip(processes, deal_gpus(workers, options.get("device"))):
+                with _visible(gpu):  # before it loads CUDA
+                    process.start()
             while any(process.is_alive() for process in processes):
                 time.sleep(POLL)
                 bar.n = done()
@@ -191,16 +193,35 @@ def sweep(plan: Plan, results: Path, options: dict, *, workers: int = 1, threads
     return total - done()
 
 
+def deal_gpus(workers: int, device: str | None) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of each worker: the visible GPUs in turn; None, as it is, where there is no choice."""
+    count = 0 if device == "cpu" else torch.cuda.device_count()
+    if count < 2:
+        return [None] * workers
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = given.split(",") if given else [str(number) for number in range(count)]
+    return [visible[number % count] for number in range(workers)]
+
+
+@contextmanager
+def _visible(gpu: str | None) -> Iterator[None]:
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    try:
+        yield
+    finally:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
 def _worker(plan: Plan, results: Path, options: dict, number: int, threads: int, started: float, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     log = (results / "logs" / f"worker-{number}.log").open("a", encoding="utf-8", buffering=1)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     torch.set_num_threads(threads)
-    if options.get("device") != "cpu" and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        gpus = torch.cuda.device_count()
-        if gpus > 1:
-            os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
     failed = work(plan, results, {**options, "progress": False}, go_on=lambda: os.getppid() == parent, started=started)
     if failed:
         print(f"{len(failed)} runs failed", file=sys.stderr)
