@@ -130,10 +130,10 @@ def test_micro_batches_change_nothing_but_the_rounding(task, tolerance, tmp_path
 
 @pytest.mark.parametrize("method", ["anneal-graddrop"])
 def test_a_killed_run_goes_on_to_the_same_bits(method, seed, tmp_path):
-    settings = tiny(method=method, seed=seed % 1000, epochs=4, dev_all=True)
+    settings = tiny(method=method, seed=seed % 1000, epochs=10, dev_all=True)
     flags = [
         "run", "--task", "sib200", "--method", method, "--seeds", seed % 1000, "--lr", 3e-3, "--head-lr-factor", 2,
-        "--model", "tiny", "--languages", "en", "de", "--train-examples", 40, "--eval-examples", 8, "--epochs", 4,
+        "--model", "tiny", "--languages", "en", "de", "--train-examples", 40, "--eval-examples", 8, "--epochs", 10,
         "--batch-size", 16, "--max-length", 96, "--float32", "--dev-all", "--device", "cpu",
         "--threads", torch.get_num_threads(), "--results", tmp_path / "killed",
     ]  # fmt: skip

@@ -65,7 +65,8 @@ def label_scores(task: Task, gold: Sequence[str], predicted: Sequence[str]) -> d
     of_gold, of_predicted = Counter(gold), Counter(predicted)
     f1 = {
         label: 2 * pairs[label, label] / (of_gold[label] + of_predicted[label])
-        for label in {*gold, *predicted, *(task.labels if len(task.labels) == 2 else ())}
+        # sorted: the sum of floats below must not follow the order of a set, which is another in every process.
+        for label in sorted({*gold, *predicted, *(task.labels if len(task.labels) == 2 else ())})
         if of_gold[label] + of_predicted[label]
     }
     accuracy = sum(count for (a, b), count in pairs.items() if a == b) / len(gold)
