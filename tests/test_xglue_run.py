@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
+from transformers import TrainingArguments, XLMRobertaConfig, XLMRobertaForMaskedLM
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
@@ -23,7 +23,7 @@ from benchmarks.xglue import features, metrics, models, prepare  # noqa: E402
 from benchmarks.xglue.__main__ import main  # noqa: E402
 from benchmarks.xglue.batches import LengthBuckets  # noqa: E402
 from benchmarks.xglue.methods import policy_of  # noqa: E402
-from benchmarks.xglue.optimizer import WithHeadRate  # noqa: E402
+from benchmarks.xglue.optimizer import optimizer_of  # noqa: E402
 from benchmarks.xglue.run import run_one  # noqa: E402
 from benchmarks.xglue.settings import settings_for  # noqa: E402
 from benchmarks.xglue.tasks import TASKS  # noqa: E402
@@ -156,13 +156,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(method, seed, tmp_path):
         assert resumed[key] == whole[key], key
 
 
-def test_what_is_masked_and_how_fast_it_learns():
-    settings = tiny(method="graddrop")
+def test_what_is_masked_and_how_fast_it_learns(tmp_path):
+    settings = tiny(method="graddrop", head_lr_factor=5.0)
     source = prepare.prepare(settings).source
     model = source.model(1, 0.0)
-    optimizer = WithHeadRate()(
-        model, lr=0.1, head_lr_factor=5.0, weight_decay=0.2, exclude=(), layers=None, mask=policy_of(settings)
-    )
+    args = TrainingArguments(output_dir=str(tmp_path), learning_rate=0.1, weight_decay=0.2, use_cpu=True)
+    make, arguments = optimizer_of(settings, args)
+    optimizer = make()(model, **arguments)
     seen = {}
     for group in optimizer.param_groups:
         for name in group["param_names"]:

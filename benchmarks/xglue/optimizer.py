@@ -2,31 +2,23 @@
 
 from transformers import TrainingArguments
 
-from graddrop_kernels import FusedGradDropAdamW, param_groups
-from graddrop_kernels.demo.methods import is_head
-from graddrop_kernels.integrations.transformers import trainer_optimizer
+from graddrop_kernels import FusedGradDropAdamW
+from graddrop_kernels.demo.methods import with_head_lr
+from graddrop_kernels.integrations.transformers import GradDropFactory, trainer_optimizer
 
 from .methods import policy_of
 from .settings import Settings
 
 
-class WithHeadRate:
+class WithHeadRate(GradDropFactory):
     """What Trainer calls for its optimizer: blocks masked, embeddings and head dense, the head at its own rate."""
 
-    def __call__(
-        self, model, *, lr: float, head_lr_factor: float, weight_decay: float, exclude, layers, **arguments
-    ) -> FusedGradDropAdamW:
-        groups = []
-        for group in param_groups(model, weight_decay, exclude, layers):
-            if "param_blocks" in group:  # the head is no block's
-                groups.append(group)
-                continue
-            for head in (False, True):
-                own = [item for item in group["params"] if is_head(model, item[0]) is head]
-                more = {"name": f"head_{group['name']}", "lr": head_lr_factor * lr} if head else {}
-                if own:
-                    groups.append({**group, "params": own, **more})
-        return FusedGradDropAdamW(groups, lr=lr, **arguments)
+    def __call__(self, model, *, head_lr_factor: float, **arguments) -> FusedGradDropAdamW:
+        self.head_lr_factor = head_lr_factor
+        return super().__call__(model, **arguments)
+
+    def adapt(self, groups, model, args):
+        return with_head_lr(groups, model, self.head_lr_factor * args.learning_rate)
 
 
 def optimizer_of(settings: Settings, args: TrainingArguments) -> tuple[type[WithHeadRate], dict]:

@@ -68,16 +68,22 @@ def is_head(model: nn.Module, name: str) -> bool:
     return not name.startswith(f"{model.base_model_prefix}.")
 
 
-def build_optimizer(model: nn.Module, settings: Settings, backend: str = "auto") -> FusedGradDropAdamW:
-    """The paper's scope, blocks masked and embeddings and head dense; the head has its own learning rate."""
-    groups = []
-    for group in param_groups(model, weight_decay=settings.weight_decay):
+def with_head_lr(groups: list[dict], model: nn.Module, head_lr: float) -> list[dict]:
+    """param_groups(model), with the head in groups of its own that have its learning rate."""
+    split = []
+    for group in groups:
         body = [(name, param) for name, param in group["params"] if not is_head(model, name)]
         head = [(name, param) for name, param in group["params"] if is_head(model, name)]
         if body:
-            groups.append({**group, "params": body})
+            split.append({**group, "params": body})
         if head:
-            groups.append({**group, "params": head, "name": f"head_{group['name']}", "lr": settings.head_lr})
+            split.append({**group, "params": head, "name": f"head_{group['name']}", "lr": head_lr})
+    return split
+
+
+def build_optimizer(model: nn.Module, settings: Settings, backend: str = "auto") -> FusedGradDropAdamW:
+    """The paper's scope, blocks masked and embeddings and head dense; the head has its own learning rate."""
+    groups = with_head_lr(param_groups(model, weight_decay=settings.weight_decay), model, settings.head_lr)
     arguments = {"lr": settings.lr, "mask": settings.policy, "seed": settings.seed, "backend": backend}
     return FusedGradDropAdamW(groups, **arguments, **WEIGHTS[settings.weights][1])
 

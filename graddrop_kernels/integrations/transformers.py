@@ -51,6 +51,7 @@ class GradDropFactory:
         # DeepSpeed makes one flat tensor of a group, of which policies of blocks need one each.
         per_block = getattr(args, "hf_deepspeed_config", None) is not None
         groups = param_groups(model, arguments.pop("weight_decay", args.weight_decay), exclude, layers, per_block)
+        groups = self.adapt(groups, model, args)
         values = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         optimizer = FusedGradDropAdamW(groups, **{"seed": args.seed, **values, **arguments})
         if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):  # FSDP1
@@ -58,6 +59,12 @@ class GradDropFactory:
         optimizer.register_load_state_dict_post_hook(_forget_that_epoch_was_set)
         optimizer.register_step_pre_hook(_require_epoch)
         return optimizer
+
+    def adapt(
+        self, groups: list[dict[str, Any]], model: nn.Module, args: TrainingArguments
+    ) -> list[dict[str, Any]]:
+        """For subclasses: the groups of the optimizer, as another learning rate for some parameters needs them."""
+        return groups
 
 
 def _attach_to_deepspeed(optimizer: Any, model: nn.Module, args: TrainingArguments, state: Any) -> None:
