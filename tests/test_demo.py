@@ -170,7 +170,7 @@ def test_embeddings_are_those_of_the_packages_own_engine(bundled_texts, seed):
     # Sentences in German, Russian, Chinese, Arabic, Hindi, Swahili and English, two each, none so long that it is cut.
     starts = {"de": 1, "ru": 4, "zh": 5, "ar": 6, "hi": 7, "sw": 8, "en": 0}
     draw = random.Random(seed)
-    texts = [bundled_texts[701 + 204 * k + draw.randrange(204)] for k in starts.values() for _ in range(2)]
+    texts = [bundled_texts[701 + 204 * k + i] for k in starts.values() for i in draw.sample(range(204), 2)]
     model, tokenizer = e5_small.load(texts)
     classifier = MeanPoolingClassifier(model.eval(), 384)
     torch.nn.init.eye_(classifier.classifier.weight)  # the head shows the pooled embedding
