@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _SCHEMA = (
     "(Tensor(a!)[] params, Tensor{}[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] master_params, Tensor(f!)[] steps, Tensor[] hypers, "
-    "Tensor? grad_scale, Tensor? found_inf, int[] positions, int[] hyper_places, str handle) -> ()"
+    "Tensor? grad_scale, Tensor? found_inf, int[] positions, int[] hyper_places, str handle, bool grad_enabled) -> ()"
 )
 _COUNTS = ("completed_steps", "epoch_history")  # what a step changes in its group
 
@@ -48,8 +48,9 @@ def new_handle(optimizer: FusedGradDropAdamW) -> str:
     return handle
 
 
-def step_in_graph(optimizer: FusedGradDropAdamW, closure: Callable[[], Any] | None) -> Any:
-    """step() as torch.compile traces it: collects the tensors and calls the operator.
+def step_in_graph(optimizer: FusedGradDropAdamW, closure: Callable[[], Any] | None, grad_enabled: bool) -> Any:
+    """step() as torch.compile traces it: collects the tensors and calls the operator. ``grad_enabled``: whether
+    gradients were recorded outside of step().
 
     What cannot be traced (a closure, a change of the groups in the same function) is a graph break, hence with
     fullgraph=True an error.
@@ -61,9 +62,9 @@ def step_in_graph(optimizer: FusedGradDropAdamW, closure: Callable[[], Any] | No
             msg="optimizer.step(closure) cannot be compiled: call the closure first, then the compiled optimizer.step()"
         )
         return optimizer._step_uncompiled(closure)
-    # Not optimizer.param_groups: torch.compile knows that name, guards every number in the groups, and on a GPU sets
-    # their capturable.
-    groups = optimizer.__dict__["param_groups"]
+    # Not optimizer.param_groups: torch.compile knows that name (that of torch 2.11 in optimizer.__dict__ too), guards
+    # every number in the groups, and on a GPU sets their capturable.
+    groups = optimizer._own_groups
     everything = [param for group in groups for param in group["params"]]
     positions = [position for position, param in enumerate(everything) if param.grad is not None]
     if not positions:
@@ -100,6 +101,7 @@ def step_in_graph(optimizer: FusedGradDropAdamW, closure: Callable[[], Any] | No
         positions,
         [number for pair in hyper_places for number in pair],
         optimizer._handle,
+        grad_enabled,
     )
     return None
 
@@ -142,8 +144,18 @@ def _has_pending_change(groups: list[dict[str, Any]]) -> bool:
     return any(variable is not None and effects.is_modified(variable) for variable in traced)
 
 
+def _step(*arguments: Any) -> None:
+    *arguments, grad_enabled = arguments  # type: ignore[assignment]  # a list of them
+    try:
+        _step_now(*arguments)
+    except BaseException:
+        # Compiled code leaves a torch.no_grad() by no `finally`: autograd would stay off after an error.
+        torch.set_grad_enabled(grad_enabled)
+        raise
+
+
 @torch.no_grad()
-def _step(
+def _step_now(
     params: list[torch.Tensor], grads: list[torch.Tensor], exp_avgs: list[torch.Tensor],
     exp_avg_sqs: list[torch.Tensor], max_exp_avg_sqs: list[torch.Tensor], master_params: list[torch.Tensor],
     steps: list[torch.Tensor], hypers: list[torch.Tensor], grad_scale: torch.Tensor | None,
@@ -152,6 +164,11 @@ def _step(
     optimizer = _optimizers.get(handle)
     if optimizer is None:
         raise RuntimeError("graddrop::step_: the optimizer that this step was compiled for is gone")
+    if optimizer._own_groups is not optimizer.param_groups:
+        raise RuntimeError(
+            "optimizer.param_groups was set to another list, which the compiled step does not see: change the groups "
+            "in it, or use add_param_group() and load_state_dict()"
+        )
     if optimizer._skip.missing:
         raise RuntimeError(
             "a compiled step has the tensors of one pattern of dropped blocks: after skip_dropped() call "

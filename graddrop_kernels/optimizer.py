@@ -151,6 +151,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._step_supports_amp_scaling = fused is True
         self.defaults.update(self._own_defaults)
         self._constructing = False
+        self._own_groups = self.param_groups  # by a name that torch.compile does not know, see step_in_graph()
         self._groups.check()
 
     @overload
@@ -168,8 +169,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 Nothing has changed then.
         """
         if torch.compiler.is_compiling():
+            grad_enabled = torch.is_grad_enabled()
             with torch.no_grad():
-                loss: _Loss | None = operator.step_in_graph(self, closure)
+                loss: _Loss | None = operator.step_in_graph(self, closure, grad_enabled)
                 return loss
         return self._step_uncompiled(closure)
 
@@ -461,6 +463,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         if "_policies" in state:  # not from load_state_dict, which comes by here too
             self._groups = MaskedGroups(self, state.pop("_policies"))
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
+        self._own_groups = self.param_groups
         if "_handle" not in self.__dict__:
             self._handle = operator.new_handle(self)
         self.__dict__.setdefault("_warn_once", WarnOnce())

@@ -249,6 +249,16 @@ def test_loaded_and_replaced_state_is_the_state_that_is_stepped(seed):
         train_both(pairs, step, seed + 30)
 
 
+def test_groups_in_another_list_are_refused(seed):
+    pairs = twice("layer")
+    step = compiled(pairs[0][1])
+    train_both(pairs, step, seed)
+    optimizer = pairs[0][1]
+    optimizer.param_groups = [dict(group) for group in optimizer.param_groups]
+    with pytest.raises(RuntimeError, match="param_groups was set to another list"):
+        step()
+
+
 def test_eager_and_compiled_steps_take_turns(seed):
     pairs = twice("layer-epoch")
     step = compiled(pairs[0][1])
@@ -428,16 +438,17 @@ def test_groups_changed_in_the_same_graph(change, seed):
     assert counts(pairs[0][1]) == counts(pairs[1][1])
 
 
-def test_errors_come_out_as_they_are(seed):
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_errors_come_out_as_they_are(backend, seed):
     (model, optimizer), _ = twice()
-    step = compiled(optimizer, "inductor")
+    step = compiled(optimizer, backend)
     random_grads(model.parameters(), torch.Generator().manual_seed(seed))
     step()
     set_lr(optimizer, -1.0)
     before = snapshot(optimizer)
     with pytest.raises(ValueError, match="lr of parameter group 0 must be a finite number >= 0"):
         step()
-    assert snapshot(optimizer) == before
+    assert snapshot(optimizer) == before and torch.is_grad_enabled()
 
 
 def test_a_sparse_gradient_is_refused_by_the_step_where_no_full_graph_is_asked_for(seed):
@@ -463,7 +474,7 @@ def arguments(optimizer, overload="default", hypers=()):
     steps = [state["step"] for state in states]
     return (
         params, [param.grad for param in params], *tensors, maxima, masters, steps, list(hypers),
-        *scalars, list(range(len(params))), [0, 0] * len(hypers), optimizer._handle,
+        *scalars, list(range(len(params))), [0, 0] * len(hypers), optimizer._handle, True,
     )  # fmt: skip
 
 
@@ -531,7 +542,7 @@ def test_the_lr_that_the_operator_is_given_is_used(seed):
 def test_the_operator_of_an_optimizer_that_is_gone(seed):
     _, optimizer = stepped_once("graddrop", seed)
     with pytest.raises(RuntimeError, match="the optimizer that this step was compiled for is gone"):
-        torch.ops.graddrop.step_(*arguments(optimizer)[:-1], "no such handle")
+        torch.ops.graddrop.step_(*arguments(optimizer)[:-2], "no such handle", True)
     handle = optimizer._handle
     assert operator._optimizers[handle] is optimizer
     del optimizer
