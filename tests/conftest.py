@@ -40,6 +40,15 @@ def seed() -> int:
     return _SEED
 
 
+@pytest.fixture
+def one_thread():
+    """Of torch: with more, sums are added up in other orders, those of inductor's embeddings in another every time."""
+    used = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(used)
+
+
 @pytest.fixture(params=BACKEND_NAMES)
 def backend(request) -> str:
     """Every backend of this machine that steps CPU tensors; of the others see cases.ENGINES.

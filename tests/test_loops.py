@@ -33,6 +33,7 @@ from graddrop_kernels.demo.train import collate
 from graddrop_kernels.integrations.accelerate import graddrop_optimizer, mask_log, set_epoch
 from graddrop_kernels.philox import DOMAIN_ELEMENT, stream_key, uniform16
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EPOCHS, BATCH = 2, 4
 SENTENCES, PER_EPOCH = 5 * BATCH, 5  # with two micro-batches a step, an epoch's last step has one
 MASKS = {

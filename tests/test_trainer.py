@@ -28,6 +28,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch, LayerGradDrop, LinearAnneal, param_groups
 from graddrop_kernels.integrations.transformers import GradDropCallback, trainer_optimizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
 def forgotten_settings():

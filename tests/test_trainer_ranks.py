@@ -16,6 +16,7 @@ from trainer_runs import arguments, losses, sentences, trainer_of
 from graddrop_kernels.integrations.optimizer_of import unwrapped
 from graddrop_kernels.names import canonical_name
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
     reason="DeepSpeed is not installed: DS_BUILD_OPS=0 pip install --no-build-isolation 'graddrop-kernels[deepspeed]'",
