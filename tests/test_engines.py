@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
+from toy import bits
 
 from graddrop_kernels import (
     FixedMask,
@@ -368,7 +369,9 @@ def load(step, folder, saved):
 
 
 def continued(engines, policies, seed, folder):
-    """What ends up with other parameters when it is interrupted in the middle of an epoch."""
+    """What ends up with other parameters or state when it is interrupted in the middle of an epoch. Only what is in the
+    pieces: the padding of a flat buffer is anything.
+    """
     different = []
     for engine, policy in itertools.product(engines, policies):
         ends, saved = [], None
@@ -381,8 +384,9 @@ def continued(engines, policies, seed, folder):
                     saved = save(step, folder / engine / policy)
                 begin_epoch(optimizer, number)
                 step(seed + number)
-            ends.append([tensor.detach().clone() for tensor in pieces])
-        different += [] if all(map(torch.equal, *ends)) else [(engine, policy)]
+            ends.append([(*what, {key: bits(value) for key, value in values.items()})
+                         for *what, values in found_in(optimizer, pieces)])  # fmt: skip
+        different += [] if ends[0] == ends[1] else [(engine, policy)]
     return different
 
 
