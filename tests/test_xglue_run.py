@@ -19,12 +19,12 @@ from transformers import TrainingArguments, XLMRobertaConfig, XLMRobertaForMaske
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from benchmarks.xglue import features, metrics, models, prepare  # noqa: E402
+from benchmarks.xglue import data, features, metrics, models, predictions, prepare  # noqa: E402
 from benchmarks.xglue.__main__ import main  # noqa: E402
 from benchmarks.xglue.batches import LengthBuckets  # noqa: E402
 from benchmarks.xglue.methods import policy_of  # noqa: E402
 from benchmarks.xglue.optimizer import optimizer_of  # noqa: E402
-from benchmarks.xglue.run import run_one  # noqa: E402
+from benchmarks.xglue.run import prediction_folder, run_one  # noqa: E402
 from benchmarks.xglue.settings import settings_for  # noqa: E402
 from benchmarks.xglue.tasks import TASKS  # noqa: E402
 from benchmarks.xglue.titles import TITLES  # noqa: E402
@@ -48,6 +48,13 @@ def run(settings, folder, **options):
     return run_one(settings, folder, device="cpu", progress=False, **options)
 
 
+def test_predictions_of_a_run_that_was_done_without(tmp_path):
+    settings = tiny(epochs=1)
+    run(settings, tmp_path)
+    with pytest.raises(ValueError, match="--predictions: .* was run without; remove it"):
+        run(settings, tmp_path, predictions=True)
+
+
 @pytest.mark.parametrize("task, method", [
     ("sib200", "graddrop"), ("xquad-match", "anneal-layer-graddrop"), ("xquad-rank", "gaussian-graddrop"),
     ("ud-pos", "graddrop-epoch"), ("xquad", "gradfreeze-topdown"),
@@ -57,7 +64,11 @@ def test_a_run_of_each_kind(task, method, seed, tmp_path):
         task, method=method, seed=seed % 1000, test_every_epoch=task == "sib200", select="all", p=0.3,
         precision="bf16" if task == "ud-pos" else "float32",
     )  # fmt: skip
-    result = run(settings, tmp_path)
+    result = run(settings, tmp_path, predictions=True)
+    for language, scores in result["test"][str(result["best_epoch"])].items():
+        examples = data.load(TASKS[task], language, "test")[:8]
+        predicted = predictions.read(prediction_folder(tmp_path / settings.file), TASKS[task], language, examples)
+        assert metrics.score(TASKS[task], language, examples, predicted) == scores
     assert json.loads((tmp_path / settings.file).read_text()) == json.loads(json.dumps(result))
     assert list(result["dev"]) == ["1", "2", "3"] and list(result["dev"]["1"]) == ["en", "de"]
     assert list(result["test"]) == (["1", "2", "3"] if task == "sib200" else [str(result["best_epoch"])])

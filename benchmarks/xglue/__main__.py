@@ -107,6 +107,7 @@ def _run_options(options) -> dict:
     return {
         "root": options.data, "checkpoints": not options.no_checkpoints, "eval_batch_size": options.eval_batch_size,
         "device": options.device, "deterministic": options.deterministic,
+        "predictions": options.predictions,
     }  # fmt: skip
 
 

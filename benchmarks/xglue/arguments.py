@@ -73,6 +73,7 @@ def _running(parser) -> None:
     add("--threads", type=int, help="of PyTorch, in each process (default: the cores shared out)")
     add("--eval-batch-size", type=int, default=64, help="of a process (default: %(default)s)")
     add("--no-checkpoints", action="store_true", help="a killed run starts anew; less to write for short runs")
+    add("--predictions", action="store_true", help="write official prediction files of the best epoch's test too")
     add("--deterministic", action="store_true", help="on a GPU: the same bits again, at some cost in time")
 
 

@@ -32,6 +32,7 @@ def run_one(
     eval_batch_size: int = 64,
     device: str | None = None,
     deterministic: bool = False,
+    predictions: bool = False,
     progress: bool = True,
 ) -> dict:
     """Train, test, write ``results / settings.file`` whole or not at all, and return what it holds.
@@ -44,13 +45,18 @@ def run_one(
         checkpoints: keep what a killed run needs beside the result, until it is there.
         eval_batch_size: of a process.
         device: "cpu", or None for what Trainer finds.
+        predictions: write the best epoch's test predictions too, as official files in ``prediction_folder``.
 
     Raises:
-        ValueError, FileNotFoundError: nothing was run: settings, data or model cannot be used.
+        ValueError, FileNotFoundError: nothing was run: settings, data or model cannot be used, or predictions are asked
+            for of a run that was done without.
     """
     path = results / settings.file
     folder = path.with_suffix(".checkpoints")
+    predicted = prediction_folder(path)
     if path.is_file():
+        if predictions and not predicted.is_dir():
+            raise ValueError(f"--predictions: {path} was run without; remove it to run again")
         shutil.rmtree(folder, ignore_errors=True)  # killed between the last two lines of this function
         return read(path)
     check_devices(settings, device)
@@ -61,7 +67,7 @@ def run_one(
     resumed = last_checkpoint(folder) if checkpoints else None
     trainer = XglueTrainer(
         settings, prepared, folder, checkpoints=checkpoints, eval_batch_size=eval_batch_size, device=device,
-        deterministic=deterministic, progress=progress,
+        deterministic=deterministic, progress=progress, predictions=predicted if predictions else None,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     trained = time.perf_counter()
@@ -71,7 +77,7 @@ def run_one(
         test = {i + 1: entry for i, entry in enumerate(e["test"] for e in trainer.state.log_history if "test" in e)}
     else:
         trainer.restore(best)
-        test = {best: trainer.scores(prepared.test)}
+        test = {best: trainer.test_scores()}
     state = weights.whole(trainer.model)  # on every process: it is a joint operation
     result = {
         "format": FORMAT,
@@ -97,6 +103,11 @@ def run_one(
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()  # nobody begins the next run before this one's result is there
     return result
+
+
+def prediction_folder(result: Path) -> Path:
+    """Where the prediction files of a result are, as {TASK}/{language}.prediction: what ``score`` takes."""
+    return result.with_suffix(".predictions")
 
 
 def check_devices(settings: Settings, device: str | None) -> None:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from graddrop_kernels.demo import checkpoint
 from graddrop_kernels.integrations.transformers import GradDropCallback
 
-from . import features, metrics, weights
+from . import features, metrics, predictions, weights
 from .batches import LengthBuckets
 from .optimizer import optimizer_of
 from .prepare import Prepared, Split
@@ -31,9 +31,10 @@ class XglueTrainer(Trainer):
 
     def __init__(
         self, settings: Settings, prepared: Prepared, folder: Path, *, checkpoints: bool, eval_batch_size: int,
-        device: str | None, deterministic: bool, progress: bool,
+        device: str | None, deterministic: bool, progress: bool, predictions: Path | None = None,
     ):  # fmt: skip
         self.settings, self.prepared, self.checkpoints = settings, prepared, checkpoints
+        self.predictions = predictions  # folder for the best epoch's test predictions
         self.best: tuple[int, dict] | None = None  # epoch and weights, where no file keeps them
         args = TrainingArguments(
             output_dir=str(folder), num_train_epochs=settings.epochs,
@@ -68,29 +69,40 @@ class XglueTrainer(Trainer):
         epoch = lambda: int(self.state.epoch or 0)
         return LengthBuckets(lengths, self.settings.batch_size, self.settings.seed, epoch)
 
-    def scores(self, splits: dict[str, Split]) -> dict[str, dict[str, float]]:
-        """{language: ``metrics.score(...)``}."""
-        return {language: self._score(language, split) for language, split in splits.items()}
+    def scores(self, splits: dict[str, Split], predictions_to: Path | None = None) -> dict[str, dict[str, float]]:
+        """{language: ``metrics.score(...)``}; official prediction files too, if there is a folder for them."""
+        task, found = self.prepared.task, {}
+        for language, split in splits.items():
+            predicted = self._predicted(split)
+            if predictions_to is not None and self.is_world_process_zero():
+                predictions.write(predictions_to, task, language, predicted)
+            values = metrics.score(task, language, split.examples, predicted)
+            found[language] = {name: float(value) for name, value in values.items()}
+        return found
 
-    def _score(self, language: str, split: Split) -> dict[str, float]:
-        task = self.prepared.task
+    def test_scores(self) -> dict[str, dict[str, float]]:
+        """Of the weights as they are; writes prediction files where they were asked for."""
+        return self.scores(self.prepared.test, self.predictions)
+
+    def _predicted(self, split: Split):
+        """``features.decode`` of the model's outputs, in the order of the examples."""
         order = sorted(range(len(split.features)), key=lambda i: len(split.features[i]["input_ids"]))  # to pad little
         logits = self.predict([split.features[i] for i in order]).predictions
         place = np.argsort(order)
         logits = tuple(part[place] for part in logits) if isinstance(logits, tuple) else logits[place]
-        predictions = features.decode(task, split.examples, split.features, logits)
-        found = metrics.score(task, language, split.examples, predictions)
-        return {name: float(value) for name, value in found.items()}
+        return features.decode(self.prepared.task, split.examples, split.features, logits)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Trainer calls it after every epoch."""
         found = {"dev": self.scores(self.prepared.dev)}
+        epochs = [*self.dev_scores(), found["dev"]]
+        best = best_epoch(epochs) == len(epochs)
         if self.settings.test_every_epoch:
-            found["test"] = self.scores(self.prepared.test)
+            # Of the epochs so far, the files of the best one stay.
+            found["test"] = self.scores(self.prepared.test, self.predictions if best else None)
         self.log(found)
-        epoch = self.dev_scores()
-        if not self.settings.test_every_epoch and len(epoch) < self.settings.epochs and best_epoch(epoch) == len(epoch):
-            self._keep(len(epoch))
+        if best and not self.settings.test_every_epoch and len(epochs) < self.settings.epochs:
+            self._keep(len(epochs))
         return {}
 
     def dev_scores(self) -> list[dict[str, dict[str, float]]]:
