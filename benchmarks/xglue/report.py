@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from . import figures, paper, statistics
+from . import figures, paper, paper_claims, statistics
 from .collect import Group, collect
 from .page import Page
 from .titles import TITLES
@@ -111,6 +111,7 @@ def _task(page: Page, group: Group, methods: list[str]) -> None:
     page.table(header, lines)
     page.csv(f"{group.name}-scores", rows)
     _differences(page, group)
+    _claims(page, group)
     if any(len(result["test"]) > 1 for result in group.results()):
         figures.by_epoch(page.folder / f"{group.name}-epochs.png", group)
         page.figure(
@@ -206,6 +207,19 @@ def _differences(page: Page, group: Group) -> None:
         )
         page.table(["method", "column", "seeds", "difference", "95 %", "t", "p", "p, Holm"], lines)
         page.csv(f"{group.name}-differences", rows)
+
+
+def _claims(page: Page, group: Group) -> None:
+    lines = []
+    for claim, measured, test in paper_claims.claims(group):
+        interval = MISSING if test.low is None else f"{test.low:+.2f} to {test.high:+.2f}"
+        lines.append([claim, measured, str(test.n), f"{test.difference:+.2f}", interval, paper_claims.verdict(test)])
+    if lines:
+        page.text(
+            "The paper's claims, each as a difference that must be above 0 (points, paired by seed): it holds here if "
+            "the whole 95 % interval is, does not if the whole interval is below, else so many seeds do not decide it."
+        )
+        page.table(["claim", "measured", "seeds", "difference", "95 %", "here"], lines)
 
 
 def _over_tasks(page: Page, groups: list[Group], official: bool) -> None:
