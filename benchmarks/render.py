@@ -17,6 +17,7 @@ from pathlib import Path
 import render_compatibility
 import render_contract
 import render_gpu
+import render_xglue
 from markdown_table import markdown, number
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -304,7 +305,7 @@ def render(text: str, found: dict) -> str:
     marked = re.compile(f"({OPEN}).*?({CLOSE})", re.DOTALL)
 
     def made(match: re.Match) -> str:
-        for static in (render_contract, render_compatibility):
+        for static in (render_contract, render_compatibility, render_xglue):
             if match[2] == static.NAME:
                 return static.section(RESULTS)
         return section(match[2], match[3], found)

@@ -11,8 +11,10 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.xglue import figures  # noqa: E402
+from benchmarks.xglue.__main__ import main  # noqa: E402
 from benchmarks.xglue.choice import best_lr  # noqa: E402
 from benchmarks.xglue.collect import collect  # noqa: E402
+from benchmarks.xglue.compare import compare  # noqa: E402
 from benchmarks.xglue.paper_claims import claims, verdict  # noqa: E402
 from benchmarks.xglue.report import against_sft, pairwise, ranks, report  # noqa: E402
 from benchmarks.xglue.settings import settings_for  # noqa: E402
@@ -195,3 +197,21 @@ def test_what_is_no_result(tmp_path):
     path.write_text(path.read_text()[:-20])
     with pytest.raises(ValueError, match="sft-lr0.0001-seed0.json is no result"):
         collect(tmp_path)
+
+
+def test_compare(tmp_path):
+    def result(folder, seed, weights, de):
+        path = write(tmp_path / folder, "sib200", "sft", seed, {"en": 0.5, "de": de})
+        path.write_text(json.dumps({**json.loads(path.read_text()), "weights_sha256": weights}))
+
+    for seed, (weights, de) in enumerate([("a", 0.7), ("b", 0.7), ("c", 0.7), ("d", 0.7)]):
+        result("ours", seed, weights, de)
+    for seed, (weights, de) in enumerate([("a", 0.7), ("x", 0.7), ("x", 0.71)]):
+        result("theirs", seed, weights, de)
+    *runs, total = compare(tmp_path / "ours", tmp_path / "theirs")
+    assert [line.partition(": ")[2] for line in runs] == [
+        "the same bits", "the same test scores", "-0.50 points on average, most in de: -1.00"
+    ]  # fmt: skip
+    expected = "3 of 4 runs are in theirs: 1 with the same bits, 1 with the same test scores, 1 with others"
+    assert total == expected
+    assert main(["compare", str(tmp_path / "ours")]) == 0  # none of these seeds' rates are committed

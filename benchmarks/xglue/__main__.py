@@ -1,4 +1,4 @@
-"""`python -m benchmarks.xglue run | sweep | study | report | score`, from the root of the checkout."""
+"""`python -m benchmarks.xglue run | sweep | study | report | compare | score`, from the root of the checkout."""
 
 import contextlib
 import json
@@ -77,6 +77,7 @@ def _do(plan, options) -> int:
 
 
 def _study(options) -> int:
+    from .compare import compare
     from .report import report
     from .study import plans
 
@@ -84,8 +85,15 @@ def _study(options) -> int:
     code = max([_do(plan, options) for plan in found])
     output = options.output or options.results / "report"
     report(options.results, output)
-    print(output / "report.md")
+    print(output / "report.md", *compare(options.results), sep="\n")
     return code
+
+
+def _compare(options) -> int:
+    from .compare import COMMITTED, compare
+
+    print(*compare(options.results, options.other or COMMITTED), sep="\n")
+    return 0
 
 
 def _report(options) -> int:
@@ -115,7 +123,7 @@ def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-_COMMANDS = {"run": _run, "sweep": _sweep, "study": _study, "report": _report, "score": _score}
+_COMMANDS = {"run": _run, "sweep": _sweep, "study": _study, "report": _report, "compare": _compare, "score": _score}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -45,6 +45,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     report.add_argument("results", type=Path)
     report.add_argument("--output", type=Path, required=True, help="folder for Markdown, CSV, PNG and HTML")
 
+    other = commands.add_parser("compare", help="do two folders of results agree, run by run")
+    other.add_argument("results", type=Path)
+    other.add_argument("other", type=Path, nargs="?", help="(default: the committed ones, benchmarks/xglue/results)")
+
     score = commands.add_parser("score", help="official scores of a folder of prediction files")
     score.add_argument("predictions", type=Path, help="folder with {TASK}/{language}.prediction")
     score.add_argument("--tasks", nargs="+", help="(default: those that have a folder)")

@@ -1,0 +1,58 @@
+"""The committed runs of benchmarks/xglue as two short tables: every method against SFT, and the paper's claims."""
+
+from pathlib import Path
+
+from markdown_table import markdown
+
+NAME = "xglue"
+
+
+def section(results: Path) -> str:
+    """What belongs between the markers. results: the folder of the other benchmarks' results."""
+    folder = results.parent / "xglue" / "results"
+    if not any(folder.glob("*/*/*.json")):
+        return "\n*No results yet.*\n\n"
+    from xglue.collect import collect  # only here: they load torch
+    from xglue.report import caption, data_name
+
+    parts = []
+    for group in collect(folder):
+        parts += [f"*{data_name(group)}. {caption(group)}*", _methods(group), _claims(group)]
+    return "\n" + "\n\n".join(parts) + "\n\n"
+
+
+def _methods(group) -> str:
+    from xglue import statistics
+    from xglue.report import MISSING, against_sft, marked, ranks
+    from xglue.titles import TITLES
+
+    columns = ["en", "avg", "zero"]
+    means = {
+        column: {method: statistics.mean(list(runs.scores(column).values())) for method, runs in group.runs.items()}
+        for column in columns
+    }
+    marks = {column: ranks(own) for column, own in means.items()}
+    tests = against_sft(group, "avg")
+    judged = [method for method, test in tests.items() if test.p is not None]
+    adjusted = dict(zip(judged, statistics.holm([tests[method].p for method in judged])))
+    rows = []
+    for method, runs in group.runs.items():
+        scores = [marked(f"{means[column][method]:.2f}", marks[column][method]) for column in columns]
+        test = tests.get(method)
+        difference = [MISSING, MISSING]
+        if test is not None and test.low is not None:
+            difference = [f"{test.difference:+.2f} ({test.low:+.2f} to {test.high:+.2f})", f"{adjusted[method]:.2f}"]
+        rows.append([TITLES[method], f"{runs.lr:g}", str(len(runs.results)), *scores, *difference])
+    header = ["method", "lr", "seeds", "English", "all languages", "zero-shot", "minus SFT, all (95 %)", "p, Holm"]
+    return markdown(header, rows)
+
+
+def _claims(group) -> str:
+    from xglue.paper_claims import claims, verdict
+    from xglue.report import MISSING
+
+    rows = []
+    for claim, measured, test in claims(group):
+        interval = MISSING if test.low is None else f"{test.difference:+.2f} ({test.low:+.2f} to {test.high:+.2f})"
+        rows.append([f"{claim}: {measured}", interval, verdict(test)])
+    return markdown(["the paper's claim: what is measured", "difference (95 %)", "here"], rows)

@@ -1,0 +1,40 @@
+"""Are these the committed results? Run by run: the same bits, the same scores, or by how much they differ."""
+
+from pathlib import Path
+
+from .collect import test_scores
+from .results import read
+
+COMMITTED = Path(__file__).with_name("results")
+
+
+def compare(ours: Path, theirs: Path = COMMITTED) -> list[str]:
+    """A line a run that both folders have, and one that counts them.
+
+    Raises:
+        ValueError: a file that is not a result.
+    """
+    paths = [path.relative_to(ours) for path in sorted(Path(ours).glob("*/*/*-lr*-seed*.json"))]
+    common = [path for path in paths if (theirs / path).is_file()]
+    lines, counts = [], dict.fromkeys(("the same bits", "the same test scores"), 0)
+    for path in common:
+        found = _difference(read(ours / path), read(theirs / path))
+        if found in counts:
+            counts[found] += 1
+        lines.append(f"{path.stem}: {found}")
+    summary = ", ".join(f"{count} with {what}" for what, count in counts.items())
+    different = len(common) - sum(counts.values())
+    return [*lines, f"{len(common)} of {len(paths)} runs are in {theirs.name}: {summary}, {different} with others"]
+
+
+def _difference(first: dict, second: dict) -> str:
+    if first["weights_sha256"] is not None and first["weights_sha256"] == second["weights_sha256"]:
+        return "the same bits"
+    one, other = test_scores(first), test_scores(second)
+    if one.keys() != other.keys():
+        return f"tested in {' '.join(one)}, there in {' '.join(other)}"
+    points = {language: 100 * (one[language]["official"] - other[language]["official"]) for language in one}
+    if not any(points.values()):
+        return "the same test scores"
+    language = max(points, key=lambda name: abs(points[name]))
+    return f"{sum(points.values()) / len(points):+.2f} points on average, most in {language}: {points[language]:+.2f}"
