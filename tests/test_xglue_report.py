@@ -78,7 +78,7 @@ def test_a_table(made, tmp_path):
     assert header[0] == ["method", "lr", "seeds", "en", "de", "Avg.", "zero-shot"]
     # means 82, 62, 72; sd 2, 2, sqrt(((70-72)^2 + (73-72)^2 + (73-72)^2) / 2) = 1.73
     expected = ["**82.00** ± 2.00", "62.00† ± 2.00", "72.00† ± 1.73", "62.00† ± 2.00"]
-    assert sft == ["SFT", "0.0001", "3", *expected] and not sft_more
+    assert sft == ["SFT", "0.0001", "3", *expected] and sft_more[0][1] == "**50.00 / 72.00** (3)"
     expected = ["81.00† ± 0.00", "**66.00** ± 1.41", "**73.50** ± 0.71", "**66.00** ± 1.41"]
     assert drop == ["GradDrop", "0.0002", "2", *expected]  # the rate with the better dev, not with the better test
     assert freeze == ["GradFreeze-TopDown", "0.0001", "1", "50.00", "40.00", "45.00", "40.00"]
@@ -88,6 +88,14 @@ def test_a_table(made, tmp_path):
     ):  # fmt: skip
         assert said in text, said
     assert "(7" not in "".join(sft + drop)  # the paper's numbers stand beside official data only
+
+
+def test_every_learning_rate_is_shown(made, tmp_path):
+    report(made, tmp_path / "out")
+    (tmp_path / "one.md").write_text(section(tmp_path / "out" / "report.md", "sib200"))
+    assert lines(tmp_path / "one.md", "method")[1] == ["method", "0.0001", "0.0002"]
+    assert lines(tmp_path / "one.md", "GradDrop")[1] == ["GradDrop", "50.00 / 99.00 (2)", "**60.00 / 73.50** (2)"]
+    assert lines(tmp_path / "one.md", "SFT")[1] == ["SFT", "**50.00 / 72.00** (3)", "–"]
 
 
 def test_differences_to_sft_are_paired_by_seed(made, tmp_path):

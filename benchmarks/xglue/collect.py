@@ -1,7 +1,7 @@
 """The results of a folder, in order: by configuration, method and seed, each method at its learning rate."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import statistics
@@ -15,13 +15,17 @@ from .titles import TITLES
 @dataclass(frozen=True)
 class Runs:
     """A method's runs at the rate that was chosen for it. results: by seed; tuning: the seeds that the rate was chosen
-    by, none where it was given; rates: those there were."""
+    by, none where it was given; by_rate: {rate: results by seed} of all that were run."""
 
     method: str
     lr: float
-    rates: tuple[float, ...]
     tuning: tuple[int, ...]
     results: dict[int, dict]
+    by_rate: dict[float, dict[int, dict]]
+
+    def at(self, lr: float) -> "Runs":
+        """Those of another rate."""
+        return replace(self, lr=lr, results=self.by_rate[lr])
 
     def scores(self, column: str) -> dict[int, float]:
         """{seed: test score in percent} of a language, of the mean over all ("avg") or all but English ("zero")."""
@@ -111,4 +115,5 @@ def _chosen(method: str, by_lr: dict[float, dict[int, dict]]) -> Runs:
         lr, tuning = best_lr(scores)
     except ValueError:  # rates that cannot be compared, of several sweeps: the one with the most runs
         lr, tuning = max(by_lr, key=lambda rate: (len(by_lr[rate]), -rate)), []
-    return Runs(method, lr, tuple(sorted(by_lr)), tuple(tuning), dict(sorted(by_lr[lr].items())))
+    by_rate = {rate: dict(sorted(by_lr[rate].items())) for rate in sorted(by_lr)}
+    return Runs(method, lr, tuple(tuning), by_rate[lr], by_rate)

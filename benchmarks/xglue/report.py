@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import figures, paper, paper_claims, statistics
+from .choice import english_dev
 from .collect import Group, collect
 from .page import Page
 from .titles import TITLES
@@ -79,10 +80,10 @@ def short_commit(commit: str | None) -> str:
 
 
 def _rates(group: Group) -> str:
-    tuned = [runs for runs in group.runs.values() if len(runs.rates) > 1]
+    tuned = [runs for runs in group.runs.values() if len(runs.by_rate) > 1]
     if not tuned:
         return "the learning rate was given, not chosen."
-    rates = sorted({lr for runs in tuned for lr in runs.rates})
+    rates = sorted({lr for runs in tuned for lr in runs.by_rate})
     seeds = sorted({seed for runs in tuned for seed in runs.tuning})
     text = ", ".join(f"{lr:g}" for lr in rates)
     return (
@@ -110,6 +111,7 @@ def _task(page: Page, group: Group, methods: list[str]) -> None:
         lines.append([TITLES[method], lr, seeds, *shown])
     page.table(header, lines)
     page.csv(f"{group.name}-scores", rows)
+    _rates_table(page, group)
     _differences(page, group)
     _claims(page, group)
     if any(len(result["test"]) > 1 for result in group.results()):
@@ -126,6 +128,35 @@ def _task(page: Page, group: Group, methods: list[str]) -> None:
             f"As the paper's figure 4, {data_name(group)}: gain over SFT by language, points, mean over the seeds that "
             "both have.",
         )
+
+
+def _rates_table(page: Page, group: Group) -> None:
+    """What every learning rate gave: how much of a difference is that of the choice."""
+    rates = sorted({lr for runs in group.runs.values() for lr in runs.by_rate})
+    if len(rates) < 2:
+        return
+    page.text(
+        "Every learning rate: mean English dev score (best epoch) / mean test score over all languages, of so many "
+        "seeds. **Bold** is the one chosen, by English dev over the seeds that all rates have."
+    )
+    lines, rows = [], []
+    for method, runs in group.runs.items():
+        cells = []
+        for lr in rates:
+            own = runs.at(lr) if lr in runs.by_rate else None
+            if own is None:
+                cells.append(MISSING)
+                continue
+            dev = 100 * statistics.mean([english_dev(result) for result in own.results.values()])
+            test = statistics.mean(list(own.scores("avg").values()))
+            cells.append(marked(f"{dev:.2f} / {test:.2f}", int(lr == runs.lr)) + f" ({len(own.results)})")
+            rows.append({
+                "method": method, "lr": lr, "seeds": len(own.results), "dev_en": dev, "test_avg": test,
+                "chosen": lr == runs.lr,
+            })  # fmt: skip
+        lines.append([TITLES[method], *cells])
+    page.table(["method", *(f"{lr:g}" for lr in rates)], lines)
+    page.csv(f"{group.name}-rates", rows)
 
 
 def _bracket(row: paper.Row | None, column: str) -> str:
