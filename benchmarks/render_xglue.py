@@ -23,8 +23,8 @@ def section(results: Path) -> str:
 
 def _methods(group) -> str:
     from xglue import statistics
-    from xglue.report import MISSING, against_sft, marked, ranks
-    from xglue.titles import TITLES
+    from xglue.report import against_sft, marked, ranks
+    from xglue.titles import MISSING, TITLES
 
     columns = ["en", "avg", "zero"]
     means = {
@@ -48,11 +48,6 @@ def _methods(group) -> str:
 
 
 def _claims(group) -> str:
-    from xglue.paper_claims import claims, verdict
-    from xglue.report import MISSING
+    from xglue.paper_claims import table
 
-    rows = []
-    for claim, measured, test in claims(group):
-        interval = MISSING if test.low is None else f"{test.difference:+.2f} ({test.low:+.2f} to {test.high:+.2f})"
-        rows.append([f"{claim}: {measured}", interval, verdict(test)])
-    return markdown(["the paper's claim: what is measured", "difference (95 %)", "here"], rows)
+    return markdown(*table(group))

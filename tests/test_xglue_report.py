@@ -15,7 +15,7 @@ from benchmarks.xglue.__main__ import main  # noqa: E402
 from benchmarks.xglue.choice import best_lr  # noqa: E402
 from benchmarks.xglue.collect import collect  # noqa: E402
 from benchmarks.xglue.compare import compare  # noqa: E402
-from benchmarks.xglue.paper_claims import claims, verdict  # noqa: E402
+from benchmarks.xglue.paper_claims import claims, table, verdict  # noqa: E402
 from benchmarks.xglue.report import against_sft, pairwise, ranks, report  # noqa: E402
 from benchmarks.xglue.settings import settings_for  # noqa: E402
 
@@ -136,8 +136,13 @@ def test_the_papers_claims(tmp_path):
         "not resolved", "does not hold", "holds", "holds", "does not hold"
     ]  # fmt: skip
     report(tmp_path, tmp_path / "out")
-    row = lines(tmp_path / "out" / "report.md", "freezing top-down beats bottom-up")[0]
-    assert row[2:] == ["2", "+4.00", "+4.00 to +4.00", "holds"]
+    row = lines(tmp_path / "out" / "report.md", "freezing top-down beats bottom-up: Avg., difference of the two")[0]
+    assert row[1:] == ["+4.00 (+4.00 to +4.00), 2 seeds: holds"]
+    write(tmp_path, "sib200", "sft", 0, epochs, lr=2e-4)
+    write(tmp_path, "sib200", "layer-graddrop", 0, epochs, lr=2e-4)
+    header, rows = table(collect(tmp_path)[0])
+    assert header[1:] == ["each method at its own rate", "all at 0.0001", "all at 0.0002"]
+    assert rows[0][1:] == [rows[0][2], rows[0][2], "+0.00, 1 seed"] and rows[1][3] == "–"
 
 
 def test_stand_ins_have_a_mean_of_their_own_and_no_understanding_score(made, tmp_path):

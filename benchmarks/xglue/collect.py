@@ -58,6 +58,15 @@ class Group:
     def languages(self) -> list[str]:
         return list(self.configuration["languages"])
 
+    def at(self, lr: float) -> "Group":
+        """Every method at this rate, without those that were not run at it."""
+        return replace(self, runs={name: runs.at(lr) for name, runs in self.runs.items() if lr in runs.by_rate})
+
+    @property
+    def rates(self) -> list[float]:
+        """Every learning rate of any method."""
+        return sorted({lr for runs in self.runs.values() for lr in runs.by_rate})
+
     @property
     def result(self) -> dict:
         """Any one of them, for what they have in common."""

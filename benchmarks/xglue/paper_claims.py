@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from . import statistics
 from .collect import Group, Runs
-from .titles import TITLES
+from .titles import MISSING, TITLES
 
 # Those of our languages of whose texts XLM-R saw less than 10 GiB (Conneau et al. 2020, table 6), or nothing.
 UNDER_RESOURCED = ("sw", "ur", "jv", "su", "ace", "ban", "bbc", "bjn", "bug", "mad", "min", "nij")
@@ -25,7 +25,7 @@ def claims(group: Group) -> Iterator[tuple[str, str, statistics.Paired]]:
         rivals = {name: score for name, score in others.items() if name not in BEST}
         if method in runs and len(rivals) > 1:
             rival = max(rivals, key=rivals.__getitem__)
-            measured = f"Avg., minus the best but {TITLES[BEST[0]]} and {TITLES[BEST[1]]}, {TITLES[rival]}"
+            measured = f"Avg., minus the best of the methods but {' and '.join(TITLES[name] for name in BEST)}"
             own, other = (runs[name].scores("avg") for name in (method, rival))
             yield from _row(f"{TITLES[method]} is best", measured, own, other)
     if {"gradfreeze-topdown", "gradfreeze-bottomup"} <= runs.keys():
@@ -42,6 +42,28 @@ def claims(group: Group) -> Iterator[tuple[str, str, statistics.Paired]]:
     if dropping and middle < last:
         measured = f"Avg., mean of {_methods(dropping)}: after epoch {last} minus after {middle}"
         yield from _row("no overfitting over epochs", measured, *(_after(dropping, epoch) for epoch in (last, middle)))
+
+
+def table(group: Group) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) of Markdown: with the rate that each method chose for itself and, as that choice may decide more
+    than the method, with all of them at the same rate."""
+    variants = {"each method at its own rate": group}
+    if len(group.rates) > 1:
+        variants |= {f"all at {lr:g}": group.at(lr) for lr in group.rates}
+    found = {name: {claim: rest for claim, *rest in claims(variant)} for name, variant in variants.items()}
+    measured = {claim: rest[0] for own in found.values() for claim, rest in own.items()}
+    rows = []
+    for claim, what in measured.items():
+        cells = [_cell(own[claim][1]) if claim in own else MISSING for own in found.values()]
+        rows.append([f"{claim}: {what}", *cells])
+    return ["the paper's claim: what is measured", *variants], rows
+
+
+def _cell(test: statistics.Paired) -> str:
+    seeds = f"{test.n} seed" + "s" * (test.n > 1)
+    if test.low is None:
+        return f"{test.difference:+.2f}, {seeds}"
+    return f"{test.difference:+.2f} ({test.low:+.2f} to {test.high:+.2f}), {seeds}: {verdict(test)}"
 
 
 def verdict(test: statistics.Paired) -> str:

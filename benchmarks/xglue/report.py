@@ -7,9 +7,8 @@ from . import figures, paper, paper_claims, statistics
 from .choice import english_dev
 from .collect import Group, collect
 from .page import Page
-from .titles import TITLES
+from .titles import MISSING, TITLES
 
-MISSING = "–"
 METRICS = {
     "accuracy": "accuracy", "chunk_f1": "F1 of entities", "ndcg": "nDCG", "answer_f1": "F1 of answers",
     "chunk_precision": "precision of chunks of equal tags (what XGLUE's evaluator computes for POS)",
@@ -132,7 +131,7 @@ def _task(page: Page, group: Group, methods: list[str]) -> None:
 
 def _rates_table(page: Page, group: Group) -> None:
     """What every learning rate gave: how much of a difference is that of the choice."""
-    rates = sorted({lr for runs in group.runs.values() for lr in runs.by_rate})
+    rates = group.rates
     if len(rates) < 2:
         return
     page.text(
@@ -241,16 +240,14 @@ def _differences(page: Page, group: Group) -> None:
 
 
 def _claims(page: Page, group: Group) -> None:
-    lines = []
-    for claim, measured, test in paper_claims.claims(group):
-        interval = MISSING if test.low is None else f"{test.low:+.2f} to {test.high:+.2f}"
-        lines.append([claim, measured, str(test.n), f"{test.difference:+.2f}", interval, paper_claims.verdict(test)])
+    header, lines = paper_claims.table(group)
     if lines:
         page.text(
-            "The paper's claims, each as a difference that must be above 0 (points, paired by seed): it holds here if "
-            "the whole 95 % interval is, does not if the whole interval is below, else so many seeds do not decide it."
+            "The paper's claims, each as a difference that must be above 0 (points, paired by seed, 95 % interval): it "
+            "holds here if the whole interval is above 0, does not if all of it is below, else so many seeds do not "
+            "decide it."
         )
-        page.table(["claim", "measured", "seeds", "difference", "95 %", "here"], lines)
+        page.table(header, lines)
 
 
 def _over_tasks(page: Page, groups: list[Group], official: bool) -> None:

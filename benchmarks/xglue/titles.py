@@ -1,5 +1,7 @@
 """How methods are called in tables."""
 
+MISSING = "–"
+
 # The rows of the paper's tables, in their order; then what it describes or names besides.
 TITLES = {
     "sft": "SFT",
