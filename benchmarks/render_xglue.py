@@ -9,7 +9,7 @@ NAME = "xglue"
 
 def section(results: Path) -> str:
     """What belongs between the markers. results: the folder of the other benchmarks' results."""
-    folder = results.parent / "xglue" / "results"
+    folder = results / "xglue"
     if not any(folder.glob("*/*/*.json")):
         return "\n*No results yet.*\n\n"
     from xglue.collect import collect  # only here: they load torch

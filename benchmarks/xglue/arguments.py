@@ -47,7 +47,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     other = commands.add_parser("compare", help="do two folders of results agree, run by run")
     other.add_argument("results", type=Path)
-    other.add_argument("other", type=Path, nargs="?", help="(default: the committed ones, benchmarks/xglue/results)")
+    other.add_argument("other", type=Path, nargs="?", help="(default: the committed ones, benchmarks/results/xglue)")
 
     score = commands.add_parser("score", help="official scores of a folder of prediction files")
     score.add_argument("predictions", type=Path, help="folder with {TASK}/{language}.prediction")

@@ -5,7 +5,7 @@ from pathlib import Path
 from .collect import test_scores
 from .results import read
 
-COMMITTED = Path(__file__).with_name("results")
+COMMITTED = Path(__file__).parents[1] / "results" / "xglue"
 
 
 def compare(ours: Path, theirs: Path = COMMITTED) -> list[str]:
