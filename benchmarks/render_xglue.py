@@ -23,7 +23,7 @@ def section(results: Path) -> str:
 
 def _methods(group) -> str:
     from xglue import statistics
-    from xglue.report import against_sft, marked, ranks
+    from xglue.report import against_sft, holm_adjusted, marked, ranks
     from xglue.titles import MISSING, TITLES
 
     columns = ["en", "avg", "zero"]
@@ -33,8 +33,7 @@ def _methods(group) -> str:
     }
     marks = {column: ranks(own) for column, own in means.items()}
     tests = against_sft(group, "avg")
-    judged = [method for method, test in tests.items() if test.p is not None]
-    adjusted = dict(zip(judged, statistics.holm([tests[method].p for method in judged])))
+    adjusted = holm_adjusted(tests)
     rows = []
     for method, runs in group.runs.items():
         scores = [marked(f"{means[column][method]:.2f}", marks[column][method]) for column in columns]

@@ -8,8 +8,6 @@ from .titles import MISSING, TITLES
 
 # Those of our languages of whose texts XLM-R saw less than 10 GiB (Conneau et al. 2020, table 6), or nothing.
 UNDER_RESOURCED = ("sw", "ur", "jv", "su", "ace", "ban", "bbc", "bjn", "bug", "mad", "min", "nij")
-
-
 BEST = ("layer-graddrop", "graddrop-epoch")
 
 
@@ -19,7 +17,12 @@ def claims(group: Group) -> Iterator[tuple[str, str, statistics.Paired]]:
     dropping = [own for method, own in runs.items() if "graddrop" in method]
     if "sft" in runs and dropping:
         gains = _gains(dropping, runs["sft"], ["avg"])
-        yield from _row("masked gradients beat SFT", f"Avg., mean of {_methods(dropping)} minus SFT", gains, None)
+        yield from _row(
+            "masked gradients beat SFT",
+            f"Avg., mean of {_methods(dropping)} minus SFT",
+            gains,
+            dict.fromkeys(gains, 0.0),
+        )
     others = {method: statistics.mean(list(own.scores("avg").values())) for method, own in runs.items()}
     for method in BEST:
         rivals = {name: score for name, score in others.items() if name not in BEST}
@@ -77,11 +80,10 @@ def _methods(dropping: list[Runs]) -> str:
     return f"{len(dropping)} GradDrop methods" if len(dropping) > 1 else TITLES[dropping[0].method]
 
 
-def _row(claim: str, measured: str, first: dict[int, float], second: dict[int, float] | None):
-    seeds = sorted(first.keys() if second is None else first.keys() & second.keys())
+def _row(claim: str, measured: str, first: dict[int, float], second: dict[int, float]):
+    seeds = sorted(first.keys() & second.keys())
     if seeds:
-        other = [0.0 if second is None else second[seed] for seed in seeds]
-        yield claim, measured, statistics.paired([first[seed] for seed in seeds], other)
+        yield claim, measured, statistics.paired([first[seed] for seed in seeds], [second[seed] for seed in seeds])
 
 
 def _gains(methods: list[Runs], sft: Runs, columns: list[str]) -> dict[int, float]:

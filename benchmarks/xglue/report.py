@@ -214,14 +214,19 @@ def against_sft(group: Group, column: str) -> dict[str, statistics.Paired]:
     return found
 
 
+def holm_adjusted(tests: dict[str, statistics.Paired]) -> dict[str, float]:
+    """Each method's p, corrected by Holm for as many; without those of one seed, which have none."""
+    judged = [method for method, test in tests.items() if test.p is not None]
+    return dict(zip(judged, statistics.holm([tests[method].p for method in judged])))
+
+
 def _differences(page: Page, group: Group) -> None:
     if "sft" not in group.runs:
         return
     rows, lines = [], []
     for column, name in (("avg", "Avg."), ("zero", "zero-shot")):
         tests = against_sft(group, column) if group.runs["sft"].scores(column) else {}
-        judged = [method for method, test in tests.items() if test.p is not None]
-        adjusted = dict(zip(judged, statistics.holm([tests[method].p for method in judged])))
+        adjusted = holm_adjusted(tests)
         for method, test in tests.items():
             interval = MISSING if test.low is None else f"{test.low:+.2f} to {test.high:+.2f}"
             numbers = [MISSING] * 3 if test.p is None else [f"{test.t:.2f}", f"{test.p:.3f}", f"{adjusted[method]:.3f}"]
