@@ -99,6 +99,15 @@ def test_the_epoch_of_the_best_dev_score_is_the_one_tested(tmp_path):
         assert (once["weights_sha256"] == every["weights_sha256"]) is (best == "3")
 
 
+def test_the_prediction_files_that_stay_are_the_best_epochs(tmp_path, monkeypatch):
+    """The first of two epochs is made the best one, by its dev score."""
+    written = []
+    monkeypatch.setattr("benchmarks.xglue.trainer.best_epoch", lambda epochs: 1)
+    monkeypatch.setattr("benchmarks.xglue.trainer.predictions.write", lambda *arguments: written.append(arguments[2]))
+    run(tiny(epochs=2, test_every_epoch=True), tmp_path, predictions=True)
+    assert written == ["en", "de"]
+
+
 def test_scores_are_those_of_one_example_at_a_time(seed, tmp_path):
     settings = tiny("ud-pos", seed=seed % 1000, eval_examples=20)
     prepared = prepare.prepare(settings)
