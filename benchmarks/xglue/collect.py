@@ -44,11 +44,13 @@ class Runs:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but method, seed and learning rate: one table. name: unique among the groups."""
+    """Runs that differ in nothing but method, seed and learning rate: one table. name: unique among the groups;
+    main: the one with the most runs of its task and model, which stands for them where tasks are compared."""
 
     name: str
     configuration: dict
     runs: dict[str, Runs]
+    main: bool
 
     @property
     def task(self) -> Task:
@@ -98,15 +100,16 @@ def collect(folder: Path) -> list[Group]:
     if not found:
         raise FileNotFoundError(f"no results in {folder}: expected TASK/CONFIGURATION/METHOD-lr...-seed....json")
     order = list(TASKS)
-    keys = sorted(found, key=lambda key: order.index(json.loads(key)["task"]))
+    # Of a task's configurations the one with the most runs comes first: it is the one that stands for the task.
+    keys = sorted(found, key=lambda key: (order.index(json.loads(key)["task"]), -len(found[key]), key))
     pairs = [(json.loads(key)["task"], json.loads(key)["model"]) for key in keys]
     groups = []
-    for place, (key, pair) in enumerate(zip(keys, pairs)):
-        several = pairs.count(pair) > 1
-        name = f"{pair[0]}-{pairs[: place + 1].count(pair)}" if several else pair[0]
-        models = {model for task, model in pairs if task == pair[0]}
-        name = f"{name}-{Path(pair[1]).name}" if len(models) > 1 else name
-        groups.append(Group(name, json.loads(key), _by_method(found[key])))
+    for place, (key, (task, model)) in enumerate(zip(keys, pairs)):
+        number = pairs[: place + 1].count((task, model))
+        name = task if number == 1 else f"{task}-{number}"
+        models = {other for own, other in pairs if own == task}
+        name = f"{name}-{Path(model).name}" if len(models) > 1 else name
+        groups.append(Group(name, json.loads(key), _by_method(found[key]), number == 1))
     return groups
 
 

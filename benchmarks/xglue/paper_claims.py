@@ -1,6 +1,6 @@
 """What the paper claims, as differences that our own runs can decide."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from . import statistics
 from .collect import Group, Runs
@@ -11,40 +11,54 @@ UNDER_RESOURCED = ("sw", "ur", "jv", "su", "ace", "ban", "bbc", "bjn", "bug", "m
 BEST = ("layer-graddrop", "graddrop-epoch")
 
 
+Scores = dict[str, dict]  # {method: {seed or data set: score in percent, mean over languages}}
+
+
 def claims(group: Group) -> Iterator[tuple[str, str, statistics.Paired]]:
     """(the claim, what is measured, the difference in points, paired by seed) for those that the runs bear on."""
     runs = group.runs
+    yield from _of_scores({method: own.scores("avg") for method, own in runs.items()})
     dropping = [own for method, own in runs.items() if "graddrop" in method]
-    if "sft" in runs and dropping:
-        gains = _gains(dropping, runs["sft"], ["avg"])
-        yield from _row(
-            "masked gradients beat SFT",
-            f"Avg., mean of {_methods(dropping)} minus SFT",
-            gains,
-            dict.fromkeys(gains, 0.0),
-        )
-    others = {method: statistics.mean(list(own.scores("avg").values())) for method, own in runs.items()}
-    for method in BEST:
-        rivals = {name: score for name, score in others.items() if name not in BEST}
-        if method in runs and len(rivals) > 1:
-            rival = max(rivals, key=rivals.__getitem__)
-            measured = f"Avg., minus the best of the methods but {' and '.join(TITLES[name] for name in BEST)}"
-            own, other = (runs[name].scores("avg") for name in (method, rival))
-            yield from _row(f"{TITLES[method]} is best", measured, own, other)
-    if {"gradfreeze-topdown", "gradfreeze-bottomup"} <= runs.keys():
-        top, bottom = (runs[f"gradfreeze-{order}"].scores("avg") for order in ("topdown", "bottomup"))
-        yield from _row("freezing top-down beats bottom-up", "Avg., difference of the two", top, bottom)
     poor = [language for language in group.languages if language in UNDER_RESOURCED]
     rich = [language for language in group.languages if language not in ("en", *UNDER_RESOURCED)]
     if "sft" in runs and dropping and poor and rich:
-        measured = f"gain over SFT, mean of {_methods(dropping)}: {' '.join(poor)} minus {' '.join(rich)}"
+        measured = f"gain over SFT, mean of {_names(runs)}: {' '.join(poor)} minus {' '.join(rich)}"
         gains = [_gains(dropping, runs["sft"], languages) for languages in (poor, rich)]
         yield from _row("under-resourced languages gain most", measured, *gains)
     last = group.configuration["epochs"]
     middle = (last + 1) // 2
     if dropping and middle < last:
-        measured = f"Avg., mean of {_methods(dropping)}: after epoch {last} minus after {middle}"
+        measured = f"Avg., mean of {_names(runs)}: after epoch {last} minus after {middle}"
         yield from _row("no overfitting over epochs", measured, *(_after(dropping, epoch) for epoch in (last, middle)))
+
+
+def over_data_sets(groups: list[Group]) -> Iterator[tuple[str, str, statistics.Paired]]:
+    """As ``claims``, of each data set's mean over seeds: paired by data set, of those that both sides have."""
+    scores: Scores = {}
+    for group in groups:
+        for method, runs in group.runs.items():
+            scores.setdefault(method, {})[group.name] = statistics.mean(list(runs.scores("avg").values()))
+    yield from _of_scores(scores)
+
+
+def _of_scores(scores: Scores) -> Iterator[tuple[str, str, statistics.Paired]]:
+    """The claims about means over languages."""
+    dropping = [own for method, own in scores.items() if "graddrop" in method]
+    if "sft" in scores and dropping:
+        common = set.intersection(*(set(own) for own in [scores["sft"], *dropping]))
+        masked = {key: statistics.mean([own[key] for own in dropping]) for key in common}
+        yield from _row("masked gradients beat SFT", f"Avg., mean of {_names(scores)} minus SFT", masked, scores["sft"])
+    common = set.intersection(*map(set, scores.values()))  # the best of means over different keys says nothing
+    others = [method for method in scores if method not in BEST]
+    rivals = {method: statistics.mean([scores[method][key] for key in common]) for method in others if common}
+    for method in BEST:
+        if method in scores and len(rivals) > 1:
+            rival = max(rivals, key=rivals.__getitem__)
+            measured = f"Avg., minus the best of the methods but {' and '.join(TITLES[name] for name in BEST)}"
+            yield from _row(f"{TITLES[method]} is best", measured, scores[method], scores[rival])
+    if {"gradfreeze-topdown", "gradfreeze-bottomup"} <= scores.keys():
+        top, bottom = (scores[f"gradfreeze-{order}"] for order in ("topdown", "bottomup"))
+        yield from _row("freezing top-down beats bottom-up", "Avg., difference of the two", top, bottom)
 
 
 def table(group: Group) -> tuple[list[str], list[list[str]]]:
@@ -57,16 +71,17 @@ def table(group: Group) -> tuple[list[str], list[list[str]]]:
     measured = {claim: rest[0] for own in found.values() for claim, rest in own.items()}
     rows = []
     for claim, what in measured.items():
-        cells = [_cell(own[claim][1]) if claim in own else MISSING for own in found.values()]
+        cells = [cell(own[claim][1]) if claim in own else MISSING for own in found.values()]
         rows.append([f"{claim}: {what}", *cells])
     return ["the paper's claim: what is measured", *variants], rows
 
 
-def _cell(test: statistics.Paired) -> str:
-    seeds = f"{test.n} seed" + "s" * (test.n > 1)
+def cell(test: statistics.Paired, pair: str = "seed") -> str:
+    """What is shown of a claim's difference; pair: what a pair of scores has in common."""
+    pairs = f"{test.n} {pair}" + "s" * (test.n > 1)
     if test.low is None:
-        return f"{test.difference:+.2f}, {seeds}"
-    return f"{test.difference:+.2f} ({test.low:+.2f} to {test.high:+.2f}), {seeds}: {verdict(test)}"
+        return f"{test.difference:+.2f}, {pairs}"
+    return f"{test.difference:+.2f} ({test.low:+.2f} to {test.high:+.2f}), {pairs}: {verdict(test)}"
 
 
 def verdict(test: statistics.Paired) -> str:
@@ -76,14 +91,15 @@ def verdict(test: statistics.Paired) -> str:
     return "holds" if test.low > 0 else "does not hold" if test.high < 0 else "not resolved"
 
 
-def _methods(dropping: list[Runs]) -> str:
-    return f"{len(dropping)} GradDrop methods" if len(dropping) > 1 else TITLES[dropping[0].method]
+def _names(methods: Iterable[str]) -> str:
+    dropping = [method for method in methods if "graddrop" in method]
+    return f"{len(dropping)} GradDrop methods" if len(dropping) > 1 else TITLES[dropping[0]]
 
 
-def _row(claim: str, measured: str, first: dict[int, float], second: dict[int, float]):
-    seeds = sorted(first.keys() & second.keys())
-    if seeds:
-        yield claim, measured, statistics.paired([first[seed] for seed in seeds], [second[seed] for seed in seeds])
+def _row(claim: str, measured: str, first: dict, second: dict) -> Iterator[tuple[str, str, statistics.Paired]]:
+    common = sorted(first.keys() & second.keys())
+    if common:
+        yield claim, measured, statistics.paired([first[key] for key in common], [second[key] for key in common])
 
 
 def _gains(methods: list[Runs], sft: Runs, columns: list[str]) -> dict[int, float]:
