@@ -3,7 +3,7 @@
 import csv
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -111,12 +111,12 @@ def test_differences_to_sft_are_paired_by_seed(made, tmp_path):
 
 
 def test_the_papers_claims(tmp_path):
-    methods = {  # {method: English, German, Swahili of seed 0}; seed 1 has 1 point less in each, but SFT 3 less
+    methods = {  # {method: English, German, Swahili of seed 0}; each seed has 1 point less in each, but SFT 3 less
         "sft": (80, 70, 60), "gradfreeze-topdown": (79, 70, 58), "gradfreeze-bottomup": (70, 65, 60),
         "graddrop": (80, 71, 63), "layer-graddrop": (77, 68, 59),
     }  # fmt: skip
     for method, scores in methods.items():
-        for seed in range(2):
+        for seed in range(3):
             own = [(score - seed * (3 if method == "sft" else 1)) / 100 for score in scores]
             early = [score - 0.05 for score in own]
             epochs = {str(e): dict(zip(("en", "de", "sw"), own if e == 2 else early)) for e in (1, 2, 3)}
@@ -124,11 +124,11 @@ def test_the_papers_claims(tmp_path):
     found = {claim: test for claim, _, test in claims(collect(tmp_path)[0])}
     differences = {claim: test.difference for claim, test in found.items()}
     assert differences == {
-        # against SFT's 70, 67: GradDrop 71 1/3, 70 1/3 and Layer-GradDrop 68, 67
-        "masked gradients beat SFT": pytest.approx(((4 / 3 - 2) / 2 + (10 / 3 + 0) / 2) / 2),
+        # against SFT's 70, 67, 64: GradDrop 71 1/3, 70 1/3, 69 1/3 and Layer-GradDrop 68, 67, 66
+        "masked gradients beat SFT": pytest.approx(((4 / 3 - 2) / 2 + (10 / 3 + 0) / 2 + (16 / 3 + 2) / 2) / 3),
         "Layer-GradDrop is best": pytest.approx(-10 / 3),  # GradDrop is better
         "freezing top-down beats bottom-up": pytest.approx(4),
-        # Swahili +3, -1 and German +1, -2, and with seed 1 two points more each
+        # Swahili +3, -1 and German +1, -2, and with each seed two points more
         "under-resourced languages gain most": pytest.approx(1.5),
         "no overfitting over epochs": pytest.approx(-5),
     }
@@ -137,7 +137,9 @@ def test_the_papers_claims(tmp_path):
     ]  # fmt: skip
     report(tmp_path, tmp_path / "out")
     row = lines(tmp_path / "out" / "report.md", "freezing top-down beats bottom-up: Avg., difference of the two")[0]
-    assert row[1:] == ["+4.00 (+4.00 to +4.00), 2 seeds: holds"]
+    assert row[1:] == ["+4.00 (+4.00 to +4.00), 3 seeds: holds"]
+    two = replace(found["freezing top-down beats bottom-up"], n=2)
+    assert verdict(two) == "too few"  # equal by chance
     write(tmp_path, "sib200", "sft", 0, epochs, lr=2e-4)
     write(tmp_path, "sib200", "layer-graddrop", 0, epochs, lr=2e-4)
     header, rows = table(collect(tmp_path)[0])
@@ -189,7 +191,7 @@ def test_the_papers_claims_over_data_sets(tmp_path):
         tmp_path / "out" / "report.md",
         "Layer-GradDrop is best: Avg., minus the best of the methods but Layer-GradDrop and GradDrop-Epoch",
     )[-1]
-    assert row[1].startswith("+5.00 (") and row[1].endswith("), 2 data sets: not resolved")
+    assert row[1].startswith("+5.00 (") and row[1].endswith("), 2 data sets: too few")
 
 
 def test_official_data_stand_beside_the_paper(tmp_path):

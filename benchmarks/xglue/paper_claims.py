@@ -85,9 +85,10 @@ def cell(test: statistics.Paired, pair: str = "seed") -> str:
 
 
 def verdict(test: statistics.Paired) -> str:
-    """Of a claim that the difference is above 0, by its confidence interval."""
-    if test.low is None or test.high is None:
-        return "one seed"
+    """Of a claim that the difference is above 0, by its confidence interval; two differences of scores as coarse as a
+    count of sentences are equal by chance too often, and their interval is then a point."""
+    if test.n < 3 or test.low is None or test.high is None:
+        return "too few"
     return "holds" if test.low > 0 else "does not hold" if test.high < 0 else "not resolved"
 
 

@@ -1,6 +1,6 @@
 """The paper's tables and figures from the results in a folder."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from . import figures, paper, paper_claims, statistics
@@ -32,12 +32,18 @@ def report(results: Path, output: Path) -> None:
     )
     for group in groups:
         _task(page, group, _methods(group, groups))
+    for own in side_by_side(groups):
+        _over_tasks(page, [group for group in own if group.main])
+    page.write()
+
+
+def side_by_side(groups: list[Group]) -> Iterator[list[Group]]:
+    """Those whose numbers may stand beside each other: of one model, on XGLUE's data or on stand-ins."""
     for model in dict.fromkeys(group.configuration["model"] for group in groups):
         for official in (True, False):
-            own = [g for g in groups if g.configuration["model"] == model and g.task.official is official and g.main]
+            own = [g for g in groups if g.configuration["model"] == model and g.task.official is official]
             if own:
-                _over_tasks(page, own, official)
-    page.write()
+                yield own
 
 
 def _methods(group: Group, groups: list[Group]) -> list[str]:
@@ -53,24 +59,32 @@ def data_name(group: Group) -> str:
 
 def caption(group: Group) -> str:
     """Model, data, training and where it ran: all that a table needs beside its numbers."""
-    facts, given, results = group.result, group.configuration, group.results()
-    several = lambda values: ", ".join(dict.fromkeys(map(str, values)))
+    facts, given = group.result, group.configuration
     examples = facts["data"]["examples"]
     tested = sorted({count for name, count in examples.items() if name.startswith("test ")})
     train = f"{examples['train']:,} English examples to train on"
     test = f"{tested[0]:,}" + (f" to {tested[-1]:,}" if len(tested) > 1 else "") + " a language to test"
     best = "English dev" if given["select"] == "en" else "the mean of all languages' dev (not zero-shot)"
     kind = "official data of XGLUE" if group.task.official else "a stand-in, not a task of XGLUE"
-    commits = several(short_commit(result["commit"]) for result in results)
     parts = [
         f"Model: {facts['model']}. Data: {data_name(group)}, {kind}: {train}, {test}. "
         f"Metric: {METRICS[group.task.metric]}.",
         f"{given['epochs']} epochs, batch {given['batch_size']}, {given['precision']}, p {given['p']:g} where a method "
         f"has a constant one; best epoch by {best}; {_rates(group)}",
-        f"Ran on: {several(result['machine']['device'] for result in results)}; "
-        f"torch {several(result['versions']['torch'] for result in results)}; commit {commits}.",
+        ran_on([group]),
     ]
     return " ".join(parts)
+
+
+def ran_on(groups: list[Group]) -> str:
+    """Devices, versions and commits of all their runs."""
+    results = [result for group in groups for result in group.results()]
+    several = lambda values: ", ".join(dict.fromkeys(map(str, values)))
+    return (
+        f"Ran on: {several(result['machine']['device'] for result in results)}; "
+        f"torch {several(result['versions']['torch'] for result in results)}; "
+        f"commit {several(short_commit(result['commit']) for result in results)}."
+    )
 
 
 def short_commit(commit: str | None) -> str:
@@ -250,14 +264,25 @@ def _claims(page: Page, group: Group) -> None:
         page.text(
             "The paper's claims, each as a difference that must be above 0 (points, paired by seed, 95 % interval): it "
             "holds here if the whole interval is above 0, does not if all of it is below, else so many seeds do not "
-            "decide it."
+            "decide it; fewer than three are too few."
         )
         page.table(header, lines)
 
 
-def _over_tasks(page: Page, groups: list[Group], official: bool) -> None:
+def over_tasks(groups: list[Group], methods: Iterable[str]) -> dict[tuple[str, str], float]:
+    """{(method, group's name or "Avg."): mean over languages and seeds}; "Avg." of what has a score in every group."""
+    means = {}
+    for method in methods:
+        own = {g.name: statistics.mean(list(g.runs[method].scores("avg").values())) for g in groups if method in g.runs}
+        means |= {(method, name): value for name, value in own.items()}
+        if len(own) == len(groups):
+            means[method, "Avg."] = statistics.mean(list(own.values()))
+    return means
+
+
+def _over_tasks(page: Page, groups: list[Group]) -> None:
     """Table X, and figure 3: one for XGLUE's tasks, one for stand-ins. groups: one of each task."""
-    model = groups[0].configuration["model"]
+    model, official = groups[0].configuration["model"], groups[0].task.official
     methods = [method for method in TITLES if any(method in g.runs for g in groups) or (official and method in PAPERS)]
     by_name = {group.name: group for group in groups}
     names = list(by_name)
@@ -272,15 +297,9 @@ def _over_tasks(page: Page, groups: list[Group], official: bool) -> None:
         )  # fmt: skip
     else:
         page.text("Mean over languages of each data set's score, then over the data sets. None is a task of XGLUE.")
-    runs = lambda method, name: by_name[name].runs.get(method) if name in by_name else None
-    means = {
-        (method, name): statistics.mean(list(runs(method, name).scores("avg").values()))
-        for method in methods for name in names if runs(method, name)
-    }  # fmt: skip
-    for method in methods:
-        own = [means.get((method, name)) for name in names]
-        if None not in own:
-            means[method, "Avg."] = statistics.mean(own)
+    means = over_tasks(groups, methods)
+    if len(names) > len(groups):  # the understanding score is a mean over all nine
+        means = {key: value for key, value in means.items() if key[1] != "Avg."}
     lines, printed = [], paper.tables()["X"] if official else None
     marks = {
         name: ranks({method: means[method, name] for method in methods if (method, name) in means})
