@@ -37,7 +37,8 @@ def by_epoch(path: Path, group: Group) -> None:
         style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
         axes.plot(epochs, means, STYLES[number // len(COLOURS)], label=TITLES[method], markersize=5, **style)
         axes.fill_between(epochs, means - spread, means + spread, color=style["color"], alpha=0.12, linewidth=0)
-    axes.set(xlabel="epoch", ylabel="test score, %, mean over languages", title=_title(group))
+    axes.set(xlabel="epoch", ylabel="test score, %, mean over languages")
+    axes.set_title(_title(group), fontsize=10)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", color="0.9")
     sheet.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)

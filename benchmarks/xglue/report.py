@@ -47,8 +47,10 @@ def side_by_side(groups: list[Group]) -> Iterator[list[Group]]:
 
 
 def _methods(group: Group, groups: list[Group]) -> list[str]:
-    """The rows of a table: what was run for any table, and for XGLUE's tasks what the paper has."""
-    ran = {method for other in groups for method in other.runs} | set(PAPERS if group.task.official else ())
+    """The rows of a table: what was run for any table (of a task's further configurations only their own), and for
+    XGLUE's tasks what the paper has."""
+    ran = {method for other in (groups if group.main else [group]) for method in other.runs}
+    ran |= set(PAPERS if group.task.official else ())
     return [method for method in TITLES if method in ran]
 
 
