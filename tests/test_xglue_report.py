@@ -166,7 +166,8 @@ def test_one_configuration_stands_for_a_task(made, tmp_path):
     (tmp_path / "one.md").write_text(section(tmp_path / "out" / "report.md", "Mean over stand-ins"))
     assert lines(tmp_path / "one.md", "method")[0] == ["method", "sib200", "nusax", "Avg."]
     assert lines(tmp_path / "one.md", "GradDrop")[0] == ["GradDrop", "**73.50**", "**65.00**", "**69.25**"]
-    assert (tmp_path / "out" / "sib200-2-scores.csv").exists()
+    (tmp_path / "one.md").write_text(section(tmp_path / "out" / "report.md", "sib200: sib200-2"))
+    assert len(lines(tmp_path / "one.md", "GradDrop")) == 1 and not lines(tmp_path / "one.md", "SFT")  # what it has
 
 
 def test_the_papers_claims_over_data_sets(tmp_path):
@@ -192,6 +193,27 @@ def test_the_papers_claims_over_data_sets(tmp_path):
         "Layer-GradDrop is best: Avg., minus the best of the methods but Layer-GradDrop and GradDrop-Epoch",
     )[-1]
     assert row[1].startswith("+5.00 (") and row[1].endswith("), 2 data sets: too few")
+
+
+def test_the_tables_in_the_readme(made, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    import render_xglue
+
+    write(made, "sib200", "graddrop", 0, {"en": 0.1, "de": 0.1}, p=0.5)
+    made.rename(tmp_path / "xglue")
+    (tmp_path / "one.md").write_text(render_xglue.section(tmp_path))
+    found = lambda start: lines(tmp_path / "one.md", start)[0][1:]
+    # 8 runs: 3 + 2 + 1 at the chosen rates, 2 at another; p = 0.5 is a configuration of its own
+    assert found("sib200") == ["accuracy", "2", "3", "1 to 3", "0.0001, 0.0002", "701 x 3", "198 to 204"]
+    assert found("method") == ["sib200", "nusax", "Avg.", "minus SFT ± 95 %"]
+    assert found("SFT") == ["72.00†", "60.00†", "66.00†", "–"]
+    # +1.5 and +5: 3.25, sd 2.475, times 12.7062 / sqrt 2
+    assert found("GradDrop") == ["**73.50**", "**65.00**", "**69.25**", "+3.25 ± 22.24"]
+    assert found("the paper's claim") == ["sib200", "sib200-2", "nusax", "over 2 data sets"]
+    # GradDrop's 73, 74 against SFT's 70, 73
+    assert found("masked gradients beat SFT") == [
+        "+2.00 ± 12.71 (too few)", "–", "+5.00 ± 0.00 (too few)", "+3.25 ± 22.24 (too few)"
+    ]  # fmt: skip
 
 
 def test_official_data_stand_beside_the_paper(tmp_path):
