@@ -31,12 +31,15 @@ def _data(groups) -> str:
         examples, given = group.result["data"]["examples"], group.configuration
         tested = sorted({count for name, count in examples.items() if name.startswith("test ")})
         seeds = sorted({len(runs.results) for runs in group.runs.values()})
+        every = [result for runs in group.runs.values() for own in runs.by_rate.values() for result in own.values()]
+        seconds = sum(sum(result["seconds"].values()) for result in every) / len(every)
         rows.append([
             group.name, METRICS[group.task.metric].split(" (")[0], str(len(group.languages)),
             str(len(group.runs)), _range(seeds), ", ".join(f"{lr:g}" for lr in group.rates),
-            f"{examples['train']:,} x {given['epochs']}", _range(tested),
+            f"{examples['train']:,} x {given['epochs']}", _range(tested), str(len(every)), f"{seconds:.0f}",
         ])  # fmt: skip
-    header = ["data set", "metric", "languages", "methods", "seeds", "learning rates", "trained on x epochs", "tests"]
+    header = ["data set", "metric", "languages", "methods", "seeds", "learning rates"]
+    header += ["trained on x epochs", "tested on, a language", "runs, all rates", "seconds a run"]
     return markdown(header, rows)
 
 

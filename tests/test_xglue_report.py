@@ -33,6 +33,7 @@ def write(folder, task, method, seed, test, dev=0.5, model="e5-small", **given):
         "data": {"official": False, "examples": {"train": 701, "dev en": 99, "test en": 204, "test de": 198}},
         "best_epoch": 2, "dev": {str(e): official({"en": dev if e == 2 else dev / 2}) for e in (1, 2, 3)},
         "test": {epoch: official(scores) for epoch, scores in epochs.items()}, "losses": [], "active_fraction": [],
+        "seconds": {"train": 40 + seed, "test": 8},
         "machine": {"device": "cpu", "processes": 1, "threads": 1}, "versions": {"torch": "2.13.0"}, "commit": "a" * 40,
     }  # fmt: skip
     path = folder / settings.file
@@ -204,7 +205,8 @@ def test_the_tables_in_the_readme(made, tmp_path, monkeypatch):
     (tmp_path / "one.md").write_text(render_xglue.section(tmp_path))
     found = lambda start: lines(tmp_path / "one.md", start)[0][1:]
     # 8 runs: 3 + 2 + 1 at the chosen rates, 2 at another; p = 0.5 is a configuration of its own
-    assert found("sib200") == ["accuracy", "2", "3", "1 to 3", "0.0001, 0.0002", "701 x 3", "198 to 204"]
+    data = ["accuracy", "2", "3", "1 to 3", "0.0001, 0.0002", "701 x 3", "198 to 204", "8", "49"]  # 48.6 seconds
+    assert found("sib200") == data
     assert found("method") == ["sib200", "nusax", "Avg.", "minus SFT ± 95 %"]
     assert found("SFT") == ["72.00†", "60.00†", "66.00†", "–"]
     # +1.5 and +5: 3.25, sd 2.475, times 12.7062 / sqrt 2
