@@ -311,8 +311,8 @@ def test_one_version(source):
 
 
 def test_the_public_tests_pass_on_the_wheel(wheel, monkeypatch, seed):
-    """Some of them: `make wheel-test` runs them all."""
-    monkeypatch.setenv("GRADDROP_TEST_ONE_IN", "6")
+    """Some of them, 28 at the least: `make wheel-test` runs them all."""
+    monkeypatch.setenv("GRADDROP_TEST_ONE_IN", "4")
     monkeypatch.setenv("GRADDROP_TEST_SEED", str(seed))
     found = installed.run(wheel[0], arguments=("test_public_api.py", "test_optimizer.py", "test_masked_semantics.py"))
     assert found["failed"] == 0 and found["passed"] > 20 and found["backends"][0] == "cpu"
