@@ -266,7 +266,8 @@ def _claims(page: Page, group: Group) -> None:
         page.text(
             "The paper's claims, each as a difference that must be above 0 (points, paired by seed, 95 % interval): it "
             "holds here if the whole interval is above 0, does not if all of it is below, else so many seeds do not "
-            "decide it; fewer than three are too few."
+            "decide it; fewer than three are too few. The rival of a claim to be best is the one that was best by "
+            "these same scores: luck is on its side."
         )
         page.table(header, lines)
 
