@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -233,7 +234,15 @@ def test_official_data_stand_beside_the_paper(tmp_path):
     assert dict(zip(header, sft))["Avg."] == "– (77.45)"  # of one task there is no mean over nine
 
 
-def test_figures_and_pages(made, tmp_path):
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were written, {name: figure}."""
+    found, savefig = {}, Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: (savefig(self, path), found.update({path.name: self})))
+    return found
+
+
+def test_figures_and_pages(made, tmp_path, drawn):
     for seed, low in enumerate([0.40, 0.44]):
         epochs = {"1": {"en": low, "de": low}, "2": {"en": 0.7, "de": 0.5}, "3": {"en": 0.8, "de": 0.4}}
         write(made, "sib200", "sft", seed, epochs)
@@ -245,8 +254,28 @@ def test_figures_and_pages(made, tmp_path):
     assert found == {1: pytest.approx([40, 44]), 2: pytest.approx([60, 60]), 3: pytest.approx([60, 60])}
     pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert pictures == {"sib200-2-epochs.png", "sib200-gains.png", "nusax-gains.png", "stand-ins-e5-small-t.png"}
+    titles = {name: figure.get_suptitle().split("\n") for name, figure in drawn.items()}
+    assert titles == {
+        "sib200-2-epochs.png": ["sib200 (2 seeds)", "a made-up e5-small"],
+        "sib200-gains.png": ["sib200 (1 to 3 seeds)", "a made-up e5-small"],
+        "nusax-gains.png": ["nusax (2 seeds)", "a made-up e5-small"],
+        "stand-ins-e5-small-t.png": ["sib200 (1 to 3 seeds), nusax (2 seeds)", "a made-up e5-small"],
+    }
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 4 and 'src="http' not in page and "<b>82.00</b>" in page
+
+
+def test_nothing_of_a_figure_is_cut_off(made, tmp_path, drawn):
+    for path in made.glob("*/*/*.json"):
+        path.write_text(path.read_text().replace("a made-up e5-small", "a model that needs many words to be told " * 4))
+    for path in made.glob("nusax/*/*-seed1.json"):
+        path.unlink()
+    report(made, tmp_path / "out")
+    assert len(drawn) == 3 and drawn["nusax-gains.png"].get_suptitle().startswith("nusax (1 seed)\n")
+    for name, figure in drawn.items():
+        assert len(figure.get_suptitle().split("\n")) > 2, name
+        box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        assert min(box.x0, box.y0, width - box.x1, height - box.y1) > -0.02, (name, box, width, height)
 
 
 def test_the_rate_is_that_of_the_best_mean_over_common_seeds():

@@ -57,6 +57,11 @@ class Group:
         return TASKS[self.configuration["task"]]
 
     @property
+    def data_name(self) -> str:
+        """What the data set is called where people read: a stand-in is not named after the task it stands in for."""
+        return f"XGLUE {self.task.folder}" if self.task.official else self.task.name
+
+    @property
     def languages(self) -> list[str]:
         return list(self.configuration["languages"])
 

@@ -1,6 +1,7 @@
 """The paper's figures 2 to 4 from our results."""
 
 import math
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def by_epoch(path: Path, group: Group) -> None:
         axes.plot(epochs, means, STYLES[number // len(COLOURS)], label=TITLES[method], markersize=5, **style)
         axes.fill_between(epochs, means - spread, means + spread, color=style["color"], alpha=0.12, linewidth=0)
     axes.set(xlabel="epoch", ylabel="test score, %, mean over languages")
-    axes.set_title(_title(group), fontsize=10)
+    _title(sheet, [group])
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", color="0.9")
     sheet.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
@@ -60,12 +61,12 @@ def gains(path: Path, group: Group) -> None:
     sheet, axes = _sheet(2.6 + 0.62 * len(columns), 1.6 + 0.42 * len(methods))
     text = [["" if math.isnan(value) else f"{value:+.1f}" for value in row] for row in values]
     _heat(sheet, axes, values, text, [TITLES[method] for method in methods], [*labels, "Avg."], "gain over SFT, points")
-    axes.set_title(_title(group), fontsize=10)
+    _title(sheet, [group])
     sheet.savefig(path)
 
 
-def t_matrix(path: Path, methods: list[str], tests: list, adjusted: list[float]) -> None:
-    """Figure 3: t of row minus column; a star where the corrected p is at most 0.05."""
+def t_matrix(path: Path, groups: list[Group], methods: list[str], tests: list, adjusted: list[float]) -> None:
+    """Figure 3: t of row minus column over the groups; a star where the corrected p is at most 0.05."""
     place = {method: i for i, method in enumerate(methods)}
     values = np.full((len(methods), len(methods)), np.nan)
     text = [[""] * len(methods) for _ in methods]
@@ -80,6 +81,7 @@ def t_matrix(path: Path, methods: list[str], tests: list, adjusted: list[float])
     axes.tick_params(axis="x", rotation=40)
     for label in axes.get_xticklabels():
         label.set_horizontalalignment("right")
+    _title(sheet, groups)
     sheet.savefig(path)
 
 
@@ -103,8 +105,14 @@ def _sheet(width: float, height: float):
     return sheet, axes
 
 
-def _title(group: Group) -> str:
-    seeds = sorted({len(runs.results) for runs in group.runs.values()})
-    count = f"{seeds[0]}" + (f" to {seeds[-1]}" if len(seeds) > 1 else "")
-    name = f"XGLUE {group.task.folder}" if group.task.official else group.task.name
-    return f"{name}, {count} seeds\n{group.result['model']}"
+def _title(sheet: Figure, groups: list[Group]) -> None:
+    """Data sets, seeds and the model of all of them, in lines as long as the figure is wide."""
+    data = ", ".join(f"{group.data_name} ({_seeds(group)})" for group in groups)
+    width = int(13 * sheet.get_figwidth())  # 10 points: 14 characters an inch, about
+    lines = [line for text in (data, groups[0].result["model"]) for line in textwrap.wrap(text, width)]
+    sheet.suptitle("\n".join(lines), fontsize=10)
+
+
+def _seeds(group: Group) -> str:
+    counts = sorted({len(runs.results) for runs in group.runs.values()})
+    return f"{counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "") + " seed" + "s" * (counts[-1] > 1)

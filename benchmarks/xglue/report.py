@@ -54,11 +54,6 @@ def _methods(group: Group, groups: list[Group]) -> list[str]:
     return [method for method in TITLES if method in ran]
 
 
-def data_name(group: Group) -> str:
-    """What the data set is called in a heading: a stand-in is not named after the task that it stands in for."""
-    return f"XGLUE {group.task.folder}" if group.task.official else group.task.name
-
-
 def caption(group: Group) -> str:
     """Model, data, training and where it ran: all that a table needs beside its numbers."""
     facts, given = group.result, group.configuration
@@ -69,7 +64,7 @@ def caption(group: Group) -> str:
     best = "English dev" if given["select"] == "en" else "the mean of all languages' dev (not zero-shot)"
     kind = "official data of XGLUE" if group.task.official else "a stand-in, not a task of XGLUE"
     parts = [
-        f"Model: {facts['model']}. Data: {data_name(group)}, {kind}: {train}, {test}. "
+        f"Model: {facts['model']}. Data: {group.data_name}, {kind}: {train}, {test}. "
         f"Metric: {METRICS[group.task.metric]}.",
         f"{given['epochs']} epochs, batch {given['batch_size']}, {given['precision']}, p {given['p']:g} where a method "
         f"has a constant one; best epoch by {best}; {_rates(group)}",
@@ -110,7 +105,7 @@ def _rates(group: Group) -> str:
 def _task(page: Page, group: Group, methods: list[str]) -> None:
     printed = paper.table_of(group.task.name)
     number = f" (the paper's table {printed.number})" if printed else ""
-    page.heading(f"{data_name(group)}{number}" + (f": {group.name}" if group.name != group.task.name else ""))
+    page.heading(f"{group.data_name}{number}" + (f": {group.name}" if group.name != group.task.name else ""))
     page.text(caption(group))
     if printed:
         other = "" if "xlm-roberta-large" in group.configuration["model"] else " Its model is XLM-R-Large, this is not."
@@ -133,14 +128,14 @@ def _task(page: Page, group: Group, methods: list[str]) -> None:
         figures.by_epoch(page.folder / f"{group.name}-epochs.png", group)
         page.figure(
             f"{group.name}-epochs.png",
-            f"As the paper's figure 2, {data_name(group)}: test score by epoch, mean over languages; bands are ± one "
+            f"As the paper's figure 2, {group.data_name}: test score by epoch, mean over languages; bands are ± one "
             "standard deviation over seeds.",
         )
     if "sft" in group.runs and len(group.runs) > 1:
         figures.gains(page.folder / f"{group.name}-gains.png", group)
         page.figure(
             f"{group.name}-gains.png",
-            f"As the paper's figure 4, {data_name(group)}: gain over SFT by language, points, mean over the seeds that "
+            f"As the paper's figure 4, {group.data_name}: gain over SFT by language, points, mean over the seeds that "
             "both have.",
         )
 
@@ -354,7 +349,7 @@ def _pairwise(page: Page, groups: list[Group], methods: list[str], kind: str) ->
     if not tests:
         return
     adjusted = statistics.holm([test.p for _, _, test in tests])
-    figures.t_matrix(page.folder / f"{kind}-t.png", methods, tests, adjusted)
+    figures.t_matrix(page.folder / f"{kind}-t.png", groups, methods, tests, adjusted)
     most = max(test.n for _, _, test in tests)
     page.figure(
         f"{kind}-t.png",
