@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from step_cpu import CASES, HYPERS, TORCH, Case, Tensors, make_tensors
 
-from graddrop_kernels.bitmask import num_words
+from graddrop_kernels.masks.bitmask import num_words
 
 # (parameters, moments, options); None: the same
 MODES = (

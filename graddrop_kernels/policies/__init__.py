@@ -1,0 +1,29 @@
+"""What is dropped, and when: one class per row of the paper.
+
+An extension takes what it needs from here: ``from graddrop_kernels.policies import Policy, BlockPolicy, KEEP, MaskPlan,
+quantize``.
+"""
+
+from ..masks.plan import MaskPlan
+from .clock import Clock, PlanContext
+from .policy import (
+    KEEP,
+    POLICIES,
+    BlockPolicy,
+    FixedMask,
+    GaussianGradDrop,
+    GradDrop,
+    GradDropEpoch,
+    GradFreeze,
+    LayerGradDrop,
+    Policy,
+    from_json,
+)
+from .registry import PolicyBook
+from .schedules import ExponentialAnneal, LinearAnneal, quantize
+
+__all__ = [
+    "KEEP", "POLICIES", "BlockPolicy", "Clock", "ExponentialAnneal", "FixedMask", "GaussianGradDrop", "GradDrop",
+    "GradDropEpoch", "GradFreeze", "LayerGradDrop", "LinearAnneal", "MaskPlan", "PlanContext", "Policy", "PolicyBook",
+    "from_json", "quantize",
+]  # fmt: skip
