@@ -5,21 +5,12 @@ quantize``.
 """
 
 from ..masks.plan import MaskPlan
+from .blocks import GradFreeze, LayerGradDrop
 from .clock import Clock, PlanContext
-from .policy import (
-    KEEP,
-    POLICIES,
-    BlockPolicy,
-    FixedMask,
-    GaussianGradDrop,
-    GradDrop,
-    GradDropEpoch,
-    GradFreeze,
-    LayerGradDrop,
-    Policy,
-    from_json,
-)
-from .registry import PolicyBook
+from .elements import GaussianGradDrop, GradDrop, GradDropEpoch
+from .fixed_mask import FixedMask
+from .policy import KEEP, BlockPolicy, Policy
+from .registry import POLICIES, PolicyBook, from_json
 from .schedules import ExponentialAnneal, LinearAnneal, quantize
 
 __all__ = [

@@ -1,6 +1,12 @@
 """PolicyBook: an optimizer's policies by their canonical JSON strings, which its groups and checkpoints hold."""
 
-from .policy import Policy, from_json
+import json
+from typing import Any
+
+from .blocks import GradFreeze, LayerGradDrop
+from .elements import GaussianGradDrop, GradDrop, GradDropEpoch
+from .fixed_mask import FixedMask
+from .policy import _SCHEDULES, Policy
 
 
 class PolicyBook:
@@ -38,3 +44,37 @@ class PolicyBook:
         if text not in self._by_json:
             self._by_json[text] = from_json(text)
         return self._by_json[text]
+
+
+def from_json(text: str) -> Policy:
+    """Rebuilds a policy from its canonical string.
+
+    Raises:
+        ValueError: an unknown policy, or one that a string cannot hold (a callable p, a FixedMask):
+            pass the same one as ``mask=`` instead.
+    """
+    try:
+        values = dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{text!r} is not a mask policy; pass an object such as GradDrop(p=0.2)") from error
+    name = values.pop("policy", None)
+    if name not in POLICIES:
+        raise ValueError(f"unknown mask policy {name!r}; known are {', '.join(POLICIES)}")
+    schedule: Any = values.get("p")
+    if name == "FixedMask" or isinstance(schedule, dict) and schedule.get("schedule") == "callable":
+        what = "a FixedMask" if name == "FixedMask" else f"the callable p {schedule.get('name')!r}"
+        raise ValueError(
+            f"{what} is not stored in a state dict; construct the optimizer with the same mask= before loading"
+        )
+    try:
+        if isinstance(schedule, dict):
+            schedule = dict(schedule)
+            values["p"] = _SCHEDULES[schedule.pop("schedule", None)](**schedule)
+        return POLICIES[name](**values)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{text!r} is not a mask policy of this version: {error}") from error
+
+
+POLICIES = {
+    cls.__name__: cls for cls in (GradDrop, GaussianGradDrop, LayerGradDrop, GradDropEpoch, GradFreeze, FixedMask)
+}

@@ -54,7 +54,7 @@ def tables_of(batch: TensorBatch, for_norm: bool = False) -> DeviceTables:
 
 def prologue(tables: DeviceTables, found_inf: torch.Tensor | None, ages: bool, advance: bool) -> None:
     """Writes the step rows, on the current device; with ``ages`` the table by age, with ``advance`` the step counts."""
-    from .update import prologue_kernel
+    from .prologue import prologue_kernel
 
     prologue_kernel[(tables.num_rows,)](
         tables.rows, tables.hypers, tables.step_rows, tables.by_age, found_inf, tables.age_stride,
