@@ -9,24 +9,18 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from . import backends
-from .backends.capture import capturing
-from .groups import checks, load_state
+from .groups import load_state
+from .groups.checks import check_groups
 from .groups.flat_buffers import FlatPiece, check_pieces
-from .groups.masking import MaskedGroups
-from .groups.names import canonical_name
-from .groups.options import GROUP_DEFAULTS, check_max_grad_norm, check_options, moment_dtype_name
-from .groups.records import spans_of
+from .groups.masking import Masking
+from .groups.options import GROUP_DEFAULTS, check_max_grad_norm, moment_dtype_name
 from .inspection import describe
-from .policies import GradDrop, Policy
-from .policies.clock import Clock
-from .policies.registry import PolicyBook
-from .step import graph, prepare
-from .step.clip import clip_
+from .policies import GradDrop, Policy, PolicyBook
+from .step.graph import GraphStep, step_in_graph
 from .step.in_backward import StepInBackward
-from .step.prepared import PreparedStep, grad_of
-from .step.skip_dropped import SkipBackward
-from .step.warn_once import WarnOnce
-from .tensors.local import as_sharded, local, local_grads, local_tensors
+from .step.prepared import grad_of
+from .step.skip_dropped import SkipDropped
+from .step.stepper import Stepper
 
 _Loss = TypeVar("_Loss")
 
@@ -115,35 +109,20 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         norm_after_mask: bool = False,
         backend: str = "auto",
     ) -> None:
-        self._backend = backends.check_name(backend)
-        self._handle = graph.new_handle(self)
-        self._groups = MaskedGroups(self, PolicyBook())
-        self._prepared: PreparedStep | None = None
-        self._warn_once = WarnOnce()
-        self._skipped_steps: dict[int, torch.Tensor] = {}  # of each group, counted on the device
-        self._in_backward: StepInBackward | None = None
-        self._skip = SkipBackward(self)
-        self._captured: PreparedStep | None = None  # by a CUDA graph, which holds its addresses
+        self.backend = backends.check_name(backend)
         self.max_grad_norm, self.norm_after_mask = check_max_grad_norm(max_grad_norm), norm_after_mask
         self.grad_norm: torch.Tensor | None = None
+        self._assemble(PolicyBook())
         self._own_defaults = {
-            **GROUP_DEFAULTS, "mask": self._groups.policies.add(mask), "seed": seed, "masked": masked,
+            **GROUP_DEFAULTS, "mask": self._masking.policies.add(mask), "seed": seed, "masked": masked,
             "bias_correction": bias_correction, "moment_dtype": moment_dtype_name(moment_dtype),
             "master_weights": master_weights, "stochastic_rounding": stochastic_rounding,
         }  # fmt: skip
         self._constructing = True
         super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            maximize=maximize,
-            foreach=foreach,
-            capturable=capturable,
-            differentiable=differentiable,
-        )
+            params, lr, betas, eps, weight_decay, amsgrad,
+            maximize=maximize, foreach=foreach, capturable=capturable, differentiable=differentiable,
+        )  # fmt: skip
         if fused and differentiable:
             raise RuntimeError("`fused` does not support `differentiable`")
         if fused and foreach:
@@ -155,8 +134,15 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._step_supports_amp_scaling = fused is True
         self.defaults.update(self._own_defaults)
         self._constructing = False
-        self._own_groups = self.param_groups  # by a name that torch.compile does not know, see step_in_graph()
-        self._groups.check()
+        self._graph = GraphStep(self._stepper, self._skip_dropped, self._in_backward, self.param_groups)
+        check_groups(self._masking)
+
+    def _assemble(self, policies: PolicyBook) -> None:
+        """Makes the objects that do the work. They hold this one weakly."""
+        self._masking = Masking(self, policies)
+        self._stepper = Stepper(self, self._masking)
+        self._in_backward = StepInBackward(self._stepper)
+        self._skip_dropped = SkipDropped(self._stepper)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -175,53 +161,26 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         if torch.compiler.is_compiling():
             grad_enabled = torch.is_grad_enabled()
             with torch.no_grad():
-                loss: _Loss | None = graph.step_in_graph(self, closure, grad_enabled)
+                loss: _Loss | None = step_in_graph(self, self._graph, closure, self._step_eagerly, grad_enabled)
                 return loss
-        return self._step_uncompiled(closure)
+        return self._step_eagerly(closure)
 
     @_disable_dynamo
-    def _step_uncompiled(self, closure: Callable[[], _Loss] | None) -> _Loss | None:
+    def _step_eagerly(self, closure: Callable[[], _Loss] | None) -> _Loss | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         params = [param for group in self.param_groups for param in group["params"]]
-        amp_scalars = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            self._step_with(params, list(map(grad_of, params)), *amp_scalars, fresh=lambda: not self.state)
+            grads = self._skip_dropped.complete(
+                params, list(map(grad_of, params)), grad_scale, self._in_backward.under_way
+            )
+            self._stepper.step(
+                params, grads, grad_scale, found_inf, fresh=lambda: not self.state, stepped=self._in_backward.finish
+            )
         return loss
-
-    def _step_with(
-        self, params: list[torch.Tensor], grads: list[torch.Tensor | None], grad_scale: torch.Tensor | None,
-        found_inf: torch.Tensor | None, fresh: Callable[[], bool],
-    ) -> None:  # fmt: skip
-        """The step of all parameters (those whose gradient is None are left out); the scalars as a GradScaler has
-        put them on this optimizer; ``fresh``: whether there was no step before this one.
-        """
-        self._check_options()
-        if self._skipped_steps:
-            self._settle_skipped_steps(only_if_needed=True)
-        grads = local_grads(params, self._skip.complete(params, grads, grad_scale))
-        if grad_scale is not None:
-            checks.check_written_grads(self, params, grads)
-        prepared = self._prepared
-        if prepared is None or not prepared.holds(local_tensors(params), grads, self.state, self._facts()):
-            prepared = self._prepared = prepare.prepare(self, params, grads, fresh)
-            if prepared is None:
-                return
-        grad_scale, found_inf = (
-            scalar if scalar is None else torch.as_tensor(scalar, dtype=torch.float32)  # the int 0 if no gradient came
-            for scalar in (grad_scale, found_inf)
-        )
-        if found_inf is not None and found_inf.device.type == "cpu" and found_inf != 0:
-            return
-        clocks = list(map(self._groups.clock, self._groups.indices()))
-        self._run(prepared, grads, clocks, grad_scale, found_inf)
-        if any(capturing(batch.device) for batch in prepared.batches):
-            self._captured = prepared  # nothing has run
-            return
-        elsewhere = set(filter(self._groups.has_gradients, self._groups.indices()))
-        self._count_step(prepared.group_indices | self._stepped_in_backward() | elsewhere, clocks, found_inf)
 
     def advance_captured_step(self) -> None:
         """Call it before each replay of a CUDA graph in which ``step()`` was captured: it brings lr, p, the epoch and
@@ -232,16 +191,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             RuntimeError: no step was captured; or this one needs other launches than the captured one, as when other
                 blocks are frozen: capture it again.
         """
-        if self._captured is None:
-            raise RuntimeError("advance_captured_step() needs a step() that was captured in a CUDA graph")
-        self._check_options()
-        clocks = list(map(self._groups.clock, self._groups.indices()))
-        for batch in self._captured.batches:
-            batch.hypers = [self._groups.hyper(index, unit, clocks[index]) for index, unit in batch.plans_of]
-            batch.table.refresh_captured(batch.hypers)
-        self._count_step(self._captured.group_indices, clocks, None)
+        self._stepper.advance_captured()
 
-    def step_in_backward(self) -> "StepInBackward":
+    def step_in_backward(self) -> StepInBackward:
         """From now on steps each parameter in the backward pass, as its gradient arrives, and frees the gradient.
         ``step()`` stays in the loop and ends the step. Masks and results are those of a normal step.
 
@@ -252,8 +204,30 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             ValueError, RuntimeError: what needs all gradients at once: ``max_grad_norm``, a GradScaler
                 (``fused=True``), more than one process; and in the backward pass accumulation.
         """
-        self._skip.check_outside("step_in_backward()")
-        return StepInBackward(self)
+        self._skip_dropped.check_outside("step_in_backward()")
+        return self._in_backward.start()
+
+    def skip_dropped(self, model: torch.nn.Module | None = None) -> AbstractContextManager[None]:
+        """A context manager for the forward and backward passes of one optimizer step, accumulation included: the
+        weight gradients of the blocks that the step will drop (LayerGradDrop, GradFreeze) are not computed. The
+        training is the same bit for bit; other policies drop no whole blocks, and nothing changes for them.
+
+        Inside of it the parameters of those blocks have ``requires_grad`` False. A parameter's first step is run in
+        full: it shows whether the parameter has a gradient at all. One that has a gradient in some steps only counts as
+        used in all that drop it.
+
+        Args:
+            model: as it is called, with its wrappers. Needed with more than one process, unless all parameters are
+                DTensors (``fully_shard``); DistributedDataParallel needs ``find_unused_parameters=True``.
+
+        Raises:
+            RuntimeError, ValueError: what cannot be combined with it, and what to do: nested use; ``step()``,
+                ``set_epoch()``, ``state_dict()`` or ``load_state_dict()`` inside of it; a step whose plan is no longer
+                that of the backward pass; ``max_grad_norm`` without ``norm_after_mask``; ``differentiable``; a
+                captured or compiled step; DistributedDataParallel without ``find_unused_parameters`` or with
+                ``static_graph``; FSDP1; reentrant checkpointing, as far as the modules of ``model`` show it.
+        """
+        return self._skip_dropped.around(model)
 
     @_disable_dynamo
     def set_epoch(self, epoch: int) -> None:
@@ -270,15 +244,23 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         """
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"set_epoch(epoch) needs the number of the epoch, an int >= 0, got {epoch!r}")
-        self._skip.check_outside("set_epoch()")
-        self._settle_skipped_steps()
-        for policy in map(self._groups.policy, self._groups.indices()):
+        self._skip_dropped.check_outside("set_epoch()")
+        masking = self.masking
+        for policy in map(masking.policy, masking.indices()):
             if policy is not None and policy.follows_epochs:
                 policy.check_epoch(epoch)
-                self._warn_once(policy.after_last_epoch(epoch))
+                self._stepper.warn(policy.after_last_epoch(epoch))
         for group in self.param_groups:
             group["epoch"] = epoch
             group["epoch_was_set"] = True
+
+    @property
+    def masking(self) -> Masking:
+        """What each group masks and when, for describe(), the plots and the integrations. The groups' counts are right
+        when it is handed out: steps that a GradScaler made no-ops have been taken out.
+        """
+        self._stepper.settle()
+        return self._masking
 
     def mask(self, param: torch.Tensor | str, step: int | None = None) -> torch.Tensor:
         """The bool keep mask of a parameter, True where its elements are trained; shape and device of the parameter,
@@ -294,33 +276,14 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         Raises:
             KeyError: no such parameter.
         """
-        self._settle_skipped_steps()
-        index, position = self._groups.find(param)
-        tensor, record = self.param_groups[index]["params"][position], self._groups.records(index)[position]
-        checks.check_flat(self, record, tensor)
-        clock = self._groups.clock(index)
-        if step is not None:
-            clock = Clock(clock.epoch, step, clock.history)
-        state = self.state.get(tensor, {})
-        own_step = step if step is not None else int(state["step"]) if "step" in state else 0
-        keep = torch.zeros(local(tensor).numel(), dtype=torch.bool, device=tensor.device)
-        spans = spans_of(tensor, record)
-        for span, words in zip(spans, self._groups.mask_words(index, tensor, record)):
-            plan = self._groups.plan(index, span.unit, clock)
-            keep[span.start : span.start + span.numel] = backends.keep_mask(
-                plan, span.key, own_step, span.layout, span.numel, words, tensor.device
-            )
-        if record.flat and isinstance(param, str):
-            own = [span for span in spans if span.name == canonical_name(param)]
-            return torch.cat([keep[:0], *(keep[span.start : span.start + span.numel] for span in own)])
-        return as_sharded(keep, tensor)
+        return self.masking.keep(param, step)
 
     def active_fraction(self) -> list[float]:
         """The share of elements kept at the next step, one number in [0, 1] a group: exact for blocks and fixed masks,
         the keep probability for random elements.
         """
-        self._settle_skipped_steps()
-        return list(map(self._groups.active_fraction, self._groups.indices()))
+        masking = self.masking
+        return list(map(masking.active_fraction, masking.indices()))
 
     def describe(self) -> str:
         """What the next step would mask, as a table of text: see ``graddrop_kernels.describe``."""
@@ -339,17 +302,17 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         if isinstance(param_group, dict):
             clock = {} if self._constructing else {key: self.param_groups[0][key] for key in ("epoch", "epoch_was_set")}
             param_group = {**self._own_defaults, **clock, **param_group}
-            param_group["mask"] = self._groups.policies.add(param_group["mask"])
+            param_group["mask"] = self._masking.policies.add(param_group["mask"])
             param_group["moment_dtype"] = moment_dtype_name(param_group["moment_dtype"])
         super().add_param_group(param_group)
-        self._groups.remember(self.param_groups[-1]["params"])
+        self._masking.buffers.note(self.param_groups)
         if not self._constructing:
-            self._forget_caches()
+            self._stepper.forget()
             try:
-                self._groups.check()
+                check_groups(self._masking)
             except Exception:
                 self.param_groups.pop()
-                self._forget_caches()
+                self._stepper.forget()
                 raise
 
     def attach_pieces(
@@ -377,20 +340,16 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             ValueError: pieces that overlap, or reach past the end of their buffer.
         """
         for tensor, own in pieces.items():
-            self._groups.find(tensor)
+            self._masking.find(tensor)
             check_pieces(tensor, own)
-        self._groups.flat.update((tensor, tuple(map(FlatPiece._make, own))) for tensor, own in pieces.items())
-        self._groups.last_buffers |= frozenset(last)
-        self._groups.has_gradients = has_gradients or self._groups.has_gradients
-        if shapes is not None:
-            self._groups.shapes = {canonical_name(name): tuple(shape) for name, shape in shapes.items()}
-        self._forget_caches()
-        self._groups.check()
+        self._masking.buffers.attach(pieces, shapes, last, has_gradients)
+        self._stepper.forget()
+        check_groups(self._masking)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: the state of every parameter, and the groups with the policies and counts of ours."""
-        self._skip.check_outside("state_dict()")
-        self._settle_skipped_steps()
+        self._skip_dropped.check_outside("state_dict()")
+        self._stepper.settle()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
@@ -406,152 +365,41 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             ValueError: other groups or parameters than this optimizer's, or, if strict, another policy.
                 Nothing has changed then.
         """
-        self._skip.check_outside("load_state_dict()")
-        prepared: dict[str, Any] = {}
+        self._skip_dropped.check_outside("load_state_dict()")
+        load_state.load(self, super().load_state_dict, state_dict, strict)
+        self.reloaded()
 
-        def prepare(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            prepared.update(load_state.prepare(state_dict, self.param_groups, strict))
-            return prepared
-
-        last_hook = self.register_load_state_dict_pre_hook(prepare)  # after the user's own, which may adapt the file
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            last_hook.remove()
-        load_state.restore_moment_dtypes(self, prepared)
-        self._forget_caches()
-        self._skipped_steps.clear()
+    def reloaded(self) -> None:
+        """For engines that write the values of a checkpoint into the groups past ``load_state_dict()``: call it then.
+        Nothing that was derived from the old ones survives.
+        """
+        self._stepper.reloaded()
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's."""
         super().zero_grad(set_to_none)
-        self._skip.missing.clear()
-
-    def skip_dropped(self, model: torch.nn.Module | None = None) -> AbstractContextManager[None]:
-        """A context manager for the forward and backward passes of one optimizer step, accumulation included: the
-        weight gradients of the blocks that the step will drop (LayerGradDrop, GradFreeze) are not computed. The
-        training is the same bit for bit; other policies drop no whole blocks, and nothing changes for them.
-
-        Inside of it the parameters of those blocks have ``requires_grad`` False. A parameter's first step is run in
-        full: it shows whether the parameter has a gradient at all. One that has a gradient in some steps only counts as
-        used in all that drop it.
-
-        Args:
-            model: as it is called, with its wrappers. Needed with more than one process, unless all parameters are
-                DTensors (``fully_shard``); DistributedDataParallel needs ``find_unused_parameters=True``.
-
-        Raises:
-            RuntimeError, ValueError: what cannot be combined with it, and what to do: nested use; ``step()``,
-                ``set_epoch()``, ``state_dict()`` or ``load_state_dict()`` inside of it; a step whose plan is no longer
-                that of the backward pass; ``max_grad_norm`` without ``norm_after_mask``; ``differentiable``; a
-                captured or compiled step; DistributedDataParallel without ``find_unused_parameters`` or with
-                ``static_graph``; FSDP1; reentrant checkpointing, as far as the modules of ``model`` show it.
-        """
-        return self._skip.around(model)
+        self._skip_dropped.missing.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._skip.check_outside("a copy of the optimizer")
-        self._settle_skipped_steps()
-        return {
-            **super().__getstate__(),
-            "_policies": self._groups.policies,
-            "_backend": self._backend,
-            "_own_defaults": self._own_defaults,
-            "max_grad_norm": self.max_grad_norm,
-            "norm_after_mask": self.norm_after_mask,
-            "grad_norm": self.grad_norm,
-        }
+        self._skip_dropped.check_outside("a copy of the optimizer")
+        self._stepper.settle()
+        own = ("backend", "max_grad_norm", "norm_after_mask", "grad_norm", "_own_defaults")
+        own_state = {name: vars(self)[name] for name in own}
+        return {**super().__getstate__(), "policies": self._masking.policies, **own_state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        if "_policies" in state:  # not from load_state_dict, which comes by here too
-            self._groups = MaskedGroups(self, state.pop("_policies"))
+        copied = "policies" in state  # else from load_state_dict, which comes by here too
+        if copied:
+            self._assemble(state.pop("policies"))
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
-        self._own_groups = self.param_groups
-        if "_handle" not in self.__dict__:
-            self._handle = graph.new_handle(self)
-        self.__dict__.setdefault("_warn_once", WarnOnce())
-        self.__dict__.setdefault("_skipped_steps", {})
-        self.__dict__.setdefault("_in_backward", None)
-        self.__dict__.setdefault("_captured", None)
-        if "_skip" not in self.__dict__:
-            self._skip = SkipBackward(self)
         self._step_supports_amp_scaling = self.defaults.get("fused") is True
         self._constructing = False
-        self._forget_caches()
+        if copied:
+            self._graph = GraphStep(self._stepper, self._skip_dropped, self._in_backward, self.param_groups)
+        self._graph.groups = self.param_groups
+        self._stepper.forget()
         for group in self.param_groups:
             for name, value in GROUP_DEFAULTS.items():
                 group.setdefault(name, value)
-
-    # One step's pieces, in the order of step().
-
-    def _run(
-        self, prepared: PreparedStep, grads: list[torch.Tensor | None], clocks: list[Clock],
-        grad_scale: torch.Tensor | None = None, found_inf: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
-        """Masks and updates what is prepared; counts nothing but the parameters' own steps."""
-        prepared.set_grads(grads)
-        for batch in prepared.batches:
-            batch.hypers = [self._groups.hyper(index, unit, clocks[index]) for index, unit in batch.plans_of]
-            batch.clip_factor = None
-            batch.grad_scale, batch.found_inf = (
-                scalar if scalar is None else scalar.to(batch.device, non_blocking=True)
-                for scalar in (grad_scale, found_inf)
-            )
-        chosen = [backends.select(self._backend_name(), *batch.mode) for batch in prepared.batches]
-        if self.max_grad_norm is not None and prepared.batches:
-            self.grad_norm = clip_(prepared.batches, chosen, self.max_grad_norm, self.norm_after_mask, grad_scale)
-        for backend, batch in zip(chosen, prepared.batches):
-            batch.step_with(backend.masked_adamw_)
-        if grad_scale is not None:
-            prepared.write_grads_back()
-        prepared.forget_grads()
-
-    def _facts(self) -> tuple[Any, ...]:
-        """What of the options a prepared step depends on."""
-        return self.max_grad_norm is not None, self._groups.facts()
-
-    def _count_step(self, indices: set[int], clocks: list[Clock], found_inf: torch.Tensor | None) -> None:
-        """Counts the step that these groups have made."""
-        for index in filter(self._groups.completes_step, indices):
-            group, clock = self.param_groups[index], clocks[index]
-            if not clock.history or clock.history[-1][0] != clock.epoch:
-                group["epoch_history"] = clock.with_this_step()
-            group["completed_steps"] += 1
-            if found_inf is not None:
-                skipped = self._skipped_steps.get(index, 0)
-                self._skipped_steps[index] = skipped + (found_inf != 0).to(torch.int64)
-
-    def _stepped_in_backward(self) -> set[int]:
-        return self._in_backward.finish() if self._in_backward is not None else set()
-
-    def _backend_name(self) -> str:
-        return "reference" if self.defaults["differentiable"] else self._backend
-
-    def _check_options(self) -> None:
-        for index, group in enumerate(self.param_groups):
-            check_options(index, group)
-            if group["differentiable"] != self.defaults["differentiable"]:
-                raise ValueError(
-                    f"differentiable of parameter group {index} is {group['differentiable']!r}, the optimizer's is "
-                    f"{self.defaults['differentiable']!r}: choose it for all groups when the optimizer is made"
-                )
-        check_max_grad_norm(self.max_grad_norm)
-
-    def _settle_skipped_steps(self, only_if_needed: bool = False) -> None:
-        """Takes the steps that a GradScaler made no-ops out of the groups' counts.
-
-        Only the device knows of them, and asking it waits for it: so only when the counts are looked at.
-        """
-        needed = not only_if_needed or any(map(self._groups.counts_steps, self._groups.indices()))
-        if not self._skipped_steps or not needed:
-            return
-        for index, skipped in self._skipped_steps.items():
-            self.param_groups[index]["completed_steps"] -= int(skipped)
-        self._skipped_steps.clear()
-
-    def _forget_caches(self) -> None:
-        """Nothing that was derived from the groups survives a load or a new group."""
-        self._groups.forget()
-        self._prepared = None

@@ -156,7 +156,7 @@ def test_memory_finds_a_tensor_that_an_optimizer_hides():
     optimizer.step()
     kept, tables = memory.kept_bytes(optimizer, tensors)
     assert kept == memory.computed_bytes(tensors, torch.float32, 0) == 2 * 8 * 4 + 4
-    optimizer._groups._words[param] = ((), torch.zeros(3, dtype=torch.int32))
+    optimizer.masking._words[0, "weight"] = ((), torch.zeros(3, dtype=torch.int32))
     optimizer.extra = {"hidden": [numpy.zeros(5, numpy.int16)]}
     assert memory.kept_bytes(optimizer, tensors) == (kept + 12, tables + 10)
 

@@ -18,11 +18,11 @@ from graddrop_kernels import (
     LayerGradDrop,
     LinearAnneal,
     backends,
-    optimizer,
     param_groups,
 )
 from graddrop_kernels.backends import cuda, device_tables
 from graddrop_kernels.backends.upload import Upload
+from graddrop_kernels.step import stepper
 
 pytestmark = pytest.mark.skipif(
     cuda._load()[0] is None, reason="no CUDA library: nvcc was not there when the package was built"
@@ -89,7 +89,7 @@ def graph(monkeypatch):
     monkeypatch.setattr(cuda, "_call", recording_call)
     monkeypatch.setattr(Upload, "write_captured", recording_write)
     monkeypatch.setattr(Upload, "write", ordinary_write)
-    for module in (device_tables, optimizer):
+    for module in (device_tables, stepper):
         monkeypatch.setattr(module, "capturing", lambda device: graph.capturing)
     return graph
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import Encoder, bits, build, every_policy, random_grads, snapshot, state_bits, through_a_file
 
 from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch
-from graddrop_kernels.step import graph as operator
+from graddrop_kernels.step import graph
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*set_epoch.epoch. was not called"),
@@ -112,7 +112,7 @@ def test_a_hundred_steps_are_one_graph(lr, seed):
 
 def test_inductor_hands_over_the_optimizers_own_tensors(seed, monkeypatch):
     """No copies of parameters or moments: the twin is for copies."""
-    monkeypatch.setattr(operator, "_twin", None)
+    monkeypatch.setattr(graph, "_twin", None)
     pairs = twice("layer", lr=torch.tensor(0.02))
     train_both(pairs, compiled(pairs[0][1], "inductor"), seed)
 
@@ -475,7 +475,7 @@ def arguments(optimizer, overload="default", hypers=()):
     steps = [state["step"] for state in states]
     return (
         params, [param.grad for param in params], *tensors, maxima, masters, steps, list(hypers),
-        *scalars, list(range(len(params))), [0, 0] * len(hypers), optimizer._handle, True,
+        *scalars, list(range(len(params))), [0, 0] * len(hypers), optimizer._graph.handle, True,
     )  # fmt: skip
 
 
@@ -544,10 +544,10 @@ def test_the_operator_of_an_optimizer_that_is_gone(seed):
     _, optimizer = stepped_once("graddrop", seed)
     with pytest.raises(RuntimeError, match="the optimizer that this step was compiled for is gone"):
         torch.ops.graddrop.step_(*arguments(optimizer)[:-2], "no such handle", True)
-    handle = optimizer._handle
-    assert operator._optimizers[handle] is optimizer
+    handle = optimizer._graph.handle
+    assert graph._graph_steps[handle] is optimizer._graph
     del optimizer
-    assert handle not in operator._optimizers
+    assert handle not in graph._graph_steps
 
 
 def test_the_operator_is_kept_out_of_cuda_graphs():

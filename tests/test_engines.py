@@ -25,7 +25,7 @@ from graddrop_kernels import (
     LayerGradDrop,
     param_groups,
 )
-from graddrop_kernels.groups.flat_buffers import FlatPiece, flat_buffer_reason
+from graddrop_kernels.groups.flat_buffers import FlatBuffers, FlatPiece
 from graddrop_kernels.groups.names import canonical_name
 from graddrop_kernels.integrations.accelerate import graddrop_optimizer
 from graddrop_kernels.integrations.deepspeed import attach_deepspeed, deepspeed_pieces
@@ -479,7 +479,10 @@ def test_wrong_calls_are_refused():
 
 def test_a_flat_tensor_that_the_optimizer_was_given_is_a_parameter_like_any_other():
     bias, flat = torch.zeros(5, requires_grad=True), torch.zeros(7, requires_grad=True)
-    assert flat_buffer_reason(bias) is None and flat_buffer_reason(nn.Parameter(flat), given=False) is None
+    buffers = FlatBuffers()
+    assert buffers.reason(bias) is None  # nothing was noted
+    buffers.note([{"params": [bias]}])
+    assert buffers.reason(bias) is None and buffers.reason(nn.Parameter(flat)) is None and buffers.reason(flat)
     optimizer = FusedGradDropAdamW([("bias", bias)])
     optimizer.add_param_group({"params": [("more", torch.zeros(3, requires_grad=True))]})
     for param in (bias, optimizer.param_groups[1]["params"][0]):

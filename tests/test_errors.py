@@ -287,7 +287,7 @@ def test_a_named_backend_that_does_not_fit(monkeypatch, steps, seed):
         random_grads([param for _, param in named], torch.Generator().manual_seed(seed))
         optimizer.step()
     random_grads([param for _, param in named], torch.Generator().manual_seed(seed))
-    optimizer._backend = "cpu"
+    optimizer.backend = "cpu"
     with refused(
         RuntimeError,
         "backend='cpu' does not take float64 parameters with float64 moments",

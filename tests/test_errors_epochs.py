@@ -84,7 +84,7 @@ def test_masks_without_names_warn_once_where_several_processes_train(monkeypatch
             for param in model.parameters():
                 param.grad = torch.ones_like(param)
             optimizer.step()
-            optimizer._forget_caches()
+            optimizer.reloaded()
 
     groups = [{"params": list(part.parameters())} for part in (model.layer, model.head)]
     messages = warned(lambda: two_steps(groups))

@@ -63,7 +63,7 @@ def test_of_large_tensors_a_part_is_made(policy, seed, monkeypatch):
         backends, "keep_mask", lambda *question: made.append(question[4]) or keep_mask(*question)
     )  # question[4]: numel
     figure = plot_mask(optimizer, param=weight)
-    assert sum(made) <= SAMPLE + CROP**2 and not optimizer._groups._words
+    assert sum(made) <= SAMPLE + CROP**2 and not optimizer.masking._words
     monkeypatch.undo()
     keep = optimizer.mask(weight)
     assert torch.equal(torch.tensor(image(figure, 1).data).bool(), keep[:256, :256])

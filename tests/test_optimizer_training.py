@@ -196,7 +196,7 @@ def test_copies_continue_bit_for_bit(policy, copied, seed):
     assert state_bits(twin, again) == untouched  # nothing is shared
     train(again, twin.parameters(), range(6, 11), seed)
     assert state_bits(twin, again) == state_bits(model, optimizer)
-    assert again._backend == optimizer._backend
+    assert again.backend == optimizer.backend
     again.add_param_group({"params": [("extra", nn.Parameter(torch.ones(3)))], "mask": GradDrop(p=0.1)})
     assert again.param_groups[-1]["seed"] == 11  # the defaults came along
 

@@ -24,7 +24,7 @@ from graddrop_kernels import (
     LinearAnneal,
     param_groups,
 )
-from graddrop_kernels.step import prepare as preparation
+from graddrop_kernels.step import stepper
 
 POLICIES = {
     "layer": (lambda: LayerGradDrop(0.5), {}),
@@ -250,7 +250,7 @@ def test_steps_that_the_device_left_out_are_not_counted(seed):
     for found in range(8):  # steps counted that were none
         for group in optimizer.param_groups:
             group["completed_steps"] = count + found
-        optimizer._skipped_steps = {i: torch.tensor(found) for i in range(len(optimizer.param_groups))}
+        optimizer._stepper.voided = {i: torch.tensor(found) for i in range(len(optimizer.param_groups))}
         with optimizer.skip_dropped():
             frozen = [name for name in block_names(model) if not model.get_submodule(name).linear.weight.requires_grad]
         assert frozen == expected
@@ -353,8 +353,8 @@ def test_a_dropped_gradient_takes_no_memory(seed):
     with optimizer.skip_dropped():
         loss_of(model, seed).backward()
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    grads = optimizer._skip.complete(params, [param.grad for param in params], None)
-    assert any(param.grad is None for param in params if param in optimizer._skip.missing)
+    grads = optimizer._skip_dropped.complete(params, [param.grad for param in params], None, False)
+    assert any(param.grad is None for param in params if param in optimizer._skip_dropped.missing)
     for param, grad in zip(params, grads):
         assert grad is param.grad if param.grad is not None else grad is None or grad.data_ptr() == param.data_ptr()
 
@@ -363,8 +363,8 @@ def test_other_blocks_need_no_other_tables(seed, monkeypatch):
     """What was prepared for one step serves the next, whichever blocks it drops."""
     model, optimizer = make("layer", seed)
     prepared = []
-    prepare = preparation.prepare
-    monkeypatch.setattr(preparation, "prepare", lambda *args: prepared.append(args) or prepare(*args))
+    prepare = stepper.prepare
+    monkeypatch.setattr(stepper, "prepare", lambda *args: prepared.append(args) or prepare(*args))
     assert run((model, optimizer), True, seed) > 0
     assert len(prepared) == 1
 

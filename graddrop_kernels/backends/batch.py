@@ -51,9 +51,6 @@ class TensorBatch:
     layouts: list[RowBlock] = field(default_factory=list)
     mask_words: list[torch.Tensor | None] = field(default_factory=list)
     hyper_rows: list[int] = field(default_factory=list)
-    members: list[int] = field(default_factory=list)  # positions among the parameters that have gradients
-    spans: list[slice | None] = field(default_factory=list)  # of each of these; None: all of it
-    plans_of: list[tuple[Any, ...]] = field(default_factory=list)  # of each hyper row
     grads: list[torch.Tensor] = field(default_factory=list)
     hypers: list[Hyper] = field(default_factory=list)
     grad_scale: torch.Tensor | None = None  # one float32: gradients are divided by it, and written back
@@ -65,6 +62,7 @@ class TensorBatch:
     copies: list[torch.Tensor] = field(default_factory=list)
     staged: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # (tensor, its contiguous copy)
     table: Any = None  # of a type of the backend's own
+    version: int = 0  # another one for each step's gradients and hyper-parameters
 
     @property
     def parts(self) -> int:
@@ -81,7 +79,17 @@ class TensorBatch:
         for tensor, copy in self.staged:
             tensor.copy_(copy)
 
-    @property
-    def mode(self) -> tuple[Any, ...]:
-        """What backends.select() asks about it."""
-        return self.device, self.param_dtype, self.moment_dtype, bool(self.copies), self.stochastic
+    def refresh_captured(self, hypers: list[Hyper]) -> None:
+        """Brings the hyper-parameters up to date for the next replay of a step that a CUDA graph has captured.
+
+        Raises RuntimeError when the captured launches cannot carry them out.
+        """
+        self.hypers = hypers
+        self.table.refresh_captured(hypers)
+
+    def release(self, but_grads: bool = False) -> None:
+        """Lets go of the tensors; what a backend has noted in ``table`` stays."""
+        self.params, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs = [], [], [], []
+        self.steps, self.copies, self.staged = [], [], []
+        if not but_grads:
+            self.grads = []

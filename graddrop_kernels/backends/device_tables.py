@@ -8,7 +8,7 @@ import torch
 from .batch import Hyper, TensorBatch
 from .capture import capturing
 from .launches import Launch, _Kind, _kind_of, in_eights
-from .tensor_table import LeftByNorm, hyper_table, tensor_table
+from .tensor_table import hyper_table, tensor_table
 from .upload import Upload
 
 CHUNK = 4096  # elements that one program or block of the update takes
@@ -38,6 +38,7 @@ class DeviceTables:
         self.num_rows = len(self.host)
         self.hyper_rows = np.array(batch.hyper_rows)
         self.amsgrad = np.array([tensor is not None for tensor in batch.max_exp_avg_sqs])
+        self.has_copies = bool(batch.copies)
         self.addresses: list[int] = []
         self.hyper_image = b""
         self.age_room = 0
@@ -49,14 +50,15 @@ class DeviceTables:
         self.arrived = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._launches: dict[tuple[Any, ...], tuple[Launch, ...]] = {}
         self.captured_kinds: tuple[Any, ...] | None = None
-        self._left_by_norm = LeftByNorm()
+        self._left_by_norm: int | None = None  # the version of the batch whose update will need the same
 
     def refresh(self, batch: TensorBatch, for_norm: bool = False) -> None:
         """Brings the tables up to the batch's gradients and hyper-parameters; copies only what has changed.
 
         ``for_norm``: for the norm of a step, whose update then finds them as they must be.
         """
-        if self._left_by_norm.take(batch, for_norm):
+        left_by_norm, self._left_by_norm = self._left_by_norm, batch.version if for_norm else None
+        if not for_norm and left_by_norm == batch.version:
             return
         addresses = list(map(torch.Tensor.data_ptr, batch.grads))
         if capturing(self.device):

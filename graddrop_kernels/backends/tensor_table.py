@@ -51,23 +51,6 @@ class HyperRow(ctypes.Structure):
 assert ctypes.sizeof(TensorRow) == 112 and ctypes.sizeof(HyperRow) == 128  # as csrc/tensor_table.h asserts
 
 
-class LeftByNorm:
-    """Whether the norm of a step has left its tables to the update of the same step, which needs the same ones.
-
-    A step is known by its lists of gradients and hyper-parameters, which no other step shares.
-    """
-
-    def __init__(self) -> None:
-        self._lists: tuple[Any, ...] | None = None
-
-    def take(self, batch: TensorBatch, for_norm: bool) -> bool:
-        """Whether the tables are those of the batch's gradients and hyper-parameters: never so for a norm."""
-        lists = None if for_norm else self._lists
-        found = lists is not None and lists[0] is batch.grads and lists[1] is batch.hypers
-        self._lists = (batch.grads, batch.hypers) if for_norm else None
-        return found
-
-
 def tensor_table(batch: TensorBatch) -> np.ndarray[Any, Any]:
     """One TensorRow a parameter, all but its gradient's address, which every step brings anew."""
     table = np.zeros(len(batch.params), TENSOR_ROW)

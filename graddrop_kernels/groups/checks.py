@@ -1,18 +1,70 @@
-"""What is refused before anything has changed: parameters, gradients, masks that no step could use."""
+"""What is refused before anything has changed: groups, parameters, gradients and masks that no step could use."""
 
 import difflib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in torch's stub
 
 from ..policies import FixedMask
-from ..tensors.memory import overlaps_itself
+from ..tensors.local import has_processes, is_dtensor, local
+from ..tensors.memory import check_memory, overlaps_itself
+from .masking import Masking
+from .options import check_options
+from .owner import Owner
+from .param_state import check_state
 from .records import ParamRecord
 
-if TYPE_CHECKING:
-    from ..optimizer import FusedGradDropAdamW
+
+def check_groups(masking: Masking) -> None:
+    """Raises ValueError or TypeError for options, policies and parameters that no step could use."""
+    for index, group in enumerate(masking.groups):
+        check_options(index, group)
+        policy = masking.policy(index)
+        if policy is not None and policy.masked is None and group["masked"] is not None:
+            raise ValueError(
+                f"masked={group['masked']!r} does not apply to {type(policy).__name__}, which drops nothing; "
+                "leave it None"
+            )
+        for param, record in zip(group["params"], masking.records(index)):
+            check_param(record.name, param)
+            check_named(group, param, record)
+        if len(set(group["params"])) != len(group["params"]):
+            raise ValueError(f"a parameter appears twice in parameter group {index}; give each parameter once")
+    check_fixed_masks(masking, wait=True)
+
+
+def check_named(group: dict[str, Any], param: torch.Tensor, record: ParamRecord) -> None:
+    """Raises ValueError for a DTensor without a name; a wrapper may also have put it into its place later."""
+    if group["mask"] is not None and "param_names" not in group and not record.flat and is_dtensor(param):
+        raise ValueError(
+            f"parameter {record.name!r} is sharded and has no name: its place in the optimizer is no key for masks "
+            "that are to be the same in any sharding; pass model.named_parameters() or "
+            "graddrop_kernels.param_groups(model)"
+        )
+
+
+def check_fixed_masks(masking: Masking, wait: bool = False) -> None:
+    """Raises ValueError for a FixedMask of no parameter. ``wait``: pieces may still be attached to what has no name in
+    this process.
+    """
+    buffers = masking.buffers
+    fixed: dict[FixedMask, dict[str, tuple[int, ...] | None]] = {}
+    for index, group in enumerate(masking.groups):
+        policy = masking.policy(index)
+        if not isinstance(policy, FixedMask):
+            continue
+        nameless = "param_names" not in group and ("block" in group or has_processes())
+        unknown = (param for param in group["params"] if param not in buffers.pieces)
+        if wait and any(nameless or buffers.reason(param) for param in unknown):
+            return
+        for param, record in zip(group["params"], masking.records(index)):
+            named: dict[str, tuple[int, ...] | None] = {piece.name: None for piece, _, _ in record.flat}
+            named = named or {record.name: tuple(param.shape)}
+            fixed.setdefault(policy, {}).update(named)
+    for policy, shapes in fixed.items():
+        check_fixed_mask(policy, shapes if buffers.shapes is None else buffers.shapes)
 
 
 def check_fixed_mask(policy: FixedMask, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
@@ -23,6 +75,28 @@ def check_fixed_mask(policy: FixedMask, shapes: Mapping[str, tuple[int, ...] | N
             raise ValueError(f"FixedMask: no parameter is called {name!r}; near names are {', '.join(map(repr, near))}")
         if shapes[name] not in (None, shape):
             raise ValueError(f"FixedMask: the mask of {name!r} has shape {shape}, but the parameter has {shapes[name]}")
+
+
+def check_row(
+    owner: Owner, masking: Masking, group: dict[str, Any], param: torch.Tensor, record: ParamRecord, grad: torch.Tensor
+) -> None:
+    """Raises ValueError, TypeError or RuntimeError for a parameter, its gradient (local) or its state that no kernel
+    may be given.
+    """
+    tensor = local(param)
+    check_param(record.name, param)
+    check_grad(record.name, tensor, grad)
+    state = {key: local(value) for key, value in owner.state.get(param, {}).items()}
+    check_state(record.name, tensor, state)
+    check_memory(f"parameter {record.name!r}", tensor)
+    check_memory(f"the gradient of {record.name!r}", grad)
+    masking.check_flat(record, param)
+    if record.flat and owner.max_grad_norm is not None:
+        raise ValueError(
+            f"max_grad_norm={owner.max_grad_norm!r} cannot be used with the flat buffer {record.name!r}, whose "
+            "other parts are not known here: set it to None and clip with the engine's own method"
+        )
+    check_named(group, param, record)
 
 
 def check_param(name: str, param: torch.Tensor) -> None:
@@ -56,28 +130,11 @@ def check_grad(name: str, param: torch.Tensor, grad: torch.Tensor) -> None:
         )
 
 
-def check_flat(optimizer: "FusedGradDropAdamW", record: ParamRecord, param: torch.Tensor) -> None:
-    """Raises TypeError for a flat buffer of which nobody said what is in it, ValueError for an option that needs more
-    of one than is here.
-    """
-    if reason := optimizer._groups.flat_buffer_reason(param):
-        raise TypeError(
-            f"parameter {record.name!r} is a flat buffer of a wrapper, and a mask drawn for it would depend on the "
-            f"sharding: {reason}"
-        )
-    if record.flat and optimizer.max_grad_norm is not None:
-        raise ValueError(
-            f"max_grad_norm={optimizer.max_grad_norm!r} cannot be used with the flat buffer {record.name!r}, whose "
-            "other parts are not known here: set it to None and clip with the engine's own method"
-        )
-
-
-def check_written_grads(optimizer: "FusedGradDropAdamW", params: list[Any], grads: list[torch.Tensor | None]) -> None:
+def check_written_grads(masking: Masking, params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> None:
     """Raises ValueError for a gradient that cannot be unscaled in place."""
     for param, grad in zip(params, grads):
         if grad is not None and not grad.is_contiguous() and overlaps_itself(grad):
-            index, position = optimizer._groups.find(param)
             raise ValueError(
-                f"the gradient of {optimizer._groups.records(index)[position].name!r} has overlapping memory, as after "
-                "expand(): it cannot be unscaled in place; give param.grad a copy (.clone())"
+                f"the gradient of {masking.record_of(param).name!r} has overlapping memory, as after expand(): it "
+                "cannot be unscaled in place; give param.grad a copy (.clone())"
             )

@@ -1,28 +1,12 @@
-"""Flat buffers of engines: which parameters lie where in them."""
+"""FlatBuffers: what engines have said of the flat tensors among an optimizer's parameters."""
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-
-def flat_buffer_reason(tensor: torch.Tensor, given: bool = True) -> str | None:
-    """Why a tensor without pieces must not be stepped: it is a flat buffer, and a mask drawn for it would depend on the
-    sharding. None: it is none.
-
-    ``given``: whether the optimizer was given this tensor when it was made or got the group; False for one that has
-    come into the group since, as DeepSpeed's partitions do.
-    """
-    if getattr(tensor, "_is_flat_param", False) or getattr(tensor, "_fsdp_flattened", False):
-        return "it is (a slice of) a flat parameter of FSDP1: call graddrop_kernels.attach_fsdp1(optimizer, model)"
-    if not given and tensor.dim() == 1 and not isinstance(tensor, nn.Parameter) and not hasattr(tensor, "placements"):
-        return (
-            "something has put this flat tensor in the place of the parameters: if it was DeepSpeed (ZeRO 1, 2 or 3), "
-            "call graddrop_kernels.attach_deepspeed(engine) after deepspeed.initialize(); otherwise tell what it holds "
-            "with optimizer.attach_pieces()"
-        )
-    return None
+from .names import canonical_name
 
 
 class FlatPiece(NamedTuple):
@@ -35,6 +19,59 @@ class FlatPiece(NamedTuple):
 
 
 Flat = Mapping[torch.Tensor, Sequence[FlatPiece]]  # what was attached to the flat buffers among the parameters
+
+
+class FlatBuffers:
+    """The flat buffers of an optimizer, and what `attach_pieces()` was told of them."""
+
+    def __init__(self) -> None:
+        self.pieces: dict[torch.Tensor, tuple[FlatPiece, ...]] = {}
+        self.shapes: dict[str, tuple[int, ...]] | None = None  # of all parameters, where this process has only some
+        self.last: frozenset[torch.Tensor] = frozenset()  # see attach_pieces(last=)
+        self.has_gradients: Callable[[int], bool] = lambda index: False  # see attach_pieces(has_gradients=)
+        # Of the tensors that groups were made of, those that look like a buffer of an engine; None: all of them.
+        self._given: list[torch.Tensor] | None = None
+
+    def attach(
+        self, pieces: Mapping[torch.Tensor, Sequence[FlatPiece]], shapes: Mapping[str, Sequence[int]] | None,
+        last: Iterable[torch.Tensor], has_gradients: Callable[[int], bool] | None,
+    ) -> None:  # fmt: skip
+        """Notes pieces that were checked (check_pieces)."""
+        self.pieces.update((tensor, tuple(map(FlatPiece._make, own))) for tensor, own in pieces.items())
+        self.last |= frozenset(last)
+        self.has_gradients = has_gradients or self.has_gradients
+        if shapes is not None:
+            self.shapes = {canonical_name(name): tuple(shape) for name, shape in shapes.items()}
+
+    def note(self, groups: list[dict[str, Any]]) -> None:
+        """Notes that the user has given the tensors of the last group: what comes into a group later is an engine's."""
+        new = groups if self._given is None else groups[-1:]
+        self._given = (self._given or []) + [param for group in new for param in filter(_may_be_flat, group["params"])]
+
+    def reason(self, param: torch.Tensor) -> str | None:
+        """Why a parameter must not be stepped before ``attach_pieces``, since it is a flat buffer of unknown parameters
+        and a mask drawn for it would depend on the sharding. None: there is no reason.
+        """
+        if param in self.pieces:
+            return None
+        if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
+            return "it is (a slice of) a flat parameter of FSDP1: call graddrop_kernels.attach_fsdp1(optimizer, model)"
+        if self._given is not None and _may_be_flat(param) and not any(param is given for given in self._given):
+            return (
+                "something has put this flat tensor in the place of the parameters: if it was DeepSpeed (ZeRO 1, 2 or "
+                "3), call graddrop_kernels.attach_deepspeed(engine) after deepspeed.initialize(); otherwise tell what "
+                "it holds with optimizer.attach_pieces()"
+            )
+        return None
+
+    def completes_step(self, group: dict[str, Any]) -> bool:
+        """Whether a step of what is in the group now is the group's last call of ``step()`` in a step."""
+        return not self.last or any(param in self.last for param in group["params"])
+
+
+def _may_be_flat(tensor: torch.Tensor) -> bool:
+    """Whether it could be a buffer of an engine: those of DeepSpeed are vectors and no nn.Parameters."""
+    return tensor.dim() == 1 and not isinstance(tensor, nn.Parameter) and not hasattr(tensor, "placements")
 
 
 def check_pieces(buffer: torch.Tensor, pieces: Sequence[FlatPiece]) -> None:

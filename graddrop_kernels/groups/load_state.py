@@ -1,5 +1,6 @@
 """Loading state dicts: what is taken from the file and what stays this optimizer's own."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,25 @@ _STRUCTURE = (
 )  # fmt: skip
 # A run continues bit for bit only under the same ones.
 _MASKING = ("mask", "seed", "masked", "bias_correction")
+
+
+def load(
+    optimizer: torch.optim.Optimizer, torchs_load: Callable[[dict[str, Any]], None], state_dict: dict[str, Any],
+    strict: bool,
+) -> None:  # fmt: skip
+    """What load_state_dict() does: ``torchs_load`` with a state dict made fit for the optimizer's groups."""
+    prepared: dict[str, Any] = {}
+
+    def fit(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        prepared.update(prepare(state_dict, optimizer.param_groups, strict))
+        return prepared
+
+    last_hook = optimizer.register_load_state_dict_pre_hook(fit)  # after the user's own, which may adapt the file
+    try:
+        torchs_load(state_dict)
+    finally:
+        last_hook.remove()
+    restore_moment_dtypes(optimizer, prepared)
 
 
 def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]], strict: bool) -> dict[str, Any]:

@@ -4,20 +4,18 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import backends
-from ..groups.masking import require_optimizer
+from ..groups.masking import Masking, masking_of
+from ..groups.owner import Owner
 from ..groups.param_state import mode
 from ..policies import Policy
-
-if TYPE_CHECKING:
-    from ..optimizer import FusedGradDropAdamW
 
 _HEADER = ("group", "blocks", "tensors", "parameters", "lr", "weight decay", "active now", "dropped", "policy")
 
 
-def describe(optimizer: "FusedGradDropAdamW") -> str:
+def describe(optimizer: Owner) -> str:
     """What the optimizer's next step would mask, as text: a table with a line a parameter group, and their total.
 
     Columns: the group's index and name, in how many transformer blocks its tensors lie (``-``: nobody has named any),
@@ -45,11 +43,12 @@ def describe(optimizer: "FusedGradDropAdamW") -> str:
         >>> print(describe(optimizer).splitlines()[1])
         0           -        2          10  2e-05          0.01         75%  gradient  GradDrop(p=0.25, every='step')
     """
-    require_optimizer("describe", optimizer)
+    masking = masking_of("describe", optimizer)
     rows, clocks, active_blocks, notes = [], [], [], []
     all_blocks, all_tensors, all_elements, active = set(), 0, 0, 0.0
-    for index, (group, share) in enumerate(zip(optimizer.param_groups, optimizer.active_fraction())):
-        policy, params, blocks = optimizer._groups.policy(index), group["params"], _blocks_of_group(optimizer, index)
+    for index, group in enumerate(masking.groups):
+        share, policy, params = masking.active_fraction(index), masking.policy(index), group["params"]
+        blocks = _blocks_of_group(masking, index)
         numel = sum(param.numel() for param in params)
         all_blocks.update(blocks)
         all_tensors, all_elements, active = all_tensors + len(params), all_elements + numel, active + share * numel
@@ -59,7 +58,7 @@ def describe(optimizer: "FusedGradDropAdamW") -> str:
         ))  # fmt: skip
         clocks.append((index, f"{clock_text(group)}, seed {group['seed']}"))
         if policy is not None and policy.needs_blocks:
-            kept = [block for block in blocks if optimizer._groups.plan(index, block).kind != "off"]
+            kept = [block for block in blocks if masking.plan(index, block).kind != "off"]
             active_blocks.append((index, f"{len(kept)} of {len(blocks)}: {_join_names(kept) or 'none'}"))
         notes += [(index, note) for note in _notes(group, policy)]
     share = active / all_elements if all_elements else 1.0
@@ -84,11 +83,11 @@ def clock_text(group: dict[str, Any]) -> str:
     return f"epoch {group['epoch']}, {group['completed_steps']} completed steps"
 
 
-def _blocks_of_group(optimizer: "FusedGradDropAdamW", index: int) -> list[str]:
+def _blocks_of_group(masking: Masking, index: int) -> list[str]:
     """The blocks in which the group's tensors lie, in forward order; [] where nobody has named any."""
-    group, policy = optimizer.param_groups[index], optimizer._groups.policy(index)
+    group, policy = masking[index], masking.policy(index)
     if policy is not None and policy.needs_blocks:
-        known, own = optimizer._groups.blocks(index), {record.unit for record in optimizer._groups.records(index)}
+        known, own = masking.blocks(index), {record.unit for record in masking.records(index)}
     else:
         known = group.get("blocks", ())
         own = {group["block"]} if "block" in group else set(group.get("param_blocks", ()))
@@ -135,18 +134,18 @@ def _by_group(what: str, texts: list[tuple[int, str]]) -> list[str]:
     return [f"{what} (group {', '.join(indices)}): {text}" for text, indices in groups.items()]
 
 
-def _backends(optimizer: "FusedGradDropAdamW") -> list[str]:
+def _backends(owner: Owner) -> list[str]:
     """A line for each kind of tensor: the backend that would step it, or why none can."""
     kinds = Counter(
-        (param.dtype, mode(param, group, optimizer.state.get(param, {})))
-        for group in optimizer.param_groups
+        (param.dtype, mode(param, group, owner.state.get(param, {})))
+        for group in owner.param_groups
         for param in group["params"]
     )
     lines = []
     for (dtype, asked), tensors in kinds.items():
         device, _, moment_dtype, masters, stochastic = asked
         try:
-            chosen = backends.select(optimizer._backend, *asked).name
+            chosen = backends.select(owner.backend, *asked).name
         except (TypeError, ValueError, RuntimeError) as error:
             chosen = f"none: {error}"
         extra = ", master weights" if masters else ", stochastic rounding" if stochastic else ""

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from .. import backends
-from ..groups.masking import require_optimizer
+from ..groups.masking import Masking, masking_of
 from ..groups.names import block_of
+from ..groups.owner import Owner
 from ..masks import bitmask
 from ..masks.bitmask import count_kept
 from ..masks.plan import MaskPlan
@@ -21,15 +22,13 @@ from .figures import block_labels, finish, label_ticks, new_figure, picture
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..optimizer import FusedGradDropAdamW
-
 SAMPLE = 4096  # elements of a tensor that are drawn of a random mask, at most
 CROP = 256  # rows and columns of a mask that are shown, at most
 _RUNS = 4  # contiguous runs that make the sample
 
 
 def plot_mask(
-    optimizer: "FusedGradDropAdamW", path: str | os.PathLike[str] | None = None, *,
+    optimizer: Owner, path: str | os.PathLike[str] | None = None, *,
     param: torch.Tensor | str | None = None,
 ) -> "Figure":  # fmt: skip
     """The masks of the next step: a figure of two pictures.
@@ -59,11 +58,11 @@ def plot_mask(
         KeyError: no such parameter.
         ValueError: no parameters at all, or a ``param`` without elements.
     """
-    require_optimizer("plot_mask", optimizer)
-    index, position = _largest(optimizer) if param is None else optimizer._groups.find(param)
-    group, record = optimizer.param_groups[index], optimizer._groups.records(index)[position]
-    crop = _crop(optimizer, index, position)
-    shares, kinds, blocks = _shares_by_kind(optimizer)
+    masking = masking_of("plot_mask", optimizer)
+    index, position = _largest(masking) if param is None else masking.find(param)
+    group, record = masking[index], masking.records(index)[position]
+    crop = _crop(masking, index, position)
+    shares, kinds, blocks = _shares_by_kind(masking)
     labels, stem = block_labels([block for block in blocks if block is not None])
     labels = labels + ["outside"] * (None in blocks)
     width, height = 3.5 + 0.3 * min(len(labels), 64), max(4.8, 2 + 0.24 * min(len(kinds), 64))
@@ -79,16 +78,16 @@ def plot_mask(
     shown = f"the first {crop.size(0)} x {crop.size(1)} elements of {shape}"
     right.set_title(f"{record.name}\n{shown}", fontsize=10)
     figure.colorbar(image, ax=right, label="share kept; right: 1 kept, 0 dropped")
-    clocks = dict.fromkeys(map(clock_text, optimizer.param_groups))
+    clocks = dict.fromkeys(map(clock_text, masking.groups))
     figure.suptitle(f"Masks of the next step ({'; '.join(clocks)})", fontsize=11)
     return finish(figure, path)
 
 
-def _largest(optimizer: "FusedGradDropAdamW") -> tuple[int, int]:
+def _largest(masking: Masking) -> tuple[int, int]:
     """(group, position) of the largest tensor of the groups with a policy, else of all."""
     places = [
         (group["mask"] is not None, param.numel(), index, position)
-        for index, group in enumerate(optimizer.param_groups)
+        for index, group in enumerate(masking.groups)
         for position, param in enumerate(group["params"])
     ]
     if not places:
@@ -96,25 +95,25 @@ def _largest(optimizer: "FusedGradDropAdamW") -> tuple[int, int]:
     return max(places, key=lambda place: place[:2])[2:]
 
 
-def _plan_of(optimizer: "FusedGradDropAdamW", index: int, position: int) -> MaskPlan:
-    plan = optimizer._groups.plan(index, optimizer._groups.records(index)[position].unit)
+def _plan_of(masking: Masking, index: int, position: int) -> MaskPlan:
+    plan = masking.plan(index, masking.records(index)[position].unit)
     return replace(plan, bitpacked=False)  # the same masks, with nothing to be stored for the whole tensor
 
 
-def _keep(optimizer: "FusedGradDropAdamW", index: int, position: int, layout: RowBlock, numel: int) -> torch.Tensor:
+def _keep(masking: Masking, index: int, position: int, layout: RowBlock, numel: int) -> torch.Tensor:
     """The keep mask of ``numel`` of a parameter's elements, bool, shape (numel,)."""
-    group, record = optimizer.param_groups[index], optimizer._groups.records(index)[position]
-    param, plan = group["params"][position], _plan_of(optimizer, index, position)
+    group, record = masking[index], masking.records(index)[position]
+    param, plan = group["params"][position], _plan_of(masking, index, position)
     if plan.kind == "fixed":
-        words = _fixed_words(optimizer, index, record.name)
+        words = _fixed_words(masking, index, record.name)
         runs = [_bits(words, first, count) for _, first, count in layout.runs(numel)]
         return torch.cat(runs) if runs else torch.empty(0, dtype=torch.bool)
-    completed_steps = int(optimizer.state.get(param, {}).get("step", 0))
+    completed_steps = masking.step_of(param)
     return backends.keep_mask(plan, record.key, completed_steps, layout, numel, None, param.device)
 
 
-def _fixed_words(optimizer: "FusedGradDropAdamW", index: int, name: str) -> torch.Tensor:
-    policy: Any = optimizer._groups.policy(index)  # a FixedMask
+def _fixed_words(masking: Masking, index: int, name: str) -> torch.Tensor:
+    policy: Any = masking.policy(index)  # a FixedMask
     words: torch.Tensor = policy.words[name]
     return words
 
@@ -124,42 +123,42 @@ def _bits(words: torch.Tensor, first: int, count: int) -> torch.Tensor:
     return bitmask.unpack(words[first // 32 : (first + count + 31) // 32], skipped + count)[skipped:]
 
 
-def _crop(optimizer: "FusedGradDropAdamW", index: int, position: int) -> torch.Tensor:
+def _crop(masking: Masking, index: int, position: int) -> torch.Tensor:
     """The keep mask of a parameter's first rows and columns, bool [at most CROP, at most CROP]."""
-    param = optimizer.param_groups[index]["params"][position]
+    param = masking[index]["params"][position]
     if not param.numel():
         raise ValueError(f"plot_mask(param=): the parameter has no elements, shape {tuple(param.shape)}; name another")
     columns = param.numel() // (param.shape[0] if param.dim() > 1 else 1)
     rows, width = min(param.numel() // columns, CROP), min(columns, CROP)
-    return _keep(optimizer, index, position, RowBlock(0, width, columns), rows * width).view(rows, width)
+    return _keep(masking, index, position, RowBlock(0, width, columns), rows * width).view(rows, width)
 
 
-def _share(optimizer: "FusedGradDropAdamW", index: int, position: int) -> float:
+def _share(masking: Masking, index: int, position: int) -> float:
     """The share of a parameter's elements that the next step keeps; of a large random mask that of a sample."""
-    numel: int = optimizer.param_groups[index]["params"][position].numel()
-    plan = _plan_of(optimizer, index, position)
+    numel: int = masking[index]["params"][position].numel()
+    plan = _plan_of(masking, index, position)
     if plan.kind == "fixed":
-        record = optimizer._groups.records(index)[position]
-        return count_kept(_fixed_words(optimizer, index, record.name)) / numel
+        record = masking.records(index)[position]
+        return count_kept(_fixed_words(masking, index, record.name)) / numel
     if plan.kind not in ("bernoulli", "bucket"):
         return plan.active_fraction
     layout = RowBlock.whole(numel) if numel <= SAMPLE else RowBlock(0, SAMPLE // _RUNS, numel // _RUNS)
-    return _keep(optimizer, index, position, layout, min(numel, SAMPLE)).double().mean().item()
+    return _keep(masking, index, position, layout, min(numel, SAMPLE)).double().mean().item()
 
 
-def _shares_by_kind(optimizer: "FusedGradDropAdamW") -> tuple[np.ndarray[Any, Any], list[str], list[str | None]]:
+def _shares_by_kind(masking: Masking) -> tuple[np.ndarray[Any, Any], list[str], list[str | None]]:
     """(share kept, float [kinds, blocks], NaN where there is no such tensor; kinds; blocks, None last: outside)."""
-    groups = optimizer.param_groups
+    groups = masking.groups
     known: dict[str, None] = {}
     for index, group in enumerate(groups):
-        known.update(dict.fromkeys([*group.get("blocks", ()), *optimizer._groups.blocks(index)]))
+        known.update(dict.fromkeys([*group.get("blocks", ()), *masking.blocks(index)]))
     kept: dict[tuple[str, str | None], list[float]] = {}
     for index, group in enumerate(groups):
-        for position, (param, record) in enumerate(zip(group["params"], optimizer._groups.records(index))):
+        for position, (param, record) in enumerate(zip(group["params"], masking.records(index))):
             if param.numel():
                 block, kind = _place(record.name, known, "param_names" in group)
                 sums = kept.setdefault((kind, block), [0.0, 0])
-                sums[0] += _share(optimizer, index, position) * param.numel()
+                sums[0] += _share(masking, index, position) * param.numel()
                 sums[1] += param.numel()
     kinds, found = list(dict.fromkeys(kind for kind, _ in kept)), dict.fromkeys(block for _, block in kept)
     blocks = [*(known or (block for block in found if block is not None)), *([None] if None in found else [])]

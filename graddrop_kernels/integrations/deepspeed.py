@@ -6,7 +6,7 @@ import torch
 
 from ..groups.flat_buffers import FlatPiece
 from . import deepspeed_universal
-from .engines import Pieces, _names, _require
+from .engines import Pieces, names_of, require
 
 
 def attach_deepspeed(engine: Any) -> None:
@@ -27,7 +27,7 @@ def attach_deepspeed(engine: Any) -> None:
             ``elastic_checkpoint``; a universal checkpoint was loaded already.
     """
     optimizer: Any = getattr(engine, "basic_optimizer", None)
-    _require(optimizer, "attach_deepspeed(engine)", "a DeepSpeed engine with a FusedGradDropAdamW inside")
+    require(optimizer, "attach_deepspeed(engine)", "a DeepSpeed engine with a FusedGradDropAdamW inside")
     if engine.optimizer is optimizer:
         return
     pieces, zero = deepspeed_pieces(engine), engine.optimizer
@@ -62,7 +62,7 @@ def _check_checkpoints(engine: Any) -> None:
 
 def deepspeed_pieces(engine: Any) -> Pieces:
     """What each flat partition of a DeepSpeed engine holds in this process."""
-    zero, names = engine.optimizer, _names(engine.module)
+    zero, names = engine.optimizer, names_of(engine.module)
     if _is_zero3(zero):
         return _zero3_pieces(zero, names)
     pieces: Pieces = {group["params"][0]: [] for group in zero.optimizer.param_groups}

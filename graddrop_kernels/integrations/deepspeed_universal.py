@@ -76,8 +76,7 @@ def _around_load(zero: Any, optimizer: "FusedGradDropAdamW", read: Callable[[str
             group.update(values, params=params)
         for flat, step in steps:
             optimizer.state[flat]["step"] = torch.tensor(step, device=flat.device)
-        optimizer._forget_caches()
-        optimizer._skipped_steps.clear()
+        optimizer.reloaded()
 
     zero.load_state_dict = load_state_dict
 

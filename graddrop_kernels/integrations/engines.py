@@ -1,28 +1,25 @@
-"""Engines that flatten or deal out parameters: each attach_...() tells an optimizer which elements of which parameters
-its tensors hold, so that masks stay those of the whole parameters.
+"""What every attach_...() needs. Each tells an optimizer which elements of which parameters the tensors of an engine
+hold, so that masks stay those of the whole parameters.
 
 DistributedDataParallel and FSDP2 need none of this: their tensors say it themselves.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..groups.flat_buffers import FlatPiece
-from ..groups.masking import require_optimizer
+from ..groups.masking import masking_of
 from ..groups.names import canonical_name
-
-if TYPE_CHECKING:
-
-    pass
 
 Pieces = dict[torch.Tensor, list[FlatPiece]]
 
 
-def _require(optimizer: Any, function: str, what: str) -> None:
+def require(optimizer: Any, function: str, what: str) -> None:
+    """Raises TypeError unless the optimizer is ours, ValueError where it clips: no process has all gradients."""
     try:
-        require_optimizer(function, optimizer)
+        masking_of(function, optimizer)
     except TypeError:
         raise TypeError(f"{function} needs {what}, got {type(optimizer).__name__}") from None
     if optimizer.max_grad_norm is not None:
@@ -32,9 +29,10 @@ def _require(optimizer: Any, function: str, what: str) -> None:
         )
 
 
-def _names(model: nn.Module) -> dict[int, str]:
+def names_of(model: nn.Module) -> dict[int, str]:
+    """{id of a parameter: its canonical name}."""
     return {id(param): canonical_name(name) for name, param in model.named_parameters()}
 
 
-def _tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+def tensors_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [tensor for group in optimizer.param_groups for tensor in group["params"]]

@@ -12,7 +12,7 @@ from ..groups.names import canonical_name
 if TYPE_CHECKING:
 
     from ..optimizer import FusedGradDropAdamW
-from .engines import Pieces, _require, _tensors
+from .engines import Pieces, require, tensors_of
 
 
 def attach_fsdp1(optimizer: "FusedGradDropAdamW", model: nn.Module) -> None:
@@ -29,9 +29,9 @@ def attach_fsdp1(optimizer: "FusedGradDropAdamW", model: nn.Module) -> None:
         ValueError: the optimizer has none of the model's flat parameters, or ``max_grad_norm``, as no process has all
             gradients (use the model's ``clip_grad_norm_``).
     """
-    _require(optimizer, "attach_fsdp1(optimizer, model)", "a FusedGradDropAdamW")
+    require(optimizer, "attach_fsdp1(optimizer, model)", "a FusedGradDropAdamW")
     pieces = fsdp1_pieces(model)
-    stepped = {tensor: pieces[tensor] for tensor in _tensors(optimizer) if tensor in pieces}
+    stepped = {tensor: pieces[tensor] for tensor in tensors_of(optimizer) if tensor in pieces}
     if not stepped:
         raise ValueError(
             "attach_fsdp1: the optimizer steps none of the model's sharded parameters: "

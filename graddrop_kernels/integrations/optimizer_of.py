@@ -17,17 +17,16 @@ def describe_masks(optimizer: FusedGradDropAdamW) -> dict[str, float]:
     """What a training log should have of the last step (before the first: of that one): epoch, share of active elements
     of the masked groups, p.
     """
-    optimizer._settle_skipped_steps()
-    groups, epoch = optimizer._groups, optimizer.param_groups[0]["epoch"]
+    masking, epoch = optimizer.masking, optimizer.param_groups[0]["epoch"]
     found: dict[str, float] = {"graddrop_epoch": epoch}
     active, total = 0.0, 0
     for index, group in enumerate(optimizer.param_groups):
-        policy, clock = groups.policy(index), groups.clock(index)
+        policy, clock = masking.policy(index), masking.clock(index)
         if policy is None:
             continue
         last = replace(clock, completed_steps=max(clock.completed_steps - 1, 0))
         numel = sum(param.numel() for param in group["params"])
-        active, total = active + numel * groups.active_fraction(index, last), total + numel
+        active, total = active + numel * masking.active_fraction(index, last), total + numel
         if hasattr(policy, "p"):
             found.setdefault("graddrop_p", float(policy.p(epoch) if callable(policy.p) else policy.p))
     if total:

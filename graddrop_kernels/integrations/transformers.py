@@ -96,7 +96,7 @@ def _require_epoch(optimizer: Any, *_: Any) -> None:
     if all(group["lr"] == 0 for group in optimizer.param_groups):
         return  # torch.distributed.checkpoint makes the state by such a step, before training begins
     for index, group in enumerate(optimizer.param_groups):
-        policy = optimizer._groups.policy(index)
+        policy = optimizer.masking.policy(index)
         if policy is not None and policy.follows_epochs and not group["epoch_was_set"]:
             raise RuntimeError(
                 f"mask={policy!r} follows epochs, and nothing tells this optimizer the epoch: give the trainer "

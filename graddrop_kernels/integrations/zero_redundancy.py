@@ -6,7 +6,7 @@ from torch import nn
 
 from ..groups import load_state
 from ..groups.flat_buffers import FlatPiece
-from .engines import _names, _require, _tensors
+from .engines import names_of, require, tensors_of
 
 if TYPE_CHECKING:
     from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -29,9 +29,9 @@ def attach_zero(zero: "ZeroRedundancyOptimizer", model: nn.Module) -> None:
         ValueError: a parameter that is not the model's, or ``max_grad_norm``, as no process has all gradients.
     """
     inner: Any = getattr(zero, "optim", None)
-    _require(inner, "attach_zero(zero, model)", "a ZeroRedundancyOptimizer(optimizer_class=FusedGradDropAdamW)")
-    names = _names(model)
-    tensors = _tensors(inner)
+    require(inner, "attach_zero(zero, model)", "a ZeroRedundancyOptimizer(optimizer_class=FusedGradDropAdamW)")
+    names = names_of(model)
+    tensors = tensors_of(inner)
     if unknown := sum(id(tensor) not in names for tensor in tensors):
         raise ValueError(f"attach_zero: {unknown} of {len(tensors)} parameters are not of this {type(model).__name__}")
     pieces = {tensor: [FlatPiece(names[id(tensor)], 0, 0, tensor.numel())] for tensor in tensors}
@@ -53,7 +53,6 @@ def attach_zero(zero: "ZeroRedundancyOptimizer", model: nn.Module) -> None:
     def load_state_dict(state_dict: dict[str, Any]) -> None:
         # The wrapper would take the file's policies and seed without a word.
         load(load_state.prepare(state_dict, zero.param_groups, strict=True))
-        inner._forget_caches()
-        inner._skipped_steps.clear()
+        inner.reloaded()
 
     zero.load_state_dict = load_state_dict  # type: ignore[method-assign]

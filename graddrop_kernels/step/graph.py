@@ -1,8 +1,8 @@
 """graddrop::step_: the optimizer's step as one operator, which torch.compile puts into its graph.
 
-A graph makes constants of the Python numbers that it meets, and is compiled again when one of them changes. So it holds
-only the tensors of the step and a handle: whatever else the step needs (lr, p, the epoch, the counts) the operator
-asks the optimizer for when it runs, and it does there what step() does without a compiler.
+torch.compile bakes Python numbers into the graph and recompiles when one changes. So the graph holds only the tensors
+of the step and a handle. Whatever else the step needs (lr, p, the epoch, the counts) the operator asks the optimizer
+for when it runs, and it does there what step() does without a compiler.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import itertools
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
 
 import torch
 
-from ..groups.masking import MaskedGroups
+from ..groups.masking import Masking
+from ..groups.owner import Owner
 from ..groups.param_state import has_master, make_state
 from ..tensors.local import is_dtensor
-from .prepared import same_objects
-
-if TYPE_CHECKING:
-    from ..optimizer import FusedGradDropAdamW
+from .in_backward import StepInBackward
+from .skip_dropped import SkipDropped
+from .stepper import Stepper
 
 # `hypers` are those of lr, beta1 and beta2 that are tensors, `hyper_places` where they belong: the group and 0, 1 or 2,
 # flat. `positions` are the places of `params` among all parameters of the optimizer; `max_exp_avg_sqs` and
@@ -35,50 +37,60 @@ _SCHEMA = (
 _COUNTS = ("completed_steps", "epoch_history")  # what a step changes in its group
 
 _handles = itertools.count()
-_optimizers: weakref.WeakValueDictionary[str, FusedGradDropAdamW] = weakref.WeakValueDictionary()
+_graph_steps: weakref.WeakValueDictionary[str, GraphStep] = weakref.WeakValueDictionary()
 
 
-def new_handle(optimizer: FusedGradDropAdamW) -> str:
-    """A name by which the operator finds the optimizer, as long as it lives; never given twice in a process.
+class GraphStep:
+    """What the operator needs of one optimizer. It is found by ``handle`` as long as the optimizer lives."""
 
-    A string: torch.compile would take the second int that it meets in one place for a variable.
-    """
-    handle = str(next(_handles))
-    _optimizers[handle] = optimizer
-    return handle
+    def __init__(
+        self, stepper: Stepper, skip_dropped: SkipDropped, in_backward: StepInBackward, groups: list[dict[str, Any]]
+    ) -> None:
+        """``groups``: the optimizer's own. torch.compile knows the name ``param_groups`` (that of torch 2.11 in
+        ``optimizer.__dict__`` too), guards every number in them, and on a GPU sets their capturable; not so this one's.
+        """
+        # Never given twice in a process. A string: torch.compile would take the second int that it meets in one place
+        # for a variable.
+        self.handle = str(next(_handles))
+        self.stepper, self.skip_dropped, self.in_backward, self.groups = stepper, skip_dropped, in_backward, groups
+        _graph_steps[self.handle] = self
 
 
-def step_in_graph(optimizer: FusedGradDropAdamW, closure: Callable[[], Any] | None, grad_enabled: bool) -> Any:
-    """step() as torch.compile traces it: collects the tensors and calls the operator. ``grad_enabled``: whether
-    gradients were recorded outside of step().
+def step_in_graph(
+    optimizer: Any, step: GraphStep, closure: Callable[[], Any] | None, eagerly: Callable[[Any], Any],
+    grad_enabled: bool,
+) -> Any:  # fmt: skip
+    """step() as torch.compile traces it: collects the tensors and calls the operator.
 
     What cannot be traced (a closure, a change of the groups in the same function) is a graph break, hence with
     fullgraph=True an error.
+
+    Args:
+        eagerly: step() without a compiler.
+        grad_enabled: whether gradients were recorded outside of step().
     """
     if not torch.compiler.is_compiling():  # after torch.compile has given up on this function
-        return optimizer._step_uncompiled(closure)
+        return eagerly(closure)
     if closure is not None:
         torch._dynamo.graph_break(
             msg="optimizer.step(closure) cannot be compiled: call the closure first, then the compiled optimizer.step()"
         )
-        return optimizer._step_uncompiled(closure)
-    # Not optimizer.param_groups: torch.compile knows that name (that of torch 2.11 in optimizer.__dict__ too), guards
-    # every number in the groups, and on a GPU sets their capturable.
-    groups = optimizer._own_groups
+        return eagerly(closure)
+    groups = step.groups
     everything = [param for group in groups for param in group["params"]]
     positions = [position for position, param in enumerate(everything) if param.grad is not None]
     if not positions:
         return None
     if any(map(is_dtensor, everything)):
         torch._dynamo.graph_break(msg="a step of DTensors is not compiled: it is one call already")
-        return optimizer._step_uncompiled(closure)
-    hyper_places: Any = _before_tracing(optimizer._handle, positions)
+        return eagerly(closure)
+    hyper_places: Any = _before_tracing(step.handle, positions)
     if hyper_places is None:
         torch._dynamo.graph_break(
             msg="the compiled function has changed optimizer.param_groups, which a step in the same graph would not "
             "see: change lr and the like outside of it, or after the step"
         )
-        hyper_places = _before_tracing(optimizer._handle, positions)
+        hyper_places = _before_tracing(step.handle, positions)
     amsgrad = [group["amsgrad"] for group in groups for _ in group["params"]]
     params = [everything[position] for position in positions]
     states = [optimizer.state[param] for param in params]
@@ -100,7 +112,7 @@ def step_in_graph(optimizer: FusedGradDropAdamW, closure: Callable[[], Any] | No
         getattr(optimizer, "found_inf", None),
         positions,
         [number for pair in hyper_places for number in pair],
-        optimizer._handle,
+        step.handle,
         grad_enabled,
     )
     return None
@@ -117,16 +129,16 @@ def _before_tracing(handle: str, positions: list[int]) -> tuple[tuple[int, int],
     Returns the hyper_places, found here so that the graph has no guard on the numbers that are no tensors.
     None: the traced function has changed the groups, which the operator would see only after the graph.
     """
-    optimizer = _optimizers[handle]
-    if _has_pending_change(optimizer.param_groups):
+    owner = _graph_steps[handle].stepper.owner
+    if _has_pending_change(owner.param_groups):
         return None
-    rows = [(param, group) for group in optimizer.param_groups for param in group["params"]]
+    rows = [(param, group) for group in owner.param_groups for param in group["params"]]
     for position in positions:
         param, group = rows[position]
-        make_state(param, group, optimizer.state[param])
+        make_state(param, group, owner.state[param])
     return tuple(
         (index, place)
-        for index, group in enumerate(optimizer.param_groups)
+        for index, group in enumerate(owner.param_groups)
         for place in range(3)
         if isinstance(_hyper(group, place), torch.Tensor)
     )
@@ -161,85 +173,106 @@ def _step_now(
     steps: list[torch.Tensor], hypers: list[torch.Tensor], grad_scale: torch.Tensor | None,
     found_inf: torch.Tensor | None, positions: list[int], hyper_places: list[int], handle: str,
 ) -> None:  # fmt: skip
-    optimizer = _optimizers.get(handle)
-    if optimizer is None:
+    graph_step = _graph_steps.get(handle)
+    if graph_step is None or graph_step.stepper.is_orphan:
         raise RuntimeError("graddrop::step_: the optimizer that this step was compiled for is gone")
-    if optimizer._own_groups is not optimizer.param_groups:
+    stepper = graph_step.stepper
+    owner: Any = stepper.owner
+    if graph_step.groups is not owner.param_groups:
         raise RuntimeError(
             "optimizer.param_groups was set to another list, which the compiled step does not see: change the groups "
             "in it, or use add_param_group() and load_state_dict()"
         )
-    if optimizer._skip.missing:
+    graph_step.skip_dropped.check_outside("step()")
+    if graph_step.skip_dropped.missing:
         raise RuntimeError(
             "a compiled step has the tensors of one pattern of dropped blocks: after skip_dropped() call "
             "optimizer.step() outside of torch.compile"
         )
-    # As the step that torch's lr_scheduler wraps says.
-    optimizer._opt_called = True  # type: ignore[attr-defined]  # made by that scheduler
-    for group in optimizer.param_groups:  # torch.compile sets it when a function that it compiles names param_groups
-        group["capturable"] = optimizer.defaults["capturable"]
-    everything = [(group, param) for group in optimizer.param_groups for param in group["params"]]
+    owner._opt_called = True  # as the step that torch's lr_scheduler wraps says
+    for group in owner.param_groups:  # torch.compile sets it when a function that it compiles names param_groups
+        group["capturable"] = owner.defaults["capturable"]
+    everything = [(group, param) for group in owner.param_groups for param in group["params"]]
     with_amsgrad = [i for i, position in enumerate(positions) if everything[position][0]["amsgrad"]]
     with_master = [i for i, position in enumerate(positions) if has_master(params[i], everything[position][0])]
     given = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "step": steps}
     own_params = [everything[position][1] for position in positions]
-    own_states = [optimizer.state[param] for param in own_params]
+    own_states = [owner.state[param] for param in own_params]
     places = list(zip(hyper_places[::2], hyper_places[1::2]))
     own = (
-        same_objects(params, own_params)
-        and all(same_objects(given[name], [state.get(name) for state in own_states]) for name in given)
-        and same_objects(max_exp_avg_sqs, [own_states[i].get("max_exp_avg_sq") for i in with_amsgrad])
-        and same_objects(master_params, [own_states[i].get("master_param") for i in with_master])
-        and same_objects(hypers, [_hyper(optimizer.param_groups[index], place) for index, place in places])
+        _same_objects(params, own_params)
+        and all(_same_objects(given[name], [state.get(name) for state in own_states]) for name in given)
+        and _same_objects(max_exp_avg_sqs, [own_states[i].get("max_exp_avg_sq") for i in with_amsgrad])
+        and _same_objects(master_params, [own_states[i].get("master_param") for i in with_master])
+        and _same_objects(hypers, [_hyper(owner.param_groups[index], place) for index, place in places])
     )
-    if own:  # as inductor gives them: what was prepared for the last step serves this one too
-        target = optimizer
-    else:
+    target, twin = stepper, owner
+    if not own:  # inductor gives the optimizer's own tensors: what was prepared for the last step serves then too
         states = [dict(zip(given, tensors)) for tensors in zip(*given.values())]
         for i, maximum in zip(with_amsgrad, max_exp_avg_sqs):
             states[i]["max_exp_avg_sq"] = maximum
         for i, master in zip(with_master, master_params):
             states[i]["master_param"] = master
-        target = _twin(optimizer, dict(zip(positions, params)), zip(params, states), zip(places, hypers))
+        target, twin = _twin(stepper, dict(zip(positions, params)), zip(params, states), zip(places, hypers))
     grad_at = dict(zip(positions, grads))
-    target._step_with(
-        [param for group in target.param_groups for param in group["params"]],
+    target.step(
+        [param for group in twin.param_groups for param in group["params"]],
         [grad_at.get(position) for position in range(len(everything))],
         grad_scale,
         found_inf,
         fresh=lambda: not any(map(bool, steps)),
+        stepped=graph_step.in_backward.finish,
     )
-    if target is not optimizer:
-        for group, stepped in zip(optimizer.param_groups, target.param_groups):
+    if not own:
+        for group, stepped in zip(owner.param_groups, twin.param_groups):
             group.update((name, stepped[name]) for name in _COUNTS)
-        optimizer.grad_norm = target.grad_norm
+        owner.grad_norm = twin.grad_norm
+
+
+@dataclass
+class _Twin:
+    """An Owner with everything of an optimizer but its tensors. A graph may have copied them, to be free of side
+    effects, and changed the copies on the way.
+    """
+
+    param_groups: list[dict[str, Any]]
+    state: defaultdict[torch.Tensor, Any]
+    defaults: dict[str, Any]
+    backend: str
+    max_grad_norm: float | None
+    norm_after_mask: bool
+    grad_norm: torch.Tensor | None
 
 
 def _twin(
-    optimizer: FusedGradDropAdamW, param_at: dict[int, torch.Tensor],
-    states: Iterable[tuple[torch.Tensor, dict[str, torch.Tensor]]],
+    stepper: Stepper, param_at: dict[int, torch.Tensor], states: Iterable[tuple[torch.Tensor, dict[str, torch.Tensor]]],
     hypers: Iterable[tuple[tuple[int, int], torch.Tensor]],
-) -> FusedGradDropAdamW:  # fmt: skip
-    """An optimizer with everything of this one but its tensors. A graph may have copied them, to be free of side
-    effects, and changed the copies on the way.
-    """
-    twin: FusedGradDropAdamW = object.__new__(type(optimizer))
-    twin.__dict__.update(optimizer.__dict__)
-    twin._groups, twin._prepared = MaskedGroups(twin, optimizer._groups.policies), None
-    twin._groups.flat = optimizer._groups.flat
-    position = itertools.count()
-    twin.param_groups = [
+) -> tuple[Stepper, Owner]:  # fmt: skip
+    """A Stepper for a twin of the optimizer, and the twin, which is to be held as long as it is used."""
+    owner, position = stepper.owner, itertools.count()
+    groups = [
         {**group, "params": [param_at.get(next(position), param) for param in group["params"]]}
-        for group in optimizer.param_groups
+        for group in owner.param_groups
     ]
     for (index, place), value in hypers:
-        group = twin.param_groups[index]
+        group = groups[index]
         if place == 0:
             group["lr"] = value
         else:
             group["betas"] = tuple(value if i == place - 1 else beta for i, beta in enumerate(group["betas"]))
-    twin.state = defaultdict(dict, states)
-    return twin
+    twin = _Twin(
+        groups, defaultdict(dict, states), owner.defaults, owner.backend, owner.max_grad_norm, owner.norm_after_mask,
+        owner.grad_norm,
+    )  # fmt: skip
+    masking = Masking(twin, stepper.masking.policies)
+    masking.buffers = stepper.masking.buffers
+    own = Stepper(twin, masking)
+    own.voided, own.warn = stepper.voided, stepper.warn
+    return own, twin
+
+
+def _same_objects(objects: list[Any], others: list[Any]) -> bool:
+    return len(objects) == len(others) and all(map(is_, objects, others))
 
 
 for _name, _grads in (("graddrop::step_", "Tensor[]"), ("graddrop::step_.unscale", "Tensor(g!)[]")):

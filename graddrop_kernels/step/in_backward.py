@@ -1,16 +1,13 @@
 """StepInBackward: parameters are stepped in the backward pass, and their gradients freed one by one."""
 
-import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..tensors.local import local_grads, local_tensors
-from .prepare import prepare
+from .prepare import prepare, prepared_for
 from .prepared import PreparedStep
-
-if TYPE_CHECKING:
-    from ..optimizer import FusedGradDropAdamW
+from .stepper import Stepper
 
 
 class StepInBackward:
@@ -39,21 +36,25 @@ class StepInBackward:
         >>> handle.remove()
     """
 
-    def __init__(self, optimizer: "FusedGradDropAdamW") -> None:
-        if optimizer._in_backward is not None:
-            raise RuntimeError("step_in_backward() is on already; remove() the handle of the first call before another")
-        self._optimizer = weakref.ref(optimizer)  # the parameters hold the hooks, and they this
-        self._check(optimizer)
-        self._prepared: dict[torch.Tensor, PreparedStep] = {}
+    def __init__(self, stepper: Stepper) -> None:
+        self._stepper = stepper  # which holds its optimizer weakly: the parameters hold the hooks, and they this
+        self._hooks: list[Any] | None = None  # None: off
+        self._prepared: dict[int, PreparedStep] = {}  # by the id of a parameter
         self._clocks: list[Any] | None = None  # of the step that is under way
         self._done: dict[torch.Tensor, int] = {}  # parameters stepped in it, and their groups
+
+    def start(self) -> "StepInBackward":
+        """Begins with the next backward pass."""
+        if self._hooks is not None:
+            raise RuntimeError("step_in_backward() is on already; remove() the handle of the first call before another")
+        self._check()
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._step_one)
-            for group in optimizer.param_groups
+            for group in self._stepper.owner.param_groups
             for param in group["params"]
             if param.requires_grad
         ]
-        optimizer._in_backward = self
+        return self
 
     @property
     def under_way(self) -> bool:
@@ -64,10 +65,9 @@ class StepInBackward:
         """Ends it; a step under way must have been ended by ``optimizer.step()``."""
         if self.under_way:
             raise RuntimeError("a step is under way: call optimizer.step() after backward(), then remove()")
-        for hook in self._hooks:
+        for hook in self._hooks or ():
             hook.remove()
-        if (optimizer := self._optimizer()) is not None:
-            optimizer._in_backward = None
+        self._hooks, self._prepared = None, {}
 
     def finish(self) -> set[int]:
         """Ends the step under way; returns the groups that have stepped in it."""
@@ -75,14 +75,14 @@ class StepInBackward:
         self._done, self._clocks = {}, None
         return indices
 
-    @staticmethod
-    def _check(optimizer: "FusedGradDropAdamW") -> None:
-        if optimizer.max_grad_norm is not None:
+    def _check(self) -> None:
+        owner = self._stepper.owner
+        if owner.max_grad_norm is not None:
             raise ValueError(
-                f"max_grad_norm={optimizer.max_grad_norm!r} needs all gradients before the first is used; "
+                f"max_grad_norm={owner.max_grad_norm!r} needs all gradients before the first is used; "
                 "set it to None, or do not step in the backward pass"
             )
-        if any(group["fused"] for group in optimizer.param_groups):
+        if any(group["fused"] for group in owner.param_groups):
             raise ValueError(
                 "fused=True lets a GradScaler look for infinities in all gradients before a step: "
                 "leave fused=None, and do not use a GradScaler with steps in the backward pass"
@@ -96,24 +96,25 @@ class StepInBackward:
 
     @torch.no_grad()
     def _step_one(self, param: torch.Tensor) -> None:
-        optimizer = self._optimizer()
-        if optimizer is None:
+        stepper = self._stepper
+        if stepper.is_orphan:
             return  # nobody is left to step it: the gradient stays
         if param in self._done:
             raise RuntimeError(
                 "a second gradient for a parameter that has been stepped already: with step_in_backward() call "
                 "optimizer.step() after every backward(); gradients cannot be accumulated, they are gone"
             )
-        self._check(optimizer)
-        optimizer._check_options()
-        groups, prepared = optimizer._groups, self._prepared.get(param)
-        grads, state = local_grads([param], [param.grad]), {param: optimizer.state[param]}
-        if prepared is None or not prepared.holds(local_tensors([param]), grads, state, optimizer._facts()):
-            prepared = prepare(optimizer, [param], grads, fresh=None)
+        self._check()
+        stepper.check()
+        owner, masking, prepared = stepper.owner, stepper.masking, self._prepared.get(id(param))
+        grads, tensors = local_grads([param], [param.grad]), local_tensors([param])
+        state, made_for = {param: owner.state[param]}, prepared_for(owner, masking)
+        if prepared is None or not prepared.holds([param], tensors, grads, state, made_for):
+            prepared = prepare(owner, masking, stepper.warn, [param], grads, fresh=None)
             assert prepared is not None  # with fresh=None it is a step, never a question
-            self._prepared[param] = prepared
+            self._prepared[id(param)] = prepared
         if self._clocks is None:
-            self._clocks = list(map(groups.clock, groups.indices()))
-        optimizer._run(prepared, grads, self._clocks)
+            self._clocks = masking.clocks()
+        stepper.run(prepared, tensors, grads, state, self._clocks)
         self._done |= dict.fromkeys([param], *prepared.group_indices)
         param.grad = None

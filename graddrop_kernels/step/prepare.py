@@ -2,117 +2,115 @@
 missing of state and masks, then the rows.
 """
 
+import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from .. import backends
-from ..groups.checks import check_flat, check_grad, check_param
-from ..groups.param_state import check_state, has_master, is_stochastic, make_state, mode
-from ..groups.records import ParamRecord, spans_of
-from ..tensors.local import any_nonzero, local, local_tensors, several_processes, sharded_over
-from ..tensors.memory import check_memory
+from ..groups.checks import check_fixed_masks, check_row
+from ..groups.masking import Masking
+from ..groups.owner import Owner
+from ..groups.param_state import has_master, is_stochastic, make_state, mode
+from ..groups.records import spans_of
+from ..tensors.local import any_nonzero, local, several_processes, sharded_over
 from .prepared import PreparedStep, Row
+from .warn_once import WarnOnce
 
-if TYPE_CHECKING:
-    from ..optimizer import FusedGradDropAdamW
+
+def prepared_for(owner: Owner, masking: Masking) -> tuple[Any, ...]:
+    """What of the options and the environment a prepared step depends on."""
+    return owner.max_grad_norm is not None, owner.backend, os.environ.get("GRADDROP_BACKEND"), masking.facts()
+
+
+def backend_name(owner: Owner) -> str:
+    """The backend asked for. Only the reference records a step for autograd."""
+    return "reference" if owner.defaults["differentiable"] else owner.backend
 
 
 def prepare(
-    optimizer: "FusedGradDropAdamW", params: list[torch.Tensor], grads: list[torch.Tensor | None],
+    owner: Owner, masking: Masking, warn: WarnOnce, params: list[torch.Tensor], grads: list[torch.Tensor | None],
     fresh: Callable[[], bool] | None,
 ) -> PreparedStep | None:  # fmt: skip
     """Checks the parameters that have gradients, then makes missing state and masks.
 
     Args:
-        grads: local tensors, see shards.local_grads.
+        grads: local tensors, see tensors.local.local_grads.
         fresh: whether there was no step before; None: these are not all parameters of the step.
 
     Returns:
-        None: this was a question for the state, not a step.
+        None if the call only made the optimizer create its state, as torch.distributed.checkpoint does, and must not
+        count as a step.
 
     Raises before anything has changed.
     """
-    groups, states = optimizer._groups, optimizer.state
+    states, name = owner.state, backend_name(owner)
     given = {id(param): grad for param, grad in zip(params, grads) if grad is not None}
     found = [
         (index, group, param, record)
-        for index, group in enumerate(optimizer.param_groups)
-        for param, record in zip(group["params"], groups.records(index))
+        for index, group in enumerate(owner.param_groups)
+        for param, record in zip(group["params"], masking.records(index))
         if id(param) in given
     ]
-    for index, _, param, record in found:
-        _check(optimizer, param, record, given[id(param)])
-        groups.check_named(index, param, record)
-    groups.check_fixed_masks()
-    _warn_of_position_names(optimizer)
-    for _, group, param, _ in found:
-        backends.select(optimizer._backend_name(), *mode(param, group, states.get(param, {})))
-    probe = fresh is not None and _is_state_probe(optimizer, params, grads, fresh)
-    _warn_of_unknown_epochs(optimizer, {index for index, _, _, _ in found})
+    for _, group, param, record in found:
+        check_row(owner, masking, group, param, record, given[id(param)])
+    check_fixed_masks(masking)
+    _warn_of_position_names(masking, warn)
+    chosen = [backends.select(name, *mode(param, group, states.get(param, {}))) for _, group, param, _ in found]
+    probe = fresh is not None and _is_state_probe(owner, params, grads, fresh)
+    _warn_of_unknown_epochs(masking, warn, {index for index, _, _, _ in found})
     for _, group, param, _ in found:
         make_state(param, group, states[param])
     if probe:
         return None
     rows = []
-    for index, group, param, record in found:
+    for (index, group, param, record), backend in zip(found, chosen):
         tensor, spans = local(param), spans_of(param, record)
-        over = sharded_over(param) if optimizer.max_grad_norm is not None else ()
-        for span, words in zip(spans, groups.mask_words(index, param, record)):
+        over = sharded_over(param) if owner.max_grad_norm is not None else ()
+        for span, words in zip(spans, masking.words(index, param, record)):
             elements = None if span.numel == tensor.numel() else slice(span.start, span.start + span.numel)
             row = Row(
                 tensor, given[id(param)], states[param], group["amsgrad"], span.key, span.layout, (index, span.unit),
-                words, has_master(param, group), is_stochastic(param, group), elements, over,
+                backend, words, has_master(param, group), is_stochastic(param, group), elements, over,
             )  # fmt: skip
             rows.append(row)
+    stepped = [param for param in params if id(param) in given]
     kept = states if fresh is not None else {param: states[param] for param in params}
-    return PreparedStep(local_tensors(params), rows, kept, optimizer._facts())
-
-
-def _check(optimizer: "FusedGradDropAdamW", param: torch.Tensor, record: ParamRecord, grad: torch.Tensor) -> None:
-    tensor = local(param)
-    check_param(record.name, param)
-    check_grad(record.name, tensor, grad)
-    state = {key: local(value) for key, value in optimizer.state.get(param, {}).items()}
-    check_state(record.name, tensor, state)
-    check_memory(f"parameter {record.name!r}", tensor)
-    check_memory(f"the gradient of {record.name!r}", grad)
-    check_flat(optimizer, record, param)
+    return PreparedStep(stepped, grads, rows, kept, prepared_for(owner, masking))
 
 
 def _is_state_probe(
-    optimizer: "FusedGradDropAdamW", params: list[torch.Tensor], grads: list[torch.Tensor | None],
-    fresh: Callable[[], bool],
-) -> bool:  # fmt: skip
+    owner: Owner, params: list[torch.Tensor], grads: list[torch.Tensor | None], fresh: Callable[[], bool]
+) -> bool:
     """torch.distributed.checkpoint asks a fresh optimizer for its state by a step with lr 0 and zero gradients: that
     must not count as one.
     """
     return (
         fresh()
         and any(grad is not None for grad in grads)
-        and all(float(group["lr"]) == 0 for group in optimizer.param_groups)
+        and all(float(group["lr"]) == 0 for group in owner.param_groups)
         and not any_nonzero(params, grads)
     )
 
 
-def _warn_of_unknown_epochs(optimizer: "FusedGradDropAdamW", indices: set[int]) -> None:
+def _warn_of_unknown_epochs(masking: Masking, warn: WarnOnce, indices: set[int]) -> None:
     for index in sorted(indices):
-        policy = optimizer._groups.policy(index)
-        if policy is not None and policy.follows_epochs and not optimizer.param_groups[index]["epoch_was_set"]:
-            optimizer._warn_once(
+        policy = masking.policy(index)
+        if policy is not None and policy.follows_epochs and not masking[index]["epoch_was_set"]:
+            warn(
                 f"{type(policy).__name__} follows epochs, but set_epoch(epoch) was not called: "
                 "call it at the start of every epoch, 0 first"
             )
 
 
-def _warn_of_position_names(optimizer: "FusedGradDropAdamW") -> None:
+def _warn_of_position_names(masking: Masking, warn: WarnOnce) -> None:
     if several_processes() and any(
-        group["mask"] is not None and "param_names" not in group and param not in optimizer._groups.flat
-        for group in optimizer.param_groups
+        group["mask"] is not None and "param_names" not in group and param not in masking.buffers.pieces
+        for group in masking.groups
         for param in group["params"]
     ):
-        optimizer._warn_once(
+        warn(
             "masks are keyed by each parameter's place in the optimizer, as it was given no names; "
             "pass model.named_parameters()"
         )

@@ -1,15 +1,15 @@
-"""TensorBatch: the tensors that one backend call updates,
-with everything the call needs beside them in plain numbers.
-"""
+"""PreparedStep: parameters sorted into batches, good for the next step too as long as no tensor has moved."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import chain
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, compress
 from operator import attrgetter, is_, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ..backends import Backend
 from ..backends.batch import TensorBatch
 from ..masks.row_block import RowBlock
 from ..tensors.guards import same_facts
@@ -19,6 +19,8 @@ from ..tensors.memory import as_real, is_plain, plain_copy, turns_of
 # map() with these runs through 400 tensors in a third of the time of a list comprehension.
 grad_of = attrgetter("grad")
 _address = torch.Tensor.data_ptr
+
+PlanOf = tuple[int, Any]  # (group index, unit): rows of one pair share a Hyper
 
 
 @dataclass(slots=True)
@@ -34,7 +36,8 @@ class Row:
     amsgrad: bool
     key: int  # 64-bit Philox key
     layout: RowBlock  # where the elements lie in the whole parameter
-    plan_of: tuple[Any, ...]  # (group index, unit): rows of one pair share a Hyper
+    plan_of: PlanOf
+    backend: Backend
     mask_words: torch.Tensor | None = None  # int32 bit-planes of the buckets, or the bits of a fixed mask
     master: bool = False  # master_param is stepped, and the parameter is what it rounds to
     stochastic: bool = False  # the bfloat16 parameter is rounded up or down at random
@@ -42,72 +45,126 @@ class Row:
     sharded_over: tuple[Any, ...] = ()  # process groups whose processes hold the other parts
 
 
+class _Source(NamedTuple):
+    """Where a row of a batch finds its tensors in each step."""
+
+    member: int  # place among the parameters that have gradients
+    span: slice | None
+    amsgrad: bool
+    step: torch.Tensor | None  # a copy of the step count; None: the count itself
+
+
+@dataclass(slots=True)
+class Part:
+    """One batch of a prepared step, and what its backend need not know."""
+
+    batch: TensorBatch
+    backend: Backend
+    master: bool
+    plans_of: list[PlanOf] = field(default_factory=list)  # of each hyper row
+    sources: list[_Source] = field(default_factory=list)
+    # Contiguous copies of the tensors that have other strides, by member and name: 12 bytes an element.
+    copies: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+
+
 class PreparedStep:
-    """The batches of a step, good for the next one as long as every tensor is where it was.
+    """The parts of a step, good for the next one as long as every tensor is where it was.
 
     Sorting 400 parameters into batches takes a millisecond of Python, asking each tensor for its address a tenth of it.
-    All tensors are held, so that no other can come by the place of one; a tensor's own memory may still be exchanged
-    (``param.data = ...``), so addresses are compared too.
+    No tensor of the user is held between two steps: one that was replaced is free at once. Parameters are known by
+    their place among the state's keys, state tensors by identity as long as they live, and all of them by their
+    addresses, since ``param.data = ...`` replaces memory only.
 
     An element's index is its place in contiguous order, whatever the strides.
     """
 
     def __init__(
-        self, params: list[torch.Tensor], rows: list[Row], state: Mapping[torch.Tensor, Any], made_for: object
-    ) -> None:
+        self, params: list[torch.Tensor], grads: list[torch.Tensor | None], rows: list[Row],
+        state: Mapping[torch.Tensor, Any], made_for: object,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            params: those that have gradients, as the state knows them.
+            grads: local gradients of all parameters, None of those that have none.
+            rows: of the parameters that have gradients, in their order.
+            state: of all parameters that have been stepped.
+        """
         self.made_for = made_for
-        self.params = params
-        stepped = {id(row.param) for row in rows}
-        self.absent = [id(param) not in stepped for param in params]
-        states = {id(row.state): row for row in rows}.values()  # one row of each parameter
-        self.states = [row.state for row in states]
-        self.amsgrad_states = [row.state for row in states if row.amsgrad]
-        self.master_states = [row.state for row in states if row.master]
-        self.all_states = list(state.values())
-        self.copied_steps: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.batches = self._sort(rows)
-        self.group_indices = {index for batch in self.batches for index, _ in batch.plans_of}
-        self.same_params = same_facts(params)
-        grads = [row.grad for row in states]
-        self.same_grads = same_facts(grads)
-        self.grads_are_contiguous = all(map(is_plain, grads))
+        self.is_there = [grad is not None for grad in grads]
+        place = {id(param): position for position, param in enumerate(state)}
+        places = [place[id(param)] for param in params]
+        self.state_size = len(place)
+        self.places = None if places == list(range(self.state_size)) else places  # None: one after the other
+        first_rows = list({id(row.state): row for row in rows}.values())  # one row of each parameter
+        self.amsgrad_members = [member for member, row in enumerate(first_rows) if row.amsgrad]
+        self.master_members = [member for member, row in enumerate(first_rows) if row.master]
+        tensors = [row.param for row in first_rows]
+        self.same_params = same_facts(tensors)
+        self.same_grads = same_facts([row.grad for row in first_rows])
+        self.grads_are_contiguous = all(is_plain(row.grad) for row in first_rows)
         self.has_spans = any(row.span for row in rows)
-        state_tensors: Any = self._state_tensors()  # a list: nothing is missing yet
-        self.state_tensors: list[torch.Tensor] = state_tensors
-        self.addresses = self._addresses(params)
+        self.copied_steps: list[tuple[int, torch.Tensor]] = []  # (member, copy)
+        self.parts = self._sort(rows)
+        self.group_indices = {index for part in self.parts for index, _ in part.plans_of}
+        kept: Any = self._kept([row.state for row in first_rows])  # a list: nothing is missing yet
+        self.addresses = self._addresses(tensors, kept)
+        self.kept_ids = list(map(id, kept))
+        self.lost: list[object] = []  # weak references to what is gone of them, whose ids may be given again
+        self._watched = [weakref.ref(tensor, self.lost.append) for tensor in kept]
 
     def holds(
-        self, params: list[torch.Tensor], grads: list[torch.Tensor | None], state: Mapping[torch.Tensor, Any],
-        made_for: object,
+        self, params: list[torch.Tensor], tensors: list[torch.Tensor], grads: list[torch.Tensor | None],
+        state: Mapping[torch.Tensor, Any], made_for: object,
     ) -> bool:  # fmt: skip
-        """Whether ``rows`` made now would be the same but for the gradients' addresses."""
+        """Whether ``rows`` made now would be the same but for the gradients' addresses.
+
+        Args:
+            params, tensors: of all parameters, as the state knows them and as they lie in this process.
+            grads, state, made_for: as they were given to __init__.
+        """
+        if self.lost or self.made_for != made_for or [grad is not None for grad in grads] != self.is_there:
+            return False
+        params, tensors, given = self._there(params), self._there(tensors), present(grads)
+        keys, states = list(state), list(state.values())
+        if len(keys) != self.state_size:
+            return False
+        keys, states = self._picked(keys), self._picked(states)
+        if len(keys) != len(params) or not all(map(is_, keys, params)):
+            return False
+        if not self.same_params(tensors) or not self.same_grads(given):
+            return False
+        kept = self._kept(states)
         return (
-            self.made_for == made_for
-            and [grad is None for grad in grads] == self.absent
-            and same_objects(params, self.params)
-            and same_objects(list(state.values()), self.all_states)
-            and self.same_params(params)
-            and self.same_grads(present(grads))
-            and same_objects(self._state_tensors(), self.state_tensors)
-            and self._addresses(params) == self.addresses
+            kept is not None
+            and list(map(id, kept)) == self.kept_ids
+            and self._addresses(tensors, kept) == self.addresses
         )
 
-    def set_grads(self, grads: list[torch.Tensor | None]) -> None:
-        """Hands the gradients of this step to the batches."""
+    def take(
+        self, tensors: list[torch.Tensor], grads: list[torch.Tensor | None], state: Mapping[torch.Tensor, Any]
+    ) -> None:
+        """Gives the parts the gradients of this step, and the other tensors where a backend has not noted them."""
         self.grads = present(grads)
         self.used_grads = self.grads
         if not self.grads_are_contiguous:
             self.used_grads = [grad if is_plain(grad) else plain_copy(grad) for grad in self.grads]
-        for batch in self.batches:
+        for part in self.parts:
+            batch = part.batch
+            batch.version += 1
             batch.grads = self.used_grads
             if self.has_spans:
-                batch.grads = [_span(self.used_grads[i], span) for i, span in zip(batch.members, batch.spans)]
-            elif len(self.batches) > 1:
-                batch.grads = [self.used_grads[i] for i in batch.members]
+                batch.grads = [_span(self.used_grads[source.member], source.span) for source in part.sources]
+            elif len(self.parts) > 1:
+                batch.grads = [self.used_grads[source.member] for source in part.sources]
             if batch.param_dtype.is_complex:
                 batch.grads = list(map(as_real, batch.grads))
-        for step, copy in self.copied_steps:
-            copy.copy_(step)
+        wanting = [part for part in self.parts if part.batch.table is None or part.copies]
+        if wanting or self.copied_steps:
+            tensors, states = self._there(tensors), self._picked(list(state.values()))
+            for part in wanting:
+                _fill(part, tensors, states)
+            for member, copy in self.copied_steps:
+                copy.copy_(states[member]["step"])
 
     def write_grads_back(self) -> None:
         """Copies back the gradients of which the step had copies."""
@@ -115,86 +172,104 @@ class PreparedStep:
             if used is not grad:
                 grad.copy_(used)
 
-    def forget_grads(self) -> None:
-        """Or they would outlive zero_grad(), beside those of the next backward pass."""
+    def release(self) -> None:
+        """Lets go of the tensors of this step, which would else outlive zero_grad() or their replacement."""
         self.grads = self.used_grads = []
-        for batch in self.batches:
-            batch.grads = []
+        for part in self.parts:
+            part.batch.release()
 
-    def _addresses(self, params: list[torch.Tensor]) -> list[int]:
-        """Of the parameters and of what is kept for them."""
-        steps = len(self.states)  # these come first, and are no DTensors
-        moments = local_tensors(self.state_tensors[steps:])
-        return list(map(_address, chain(params, self.state_tensors[:steps], moments)))
+    def tensors(self, tensors: list[torch.Tensor], state: Mapping[torch.Tensor, Any]) -> list[torch.Tensor]:
+        """All that the step has the addresses of, but for the gradients."""
+        states = self._picked(list(state.values()))
+        staged = [copy for part in self.parts for copy in part.copies.values()]
+        return [*self._there(tensors), *(self._kept(states) or ()), *staged]
 
-    def _state_tensors(self) -> list[torch.Tensor] | None:
-        """The steps and moments of all rows; None where one is gone."""
+    def _there(self, items: list[Any]) -> list[Any]:
+        """Those of the parameters that have gradients, out of those of all."""
+        return items if all(self.is_there) else list(compress(items, self.is_there))
+
+    def _picked(self, items: list[Any]) -> list[Any]:
+        """Those of the parameters that have gradients, out of those of all that have a state."""
+        return items if self.places is None else [items[place] for place in self.places]
+
+    def _kept(self, states: list[Any]) -> list[torch.Tensor] | None:
+        """The steps and moments of the parameters; None where one is gone."""
         try:
-            kept = [map(itemgetter(name), self.states) for name in ("step", "exp_avg", "exp_avg_sq")]
-            kept.append(map(itemgetter("max_exp_avg_sq"), self.amsgrad_states))
-            kept.append(map(itemgetter("master_param"), self.master_states))
+            kept: list[Iterable[Any]] = [map(itemgetter(name), states) for name in ("step", "exp_avg", "exp_avg_sq")]
+            kept.append(states[member]["max_exp_avg_sq"] for member in self.amsgrad_members)
+            kept.append(states[member]["master_param"] for member in self.master_members)
             return list(chain(*kept))
         except KeyError:
             return None
 
-    def _sort(self, rows: list[Row]) -> list[TensorBatch]:
-        batches: dict[tuple[Any, ...], TensorBatch] = {}
+    def _addresses(self, tensors: list[torch.Tensor], kept: list[torch.Tensor]) -> list[int]:
+        """Of the parameters and of what is kept for them."""
+        steps = len(tensors)  # these come first, and are no DTensors
+        return list(map(_address, chain(tensors, kept[:steps], local_tensors(kept[steps:]))))
+
+    def _sort(self, rows: list[Row]) -> list[Part]:
+        parts: dict[tuple[Any, ...], Part] = {}
         turns = turns_of([_span(row.param, row.span) if is_plain(row.param) else row.param for row in rows])
         members: dict[int, int] = {}
         for position, row in enumerate(rows):
             first = id(row.state) not in members
             member = members.setdefault(id(row.state), len(members))
-            state = {key: local(value) for key, value in row.state.items()}
-            stepped = state["master_param"] if row.master else row.param
-            facts = (stepped.device, stepped.dtype, state["exp_avg"].dtype)
+            stepped = row.state["master_param"] if row.master else row.param
+            facts = (stepped.device, stepped.dtype, row.state["exp_avg"].dtype)
             key = (*facts, row.grad.dtype, row.stochastic, row.sharded_over, turns.get(position, 0))
-            if key not in batches:
-                batches[key] = TensorBatch(
+            if key not in parts:
+                batch = TensorBatch(
                     *facts, grad_dtype=row.grad.dtype, stochastic=row.stochastic, sharded_over=row.sharded_over
                 )
-            batch = batches[key]
-            if row.plan_of not in batch.plans_of:
-                batch.plans_of.append(row.plan_of)
-            batch.hyper_rows.append(batch.plans_of.index(row.plan_of))
-            batch.members.append(member)
-            batch.spans.append(row.span)
-            batch.params.append(_contiguous(batch, stepped, row.span))
-            if row.master:
-                batch.copies.append(_contiguous(batch, row.param, row.span))
-            batch.exp_avgs.append(_contiguous(batch, state["exp_avg"], row.span))
-            batch.exp_avg_sqs.append(_contiguous(batch, state["exp_avg_sq"], row.span))
-            batch.max_exp_avg_sqs.append(
-                _contiguous(batch, state["max_exp_avg_sq"], row.span) if row.amsgrad else None
-            )
-            step = state["step"]
+                parts[key] = Part(batch, row.backend, row.master)
+            part, step = parts[key], None
             if not first:  # a step is counted by one of the spans of a parameter; the others count copies
-                self.copied_steps.append((state["step"], step := step.clone()))
-            batch.steps.append(step)
-            batch.keys.append(row.key)
-            batch.layouts.append(row.layout)
-            batch.mask_words.append(row.mask_words)
-        return list(batches.values())
+                self.copied_steps.append((member, step := row.state["step"].clone()))
+            if row.plan_of not in part.plans_of:
+                part.plans_of.append(row.plan_of)
+            part.sources.append(_Source(member, row.span, row.amsgrad, step))
+            part.batch.hyper_rows.append(part.plans_of.index(row.plan_of))
+            part.batch.keys.append(row.key)
+            part.batch.layouts.append(row.layout)
+            part.batch.mask_words.append(row.mask_words)
+        return list(parts.values())
 
 
-def _contiguous(batch: TensorBatch, tensor: torch.Tensor, span: slice | None) -> torch.Tensor:
-    """A tensor as the kernels take it; one that is not contiguous is staged, once a batch."""
-    if not is_plain(tensor):
-        copies = (copy for staged, copy in batch.staged if staged is tensor)
-        copy = next(copies, None) if span else None
-        if copy is None:
-            copy = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-            batch.staged.append((tensor, copy))
-        tensor = copy
-    return as_real(_span(tensor, span))
+def _fill(part: Part, tensors: list[torch.Tensor], states: list[dict[str, Any]]) -> None:
+    """Puts the tensors of a step into a batch, as the kernels take them; those that are not contiguous are staged."""
+    batch, stepped = part.batch, "master_param" if part.master else "param"
+    batch.release(but_grads=True)
+    staged: dict[tuple[int, str], torch.Tensor] = {}
+
+    def column(name: str, sources: Iterable[_Source]) -> list[torch.Tensor]:
+        return [_span_of(name, source) for source in sources]
+
+    def _span_of(name: str, source: _Source) -> torch.Tensor:
+        tensor = tensors[source.member] if name == "param" else local(states[source.member][name])
+        if not is_plain(tensor):
+            place = (source.member, name)
+            if place not in part.copies:
+                part.copies[place] = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            if place not in staged:
+                staged[place] = tensor
+                batch.staged.append((tensor, part.copies[place]))
+            tensor = part.copies[place]
+        return as_real(_span(tensor, source.span))
+
+    batch.params = column(stepped, part.sources)
+    batch.copies = column("param", part.sources) if part.master else []
+    batch.exp_avgs, batch.exp_avg_sqs = column("exp_avg", part.sources), column("exp_avg_sq", part.sources)
+    batch.max_exp_avg_sqs = [
+        _span_of("max_exp_avg_sq", source) if source.amsgrad else None for source in part.sources
+    ]
+    batch.steps = [
+        states[source.member]["step"] if source.step is None else source.step for source in part.sources
+    ]
 
 
 def _span(tensor: torch.Tensor, span: slice | None) -> torch.Tensor:
     """Those flat elements of a contiguous tensor."""
     return tensor if span is None else tensor.detach().view(-1)[span]
-
-
-def same_objects(objects: list[Any] | None, others: list[Any]) -> bool:
-    return objects is not None and len(objects) == len(others) and all(map(is_, objects, others))
 
 
 def present(grads: list[torch.Tensor | None]) -> list[torch.Tensor]:

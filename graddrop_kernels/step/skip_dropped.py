@@ -1,21 +1,17 @@
-"""SkipBackward: the backward pass leaves out the weight gradients of the blocks that the coming step drops."""
+"""SkipDropped: the backward pass leaves out the weight gradients of the blocks that the coming step drops."""
 
 import contextlib
 import functools
-import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..backends.capture import capturing
 from .prepared import present
-
-if TYPE_CHECKING:
-    from ..optimizer import FusedGradDropAdamW
+from .stepper import Stepper
 
 
-class SkipBackward:
+class SkipDropped:
     """What ``optimizer.skip_dropped()`` needs to know beside the optimizer's own state.
 
     Which blocks a step drops is known before its forward pass: a function of the seed, the epoch, the count of steps
@@ -26,21 +22,20 @@ class SkipBackward:
     torch does not step one that has none, and a dropped block must not become the reason to.
     """
 
-    def __init__(self, optimizer: "FusedGradDropAdamW") -> None:
-        # Or its moments would wait for the garbage collector.
-        self._optimizer: FusedGradDropAdamW = weakref.proxy(optimizer)
+    def __init__(self, stepper: Stepper) -> None:
+        self._stepper = stepper
         self._inside = False
-        # Parameters whose gradients lack a backward pass, since the gradients were last zeroed. A step may only drop
-        # them: whatever came between (another epoch, a step too many or too few), that decides whether it is right.
+        # Parameters that missed a backward pass since gradients were last zeroed. The next step must drop all of them;
+        # if anything in between (a new epoch, an extra step) has changed that, complete() raises.
         self.missing: set[torch.Tensor] = set()
 
     @contextlib.contextmanager
     def around(self, model: torch.nn.Module | None) -> Iterator[None]:
         self.check_outside("skip_dropped()")
         self._check_optimizer()
-        check_model(model, self._params())
-        self._optimizer._settle_skipped_steps()
-        if all(param.grad is None for param in self._params()):
+        check_model(model, self._everything())
+        self._stepper.settle()
+        if all(param.grad is None for param in self._everything()):
             self.missing.clear()
         skipped = self._skippable()
         self._inside = True
@@ -55,25 +50,27 @@ class SkipBackward:
             self.missing.update(skipped)
 
     def complete(
-        self, params: list[torch.Tensor], grads: list[torch.Tensor | None], grad_scale: torch.Tensor | None
-    ) -> list[torch.Tensor | None]:
+        self, params: list[torch.Tensor], grads: list[torch.Tensor | None], grad_scale: torch.Tensor | None,
+        under_way: bool,
+    ) -> list[torch.Tensor | None]:  # fmt: skip
         """The gradients of a step, with something in the place of those that were skipped.
+
+        Args:
+            under_way: whether parameters have been stepped for this step already, in the backward pass.
 
         Raises:
             RuntimeError: the step would train what was skipped. ValueError: it needs gradients that were skipped.
         """
         self.check_outside("step()")
-        in_backward = self._optimizer._in_backward
-        if not self.missing or not (present(grads) or (in_backward and in_backward.under_way)):
+        if not self.missing or not (present(grads) or under_way):
             return grads
         self._check_optimizer()
         if trained := self.missing - self._dropped():
-            index, position = self._optimizer._groups.find(next(iter(trained)))
+            name = self._stepper.masking.record_of(next(iter(trained))).name
             raise RuntimeError(
-                f"the gradient of {self._optimizer._groups.records(index)[position].name!r} was skipped in a backward "
-                "pass under skip_dropped(), but this step does not drop it: set_epoch(), load_state_dict() or another "
-                "step() came in between, or gradients were left from an earlier step; call optimizer.zero_grad(), "
-                "then run forward, backward and step() anew"
+                f"the gradient of {name!r} was skipped in a backward pass under skip_dropped(), but this step does not "
+                "drop it: set_epoch(), load_state_dict() or another step() came in between, or gradients were left "
+                "from an earlier step; call optimizer.zero_grad(), then run forward, backward and step() anew"
             )
         return [
             _stand_in(param, grad_scale) if grad is None and param in self.missing else grad
@@ -88,41 +85,43 @@ class SkipBackward:
                 "first; it belongs around the forward and backward passes of one step only"
             )
 
-    def _params(self) -> list[torch.Tensor]:
-        return [param for group in self._optimizer.param_groups for param in group["params"]]
+    def _everything(self) -> list[torch.Tensor]:
+        return [param for group in self._stepper.owner.param_groups for param in group["params"]]
 
     def _dropped(self) -> set[torch.Tensor]:
         """The parameters of which the next step drops the whole gradient."""
-        groups = self._optimizer._groups
+        masking = self._stepper.masking
         found: set[torch.Tensor] = set()
-        for index in groups.indices():
-            records, clock = groups.records(index), groups.clock(index)
+        for index in masking.indices():
+            records, clock = masking.records(index), masking.clock(index)
             units = {record.unit for record in records}
-            off = {unit for unit in units if groups.plan(index, unit, clock).kind == "off"}
-            found.update(param for param, record in zip(groups[index]["params"], records) if record.unit in off)
+            off = {unit for unit in units if masking.plan(index, unit, clock).kind == "off"}
+            found.update(param for param, record in zip(masking[index]["params"], records) if record.unit in off)
         return found
 
     def _skippable(self) -> list[torch.Tensor]:
-        known = [param for param in self._params() if param.requires_grad and self._optimizer.state.get(param)]
+        state = self._stepper.owner.state
+        known = [param for param in self._everything() if param.requires_grad and state.get(param)]
         dropped = self._dropped()
         skipped = [param for param in known if param in dropped]
         # A loss that depends on nothing trainable has no backward pass: one parameter stays, the last and cheapest.
         return skipped[:-1] if len(skipped) == len(known) else skipped
 
     def _check_optimizer(self) -> None:
-        optimizer = self._optimizer
-        if optimizer.max_grad_norm is not None and not optimizer.norm_after_mask:
+        owner = self._stepper.owner
+        if owner.max_grad_norm is not None and not owner.norm_after_mask:
             raise ValueError(
-                f"max_grad_norm={optimizer.max_grad_norm!r} is a limit on the norm of all gradients, and "
+                f"max_grad_norm={owner.max_grad_norm!r} is a limit on the norm of all gradients, and "
                 "skip_dropped() leaves those of dropped blocks out: set norm_after_mask=True, which counts them as 0, "
                 "or max_grad_norm=None"
             )
-        if optimizer.defaults["differentiable"]:
+        if owner.defaults["differentiable"]:
             raise ValueError(
                 "differentiable=True needs the derivatives by all parameters: train without skip_dropped(), or with "
                 "differentiable=False"
             )
-        if optimizer._captured is not None or any(map(capturing, {param.device for param in self._params()})):
+        devices = {param.device for param in self._everything()}
+        if self._stepper.captured is not None or any(map(capturing, devices)):
             raise RuntimeError(
                 "a CUDA graph repeats the backward pass that it captured, and each step drops other blocks: "
                 "skip_dropped() works with steps that are not captured only"

@@ -23,7 +23,7 @@ def masked_adamw_(batch: TensorBatch, exact: bool = True) -> None:
     block = block_of(batch.device)
     compiled: dict[str, Any] = {
         "param_dtype": batch.param_dtype, "moment_dtype": batch.moment_dtype, "grad_dtype": batch.grad_dtype,
-        "copies": bool(batch.copies), "stochastic": batch.stochastic, "grad_scale": batch.grad_scale is not None,
+        "copies": tables.has_copies, "stochastic": batch.stochastic, "grad_scale": batch.grad_scale is not None,
         "clip": batch.clip_factor is not None, "exact": exact,
     }  # fmt: skip
     with on_device(batch.device):

@@ -1,0 +1,167 @@
+"""Stepper: one step, from parameters and gradients to counted updates: check, prepare, plan, clip, update, count."""
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ..backends.capture import capturing
+from ..groups.checks import check_written_grads
+from ..groups.masking import Masking
+from ..groups.options import check_max_grad_norm, check_options
+from ..groups.owner import Owner
+from ..policies.clock import Clock
+from ..tensors.local import local_grads, local_tensors
+from .clip import clip_
+from .prepare import prepare, prepared_for
+from .prepared import PreparedStep
+from .warn_once import WarnOnce
+
+
+class Stepper:
+    """What one optimizer's steps need between them: the prepared step, and what only the device knows yet."""
+
+    def __init__(self, owner: Owner, masking: Masking) -> None:
+        self._owner_alive = weakref.ref(owner)
+        self.owner: Owner = weakref.proxy(owner)  # a strong reference would keep its moments, see Masking
+        self.masking = masking
+        self.warn = WarnOnce()
+        self.prepared: PreparedStep | None = None
+        self.captured: PreparedStep | None = None  # by a CUDA graph, which holds the addresses of these:
+        self._captured_tensors: list[torch.Tensor] = []
+        self.voided: dict[int, torch.Tensor] = {}  # of each group, the steps that a GradScaler made no-ops
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether its optimizer is gone."""
+        return self._owner_alive() is None
+
+    def step(
+        self, params: list[torch.Tensor], grads: list[torch.Tensor | None], grad_scale: torch.Tensor | None,
+        found_inf: torch.Tensor | None, fresh: Callable[[], bool], stepped: Callable[[], set[int]] = set,
+    ) -> None:  # fmt: skip
+        """The step of all parameters.
+
+        Args:
+            params: of all groups, in order.
+            grads: the gradient of each; None: the parameter is left out.
+            grad_scale, found_inf: as a GradScaler has put them on the optimizer.
+            fresh: whether there was no step before this one.
+            stepped: the groups that have been stepped before this call, in the backward pass. Asked once, at the end.
+
+        Raises before anything has changed.
+        """
+        # Check.
+        self.check()
+        self.settle(only_if_needed=True)
+        grads = local_grads(params, grads)
+        if grad_scale is not None:
+            check_written_grads(self.masking, params, grads)
+        # Prepare: batches of rows, good for the next step too as long as no tensor moves.
+        prepared, made_for = self.prepared, prepared_for(self.owner, self.masking)
+        tensors = local_tensors(params)
+        if prepared is None or not prepared.holds(params, tensors, grads, self.owner.state, made_for):
+            prepared = self.prepared = prepare(self.owner, self.masking, self.warn, params, grads, fresh)
+            if prepared is None:
+                return  # a question for the state, not a step
+        grad_scale, found_inf = (
+            scalar if scalar is None else torch.as_tensor(scalar, dtype=torch.float32)  # the int 0 if no gradient came
+            for scalar in (grad_scale, found_inf)
+        )
+        if found_inf is not None and found_inf.device.type == "cpu" and found_inf != 0:
+            return
+        # Plan, clip, update.
+        clocks = self.masking.clocks()
+        self.run(prepared, tensors, grads, self.owner.state, clocks, grad_scale, found_inf)
+        if any(capturing(part.batch.device) for part in prepared.parts):
+            self.captured, self._captured_tensors = prepared, prepared.tensors(tensors, self.owner.state)
+            return  # nothing has run
+        # Count.
+        elsewhere = set(filter(self.masking.buffers.has_gradients, self.masking.indices()))
+        self.count(prepared.group_indices | stepped() | elsewhere, clocks, found_inf)
+
+    def run(
+        self, prepared: PreparedStep, tensors: list[torch.Tensor], grads: list[torch.Tensor | None],
+        state: Mapping[torch.Tensor, Any], clocks: list[Clock], grad_scale: torch.Tensor | None = None,
+        found_inf: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Masks and updates what is prepared; counts nothing but the parameters' own steps."""
+        owner, parts = self.owner, prepared.parts
+        prepared.take(tensors, grads, state)
+        try:
+            for part in parts:
+                batch = part.batch
+                batch.hypers = [self.masking.hyper(index, unit, clocks[index]) for index, unit in part.plans_of]
+                batch.clip_factor = None
+                batch.grad_scale, batch.found_inf = (
+                    scalar if scalar is None else scalar.to(batch.device, non_blocking=True)
+                    for scalar in (grad_scale, found_inf)
+                )
+            if owner.max_grad_norm is not None and parts:
+                owner.grad_norm = clip_(parts, owner.max_grad_norm, owner.norm_after_mask, grad_scale)
+            for part in parts:
+                part.batch.step_with(part.backend.masked_adamw_)
+            if grad_scale is not None:
+                prepared.write_grads_back()
+        finally:
+            prepared.release()
+
+    def count(self, indices: set[int], clocks: list[Clock], found_inf: torch.Tensor | None) -> None:
+        """Counts the step that these groups have made."""
+        for index in indices:
+            group, clock = self.owner.param_groups[index], clocks[index]
+            if not self.masking.buffers.completes_step(group):
+                continue
+            if not clock.history or clock.history[-1][0] != clock.epoch:
+                group["epoch_history"] = clock.with_this_step()
+            group["completed_steps"] += 1
+            if found_inf is not None:
+                self.voided[index] = self.voided.get(index, 0) + (found_inf != 0).to(torch.int64)
+
+    def settle(self, only_if_needed: bool = False) -> None:
+        """Takes the steps that a GradScaler made no-ops out of the groups' counts.
+
+        Only the device knows of them, and asking it waits for it: so only when the counts are looked at.
+        """
+        if not self.voided:
+            return
+        if only_if_needed and not any(map(self.masking.counts_steps, self.masking.indices())):
+            return
+        for index, voided in self.voided.items():
+            self.owner.param_groups[index]["completed_steps"] -= int(voided)
+        self.voided.clear()
+
+    def advance_captured(self) -> None:
+        """See FusedGradDropAdamW.advance_captured_step()."""
+        if self.captured is None:
+            raise RuntimeError("advance_captured_step() needs a step() that was captured in a CUDA graph")
+        self.check()
+        clocks = self.masking.clocks()
+        for part in self.captured.parts:
+            hypers = [self.masking.hyper(index, unit, clocks[index]) for index, unit in part.plans_of]
+            part.batch.refresh_captured(hypers)
+        self.count(self.captured.group_indices, clocks, None)
+
+    def check(self) -> None:
+        """Raises ValueError for options that no step could use."""
+        owner = self.owner
+        differentiable: Any = owner.defaults["differentiable"]
+        for index, group in enumerate(owner.param_groups):
+            check_options(index, group)
+            if group["differentiable"] != differentiable:
+                raise ValueError(
+                    f"differentiable of parameter group {index} is {group['differentiable']!r}, the optimizer's is "
+                    f"{differentiable!r}: choose it for all groups when the optimizer is made"
+                )
+        check_max_grad_norm(owner.max_grad_norm)
+
+    def forget(self) -> None:
+        """Drops what was derived from the groups: nothing of it survives a load or a new group."""
+        self.masking.forget()
+        self.prepared = None
+
+    def reloaded(self) -> None:
+        """After the groups have got the values of a checkpoint."""
+        self.forget()
+        self.voided.clear()
