@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parents[1]
 SELECTIONS = {
-    "kernels": ["test_triton_kernels.py"],
-    "policies": ["test_backends_agree.py", "-k", "on_long_tensors"],
-    "values": ["test_backends_agree.py", "-k", "bit_pattern or signed_zeros or stay or alignment or infinities"],
-    "modes": ["test_mixed_precision.py", "test_clipping.py", "-k", "triton and not fast and not float64"],
-    "shards": ["test_layout.py", "-k", "slices_of_the_whole or far_shards"],
+    "kernels": ["backends/test_triton_kernels.py"],
+    "policies": ["backends/test_backends_agree.py", "-k", "on_long_tensors"],
+    "values": ["backends/test_backends_agree.py", "-k", "bit_pattern or signed_zeros or stay or alignment or infin"],
+    "modes": ["step/test_mixed_precision.py", "step/test_clipping.py", "-k", "triton and not fast and not float64"],
+    "shards": ["backends/test_layout.py", "-k", "slices_of_the_whole or far_shards"],
 }
 
 

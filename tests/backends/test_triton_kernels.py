@@ -1,5 +1,5 @@
 """The triton backend alone: what the tables of cases do not reach. On a GPU, or in Triton's interpreter, where
-tests/test_triton_interpreter.py runs this file.
+test_triton_interpreter.py runs this file.
 """
 
 import dataclasses

@@ -18,7 +18,7 @@ from cases import require
 from graddrop_kernels import FusedGradDropAdamW, GradDrop
 from graddrop_kernels.backends import cpu
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from cases import require
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
@@ -310,7 +310,8 @@ def test_a_full_run_fits_into_nine_minutes():
     assert dict(real[0].environment)["GRADDROP_FORCE_CUDA"] == "1"
     assert sum(part.seconds for part in real) <= gpu.BUDGET
     tests = next(part for part in real if part.name == "tests")
-    assert "tests/test_backends_agree.py" in tests.command and "tests/test_triton_interpreter.py" not in tests.command
+    assert "tests/backends/test_backends_agree.py" in tests.command
+    assert "tests/backends/test_triton_interpreter.py" not in tests.command
     assert all((ROOT / word).exists() for word in tests.command if word.startswith("tests/"))
     end = gpu.end_parts(False, Path("results/some-gpu"))
     assert not any("rehears" in word for part in end for word in part.command)

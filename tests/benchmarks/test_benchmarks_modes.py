@@ -8,7 +8,7 @@ import pytest
 from cases import require
 from test_benchmarks import run_well
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import modes_cpu  # noqa: E402
 import plots  # noqa: E402

@@ -11,7 +11,7 @@ import torch
 from cases import require
 from torch.autograd import DeviceType
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import host_gpu  # noqa: E402
 import peers  # noqa: E402

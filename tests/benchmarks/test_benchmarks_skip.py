@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_benchmarks import run_well
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import render  # noqa: E402
 import skip_backward  # noqa: E402

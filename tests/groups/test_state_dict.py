@@ -86,7 +86,7 @@ def resumed(tmp_path_factory):
         train(optimizer, model.parameters(), BEFORE, seed)
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / f"{policy}.saved")
     code = f"import test_state_dict; test_state_dict.resume({str(folder)!r}, {seed})"
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         capture_output=True,

@@ -685,7 +685,7 @@ def test_lora_resumes_from_its_adapter(mask, task, seed, tmp_path):
 
 def test_the_readmes_lines(seed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    section = (Path(__file__).resolve().parents[1] / "README.md").read_text().split("## In other training loops\n")[1]
+    section = (Path(__file__).resolve().parents[2] / "README.md").read_text().split("## In other training loops\n")[1]
     in_lightning, in_accelerate = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
     module, batches = lightning_module("lightning", Tiny(), "annealed", seed), tiny_batches(seed)
     names = {"lightning": importlib.import_module("lightning"), "epochs": EPOCHS, "module": module, "loader": batches}

@@ -205,7 +205,7 @@ def test_a_resumed_run_of_bfloat16_weights_with_masters(tmp_path):
 
 def test_the_readme(tmp_path):
     """Its code block as it is printed, with the three names that it leaves to the reader."""
-    readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
+    readme = Path(__file__).resolve().parents[2].joinpath("README.md").read_text()
     section = readme.split("## In the Trainer of transformers\n")[1].split("\n## ")[0]
     [block] = re.findall("```python\n(.*?)```", section, re.DOTALL)
     names = {"model": model_of(), "args": arguments(tmp_path), "train_dataset": sentences()}

@@ -483,7 +483,7 @@ for backend, (name, code) in itertools.product(backends, cases.items()):
 
 @functools.lru_cache
 def outcomes():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT, repr(BACKEND_NAMES), repr(CRASHES)],
         env=environment, capture_output=True, text=True,

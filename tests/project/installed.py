@@ -1,6 +1,6 @@
 """The public part of the suite on a wheel: what needs neither csrc's sources nor a file of the repository.
 
-    python tests/installed.py WHEEL [--python PYTHON] [--results FILE] [pytest arguments]
+    python tests/project/installed.py WHEEL [--python PYTHON] [--results FILE] [pytest arguments]
 
 In a fresh environment of that Python's version, where graddrop_kernels is the wheel's and every other package PYTHON's,
 and in a fresh folder, from which the source tree cannot be imported. --results adds what ran to the JSON of the
@@ -17,14 +17,20 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parent
-PUBLIC = (
-    "public_api", "optimizer", "optimizer_groups", "optimizer_masks", "optimizer_training", "policies",
-    "policy_values", "schedules", "philox", "masked_semantics", "backends_agree", "adamw_matches_torch", "state_dict",
-    "state_dict_exchange", "mixed_precision", "clipping", "grad_scaler", "in_backward", "compile", "blocks", "groups",
-    "layout", "triton_kernels", "triton_interpreter",
-)  # fmt: skip
-HELPERS = ("batches", "cases", "conftest", "pictures", "ranks", "toy")
+TESTS = Path(__file__).resolve().parents[1]
+PUBLIC = tuple(
+    f"{folder}/test_{name}"
+    for folder, names in {
+        "optimizer": "public_api optimizer optimizer_masks optimizer_training adamw_matches_torch",
+        "groups": "optimizer_groups state_dict state_dict_exchange blocks param_groups",
+        "policies": "policies policy_values schedules",
+        "masks": "philox",
+        "step": "masked_semantics mixed_precision clipping grad_scaler in_backward compile",
+        "backends": "backends_agree layout triton_kernels triton_interpreter",
+    }.items()
+    for name in names.split()
+)
+HELPERS = ("batches", "cases", "pictures", "ranks", "toy")
 _VERSIONS = """
 import json, platform
 from importlib.metadata import PackageNotFoundError, version
@@ -62,8 +68,11 @@ def run(wheel: Path, python: str = sys.executable, arguments: tuple[str, ...] = 
         own = make_environment(folder / "environment", wheel.resolve(), python)
         tests = folder / "tests"
         tests.mkdir()
-        for test in (*HELPERS, *(f"test_{name}" for name in PUBLIC)):
-            shutil.copy(TESTS / f"{test}.py", tests)
+        (tests / "pytest.ini").write_text("[pytest]\npythonpath = support\n")
+        names = ("conftest", *(f"support/{name}" for name in HELPERS), *PUBLIC)
+        for file in (f"{name}.py" for name in names):
+            (tests / file).parent.mkdir(exist_ok=True)
+            shutil.copy(TESTS / file, tests / file)
         file, found = json.loads(_output([own, "-c", _VERSIONS], tests))
         if not Path(file).is_relative_to(folder):
             raise RuntimeError(f"graddrop_kernels is {file}, not the wheel's")

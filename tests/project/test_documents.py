@@ -91,8 +91,8 @@ BROKEN = {
     "a wrong call": "```python\nFusedGradDropAdamW(model)\n```\n",
     "a wrong name": "```python\nfrom graddrop_kernels import GradDropp\n```\n",
     "another output": "```python\nprint(1)\n```\n\n```text\n2\n```\n",
-    "no such test": "<!-- runs: tests/test_documents.py::test_of_nothing -->\n```python\nx = 1\n```\n",
-    "a wrong import beside a test": "<!-- runs: tests/test_documents.py::test_links_lead_somewhere -->\n"
+    "no such test": "<!-- runs: tests/project/test_documents.py::test_of_nothing -->\n```python\nx = 1\n```\n",
+    "a wrong import beside a test": "<!-- runs: tests/project/test_documents.py::test_links_lead_somewhere -->\n"
     "```python\nfrom graddrop_kernels import GradDropp\n```\n",
 }
 

@@ -11,7 +11,7 @@ import pytest
 
 from graddrop_kernels.philox import DOMAIN_ELEMENT, stream_key, uniform16
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SAME = ("plain_loop", "trainer", "accelerate_loop", "lightning_loop")
 OTHERS = ("peft_lora", "causal_lm")
 REPORT = re.compile(

@@ -16,7 +16,7 @@ import pytest
 
 import graddrop_kernels
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SWITCHES = (
     "CXX",
     "NVCC",
@@ -312,9 +312,10 @@ def test_one_version(source):
 
 def test_the_public_tests_pass_on_the_wheel(wheel, monkeypatch, seed):
     """Some of them, 28 at the least: `make wheel-test` runs them all."""
+    parts = ("optimizer/test_public_api.py", "optimizer/test_optimizer.py", "step/test_masked_semantics.py")
     monkeypatch.setenv("GRADDROP_TEST_ONE_IN", "4")
     monkeypatch.setenv("GRADDROP_TEST_SEED", str(seed))
-    found = installed.run(wheel[0], arguments=("test_public_api.py", "test_optimizer.py", "test_masked_semantics.py"))
+    found = installed.run(wheel[0], arguments=parts)
     assert found["failed"] == 0 and found["passed"] > 20 and found["backends"][0] == "cpu"
 
 
@@ -329,7 +330,7 @@ def test_the_package_of_another_place_is_refused(wheel, tmp_path, monkeypatch):
 def test_a_users_program_passes_a_strict_type_check(wheel, tmp_path):
     """And its mistakes are found, see typed_user.py. The cache is that of `make lint`: of torch, mostly."""
     own = installed.make_environment(tmp_path / "environment", wheel[0], sys.executable)
-    shutil.copy(ROOT / "tests/typed_user.py", tmp_path)
+    shutil.copy(ROOT / "tests/support/typed_user.py", tmp_path)
     command = [sys.executable, "-m", "mypy", "--config-file=", "--strict", "--python-executable", own]
     result = run([*command, "--cache-dir", str(ROOT / ".mypy_cache"), "typed_user.py"], tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -658,7 +658,7 @@ def test_several_processes_must_show_the_model(monkeypatch):
 
 
 def test_the_example_of_the_guide(seed):
-    text = (Path(__file__).resolve().parents[1] / "docs/guide.md").read_text()
+    text = (Path(__file__).resolve().parents[2] / "docs/guide.md").read_text()
     (example,) = re.findall(r"```python\n([^`]*skip_dropped[^`]*)```", text)
     model, optimizer = make(seed=seed)
     batches = [[torch.randint(7, IDS)] for _ in range(5)]

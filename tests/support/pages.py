@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _PATHS = [*ROOT.glob("[!.]*/README.md"), *ROOT.glob("docs/*.md")]
 PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in _PATHS))
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

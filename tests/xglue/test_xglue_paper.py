@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.xglue import paper  # noqa: E402
 from graddrop_kernels.demo.methods import METHODS  # noqa: E402

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.xglue import figures  # noqa: E402
 from benchmarks.xglue.__main__ import main  # noqa: E402
@@ -198,7 +198,7 @@ def test_the_papers_claims_over_data_sets(tmp_path):
 
 
 def test_the_tables_in_the_readme(made, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
     import render_xglue
 
     write(made, "sib200", "graddrop", 0, {"en": 0.1, "de": 0.1}, p=0.5)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import TrainingArguments, XLMRobertaConfig, XLMRobertaForMaskedLM
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
 from benchmarks.xglue import data, features, metrics, models, predictions, prepare  # noqa: E402

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.xglue import statistics  # noqa: E402
 
