@@ -4,13 +4,20 @@ VENV ?= .venv
 ARGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test study wheel-test deepspeed docs lint bench gpu clean
+.PHONY: demo test test-all study wheel-test deepspeed docs lint bench gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m graddrop_kernels.demo $(ARGS)
 
+# A sample of the suite, another one every run, on two cores; a file's tests stay together, as they share what is slow to
+# make. The whole suite: make test-all.
+WORKERS ?= 2
+SUITE = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 test: $(VENV)/ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(SUITE) --sample 1 $(ARGS)
+
+test-all: $(VENV)/ready
+	$(SUITE) $(ARGS)
 
 # The public part of the suite on a wheel, out of a source archive, where the source tree cannot be imported.
 wheel-test: $(VENV)/ready

@@ -25,14 +25,15 @@ SELECTIONS = {
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_in_the_interpreter(selection, seed):
-    """A fifth of the parameters of each long table: another one every run, by the seed."""
+def test_in_the_interpreter(selection, seed, request):
+    """A part of each long table, another one every run, by the seed."""
+    count = request.config.getoption("sample") or (0 if selection == "kernels" else 20)
     environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "GRADDROP_TEST_BACKENDS": "triton", "GRADDROP_TEST_SEED": str(seed),
-        "GRADDROP_TEST_ONE_IN": "1" if selection == "kernels" else "4", "OMP_NUM_THREADS": "1",
+        **os.environ, "TRITON_INTERPRET": "1", "GRADDROP_TEST_BACKENDS": "triton", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-    run = subprocess.run([*command, *SELECTIONS[selection]], cwd=TESTS, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--sample={count}"]
+    command += ["-W", "ignore::RuntimeWarning", *SELECTIONS[selection]]
+    run = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
     print(run.stdout[-6000:], run.stderr[-2000:])
     assert run.returncode == 0, f"{selection} in the interpreter: see the output of the inner pytest above"
     assert " passed" in run.stdout and " skipped" not in run.stdout.splitlines()[-1]

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lazy import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
 import graddrop_kernels
 from graddrop_kernels.demo import __main__ as command
@@ -94,11 +94,11 @@ def tiny(tmp_path_factory) -> Path:
     ends = [("[CLS]", 2), ("[SEP]", 3)]
     pipeline.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=pipeline, **special).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=pipeline, **special).save_pretrained(folder)
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
     torch.manual_seed(1)
-    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **sizes)
-    BertForSequenceClassification(config).save_pretrained(folder)
+    config = transformers.BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **sizes)
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
     return folder
 
 
@@ -139,7 +139,7 @@ def test_an_unknown_language_is_named():
 
 
 def test_state_dict_fits_bert_exactly(e5_file):
-    model = BertModel(e5_file.config, add_pooling_layer=False)
+    model = transformers.BertModel(e5_file.config, add_pooling_layer=False)
     state = e5_file.state_dict(list(range(e5_file.config.vocab_size)))
     result = model.load_state_dict(state, strict=False)
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
@@ -275,7 +275,7 @@ def test_clipping_leaves_the_head_alone(tiny, tmp_path, monkeypatch):
     arguments = ["--model", str(tiny), "--languages", "en", "--output", str(tmp_path), "--max-steps", "1"]
     assert command.main(arguments) == 0
     ((parameters, norm),) = clipped
-    model = BertForSequenceClassification.from_pretrained(tiny)
+    model = transformers.BertForSequenceClassification.from_pretrained(tiny)
     assert norm == 1.0
     assert [tuple(parameter.shape) for parameter in parameters] == [tuple(p.shape) for p in model.bert.parameters()]
 
@@ -284,7 +284,7 @@ def test_padding_does_not_change_logits(tiny, seed):
     draw = random.Random(seed)
     ids = [[draw.randrange(4, 90) for _ in range(length)] for length in (3, 17, 9)]
     torch.manual_seed(seed)
-    model = MeanPoolingClassifier(BertModel.from_pretrained(tiny, add_pooling_layer=False), 7).eval()
+    model = MeanPoolingClassifier(transformers.BertModel.from_pretrained(tiny, add_pooling_layer=False), 7).eval()
     with torch.no_grad():
         together = model(**collate(ids, 0, torch.device("cpu"))).logits
         for row, logits in zip(ids, together):
@@ -306,12 +306,12 @@ def test_accuracy_counts_the_right_ones(tiny, seed):
 
 def test_dropout_reaches_every_rate(tiny):
     source = ModelSource(str(tiny), [], 7)
-    assert BertConfig.from_pretrained(tiny).hidden_dropout_prob == 0.1
+    assert transformers.BertConfig.from_pretrained(tiny).hidden_dropout_prob == 0.1
     for rate in (0.0, 0.25):
         model = source.model(seed=0, dropout=rate)
         rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
         assert rates == {rate}
-    config = BertConfig(encoder_layerdrop=0.3)
+    config = transformers.BertConfig(encoder_layerdrop=0.3)
     set_dropout(config, 0.25)
     assert (config.attention_probs_dropout_prob, config.encoder_layerdrop) == (0.25, 0.0)
     assert config.classifier_dropout is None  # as the hidden layers

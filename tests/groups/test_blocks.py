@@ -6,15 +6,12 @@ import sys
 
 import pytest
 import torch
-import transformers
+from lazy import transformers
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from graddrop_kernels.blocks import block_of, find_blocks, match_layers, parameter_blocks
 from graddrop_kernels.names import canonical_module_name, canonical_name
-
-transformers.utils.logging.set_verbosity_error()
 
 SIZES = {
     "vocab_size": 40,
@@ -29,11 +26,11 @@ KEY_VALUE = {"num_key_value_heads": 1, **SPECIAL}
 
 
 def classifier(config, **sizes):
-    return AutoModelForSequenceClassification.from_config(getattr(transformers, config)(**sizes))
+    return transformers.AutoModelForSequenceClassification.from_config(getattr(transformers, config)(**sizes))
 
 
 def causal(config, **sizes):
-    return AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes))
+    return transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes))
 
 
 def xlm_roberta():
@@ -60,7 +57,7 @@ def gpt2():
 def t5():
     depth = {"num_layers": 3, "num_decoder_layers": 2}
     config = transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_heads=2, **depth)
-    return AutoModelForSeq2SeqLM.from_config(config)
+    return transformers.AutoModelForSeq2SeqLM.from_config(config)
 
 
 def bart():
@@ -74,7 +71,7 @@ def bart():
         encoder_ffn_dim=24,
         decoder_ffn_dim=24,
     )
-    return AutoModelForSeq2SeqLM.from_config(config)
+    return transformers.AutoModelForSeq2SeqLM.from_config(config)
 
 
 def vit():

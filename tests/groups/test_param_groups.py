@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
+from lazy import transformers
 from test_blocks import MODELS, Block, HandWritten, Holder, albert, gpt2, numbered, t5, xlm_roberta
 from torch import nn
-from transformers import Trainer
 
 from graddrop_kernels.groups import param_groups
 
@@ -69,7 +69,7 @@ def test_every_parameter_once(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_decay_split_is_the_trainers(name):
     model = MODELS[name][0]()
-    decaying = Trainer.get_decay_parameter_names(None, model)
+    decaying = transformers.Trainer.get_decay_parameter_names(None, model)
     every = [parameter for parameter, _ in model.named_parameters()]
     groups = param_groups(model)
     assert set(names_in(groups, "blocks", "dense")) == set(decaying) & set(every)

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from lazy import Lazy, transformers
 from ranks import run_ranks
 from torch import nn
 from toy import bits
-from transformers import BertConfig, BertModel
 
 from graddrop_kernels import (
     FusedGradDropAdamW,
@@ -33,6 +32,7 @@ from graddrop_kernels.demo.train import collate
 from graddrop_kernels.integrations.accelerate import graddrop_optimizer, mask_log, set_epoch
 from graddrop_kernels.philox import DOMAIN_ELEMENT, stream_key, uniform16
 
+peft = Lazy("peft")
 pytestmark = pytest.mark.usefixtures("one_thread")
 EPOCHS, BATCH = 2, 4
 SENTENCES, PER_EPOCH = 5 * BATCH, 5  # with two micro-batches a step, an epoch's last step has one
@@ -52,7 +52,7 @@ def task():
     bert, tokenizer = e5_small.load(texts)
     set_dropout(bert.config, 0.0)
     bert.config.num_hidden_layers = 2
-    weights, bert = bert.state_dict(), BertModel(bert.config, add_pooling_layer=False)
+    weights, bert = bert.state_dict(), transformers.BertModel(bert.config, add_pooling_layer=False)
     bert.load_state_dict({name: weights[name] for name in bert.state_dict()})
     ids = tokenizer(texts, truncation=True, max_length=14)["input_ids"]
     batches = []
@@ -304,11 +304,11 @@ class Tiny(nn.Module):
     def __init__(self, dropout=0.0):
         super().__init__()
         torch.manual_seed(3)
-        config = BertConfig(
+        config = transformers.BertConfig(
             vocab_size=31, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24,
             max_position_embeddings=8, hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0,
         )  # fmt: skip
-        self.model = MeanPoolingClassifier(BertModel(config, add_pooling_layer=False), 7)
+        self.model = MeanPoolingClassifier(transformers.BertModel(config, add_pooling_layer=False), 7)
 
     def forward(self, **inputs):
         return self.model(**inputs)
@@ -611,8 +611,8 @@ def test_two_ranks_are_a_plain_loop(seed, tmp_path):
 
 def lora_of(model, seed):
     torch.manual_seed(seed)
-    config = LoraConfig(r=4, lora_dropout=0.0, target_modules=["query", "value"], modules_to_save=["classifier"])
-    return get_peft_model(model, config)
+    config = peft.LoraConfig(r=4, lora_dropout=0.0, target_modules=["query", "value"], modules_to_save=["classifier"])
+    return peft.get_peft_model(model, config)
 
 
 def test_lora_is_masked_and_the_saved_head_is_not(task, seed):
@@ -664,7 +664,7 @@ def test_lora_resumes_from_its_adapter(mask, task, seed, tmp_path):
         if number == PER_EPOCH + 2:
             half.save_pretrained(tmp_path)
             torch.save([its_optimizer.state_dict(), schedule.state_dict()], tmp_path / "optimizer.pt")
-            half = PeftModel.from_pretrained(model_of(seed), tmp_path, is_trainable=True)
+            half = peft.PeftModel.from_pretrained(model_of(seed), tmp_path, is_trainable=True)
             its_optimizer = optimizer_of(half, mask, seed)
             schedule = schedule_of(its_optimizer)
             for part, state in zip((its_optimizer, schedule), torch.load(tmp_path / "optimizer.pt")):

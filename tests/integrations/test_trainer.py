@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from lazy import Lazy, integration, transformers
 from toy import bits
 from trainer_runs import (
     GIVES_NO_MODEL,
@@ -22,12 +22,10 @@ from trainer_runs import (
     sentences,
     trainer_of,
 )
-from transformers import Trainer, TrainerCallback, get_scheduler
-from transformers.trainer_pt_utils import LabelSmoother
 
 from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch, LayerGradDrop, LinearAnneal, param_groups
-from graddrop_kernels.integrations.transformers import GradDropCallback, trainer_optimizer
 
+accelerate_state = Lazy("accelerate.state")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -38,7 +36,7 @@ def forgotten_settings():
     yield
     os.environ.clear()
     os.environ.update(before)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate_state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def plain_loop(batches, averages=False, accumulation=1, mask=None, smoothing=0.0, clip=0.0, autocast=False, scaler=None,
@@ -54,7 +52,7 @@ def plain_loop(batches, averages=False, accumulation=1, mask=None, smoothing=0.0
     )
     per_epoch = len(batches) // 2
     ends = {number for number in range(per_epoch) if (number + 1) % accumulation == 0 or number + 1 == per_epoch}
-    scheduler = get_scheduler("linear", optimizer, 0, 2 * len(ends))
+    scheduler = transformers.get_scheduler("linear", optimizer, 0, 2 * len(ends))
     found, step = [], 0
     for number, inputs in enumerate(batches):
         if number % per_epoch == 0:
@@ -62,7 +60,8 @@ def plain_loop(batches, averages=False, accumulation=1, mask=None, smoothing=0.0
         labels = inputs.pop("labels") if smoothing else None
         with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
             outputs = called(**inputs)
-        loss = LabelSmoother(smoothing)(outputs, labels) if smoothing else outputs.loss.float()
+        smoothed = transformers.trainer_pt_utils.LabelSmoother(smoothing) if smoothing else None
+        loss = smoothed(outputs, labels) if smoothed else outputs.loss.float()
         found.append(loss.item())
         if averages:
             start = number % per_epoch // accumulation * accumulation
@@ -158,7 +157,7 @@ def test_a_gradient_scaler(fused, tmp_path):
         trainer.add_callback(Infinite())
         return trainer
 
-    class Infinite(TrainerCallback):
+    class Infinite(transformers.TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
             if state.global_step == 3:
                 model.classifier.bias.grad.fill_(torch.inf)
@@ -266,24 +265,23 @@ def test_the_log_says_what_the_masks_did(mask, length, tmp_path):
     assert not exact or mask.every == "epoch" or len({entry["graddrop_active_fraction"] for entry in logs}) > 1
 
 
-class StopsEpochs(TrainerCallback):
-    """Ends each epoch after the first micro-batch of the third step."""
-
-    def __init__(self):
-        self.substeps = 0
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.substeps = 0
-
-    def on_substep_end(self, args, state, control, **kwargs):
-        self.substeps += 1
-        control.should_epoch_stop = self.substeps == 3
-
-
 def test_epochs_that_a_callback_ends(tmp_path):
+    class StopsEpochs(transformers.TrainerCallback):
+        """Ends each epoch after the first micro-batch of the third step."""
+
+        def __init__(self):
+            self.substeps = 0
+
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            self.substeps = 0
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            self.substeps += 1
+            control.should_epoch_stop = self.substeps == 3
+
     epochs = []
     args = arguments(tmp_path, gradient_accumulation_steps=2, num_train_epochs=3)
-    callbacks = [GradDropCallback(), StopsEpochs()]
+    callbacks = [integration.GradDropCallback(), StopsEpochs()]
     trainer = trainer_of(args, LayerGradDrop(0.5, every="epoch"), callback=callbacks)
     trainer.create_optimizer()
     trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: epochs.append(optimizer.param_groups[0]["epoch"]))
@@ -319,9 +317,8 @@ def test_two_optimizers(tmp_path):
     optimizer = FusedGradDropAdamW(param_groups(model))
     with pytest.raises(RuntimeError, match="optimizer_cls_and_kwargs"):
         trainer_of(arguments(tmp_path), "layer", model, more={"optimizers": (optimizer, None)})
-    callback = [GradDropCallback()]
-    args = arguments(tmp_path, max_steps=7)
-    Trainer(model, args, train_dataset=sentences(), optimizers=(optimizer, None), callbacks=callback).train()
+    more = {"optimizers": (optimizer, None), "callbacks": [integration.GradDropCallback()]}
+    transformers.Trainer(model, arguments(tmp_path, max_steps=7), train_dataset=sentences(), **more).train()
     assert optimizer.param_groups[0]["epoch"] == 1
 
 
@@ -334,13 +331,13 @@ def test_other_errors_and_warnings(tmp_path):
     several = SimpleNamespace(max_grad_norm=0.0, world_size=2)  # of DDP, which callbacks do not see
     optimizer = FusedGradDropAdamW(param_groups(model_of()))
     with pytest.raises(ValueError, match="skip_dropped=True.* with 2 processes needs FSDP2.*skip_dropped=False"):
-        GradDropCallback(skip_dropped=True).on_train_begin(several, None, None, model_of(), optimizer)
+        integration.GradDropCallback(skip_dropped=True).on_train_begin(several, None, None, model_of(), optimizer)
     with pytest.raises(ValueError, match="max_steps=5.*number of epochs"):
-        trainer_optimizer(arguments(tmp_path, max_steps=5), GradDropEpoch)
+        integration.trainer_optimizer(arguments(tmp_path, max_steps=5), GradDropEpoch)
     with pytest.warns(UserWarning, match="not a FusedGradDropAdamW.*trainer_optimizer"):
-        Trainer(
+        transformers.Trainer(
             model=model_of(), args=arguments(tmp_path, max_steps=1), train_dataset=sentences(),
-            callbacks=[GradDropCallback()],
+            callbacks=[integration.GradDropCallback()],
         ).train()  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -351,6 +348,6 @@ def test_other_errors_and_warnings(tmp_path):
 @pytest.mark.skipif(not GIVES_NO_MODEL, reason="transformers 5 gives the model")
 def test_a_trainer_that_keeps_the_model_to_itself(tmp_path):
     args = arguments(tmp_path)
-    pair = trainer_optimizer(args, GradDrop(0.3))
+    pair = integration.trainer_optimizer(args, GradDrop(0.3))
     with pytest.raises(TypeError, match="trainer_optimizer.*model=model"):
-        Trainer(model_of(), args, train_dataset=sentences(), optimizer_cls_and_kwargs=pair).train()
+        transformers.Trainer(model_of(), args, train_dataset=sentences(), optimizer_cls_and_kwargs=pair).train()

@@ -4,15 +4,14 @@ import copy
 
 import pytest
 import torch
+from lazy import Lazy, integration, transformers
 from toy import bits
 from trainer_runs import optimizer_in, recorded
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from graddrop_kernels import FusedGradDropAdamW, GradDropEpoch, LayerGradDrop, LinearAnneal, param_groups
 from graddrop_kernels.demo import sib200
-from graddrop_kernels.integrations.transformers import GradDropCallback, trainer_optimizer
 
-datasets = pytest.importorskip("datasets")
+datasets = Lazy("datasets")
 POLICIES = [LayerGradDrop(LinearAnneal(2, start=0.7)), GradDropEpoch(2)]
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 VALUES = {
@@ -28,7 +27,7 @@ def tokenizer_of(texts):
     words = ["[PAD]", "[UNK]", "[EOS]", *sorted({word for text in texts for word in text.split()})]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]", model_max_length=32
     )
 
@@ -70,15 +69,17 @@ def test_trl(policy, tmp_path):
     trl = pytest.importorskip("trl")
     texts = texts_of(24)
     tokenizer = tokenizer_of(texts)
-    set_seed(3)
-    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, tie_word_embeddings=True, **SIZES)
-    model = LlamaForCausalLM(config)
+    transformers.set_seed(3)
+    sizes = {**SIZES, "vocab_size": len(tokenizer), "num_key_value_heads": 1}
+    config = transformers.LlamaConfig(tie_word_embeddings=True, **sizes)
+    model = transformers.LlamaForCausalLM(config)
     args = trl.SFTConfig(output_dir=str(tmp_path), max_length=32, dataset_num_proc=None, **VALUES)
 
     def trainer_of(model):
         return trl.SFTTrainer(
             model, args, train_dataset=datasets.Dataset.from_dict({"text": texts}), processing_class=tokenizer,
-            optimizer_cls_and_kwargs=trainer_optimizer(args, policy), callbacks=[GradDropCallback()],
+            optimizer_cls_and_kwargs=integration.trainer_optimizer(args, policy),
+            callbacks=[integration.GradDropCallback()],
         )  # fmt: skip
 
     again, trainer = trainer_of(copy.deepcopy(model)), trainer_of(model)
@@ -100,10 +101,11 @@ def sentence_model(folder):
     from sentence_transformers import SentenceTransformer
 
     if not (folder / "config.json").exists():
-        set_seed(3)
+        transformers.set_seed(3)
         tokenizer = tokenizer_of(texts_of(48))
         none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        BertModel(BertConfig(vocab_size=len(tokenizer), **SIZES, **none)).save_pretrained(folder)
+        config = transformers.BertConfig(vocab_size=len(tokenizer), **SIZES, **none)
+        transformers.BertModel(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return SentenceTransformer(str(folder), device="cpu")
 
@@ -117,7 +119,7 @@ def test_sentence_transformers(policy, tmp_path):
     texts, has_parameters = texts_of(48), isinstance(policy, GradDropEpoch)
 
     def loss_of_model(model):
-        set_seed(5)
+        transformers.set_seed(5)
         return losses.SoftmaxLoss(model, 16, 2) if has_parameters else losses.CosineSimilarityLoss(model)
 
     def trainer_of(model):
@@ -125,8 +127,11 @@ def test_sentence_transformers(policy, tmp_path):
         label = [number % 2 for number in range(24)]
         rows = {"a": texts[:24], "b": texts[24:], "label": label if has_parameters else list(map(float, label))}
         return st.SentenceTransformerTrainer(
-            model, args, train_dataset=datasets.Dataset.from_dict(rows), loss=loss, callbacks=[GradDropCallback()],
-            optimizer_cls_and_kwargs=trainer_optimizer(args, policy, model=loss if has_parameters else None),
+            model, args, train_dataset=datasets.Dataset.from_dict(rows), loss=loss,
+            callbacks=[integration.GradDropCallback()],
+            optimizer_cls_and_kwargs=integration.trainer_optimizer(
+                args, policy, model=loss if has_parameters else None
+            ),
         )  # fmt: skip
 
     trainer = trainer_of(sentence_model(tmp_path / "model"))

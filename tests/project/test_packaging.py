@@ -310,12 +310,10 @@ def test_one_version(source):
 # As users have it: the wheel installed, the source tree out of reach.
 
 
-def test_the_public_tests_pass_on_the_wheel(wheel, monkeypatch, seed):
-    """Some of them, 28 at the least: `make wheel-test` runs them all."""
+def test_the_public_tests_pass_on_the_wheel(wheel):
+    """Some of them: `make wheel-test` runs them all."""
     parts = ("optimizer/test_public_api.py", "optimizer/test_optimizer.py", "step/test_masked_semantics.py")
-    monkeypatch.setenv("GRADDROP_TEST_ONE_IN", "4")
-    monkeypatch.setenv("GRADDROP_TEST_SEED", str(seed))
-    found = installed.run(wheel[0], arguments=parts)
+    found = installed.run(wheel[0], arguments=("--sample=1", *parts))
     assert found["failed"] == 0 and found["passed"] > 20 and found["backends"][0] == "cpu"
 
 

@@ -1,13 +1,12 @@
 """Trainers of transformers on a toy BERT and real sentences, for the tests of the integration."""
 
 import copy
+from importlib.metadata import version
 
-import transformers
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
+from lazy import integration, transformers
 
 from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, LinearAnneal
 from graddrop_kernels.demo import sib200
-from graddrop_kernels.integrations.transformers import GradDropCallback, trainer_optimizer
 
 LENGTH = 32
 MASKS = {
@@ -18,13 +17,13 @@ MASKS = {
     "freeze": GradFreeze,
     "none": None,
 }
-GIVES_NO_MODEL = int(transformers.__version__.split(".")[0]) < 5
+GIVES_NO_MODEL = int(version("transformers").split(".")[0]) < 5
 
 
 def model_of(dropout=0.0):
-    set_seed(3)
-    return BertForSequenceClassification(
-        BertConfig(
+    transformers.set_seed(3)
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(
             vocab_size=257, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
             max_position_embeddings=LENGTH, hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0, num_labels=7,
         )
@@ -48,7 +47,7 @@ def arguments(folder, **more):
         "lr_scheduler_type": "linear", "logging_steps": 1, "report_to": [], "disable_tqdm": True, "seed": 7,
         "use_cpu": True, "save_strategy": "no", "dataloader_pin_memory": False, **more,
     }  # fmt: skip
-    return TrainingArguments(output_dir=str(folder), **values)
+    return transformers.TrainingArguments(output_dir=str(folder), **values)
 
 
 def trainer_of(args, mask, model=None, rows=None, callback=None, skip_dropped=False, more=None, **optimizer):
@@ -56,10 +55,11 @@ def trainer_of(args, mask, model=None, rows=None, callback=None, skip_dropped=Fa
     model = model_of() if model is None else model
     if GIVES_NO_MODEL:
         optimizer["model"] = model
-    callbacks = [GradDropCallback(skip_dropped=skip_dropped)] if callback is None else callback
-    return Trainer(
+    callbacks = [integration.GradDropCallback(skip_dropped=skip_dropped)] if callback is None else callback
+    policy = MASKS[mask] if isinstance(mask, str) else mask
+    return transformers.Trainer(
         model=model, args=args, train_dataset=sentences() if rows is None else rows, callbacks=callbacks,
-        optimizer_cls_and_kwargs=trainer_optimizer(args, MASKS[mask] if isinstance(mask, str) else mask, **optimizer),
+        optimizer_cls_and_kwargs=integration.trainer_optimizer(args, policy, **optimizer),
         **(more or {}),
     )  # fmt: skip
 
