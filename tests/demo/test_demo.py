@@ -487,6 +487,7 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tiny, uninterrupted,
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(tiny, uninterrupted, tmp_path, seed):
     arguments = resumable(tiny, tmp_path, "--save-every", 1, *same_threads())
     process = start(*arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -514,6 +515,7 @@ def test_other_settings_are_refused_and_a_new_run_begins_anew(tiny, tmp_path, ca
     assert len(checkpoint.load(tmp_path / "graddrop.checkpoint")["progress"]["losses"]) == 1
 
 
+@pytest.mark.slow
 def test_the_bundled_model_learns_and_resumes(tmp_path, monkeypatch):
     """22 steps on short sentences, of the demo's 132, are far above chance (25 % are science) in two languages."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"

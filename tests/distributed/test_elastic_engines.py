@@ -6,6 +6,7 @@ import copy
 import itertools
 import re
 
+import pytest
 import torch.distributed as dist
 from ranks import run_ranks
 from test_engines import (
@@ -122,6 +123,7 @@ FORMS = {  # of saving and loading, in turn for the policies
 }
 
 
+@pytest.mark.slow
 def test_engines_go_on_with_other_numbers_of_ranks(seed):
     saved = None
     for world, numbers in LEGS:

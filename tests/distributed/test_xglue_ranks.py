@@ -51,6 +51,7 @@ def finish(process, path):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_go_on_after_a_kill(seed, tmp_path, one_thread):
     seed %= 1000
     settings = settings_for(**GIVEN, method="graddrop-epoch", seed=seed, precision="float32")

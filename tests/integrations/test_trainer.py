@@ -126,7 +126,8 @@ SETTINGS = {
 
 # Each pattern of dropped blocks is compiled for itself: with inductor that takes a few seconds each.
 @pytest.mark.parametrize("setting, skip_dropped", [
-    (setting, skip) for skip in (False, True) for setting in SETTINGS
+    pytest.param(setting, skip, marks=[pytest.mark.slow] if setting == "inductor" else [])
+    for skip in (False, True) for setting in SETTINGS
     if (setting, skip) not in (("inductor", True), ("compiled", False))
 ])  # fmt: skip
 def test_settings_of_trainer(setting, skip_dropped, tmp_path):

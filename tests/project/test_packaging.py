@@ -203,12 +203,14 @@ def files_of(wheel):
     return set(zipfile.ZipFile(wheel).namelist())
 
 
+@pytest.mark.slow
 def test_the_tag_of_the_wheel(wheel):
     """One for every Python 3 of a platform: the library includes no header of Python or torch."""
     _, _, *tag = wheel[0].stem.split("-")
     assert tag[:2] == ["py3", "none"] and tag[2] == sysconfig.get_platform().replace("-", "_").replace(".", "_")
 
 
+@pytest.mark.slow
 def test_what_is_in_the_wheel(wheel):
     files = files_of(wheel[0])
     source = wheel[1]
@@ -225,6 +227,7 @@ def test_what_is_in_the_wheel(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in files)
 
 
+@pytest.mark.slow
 def test_the_wheel_steps_on_the_compiled_backend(wheel, tmp_path):
     zipfile.ZipFile(wheel[0]).extractall(tmp_path)
     result = run([sys.executable, "-c", ONE_STEP], tmp_path, PYTHONPATH=str(tmp_path))
@@ -239,6 +242,7 @@ def nm(*arguments):
     return [line.split() for line in output.splitlines() if line]
 
 
+@pytest.mark.slow
 def test_objects_of_an_instruction_set_share_no_code(wheel):
     """A weak symbol is linked once: an inline function compiled for AVX-512 could run on processors without it."""
     objects = [path for path in wheel[1].rglob("*.o") if re.search("avx|neon|sve", path.name)]
@@ -248,6 +252,7 @@ def test_objects_of_an_instruction_set_share_no_code(wheel):
         assert not shared, path.name
 
 
+@pytest.mark.slow
 def test_the_library_exports_its_c_functions_only(wheel):
     library = next(wheel[1].rglob("_cpu.so"))
     exported = {
@@ -257,6 +262,7 @@ def test_the_library_exports_its_c_functions_only(wheel):
     assert all(symbol.startswith("graddrop_cpu_") for symbol in exported)
 
 
+@pytest.mark.slow
 def test_the_library_needs_neither_torch_nor_python(wheel):
     objdump = shutil.which("objdump")
     if objdump is None:
@@ -310,6 +316,7 @@ def test_one_version(source):
 # As users have it: the wheel installed, the source tree out of reach.
 
 
+@pytest.mark.slow
 def test_the_public_tests_pass_on_the_wheel(wheel):
     """Some of them: `make wheel-test` runs them all."""
     parts = ("optimizer/test_public_api.py", "optimizer/test_optimizer.py", "step/test_masked_semantics.py")
@@ -317,6 +324,7 @@ def test_the_public_tests_pass_on_the_wheel(wheel):
     assert found["failed"] == 0 and found["passed"] > 20 and found["backends"][0] == "cpu"
 
 
+@pytest.mark.slow
 def test_the_package_of_another_place_is_refused(wheel, tmp_path, monkeypatch):
     foreign = tmp_path / "site-packages"
     shutil.copytree(wheel[1] / "graddrop_kernels", foreign / "graddrop_kernels")
@@ -325,6 +333,7 @@ def test_the_package_of_another_place_is_refused(wheel, tmp_path, monkeypatch):
         installed.run(wheel[0])
 
 
+@pytest.mark.slow
 def test_a_users_program_passes_a_strict_type_check(wheel, tmp_path):
     """And its mistakes are found, see typed_user.py. The cache is that of `make lint`: of torch, mostly."""
     own = installed.make_environment(tmp_path / "environment", wheel[0], sys.executable)
