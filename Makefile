@@ -4,20 +4,27 @@ VENV ?= .venv
 ARGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test study wheel-test deepspeed docs lint bench gpu clean
+.PHONY: demo test test-all study wheel-test deepspeed docs lint bench gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m graddrop_kernels.demo $(ARGS)
 
+# A sample of the suite, another one every run, on two cores; a file's tests stay together, as they share what is slow to
+# make. The whole suite: make test-all.
+WORKERS ?= 2
+SUITE = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 test: $(VENV)/ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(SUITE) --sample 1 $(ARGS)
+
+test-all: $(VENV)/ready
+	$(SUITE) $(ARGS)
 
 # The public part of the suite on a wheel, out of a source archive, where the source tree cannot be imported.
 wheel-test: $(VENV)/ready
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist
 	$(BIN)/twine check --strict dist/*
-	$(BIN)/python tests/installed.py dist/*.whl $(ARGS)
+	$(BIN)/python tests/project/installed.py dist/*.whl $(ARGS)
 
 # DeepSpeed beside the other packages, without which its tests are skipped. Its build asks the torch that is there.
 deepspeed: $(VENV)/ready

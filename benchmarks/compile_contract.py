@@ -1,5 +1,5 @@
 """Counts what the compiled Triton kernels execute an element, without a GPU: results/compile_contract.json, for the
-roofline plot. The ceilings are in tests/test_triton_contract.py.
+roofline plot. The ceilings are in tests/backends/test_triton_contract.py.
 """
 
 import argparse

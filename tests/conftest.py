@@ -1,33 +1,42 @@
-"""Fixtures: a fresh seed every run, the backends, the instruction sets of the processor, a toy training."""
+"""Options and fixtures: the sample, a fresh seed every run, the backends, the processor's instruction sets, a toy."""
 
 import os
 import secrets
-from collections import Counter
+
+# Of a run of several processes: one core each, and for what they start, too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import sampling
 import torch
 from cases import BACKEND_NAMES, ISAS, require
 from toy import build, random_grads, train
 
 from graddrop_kernels.backends import cpu
 
-_SEED = int(os.environ.get("GRADDROP_TEST_SEED") or secrets.randbits(31))
+# In the environment for the processes of this run: pytest-xdist's must draw the same sample.
+_SEED = int(os.environ.setdefault("GRADDROP_TEST_SEED", str(secrets.randbits(31))))
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("graddrop")
+    group.addoption("--sample", type=int, metavar="K", help="K drawn cases of each test, and none marked slow")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: for the whole suite only; --sample leaves it out")
 
 
 def pytest_report_header(config):
-    return f"random inputs of this run: GRADDROP_TEST_SEED={_SEED}"
+    part = config.getoption("sample")
+    said = f", of each test about {part} cases (--sample {part})" if part else ""
+    return f"random inputs of this run{said}: to repeat it, GRADDROP_TEST_SEED={_SEED}"
 
 
 def pytest_collection_modifyitems(config, items):
-    """GRADDROP_TEST_ONE_IN=4 keeps every fourth case of each test, beginning with another one every run."""
-    one_in = int(os.environ.get("GRADDROP_TEST_ONE_IN") or 1)
-    seen = Counter()
-    kept, others = [], []
-    for item in items:
-        (kept if (seen[item.function] + _SEED) % one_in == 0 else others).append(item)
-        seen[item.function] += 1
-    config.hook.pytest_deselected(items=others)
-    items[:] = kept
+    if config.getoption("sample"):
+        sampling.select(config, items, config.getoption("sample"), _SEED)
 
 
 @pytest.fixture
