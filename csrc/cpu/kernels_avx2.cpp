@@ -1,7 +1,8 @@
 // The kernels for processors with AVX2, FMA and F16C.
 // clang-format off
 #include "simd_avx2.h"
-#include "kernels_impl.h"
+#include "squares.h"
+#include "update.h"
 // clang-format on
 
 namespace graddrop {

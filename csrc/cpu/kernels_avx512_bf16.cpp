@@ -1,7 +1,8 @@
 // The kernels for processors with AVX-512 F, BW, VL, DQ and BF16.
 // clang-format off
 #include "simd_avx512.h"
-#include "kernels_impl.h"
+#include "squares.h"
+#include "update.h"
 // clang-format on
 
 namespace graddrop {

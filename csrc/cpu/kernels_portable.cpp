@@ -1,7 +1,8 @@
 // The kernels for any processor, one element at a time.
 // clang-format off
 #include "simd_portable.h"
-#include "kernels_impl.h"
+#include "squares.h"
+#include "update.h"
 // clang-format on
 
 namespace graddrop {

@@ -1,32 +1,14 @@
-// The kernels that write, pack and count masks, and their C functions; each also as an emulation on the host.
+// The kernels that write masks and bit-planes, and their C functions; each also as an emulation on the host.
 #include "export.h"
 #include "masks.h"
 
 namespace graddrop {
 
 constexpr int kMaskThreads = 256;
-constexpr int kCountBlocks = 2048;  // that walk the tensor together, so that there are few additions to one address
 
 __global__ void __launch_bounds__(kMaskThreads)
-    bytes_kernel(const __grid_constant__ TensorRow row, const __grid_constant__ MaskSpec mask, uint8_t* out) {
+    keep_mask_kernel(const __grid_constant__ TensorRow row, const __grid_constant__ MaskSpec mask, uint8_t* out) {
   write_bytes(row, mask, static_cast<int64_t>(blockIdx.x) * kMaskThreads + threadIdx.x, out);
-}
-
-__global__ void __launch_bounds__(kMaskThreads)
-    words_kernel(const __grid_constant__ TensorRow row, const __grid_constant__ MaskSpec mask, uint32_t* out) {
-  const int64_t word = static_cast<int64_t>(blockIdx.x) * kMaskThreads + threadIdx.x;
-  if (word < words_of(row)) out[word] = keep_bits<32>(row, mask, word * 32);
-}
-
-__global__ void __launch_bounds__(kMaskThreads)
-    count_kernel(const __grid_constant__ TensorRow row, const __grid_constant__ MaskSpec mask,
-                 unsigned long long* out) {
-  unsigned long long kept = 0;
-  for (int64_t word = static_cast<int64_t>(blockIdx.x) * kMaskThreads + threadIdx.x; word < words_of(row);
-       word += static_cast<int64_t>(gridDim.x) * kMaskThreads)
-    kept += __popc(keep_bits<32>(row, mask, word * 32));
-  for (int lanes = kWarp / 2; lanes; lanes /= 2) kept += __shfl_xor_sync(0xffffffffu, kept, lanes);
-  if (threadIdx.x % kWarp == 0) atomicAdd(out, kept);
 }
 
 __global__ void __launch_bounds__(kMaskThreads)
@@ -46,45 +28,16 @@ using namespace graddrop;
 // a cudaError_t.
 
 // One byte an element, 0 or 1, as torch.bool; out begins at a multiple of 16.
-GRADDROP_EXPORT int32_t graddrop_cuda_mask_bytes(const TensorRow* row, const MaskSpec* mask, uint8_t* out,
-                                                 void* stream) {
+GRADDROP_EXPORT int32_t graddrop_cuda_keep_mask(const TensorRow* row, const MaskSpec* mask, uint8_t* out,
+                                                void* stream) {
   if (row->numel == 0) return cudaSuccess;
-  bytes_kernel<<<blocks_for((row->numel + 15) / 16), kMaskThreads, 0, static_cast<cudaStream_t>(stream)>>>(*row, *mask,
-                                                                                                         out);
-  return cudaGetLastError();
-}
-GRADDROP_EXPORT int32_t graddrop_cuda_emulate_mask_bytes(const TensorRow* row, const MaskSpec* mask, uint8_t* out,
-                                                         void*) {
-  for (int64_t t = 0; t < (row->numel + 15) / 16; ++t) write_bytes(*row, *mask, t, out);
-  return cudaSuccess;
-}
-
-// One bit an element, least significant first, zero tail.
-GRADDROP_EXPORT int32_t graddrop_cuda_mask_words(const TensorRow* row, const MaskSpec* mask, uint32_t* out,
-                                                 void* stream) {
-  if (row->numel == 0) return cudaSuccess;
-  words_kernel<<<blocks_for(words_of(*row)), kMaskThreads, 0, static_cast<cudaStream_t>(stream)>>>(*row, *mask, out);
-  return cudaGetLastError();
-}
-GRADDROP_EXPORT int32_t graddrop_cuda_emulate_mask_words(const TensorRow* row, const MaskSpec* mask, uint32_t* out,
-                                                         void*) {
-  for (int64_t word = 0; word < words_of(*row); ++word) out[word] = keep_bits<32>(*row, *mask, word * 32);
-  return cudaSuccess;
-}
-
-// Adds the number of kept elements to *out.
-GRADDROP_EXPORT int32_t graddrop_cuda_mask_count(const TensorRow* row, const MaskSpec* mask, unsigned long long* out,
-                                                 void* stream) {
-  if (row->numel == 0) return cudaSuccess;
-  const unsigned blocks = blocks_for(words_of(*row));
-  count_kernel<<<blocks < kCountBlocks ? blocks : kCountBlocks, kMaskThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+  keep_mask_kernel<<<blocks_for((row->numel + 15) / 16), kMaskThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       *row, *mask, out);
   return cudaGetLastError();
 }
-GRADDROP_EXPORT int32_t graddrop_cuda_emulate_mask_count(const TensorRow* row, const MaskSpec* mask,
-                                                         unsigned long long* out, void*) {
-  for (int64_t word = 0; word < words_of(*row); ++word)
-    *out += __builtin_popcount(keep_bits<32>(*row, *mask, word * 32));
+GRADDROP_EXPORT int32_t graddrop_cuda_emulate_keep_mask(const TensorRow* row, const MaskSpec* mask, uint8_t* out,
+                                                        void*) {
+  for (int64_t t = 0; t < (row->numel + 15) / 16; ++t) write_bytes(*row, *mask, t, out);
   return cudaSuccess;
 }
 

@@ -13,11 +13,10 @@ GRADDROP_FN bool keeps(const MaskSpec& mask, uint32_t u16) {
   return mask.kind == kBucket ? bucket_active(bucket_of(u16, mask.buckets), mask) : u16 >= mask.threshold;
 }
 
-// Keep bits of local elements first .. first + kCount; first is a multiple of kCount, which divides 32. Zero tail.
-template <int kCount>
+// Keep bits of local elements first .. first + 16; first is a multiple of 16. Zero tail.
 GRADDROP_FN uint32_t keep_bits(const TensorRow& row, const MaskSpec& mask, int64_t first) {
   const int64_t left = row.numel - first;
-  const uint32_t in_bounds = left < kCount ? (1u << left) - 1 : ~0u >> (32 - kCount);
+  const uint32_t in_bounds = left < 16 ? (1u << left) - 1 : 0xffffu;
   if (mask.kind == kOff) return 0;
   if (mask.kind == kFixed) return row.mask_words[first / 32] >> first % 32 & in_bounds;
   if (mask.kind == kBucket && mask.num_planes >= 0) {
@@ -33,7 +32,7 @@ GRADDROP_FN uint32_t keep_bits(const TensorRow& row, const MaskSpec& mask, int64
   uint32_t bits = 0;
   if (whole_calls(row)) {
 #pragma unroll
-    for (int i = 0; i < kCount; i += 8) {
+    for (int i = 0; i < 16; i += 8) {
       const uint64_t call = static_cast<uint64_t>(row.base + first + i) / 8;
       const PhiloxWords words = philox_call(call, mask.draw, domain, row.key);
 #pragma unroll
@@ -41,7 +40,7 @@ GRADDROP_FN uint32_t keep_bits(const TensorRow& row, const MaskSpec& mask, int64
     }
   } else {
 #pragma unroll 1
-    for (int i = 0; i < kCount && i < left; ++i) {
+    for (int i = 0; i < 16 && i < left; ++i) {
       const uint32_t u16 = draw_of(global_index(row, first + i), mask.draw, domain, row.key);
       bits |= static_cast<uint32_t>(keeps(mask, u16)) << i;
     }
@@ -53,7 +52,7 @@ GRADDROP_FN uint32_t keep_bits(const TensorRow& row, const MaskSpec& mask, int64
 GRADDROP_FN void write_bytes(const TensorRow& row, const MaskSpec& mask, int64_t t, uint8_t* out) {
   const int64_t first = t * 16;
   if (first >= row.numel) return;
-  const uint32_t bits = keep_bits<16>(row, mask, first);
+  const uint32_t bits = keep_bits(row, mask, first);
   if (first + 16 <= row.numel) {
     uint32_t four[4];
 #pragma unroll

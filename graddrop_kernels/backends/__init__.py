@@ -4,10 +4,9 @@ Add a backend: one file, one row.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -30,6 +29,10 @@ _FUSED_DTYPES = (
 )
 
 
+KeepMask = Callable[[MaskPlan, int, int, RowBlock, int, torch.Tensor | None, torch.device], torch.Tensor]
+BucketPlanes = Callable[[int, int, RowBlock, int, torch.device], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Backend:
     """A way to carry out one step.
@@ -45,6 +48,8 @@ class Backend:
         sum_of_squares: (batch, masked) -> float64 tensor (), the sum of the gradients' squares.
         masters: whether it takes batches with copies (master weights).
         stochastic: whether it rounds stochastically.
+        keep_mask: what ``keep_mask`` below asks of it for drawn and fixed masks; None: it makes none by themselves.
+        bucket_planes: what ``bucket_planes`` below asks of it; None likewise.
     """
 
     name: str
@@ -57,6 +62,8 @@ class Backend:
     sum_of_squares: Callable[[TensorBatch, bool], torch.Tensor]
     masters: bool = False
     stochastic: bool = False
+    keep_mask: KeepMask | None = None
+    bucket_planes: BucketPlanes | None = None
 
     def misfit(
         self, device: torch.device, param_dtype: torch.dtype, moment_dtype: torch.dtype,
@@ -72,15 +79,30 @@ class Backend:
         return self.unavailable()
 
 
+def _keep_mask(
+    plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, numel: int, mask_words: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:  # fmt: skip
+    keep, _ = rule.keep_and_bucket(plan, key, completed_steps, layout, numel, mask_words, device)
+    assert keep is not None, "drawn and fixed masks only"
+    return keep
+
+
+def _bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int, device: torch.device) -> torch.Tensor:
+    drawn = rule.by_runs(layout, numel, device, lambda *run: bitmask.element_buckets(key, buckets, *run))
+    return bitmask.pack_buckets(drawn, buckets)
+
+
 BACKENDS = (
     Backend(
         "cpu", "C++, one pass over memory",
         ("cpu",), _FUSED_DTYPES, True, cpu.unavailable, cpu.masked_adamw_, cpu.sum_of_squares, True, True,
+        bucket_planes=lambda key, buckets, layout, numel, _: cpu.bucket_planes(key, buckets, layout, numel),
     ),
     Backend(
         "triton", "Triton, one launch for any number of tensors",
         triton.DEVICES, _FUSED_DTYPES, True, triton.unavailable, triton.masked_adamw_,
-        triton.sum_of_squares, True, True,
+        triton.sum_of_squares, True, True, triton.keep_mask, triton.bucket_planes,
     ),
     Backend(
         "triton-fast", "the same with approximate square roots and divisions",
@@ -90,11 +112,12 @@ BACKENDS = (
     Backend(
         "cuda", "C++ for CUDA, the same headers as the CPU kernels",
         ("cuda",), _FUSED_DTYPES, True, cuda.unavailable, cuda.masked_adamw_, cuda.sum_of_squares, True, True,
+        cuda.keep_mask, cuda.bucket_planes,
     ),
     Backend(
         "reference", "plain PyTorch, slow; defines the meaning",
         None, _ANY_DTYPES, True, lambda: None, step.masked_adamw_,
-        step.sum_of_squares, True, True,
+        step.sum_of_squares, True, True, _keep_mask, _bucket_planes,
     ),
     Backend(
         "exact", "the reference with every fma rounded once: the bits of the fused backends",
@@ -154,19 +177,18 @@ def select(
     return _BY_NAME[name]
 
 
+def _running_on(device: torch.device) -> Iterator[Backend]:
+    """The backends that can run on tensors of a device, the preferred first."""
+    fitting = (backend for backend in BACKENDS if backend.devices is None or device.type in backend.devices)
+    return (backend for backend in fitting if backend.unavailable() is None)
+
+
 def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int, device: torch.device) -> torch.Tensor:
     """The bit-planes of a parameter's buckets (bitmask.pack_buckets),
     made by the fastest code at hand for its device.
     """
-    if device.type == "cpu" and cpu.unavailable() is None:
-        return cpu.bucket_planes(key, buckets, layout, numel)
-    if device.type in triton.DEVICES and triton.unavailable() is None:
-        planes: torch.Tensor = triton.masks().bucket_planes(key, buckets, layout, numel, device)
-        return planes
-    if device.type == "cuda" and cuda.unavailable() is None:
-        return cuda.bucket_planes(key, buckets, layout, numel, device)
-    drawn = rule.by_runs(layout, numel, device, lambda *run: bitmask.element_buckets(key, buckets, *run))
-    return bitmask.pack_buckets(drawn, buckets)
+    make = next(backend.bucket_planes for backend in _running_on(device) if backend.bucket_planes)
+    return make(key, buckets, layout, numel, device)
 
 
 def keep_mask(
@@ -176,12 +198,8 @@ def keep_mask(
     """The bool keep mask of a plan, shape (numel,), made by the fastest code at hand for its device."""
     if plan.kind not in ("bernoulli", "bucket", "fixed"):
         return torch.full((numel,), plan.kind != "off", dtype=torch.bool, device=device)
-    if device.type in triton.DEVICES and triton.unavailable() is None:
-        keep: Any = triton.masks().keep_mask(plan, key, completed_steps, layout, numel, mask_words, device)
-    else:
-        keep, _ = rule.keep_and_bucket(plan, key, completed_steps, layout, numel, mask_words, device)
-    mask: torch.Tensor = keep
-    return mask
+    make = next(backend.keep_mask for backend in _running_on(device) if backend.keep_mask)
+    return make(plan, key, completed_steps, layout, numel, mask_words, device)
 
 
 def _short(dtype: torch.dtype) -> str:

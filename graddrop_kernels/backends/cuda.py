@@ -24,9 +24,7 @@ _FUNCTIONS = {  # without the stream, which is the last argument of each
     "prologue": (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32),
     "masked_adamw": (c_void_p,),
     "sum_of_squares": (c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_int64),
-    "mask_bytes": (c_void_p, c_void_p, c_void_p),
-    "mask_words": (c_void_p, c_void_p, c_void_p),
-    "mask_count": (c_void_p, c_void_p, c_void_p),
+    "keep_mask": (c_void_p, c_void_p, c_void_p),
     "bucket_planes": (c_void_p, c_int64, c_int64, c_void_p),
 }
 
@@ -194,38 +192,24 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def mask(
-    plan: MaskPlan, key: int, draw: int, layout: RowBlock, numel: int, device: torch.device,
-    mask_words: torch.Tensor | None = None,
+def keep_mask(
+    plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, numel: int, mask_words: torch.Tensor | None,
+    device: torch.device,
 ) -> torch.Tensor:  # fmt: skip
-    """What a plan keeps of a layout's elements in local order, as reference.keep_and_bucket: bool tensor (numel,).
+    """What a plan keeps of a layout's elements in local order, as rule.keep_and_bucket: bool tensor (numel,).
 
-    ``draw``: the parameter's completed steps, used where the plan names no draw. ``mask_words``: bit-planes or the bits
-    of a fixed mask, on the device.
+    ``mask_words``: bit-planes or the bits of a fixed mask, on the device.
     """
-    out = torch.empty(numel, dtype=torch.bool, device=device)
-    _materialise("mask_bytes", plan, key, draw, layout, numel, mask_words, out)
-    return out
-
-
-def packed_mask(
-    plan: MaskPlan, key: int, draw: int, layout: RowBlock, numel: int, device: torch.device,
-    mask_words: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """``mask`` as bitmask.pack packs it: int32 tensor (num_words(numel),)."""
-    out = torch.empty(num_words(numel), dtype=torch.int32, device=device)
-    _materialise("mask_words", plan, key, draw, layout, numel, mask_words, out)
-    return out
-
-
-def count_kept(
-    plan: MaskPlan, key: int, draw: int, layout: RowBlock, numel: int, device: torch.device,
-    mask_words: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """How many elements ``mask`` keeps: int64 tensor () on the device."""
-    out = torch.zeros((), dtype=torch.int64, device=device)
-    _materialise("mask_count", plan, key, draw, layout, numel, mask_words, out)
-    return out
+    draw = 0 if plan.kind == "bucket" else completed_steps if plan.draw is None else plan.draw
+    spec = MaskSpec(
+        kind=MASK_KINDS[plan.kind], threshold=plan.threshold, draw=draw & 0xFFFFFFFF, buckets=plan.buckets,
+        first_bucket=plan.first_bucket, last_bucket=plan.last_bucket,
+        num_planes=num_planes(plan.buckets) if plan.bitpacked else -1,
+    )  # fmt: skip
+    row = _row(key, layout, numel, mask_words)
+    keep = torch.empty(numel, dtype=torch.bool, device=device)
+    _call("keep_mask", keep.device, ctypes.addressof(row), ctypes.addressof(spec), keep.data_ptr())
+    return keep
 
 
 def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int, device: torch.device) -> torch.Tensor:
@@ -243,17 +227,3 @@ def _row(key: int, layout: RowBlock, numel: int, mask_words: torch.Tensor | None
         numel=numel, base=layout.base, local_inner=layout.local_inner, global_inner=layout.global_inner, key=key,
         mask_words=_address(mask_words),
     )  # fmt: skip
-
-
-def _materialise(
-    name: str, plan: MaskPlan, key: int, draw: int, layout: RowBlock, numel: int, mask_words: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:  # fmt: skip
-    draw = 0 if plan.kind == "bucket" else draw if plan.draw is None else plan.draw
-    spec = MaskSpec(
-        kind=MASK_KINDS[plan.kind], threshold=plan.threshold, draw=draw & 0xFFFFFFFF, buckets=plan.buckets,
-        first_bucket=plan.first_bucket, last_bucket=plan.last_bucket,
-        num_planes=num_planes(plan.buckets) if plan.bitpacked else -1,
-    )  # fmt: skip
-    row = _row(key, layout, numel, mask_words)
-    _call(name, out.device, ctypes.addressof(row), ctypes.addressof(spec), out.data_ptr())

@@ -207,7 +207,7 @@ def test_bucket_planes_without_the_library_are_the_same(seed, monkeypatch):
     require("cpu")
     key, layout = stream_key("w", seed), SHARDS["odd columns"].layout
     compiled = backends.bucket_planes(key, 12, layout, 41 * 77, torch.device("cpu"))
-    monkeypatch.setattr(cpu, "unavailable", lambda: "not built")
+    monkeypatch.setattr(backends, "BACKENDS", [row for row in backends.BACKENDS if row.name == "reference"])
     assert_same_bits(backends.bucket_planes(key, 12, layout, 41 * 77, torch.device("cpu")), compiled)
 
 
@@ -251,3 +251,22 @@ def test_runs_cover_the_local_elements_in_order():
 
 def test_engines_cover_all_backends():
     assert {engine.backend for engine in ENGINES} == set(backends.available_backends())
+
+
+@pytest.mark.parametrize("running, maker", [
+    (("cpu", "triton", "cuda"), "triton"), (("cpu", "cuda"), "cuda"), (("cpu",), "reference"),
+])  # fmt: skip
+def test_masks_of_a_gpu_are_made_by_the_first_backend_that_runs_there(running, maker, monkeypatch):
+    def told(backend):
+        name = lambda *_: backend.name
+        return dataclasses.replace(
+            backend, devices=("cuda",) if backend.name == "triton" else backend.devices,
+            keep_mask=backend.keep_mask and name, bucket_planes=backend.bucket_planes and name,
+            unavailable=lambda: None if backend.name in (*running, "reference", "exact") else "absent",
+        )  # fmt: skip
+
+    monkeypatch.setattr(backends, "BACKENDS", [told(backend) for backend in backends.BACKENDS])
+    layout, device = RowBlock.whole(9), torch.device("cuda")
+    assert backends.keep_mask(MaskPlan("bernoulli"), 1, 0, layout, 9, None, device) == maker
+    assert backends.bucket_planes(1, 3, layout, 9, device) == maker
+    assert backends.keep_mask(MaskPlan("bernoulli"), 1, 0, layout, 9, None, torch.device("cpu")) == "reference"

@@ -390,7 +390,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout, numel", LAYOUTS, ids=str)
 @pytest.mark.parametrize("plan", ["bernoulli", "buckets", "planes", "fixed"])
-def test_masks_are_written_packed_and_counted(plan, layout, numel, seed):
+def test_masks_are_written(plan, layout, numel, seed):
     plan, key = PLANS[plan], stream_key("w", seed)
     device, words = torch.device(TRITON.device), None
     if plan.kind == "fixed":
@@ -399,11 +399,7 @@ def test_masks_are_written_packed_and_counted(plan, layout, numel, seed):
         words = bitmask.pack_buckets(drawn_buckets(key, plan.buckets, layout, numel), plan.buckets)
     expected, _ = keep_and_bucket(plan, key, 2**32 + 7, layout, numel, words)
     arguments = (plan, key, 2**32 + 7, layout, numel, None if words is None else words.to(device), device)
-    masks = triton.masks()
-    assert_same_bits(masks.keep_mask(*arguments), expected, "mask")
-    assert_same_bits(masks.packed_mask(*arguments), bitmask.pack(expected), "bits")
-    assert masks.count_kept(*arguments) == expected.sum()
-    assert_same_bits(masks.pack(expected.to(device)), bitmask.pack(expected), "bits of given bools")
+    assert_same_bits(triton.keep_mask(*arguments), expected, "mask")
 
 
 def drawn_buckets(key: int, buckets: int, layout: RowBlock, numel: int) -> torch.Tensor:
@@ -415,14 +411,16 @@ def test_bucket_planes(buckets, seed):
     key, device = stream_key("w", seed), torch.device(TRITON.device)
     for layout, numel in LAYOUTS[1:]:
         expected = bitmask.pack_buckets(drawn_buckets(key, buckets, layout, numel), buckets)
-        assert_same_bits(triton.masks().bucket_planes(key, buckets, layout, numel, device), expected, str(layout))
+        assert_same_bits(triton.bucket_planes(key, buckets, layout, numel, device), expected, str(layout))
 
 
 def test_the_optimizers_masks_are_made_by_the_kernels(seed, monkeypatch):
+    from graddrop_kernels.backends.triton import masks as triton_masks
+
     param = torch.nn.Parameter(torch.zeros(7, 9, device=TRITON.device))
     optimizer = FusedGradDropAdamW([("w", param)], mask=GradDrop(0.3), seed=seed)
-    calls, kernel = [], triton.masks().keep_mask
-    monkeypatch.setattr(triton.masks(), "keep_mask", lambda *args: calls.append(1) or kernel(*args))
+    calls, kernel = [], triton_masks.keep_mask
+    monkeypatch.setattr(triton_masks, "keep_mask", lambda *args: calls.append(1) or kernel(*args))
     threshold = round(0.3 * 65536)
     plan = MaskPlan("bernoulli", threshold=threshold, scale=65536 / (65536 - threshold))
     expected, _ = keep_and_bucket(plan, stream_key("w", seed), 5, RowBlock.whole(63), 63)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ...masks.plan import MaskPlan
+from ...masks.row_block import RowBlock
 from ..batch import TensorBatch
 from ..device_tables import CHUNK, DeviceTables
 from ..launches import Launch
@@ -43,6 +45,23 @@ def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
     return norm.sum_of_squares(batch, masked)
 
 
+def keep_mask(
+    plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, numel: int, mask_words: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:  # fmt: skip
+    """See masks.py, which needs triton."""
+    from . import masks
+
+    return masks.keep_mask(plan, key, completed_steps, layout, numel, mask_words, device)
+
+
+def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int, device: torch.device) -> torch.Tensor:
+    """See masks.py, which needs triton."""
+    from . import masks
+
+    return masks.bucket_planes(key, buckets, layout, numel, device)
+
+
 def tables_of(batch: TensorBatch, for_norm: bool = False) -> DeviceTables:
     """The batch's tables, up to date."""
     if batch.table is None:
@@ -68,13 +87,6 @@ def block_of(device: torch.device) -> int:
     if interpreted():
         return INTERPRETED_BLOCK
     return ELEMENTS * WARPS * (torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32)
-
-
-def masks() -> Any:
-    """The module masks.py, which needs triton."""
-    from . import masks as kernels
-
-    return kernels
 
 
 def constants(

@@ -1,0 +1,142 @@
+// The random numbers of blocks: Philox words at once or beside other work, and what is made of them. A block is 64
+// elements of one contiguous run. For the Vec of whichever simd_*.h was included before. Every function here and in the
+// three files that include it has internal linkage: the instruction sets share their text.
+#pragma once
+#include <algorithm>
+#include <cstring>
+
+#include "../gaussian.h"
+#include "kernels.h"
+
+namespace graddrop {
+namespace {
+
+constexpr int kBlock = 64;  // elements
+
+// Philox calls q = first .. first + 7: 32 words, the 16-bit draws of 64 elements, in natural order.
+GRADDROP_FN void philox_8_calls(uint64_t first, uint32_t draw, uint32_t domain, const PhiloxKeys& keys,
+                                uint32_t* words) {
+  Philox8 calls;
+  philox_start(calls, first, draw, domain);
+#pragma GCC unroll 10
+  for (int round = 0; round < kPhiloxRounds; ++round) philox_round(calls, keys, round);
+  philox_finish(calls, words);
+}
+
+// The Philox calls of one block after the other, kEights * 8 a block: those of the next block are made round by round
+// beside the work on this one.
+template <int kEights>
+struct CallsAhead {
+  uint64_t call;  // the first of this block
+  uint32_t draw, domain;
+  Philox8 next[kEights];
+};
+// This block's, at once: for the first one of a run. Not inlined: it is seldom called.
+template <int kEights>
+static __attribute__((noinline)) void make_calls(uint64_t call, uint32_t draw, uint32_t domain, const PhiloxKeys& keys,
+                                                 uint32_t* words) {
+  for (int e = 0; e < kEights; ++e) philox_8_calls(call + 8 * e, draw, domain, keys, words + 32 * e);
+}
+template <int kEights>
+GRADDROP_FN void make_first(const CallsAhead<kEights>& calls, const PhiloxKeys& keys, uint32_t* words) {
+  make_calls<kEights>(calls.call, calls.draw, calls.domain, keys, words);
+}
+template <int kEights>
+GRADDROP_FN void start_next(CallsAhead<kEights>& calls) {
+  calls.call += 8 * kEights;
+#pragma GCC unroll 2
+  for (int e = 0; e < kEights; ++e) philox_start(calls.next[e], calls.call + 8 * e, calls.draw, calls.domain);
+}
+template <int kEights>
+GRADDROP_FN void advance_next(CallsAhead<kEights>& calls, const PhiloxKeys& keys, int part, int parts) {
+#pragma GCC unroll 10
+  for (int round = 0; round < kPhiloxRounds; ++round)
+    if (round * parts / kPhiloxRounds == part)
+#pragma GCC unroll 2
+      for (int e = 0; e < kEights; ++e) philox_round(calls.next[e], keys, round);
+}
+template <int kEights>
+GRADDROP_FN void finish_next(const CallsAhead<kEights>& calls, uint32_t* words) {
+#pragma GCC unroll 2
+  for (int e = 0; e < kEights; ++e) philox_finish(calls.next[e], words + 32 * e);
+}
+
+// A row's local elements [begin, end) as contiguous runs of global indices: visit(local, global, count).
+template <typename Visit>
+GRADDROP_FN void for_each_run(const TensorRow& row, int64_t begin, int64_t end, Visit visit) {
+  int64_t line = begin / row.local_inner, column = begin % row.local_inner;
+  while (begin < end) {
+    const int64_t count = std::min(end - begin, row.local_inner - column);
+    visit(begin, row.base + line * row.global_inner + column, count);
+    begin += count;
+    line += 1;
+    column = 0;
+  }
+}
+
+// How many of the elements left from a global index on make a part: up to 64, and up to a multiple of 8 in the global
+// index, so that only a run's first part begins in the middle of a Philox call.
+GRADDROP_FN int64_t part_of(int64_t left, int64_t global) { return std::min<int64_t>(left, kBlock - (global & 7)); }
+
+// Local elements [begin, end) of a row: whole(local, global, blocks) for blocks that begin at a global index that is a
+// multiple of 8, part(local, global, count) for what is between them.
+template <typename Whole, typename Part>
+GRADDROP_FN void for_each_part(const TensorRow& row, int64_t begin, int64_t end, Whole whole, Part part) {
+  for_each_run(row, begin, end, [&](int64_t local, int64_t global, int64_t left) {
+    while (left > 0) {
+      int64_t count = part_of(left, global);
+      if (count == kBlock) {
+        count = left / kBlock * kBlock;
+        whole(local, global, left / kBlock);
+      } else {
+        part(local, global, static_cast<int>(count));
+      }
+      local += count;
+      global += count;
+      left -= count;
+    }
+  });
+}
+
+// Random words of 32 bits, four a call, of up to 64 elements from any global index on.
+struct Words {
+  alignas(64) uint32_t word[kBlock + 32 + Vec::kWidth];
+};
+// Those of count elements: the result is the first one's. The last vector may read some of what comes after them.
+GRADDROP_FN const uint32_t* make_words(uint32_t draw, uint32_t domain, const PhiloxKeys& keys, int64_t global,
+                                       int count, Words& words) {
+  const int lead = static_cast<int>(global & 3);
+  for (int i = 0; i < lead + count; i += 32)
+    philox_8_calls((static_cast<uint64_t>(global) >> 2) + i / 4, draw, domain, keys, words.word + i);
+  return words.word + lead;
+}
+
+// Those of stochastic rounding; one copy of the code, which is called once a block.
+static __attribute__((noinline)) const uint32_t* make_rounding(const PreparedRow& row, const PhiloxKeys& keys,
+                                                               int64_t global, int count, Words& words) {
+  return make_words(row.rounding_draw, kDomainRounding, keys, global, count, words);
+}
+
+// Factors 1 + scale * z of count <= 64 elements from a global index on.
+GRADDROP_FN void make_factors(const MaskSpec& mask, const PhiloxKeys& keys, int64_t global, int count, float* factors) {
+  Words words;
+  const uint32_t* first = make_words(mask.draw, kDomainGaussian, keys, global, count, words);
+  for (int i = 0; i < count; i += Vec::kWidth)
+    store(factors + i, fma(normal_from_uniform(symmetric_uniform(first + i)), Vec(mask.scale), Vec(1.0f)));
+}
+
+static void uniform16(uint64_t key, uint32_t draw, uint32_t domain, int64_t first, int64_t count, uint16_t* out) {
+  alignas(64) uint32_t words[kBlock / 2];
+  const PhiloxKeys keys = philox_keys(key);
+  while (count > 0) {
+    const int64_t lead = first & 7, taken = std::min<int64_t>(count, kBlock - lead);
+    philox_8_calls(static_cast<uint64_t>(first) >> 3, draw, domain, keys, words);
+    std::memcpy(out, reinterpret_cast<uint16_t*>(words) + lead, taken * sizeof(uint16_t));
+    first += taken;
+    out += taken;
+    count -= taken;
+  }
+}
+
+}  // namespace
+}  // namespace graddrop
