@@ -3,8 +3,8 @@
 import official_xglue
 import pytest
 
-from benchmarks.xglue import hub
-from benchmarks.xglue.data import load
+from benchmarks.xglue.examples import hub
+from benchmarks.xglue.examples.load import load
 from benchmarks.xglue.tasks import TASKS
 
 datasets = pytest.importorskip("datasets")

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.xglue import paper  # noqa: E402
+from benchmarks.xglue.report import paper  # noqa: E402
 from graddrop_kernels.demo.methods import METHODS  # noqa: E402
 
 OWN = {"sft", "graddrop", "anneal-graddrop", "layer-graddrop", "anneal-layer-graddrop", "graddrop-epoch"}

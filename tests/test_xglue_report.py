@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.xglue import figures  # noqa: E402
 from benchmarks.xglue.__main__ import main  # noqa: E402
-from benchmarks.xglue.choice import best_lr  # noqa: E402
-from benchmarks.xglue.collect import collect  # noqa: E402
-from benchmarks.xglue.compare import compare  # noqa: E402
-from benchmarks.xglue.paper_claims import claims, over_data_sets, table, verdict  # noqa: E402
-from benchmarks.xglue.report import against_sft, pairwise, ranks, report  # noqa: E402
+from benchmarks.xglue.report import figures  # noqa: E402
+from benchmarks.xglue.report.claims import claims, over_data_sets, table, verdict  # noqa: E402
+from benchmarks.xglue.report.collect import collect  # noqa: E402
+from benchmarks.xglue.report.compare import compare  # noqa: E402
+from benchmarks.xglue.report.tables import against_sft, pairwise, ranks, report  # noqa: E402
+from benchmarks.xglue.runs.learning_rate import best_lr  # noqa: E402
 from benchmarks.xglue.settings import settings_for  # noqa: E402
 
 

@@ -9,11 +9,11 @@ Keys of a sweep but methods, seeds, lrs and tuning_seeds are settings.Settings' 
 import json
 from pathlib import Path
 
-from .arguments import methods_of, seeds_of
-from .settings import settings_for
+from ..arguments import methods_of, seeds_of
+from ..settings import settings_for
 from .sweep import Plan
 
-FOLDER = Path(__file__).with_name("studies")
+FOLDER = Path(__file__).parents[1] / "studies"
 
 
 def plans(file: str) -> list[Plan]:
@@ -30,7 +30,7 @@ def plans(file: str) -> list[Plan]:
     try:
         return [_plan(dict(sweep)) for sweep in json.loads(path.read_text(encoding="utf-8"))["sweeps"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: {type(error).__name__} {error}; see benchmarks/xglue/study.py") from error
+        raise ValueError(f"{path}: {type(error).__name__} {error}; see benchmarks/xglue/runs/study.py") from error
 
 
 def _plan(sweep: dict) -> Plan:

@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from . import figures, paper, paper_claims, statistics
-from .choice import english_dev
+from ..runs.learning_rate import english_dev
+from ..scores import statistics
+from ..titles import MISSING, TITLES
+from . import claims, figures, paper
 from .collect import Group, collect
 from .page import Page
-from .titles import MISSING, TITLES
 
 METRICS = {
     "accuracy": "accuracy", "chunk_f1": "F1 of entities", "ndcg": "nDCG", "answer_f1": "F1 of answers",
@@ -256,7 +257,7 @@ def _differences(page: Page, group: Group) -> None:
 
 
 def _claims(page: Page, group: Group) -> None:
-    header, lines = paper_claims.table(group)
+    header, lines = claims.table(group)
     if lines:
         page.text(
             "The paper's claims, each as a difference that must be above 0 (points, paired by seed, 95 % interval): it "
@@ -319,8 +320,8 @@ def _over_tasks(page: Page, groups: list[Group]) -> None:
     ])  # fmt: skip
     _pairwise(page, groups, methods, kind)
     lines = [
-        [f"{claim}: {measured}", paper_claims.cell(test, "data set")]
-        for claim, measured, test in paper_claims.over_data_sets(groups) if test.n > 1
+        [f"{claim}: {measured}", claims.cell(test, "data set")]
+        for claim, measured, test in claims.over_data_sets(groups) if test.n > 1
     ]  # fmt: skip
     if lines:
         page.text(

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .choice import best_lr, english_dev
-from .claims import claim
+from ..settings import Settings, check
+from .learning_rate import best_lr, english_dev
+from .lock import claim
 from .results import read
-from .settings import Settings, check
 
 POLL = 0.5  # seconds between looks at the folder
 _CHOSEN: dict[tuple, float] = {}  # (plan, method, folder): learning rate, so that the grid is read once

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure  # not pyplot, which keeps global state and
 
 from graddrop_kernels.demo.report import COLOURS, MARKERS, STYLES
 
-from . import statistics
+from ..scores import statistics
+from ..titles import TITLES
 from .collect import Group
-from .titles import TITLES
 
 
 def mean_by_epoch(group: Group, method: str) -> dict[int, list[float]]:

@@ -1,6 +1,6 @@
 """The learning rate of a method: chosen on English dev, by the same rule for every method."""
 
-from . import statistics
+from ..scores import statistics
 
 
 def english_dev(result: dict) -> float:

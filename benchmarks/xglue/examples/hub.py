@@ -5,9 +5,9 @@ Questions of MLQA have no id there, so their guids are numbers: the official eva
 The hub's POS may lack Portuguese.
 """
 
-from .examples import Example, SpanExample, TextExample, WordsExample
+from ..tasks import Task, check
+from .kinds import Example, SpanExample, TextExample, WordsExample
 from .official import checked_label
-from .tasks import Task, check
 
 NAME = "microsoft/xglue"
 

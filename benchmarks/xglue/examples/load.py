@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from ..tasks import TASKS, Task
 from . import hub, official, standins
-from .examples import Example
-from .tasks import TASKS, Task
+from .kinds import Example
 
 
 def load(task: Task, language: str, split: str, root: str | Path | None = None) -> list[Example]:

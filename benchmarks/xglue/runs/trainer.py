@@ -15,11 +15,12 @@ from transformers.utils import logging
 from graddrop_kernels.demo import checkpoint
 from graddrop_kernels.integrations.transformers import GradDropCallback
 
-from . import features, metrics, predictions, weights
+from ..models import features, weights
+from ..scores import metrics, predictions
+from ..settings import Settings
 from .batches import LengthBuckets
 from .optimizer import optimizer_of
 from .prepare import Prepared, Split
-from .settings import Settings
 
 COMPLETE = "complete"  # empty file: everything else of the checkpoint is on the disk
 BEST = "best.pt"  # weights of the best epoch so far

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import data, metrics, predictions
-from .tasks import TASKS, languages
+from ..examples.load import load
+from ..tasks import TASKS, languages
+from . import metrics, predictions
 
 Scores = dict[str, dict[str, dict[str, float]]]
 
@@ -20,10 +21,10 @@ def score_folder(
         folder: has {TASK}/{language}.prediction.
         tasks: names out of tasks.TASKS; default: those that have a folder.
         split: "dev" or "test".
-        root: as data.load's.
+        root: as examples.load.load's.
 
     Raises:
-        FileNotFoundError, ValueError: as predictions.read and data.load; no task has a folder; an unknown task.
+        FileNotFoundError, ValueError: as predictions.read and load; no task has a folder; an unknown task.
     """
     if split not in ("dev", "test"):
         raise ValueError(f"split {split!r}: must be dev or test; nobody predicts the training data")
@@ -40,7 +41,7 @@ def score_folder(
 def _score_task(folder: str | Path, name: str, split: str, root: str | Path | None) -> dict[str, dict[str, float]]:
     task, scores = TASKS[name], {}
     for language in languages(task, split):
-        examples = data.load(task, language, split, root)
+        examples = load(task, language, split, root)
         predicted = predictions.read(folder, task, language, examples)
         scores[language] = metrics.score(task, language, examples, predicted)
     keys = next(iter(scores.values()))

@@ -16,8 +16,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from .examples import Example, SpanExample, TextExample, WordsExample
-from .tasks import Task
+from ..examples.kinds import Example, SpanExample, TextExample, WordsExample
+from ..tasks import Task
 
 IGNORED = -100  # what torch's cross entropy leaves out
 QUESTION_LENGTH, ANSWER_LENGTH = 64, 30

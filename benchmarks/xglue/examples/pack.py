@@ -1,6 +1,6 @@
 """Packs a folder as a .tar.gz whose bytes depend on nothing but its files' names and contents (and the zlib at hand).
 
-python -m benchmarks.xglue.pack FOLDER ARCHIVE
+python -m benchmarks.xglue.examples.pack FOLDER ARCHIVE
 """
 
 import gzip

@@ -4,12 +4,12 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import statistics
-from .choice import best_lr, english_dev
-from .results import read
-from .settings import VARIED
-from .tasks import TASKS, Task
-from .titles import TITLES
+from ..runs.learning_rate import best_lr, english_dev
+from ..runs.results import read
+from ..scores import statistics
+from ..settings import VARIED
+from ..tasks import TASKS, Task
+from ..titles import TITLES
 
 
 @dataclass(frozen=True)

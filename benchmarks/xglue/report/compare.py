@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from ..runs.results import read
 from .collect import test_scores
-from .results import read
 
-COMMITTED = Path(__file__).parents[1] / "results" / "xglue"
+COMMITTED = Path(__file__).parents[2] / "results" / "xglue"
 
 
 def compare(ours: Path, theirs: Path = COMMITTED) -> list[str]:

@@ -6,8 +6,8 @@ from graddrop_kernels import FusedGradDropAdamW
 from graddrop_kernels.demo.methods import with_head_lr
 from graddrop_kernels.integrations.transformers import GradDropFactory, trainer_optimizer
 
+from ..settings import Settings
 from .methods import policy_of
-from .settings import Settings
 
 
 class WithHeadRate(GradDropFactory):

@@ -9,8 +9,8 @@ from torch import nn
 from graddrop_kernels.demo import e5_small
 from graddrop_kernels.demo.classifier import set_dropout
 
-from .settings import SMALL, TINY
-from .tasks import Task
+from ..settings import SMALL, TINY
+from ..tasks import Task
 
 
 class Source:

@@ -6,7 +6,7 @@ from graddrop_kernels.demo.methods import METHODS
 from graddrop_kernels.policies import GradFreeze, Policy
 from graddrop_kernels.schedules import LinearAnneal
 
-from .settings import Settings
+from ..settings import Settings
 
 
 def policy_of(settings: Settings) -> Policy | None:

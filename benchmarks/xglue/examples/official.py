@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from .examples import Example, SpanExample, TextExample, WordsExample
-from .tasks import TASKS, Task, check
+from ..tasks import TASKS, Task, check
+from .kinds import Example, SpanExample, TextExample, WordsExample
 
 # Columns of the first text, and of the second, whose columns are joined by a space; the label is the last one.
 _COLUMNS = {

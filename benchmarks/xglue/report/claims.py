@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 
-from . import statistics
+from ..scores import statistics
+from ..titles import MISSING, TITLES
 from .collect import Group, Runs
-from .titles import MISSING, TITLES
 
 # Those of our languages of which CC-100, XLM-R's training texts rebuilt (Wenzek et al. 2020), has less than 1 GB of
 # packed text (ur 884 MB, sw 332 MB, jv 37 MB, su 15 MB; data.statmt.org/cc-100), or nothing.

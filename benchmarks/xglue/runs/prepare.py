@@ -6,10 +6,11 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import data, features, models
-from .examples import Example, SpanExample, TextExample, WordsExample
-from .settings import Settings
-from .tasks import TASKS, Task
+from ..examples.kinds import Example, SpanExample, TextExample, WordsExample
+from ..examples.load import load
+from ..models import encoders, features
+from ..settings import Settings
+from ..tasks import TASKS, Task
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Prepared:
     """The data and the encoder of a configuration. train is English; dev and test are by language."""
 
     task: Task
-    source: models.Source
+    source: encoders.Source
     train: Split
     dev: dict[str, Split]
     test: dict[str, Split]
@@ -35,7 +36,7 @@ def prepare(settings: Settings, root: str | Path | None = None) -> Prepared:
     """Load, trim and tokenise; the result for the same data, model and lengths is kept for the next run.
 
     Raises:
-        FileNotFoundError, ValueError: what ``data.load`` and ``models.load`` raise.
+        FileNotFoundError, ValueError: what ``load`` and ``encoders.load`` raise.
     """
     languages = (settings.languages, settings.dev_languages)
     limits = (settings.train_examples, settings.eval_examples)
@@ -51,10 +52,10 @@ def _prepare(
     wanted = [("train", "en", train_limit)]
     wanted += [("dev", language, eval_limit) for language in dev_languages]
     wanted += [("test", language, eval_limit) for language in test_languages]
-    examples = {(split, language): data.load(task, language, split, root)[:limit] for split, language, limit in wanted}
+    examples = {(split, language): load(task, language, split, root)[:limit] for split, language, limit in wanted}
     shown = {key: [_with_prefix(example, prefix) for example in own] for key, own in examples.items()}
     texts = list(dict.fromkeys(text for own in shown.values() for example in own for text in texts_of(example)))
-    source = models.load(model, task, texts)
+    source = encoders.load(model, task, texts)
     splits = {
         key: Split(own, features.encode(task, shown[key], source.tokenizer, max_length, stride))
         for key, own in examples.items()
@@ -78,8 +79,8 @@ def check(settings: Settings, root: str | Path | None = None) -> None:
         )
     for split, languages in (("train", ("en",)), ("dev", settings.dev_languages), ("test", settings.languages)):
         for language in languages:
-            data.load(task, language, split, root)
-    models.check(settings.model)
+            load(task, language, split, root)
+    encoders.check(settings.model)
 
 
 def texts_of(example: Example) -> list[str]:

@@ -19,12 +19,12 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
-from .examples import Example, TextExample, WordsExample
+from ..tasks import Task, check
+from .kinds import Example, TextExample, WordsExample
 from .official import checked_label, lines, spans, words
 from .pack import unpack
-from .tasks import Task, check
 
-DIRECTORY = Path(__file__).parent / "data"
+DIRECTORY = Path(__file__).parents[1] / "data"
 _NUSAX = {
     "en": "english",
     "id": "indonesian",
