@@ -12,7 +12,7 @@ from .titles import TITLES
 DESCRIPTION = """\
 The GradDrop paper's experiments: fine-tune a multilingual encoder on English with each of its methods, test it in every
 language without further training, and make the paper's tables and figures. For XGLUE's nine tasks bring the data (its
-licence forbids passing it on): --data xglue_full_dataset, or --data hub. The other tasks' data is in this folder."""
+licence forbids passing it on): --data xglue_full_dataset. The other tasks' data is in this folder."""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -62,7 +62,7 @@ def _seeds(parser, name: str, default: str, text: str) -> None:
 
 
 def _data(parser) -> None:
-    parser.add_argument("--data", metavar="FOLDER", help="xglue_full_dataset, or hub for Hugging Face datasets")
+    parser.add_argument("--data", metavar="FOLDER", help="xglue_full_dataset, for XGLUE's tasks")
 
 
 def _workers(parser) -> None:
@@ -72,7 +72,7 @@ def _workers(parser) -> None:
 def _running(parser) -> None:
     add = parser.add_argument_group("running").add_argument
     add("--results", type=Path, default=Path("xglue-results"), help="folder of the JSON files (default: %(default)s)")
-    add("--data", metavar="FOLDER", help="xglue_full_dataset, or hub for Hugging Face datasets")
+    add("--data", metavar="FOLDER", help="xglue_full_dataset, for XGLUE's tasks")
     add("--device", choices=("cpu",), help="(default: a GPU if there is one)")
     add("--threads", type=int, help="of PyTorch, in each process (default: the cores shared out)")
     add("--eval-batch-size", type=int, default=64, help="of a process (default: %(default)s)")

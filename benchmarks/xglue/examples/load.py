@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..tasks import TASKS, Task
-from . import hub, official, standins
+from . import official, standins
 from .kinds import Example
 
 
@@ -14,8 +14,7 @@ def load(task: Task, language: str, split: str, root: str | Path | None = None) 
         task: one of tasks.TASKS.
         language: one of task.languages; "train" has English only.
         split: "train", "dev" or "test".
-        root: for official tasks the folder ``xglue_full_dataset``; or "hub" for Hugging Face ``datasets``, "hub:NAME"
-            for a copy of it there or in a folder. Stand-ins need none.
+        root: for official tasks the folder ``xglue_full_dataset``. Stand-ins need none.
 
     Raises:
         ValueError: an unknown language or split; an official task without a root; what the loaders raise.
@@ -25,10 +24,7 @@ def load(task: Task, language: str, split: str, root: str | Path | None = None) 
         return standins.load(task, language, split)
     if root is None:
         raise ValueError(
-            f"root: {task.name} is a task of XGLUE, whose data you must have: give the folder xglue_full_dataset, or"
-            f' "hub"; tasks that need none: {", ".join(task.name for task in TASKS.values() if not task.official)}'
+            f"root: {task.name} is a task of XGLUE, whose data you must have: give the folder "
+            f"xglue_full_dataset; tasks that need none: {', '.join(t.name for t in TASKS.values() if not t.official)}"
         )
-    source, _, name = str(root).partition(":")
-    if source == "hub":
-        return hub.load(task, language, split, name or hub.NAME)
     return official.load(task, language, split, root)

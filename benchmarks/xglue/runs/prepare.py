@@ -74,8 +74,8 @@ def check(settings: Settings, root: str | Path | None = None) -> None:
     if task.official and root is None:
         ours = ", ".join(task.name for task in TASKS.values() if not task.official)
         raise ValueError(
-            f"--data: {task.name} is a task of XGLUE, whose data you must have: give its folder xglue_full_dataset, or "
-            f"hub for Hugging Face datasets. Tasks that need none: {ours}"
+            f"--data: {task.name} is a task of XGLUE, whose data you must have: give its folder "
+            f"xglue_full_dataset. Tasks that need none: {ours}"
         )
     for split, languages in (("train", ("en",)), ("dev", settings.dev_languages), ("test", settings.languages)):
         for language in languages:
