@@ -46,22 +46,6 @@ def table_of(task: str) -> Table | None:
     return next((table for table in tables().values() if table.task == task), None)
 
 
-def wrong_averages() -> list[tuple[str, str, float, float]]:
-    """(table, row, printed average, mean of the printed columns) wherever they differ by more than a unit of the
-    last digit: half of it for the average's own rounding, half for that of the columns."""
-    found = []
-    for table in tables().values():
-        for row in table.rows:
-            values = list(row.values.values())
-            if row.average is None or None in values:
-                continue
-            mean = sum(values) / len(values)
-            unit = 10.0 ** -len(repr(row.average).partition(".")[2])
-            if abs(mean - row.average) > unit + 1e-9:
-                found.append((table.number, row.name, row.average, round(mean, 3)))
-    return found
-
-
 def _table(found: dict) -> Table:
     rows = tuple(
         Row(row["name"], row["method"], row["values"], row["average"], tuple(row.get("second", ())))
