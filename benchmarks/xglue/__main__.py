@@ -1,4 +1,4 @@
-"""`python -m benchmarks.xglue run | sweep | study | report | compare | score`, from the root of the checkout."""
+"""The commands of `python -m benchmarks.xglue`, from the root of the checkout; arguments.py lists them."""
 
 import contextlib
 import json
@@ -104,6 +104,21 @@ def _report(options) -> int:
     return 0
 
 
+def _pack(options) -> int:
+    from .runs.results import TABLE, pack
+
+    table = options.table or options.results.with_name(options.results.name + TABLE)
+    print(f"{pack(options.results, table)} runs in {table}")
+    return 0
+
+
+def _unpack(options) -> int:
+    from .runs.results import unpack
+
+    print(f"{unpack(options.table, options.results)} runs in {options.results}")
+    return 0
+
+
 def _score(options) -> int:
     from .scores.score import score_folder
 
@@ -123,7 +138,10 @@ def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-_COMMANDS = {"run": _run, "sweep": _sweep, "study": _study, "report": _report, "compare": _compare, "score": _score}
+_COMMANDS = {
+    "run": _run, "sweep": _sweep, "study": _study, "report": _report, "compare": _compare, "pack": _pack,
+    "unpack": _unpack, "score": _score,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -49,6 +49,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     other.add_argument("results", type=Path)
     other.add_argument("other", type=Path, nargs="?", help="(default: the committed ones, benchmarks/results/xglue)")
 
+    packed = commands.add_parser("pack", help="a folder of results as one table file, which all commands here read")
+    packed.add_argument("results", type=Path)
+    packed.add_argument("table", type=Path, nargs="?", help="(default: RESULTS.jsonl.gz)")
+
+    unpacked = commands.add_parser("unpack", help="a table as a folder with a JSON file per run, for a sweep to go on")
+    unpacked.add_argument("table", type=Path)
+    unpacked.add_argument("results", type=Path)
+
     score = commands.add_parser("score", help="official scores of a folder of prediction files")
     score.add_argument("predictions", type=Path, help="folder with {TASK}/{language}.prediction")
     score.add_argument("--tasks", nargs="+", help="(default: those that have a folder)")

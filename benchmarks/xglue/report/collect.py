@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..runs.learning_rate import best_lr, english_dev
-from ..runs.results import read
+from ..runs.results import TABLE, read_all
 from ..scores import statistics
 from ..settings import VARIED
 from ..tasks import TASKS, Task
@@ -90,20 +90,18 @@ def test_scores(result: dict) -> dict[str, dict[str, float]]:
 
 
 def collect(folder: Path) -> list[Group]:
-    """The groups of all results below ``folder``, official tasks first, in the order of tasks.TASKS.
+    """The groups of all results in ``folder`` (see ``read_all``), official tasks first, in the order of tasks.TASKS.
 
     Raises:
         FileNotFoundError: no result there.
-        ValueError: a file that is not a result.
+        ValueError: as ``read_all``.
     """
     found: dict[str, list[dict]] = {}
-    # Results alone lie two folders deep, task and configuration.
-    for path in sorted(Path(folder).glob("*/*/*-lr*-seed*.json")):
-        result = read(path)
+    for result in read_all(folder):
         configuration = {name: value for name, value in result["settings"].items() if name not in VARIED}
         found.setdefault(json.dumps(configuration, sort_keys=True), []).append(result)
     if not found:
-        raise FileNotFoundError(f"no results in {folder}: expected TASK/CONFIGURATION/METHOD-lr...-seed....json")
+        raise FileNotFoundError(f"no results in {folder}: expected TASK/CONFIGURATION/*.json or *{TABLE}")
     order = list(TASKS)
     # Of a task's configurations the one with the most runs comes first: it is the one that stands for the task.
     keys = sorted(found, key=lambda key: (order.index(json.loads(key)["task"]), -len(found[key]), key))

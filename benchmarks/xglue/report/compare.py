@@ -2,29 +2,30 @@
 
 from pathlib import Path
 
-from ..runs.results import read
+from ..runs.results import key_of, read_all
 from .collect import test_scores
 
 COMMITTED = Path(__file__).parents[2] / "results" / "xglue"
 
 
 def compare(ours: Path, theirs: Path = COMMITTED) -> list[str]:
-    """A line a run that both folders have, and one that counts them.
+    """A line per run that both folders have, and one that counts them.
 
     Raises:
-        ValueError: a file that is not a result.
+        ValueError: as ``read_all``.
     """
-    paths = [path.relative_to(ours) for path in sorted(Path(ours).glob("*/*/*-lr*-seed*.json"))]
-    common = [path for path in paths if (theirs / path).is_file()]
+    own, other = ({key_of(result): result for result in read_all(folder)} for folder in (ours, theirs))
+    common = [key for key in own if key in other]
     lines, counts = [], dict.fromkeys(("the same bits", "the same test scores"), 0)
-    for path in common:
-        found = _difference(read(ours / path), read(theirs / path))
+    for key in common:
+        found = _difference(own[key], other[key])
         if found in counts:
             counts[found] += 1
-        lines.append(f"{path.stem}: {found}")
+        *_, method, lr, seed = key
+        lines.append(f"{method}-lr{lr:g}-seed{seed}: {found}")
     summary = ", ".join(f"{count} with {what}" for what, count in counts.items())
     different = len(common) - sum(counts.values())
-    return [*lines, f"{len(common)} of {len(paths)} runs are in {theirs.name}: {summary}, {different} with others"]
+    return [*lines, f"{len(common)} of {len(own)} runs are in {theirs.name}: {summary}, {different} with others"]
 
 
 def _difference(first: dict, second: dict) -> str:
