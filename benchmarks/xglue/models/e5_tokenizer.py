@@ -15,7 +15,7 @@ def fast_tokenizer(tokenizer: e5_small.Tokenizer, texts: list[str], max_length: 
         max_length: what the model can take.
     """
     pipeline = Pipeline(models.Unigram(tokenizer.pieces, e5_small.UNK))
-    # One replacement a character that occurs: the library's own form of such a table is not in the file.
+    # One replacement per character that occurs: the library's own form of such a table is not in the file.
     used = sorted({character for text in texts for character in text if ord(character) in tokenizer.characters})
     changes = [normalizers.Replace(character, tokenizer.characters[ord(character)]) for character in used]
     pipeline.normalizer = normalizers.Sequence([*changes, normalizers.Replace(Regex("  +"), " ")])

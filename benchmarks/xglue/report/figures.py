@@ -26,7 +26,7 @@ def mean_by_epoch(group: Group, method: str) -> dict[int, list[float]]:
 
 
 def by_epoch(path: Path, group: Group) -> None:
-    """Figure 2: a line a method with its band."""
+    """Figure 2: a line per method with its band."""
     sheet, axes = _sheet(8, 5.5)
     for number, method in enumerate(group.runs):
         points = mean_by_epoch(group, method)

@@ -19,7 +19,7 @@ PAPERS = tuple(TITLES)[:8]  # the methods of the paper's tables
 
 
 def report(results: Path, output: Path) -> None:
-    """Write report.md, report.html, a CSV a table and a PNG a figure into ``output``.
+    """Write report.md, report.html, a CSV per table and a PNG per figure into ``output``.
 
     Raises:
         FileNotFoundError, ValueError: as ``collect``.

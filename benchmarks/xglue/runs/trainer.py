@@ -49,7 +49,7 @@ class XglueTrainer(Trainer):
         )  # fmt: skip
         model = prepared.source.model(settings.seed, settings.dropout)
         if args.device.type == "cpu" and settings.precision == "bf16":
-            # torch 2.13's fused attention in bf16 takes longer than its parts: 0.75 s a step of e5-small, they 0.6 s.
+            # torch 2.13's fused attention in bf16 takes longer than its parts: 0.75 s per step of e5-small, they 0.6 s.
             model.set_attn_implementation("eager")
         logging.disable_progress_bar()  # of files that are written and read
         super().__init__(

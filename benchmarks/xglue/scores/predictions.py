@@ -1,7 +1,7 @@
 """Official prediction files, {TASK}/{language}.prediction.
 
-The n-th line is the label of the n-th example; for words a tag a line with a blank line after each sentence; for spans
-one JSON object, id -> answer.
+The n-th line is the label of the n-th example; for words a tag per line with a blank line after each sentence; for
+spans one JSON object, id -> answer.
 """
 
 import json
