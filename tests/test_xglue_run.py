@@ -48,7 +48,7 @@ def tiny(task="sib200", **more):
 
 
 def run(settings, folder, **options):
-    return run_one(settings, folder, device="cpu", progress=False, **options)
+    return run_one(settings, folder, **{"device": "cpu", "progress": False, **options})
 
 
 def test_predictions_of_a_run_that_was_done_without(tmp_path):
@@ -110,6 +110,12 @@ def test_the_prediction_files_that_stay_are_the_best_epochs(tmp_path, monkeypatc
     monkeypatch.setattr("benchmarks.xglue.runs.trainer.predictions.write", write)
     run(tiny(epochs=2, test_every_epoch=True), tmp_path, predictions=True)
     assert written == ["en", "de"]
+
+
+def test_a_machine_without_a_gpu_need_not_be_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    result = run(tiny(epochs=1, precision="bf16"), tmp_path, device=None, checkpoints=False)
+    assert result["machine"]["device"] == "cpu"
 
 
 def test_scores_are_those_of_one_example_at_a_time(seed, tmp_path):

@@ -37,6 +37,8 @@ class XglueTrainer(Trainer):
         self.settings, self.prepared, self.checkpoints = settings, prepared, checkpoints
         self.predictions = predictions  # folder for the best epoch's test predictions
         self.best: tuple[int, dict] | None = None  # epoch and weights, where no file keeps them
+        # transformers allows bf16 on a CPU only where it was told of it.
+        on_cpu = device == "cpu" or not torch.accelerator.is_available()
         args = TrainingArguments(
             output_dir=str(folder), num_train_epochs=settings.epochs,
             per_device_train_batch_size=per_device(settings), gradient_accumulation_steps=settings.accumulation,
@@ -44,7 +46,7 @@ class XglueTrainer(Trainer):
             weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm, lr_scheduler_type="linear",
             warmup_steps=settings.warmup, logging_strategy="no", logging_nan_inf_filter=False, eval_strategy="epoch",
             save_strategy="epoch" if checkpoints else "no", seed=settings.seed, bf16=settings.precision == "bf16",
-            use_cpu=device == "cpu", full_determinism=deterministic, ddp_find_unused_parameters=False,
+            use_cpu=on_cpu, full_determinism=deterministic, ddp_find_unused_parameters=False,
             remove_unused_columns=False, dataloader_pin_memory=False, report_to=[], disable_tqdm=True,
         )  # fmt: skip
         model = prepared.source.model(settings.seed, settings.dropout)
