@@ -19,26 +19,25 @@ from graddrop_kernels import FusedGradDropAdamW, GradDrop
 from graddrop_kernels.backends import cpu
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ROOT / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+sys.path.append(str(ROOT))
 
-import machine  # noqa: E402
-import memory  # noqa: E402
-import render  # noqa: E402
-import step_cpu  # noqa: E402
+from benchmarks.common import machine  # noqa: E402
+from benchmarks.cpu import memory  # noqa: E402
+from benchmarks.cpu import step as step_cpu  # noqa: E402
+from benchmarks.render import __main__ as render  # noqa: E402
 
 NUMEL = 40_000
 COUNT = 400  # tensors
 
 
-def run(script: str, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *map(str, arguments)]
+def run(module: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def run_well(script: str, *arguments) -> str:
-    process = run(script, *arguments)
+def run_well(module: str, *arguments) -> str:
+    process = run(module, *arguments)
     assert process.returncode == 0, process.stderr
     return process.stdout
 
@@ -54,11 +53,11 @@ def folder(tmp_path_factory) -> Path:
     results = tmp_path_factory.mktemp("results")
     out = ("--quick", "--out", results / "some-machine")
     run_well(
-        "step_cpu", *out, "--numel", NUMEL, "--threads", 1, "--isas", cpu.isa(), "portable", "--dtypes", "bfloat16"
+        "cpu.step", *out, "--numel", NUMEL, "--threads", 1, "--isas", cpu.isa(), "portable", "--dtypes", "bfloat16"
     )
-    run_well("host_overhead", *out, "--tensors", 3, 20)
-    run_well("memory", *out, "--numel", NUMEL)
-    run_well("bandwidth", *out, "--threads", 1, 2)
+    run_well("cpu.host_overhead", *out, "--tensors", 3, 20)
+    run_well("cpu.memory", *out, "--numel", NUMEL)
+    run_well("cpu.bandwidth", *out, "--threads", 1, 2)
     return results
 
 
@@ -241,7 +240,7 @@ def test_rounds_have_the_baseline_and_no_warm_up():
 
 
 def test_plots(folder):
-    drawn = {Path(line) for line in run_well("plots", "--results", folder).splitlines()}
+    drawn = {Path(line) for line in run_well("render.cpu_figures", "--results", folder).splitlines()}
     expected = ("step_cpu_bfloat16", "frozen_blocks", "bandwidth", "host_overhead", "memory")
     assert drawn == {folder / "some-machine" / f"{name}.png" for name in expected}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)

@@ -18,22 +18,17 @@ import torch
 from cases import require
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ROOT / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+sys.path.append(str(ROOT))
 
-import goals  # noqa: E402
-import gpu  # noqa: E402
-import gpu_facts  # noqa: E402
-import gpu_timer  # noqa: E402
-import host_gpu  # noqa: E402
-import machine  # noqa: E402
-import modes  # noqa: E402
-import modes_gpu  # noqa: E402
-import peers  # noqa: E402
-import render  # noqa: E402
-import render_gpu  # noqa: E402
-import shapes  # noqa: E402
-import step_gpu  # noqa: E402
+from benchmarks.common import gpu_facts, machine, modes, peers, shapes  # noqa: E402
+from benchmarks.common import timers as gpu_timer  # noqa: E402
+from benchmarks.gpu import __main__ as gpu  # noqa: E402
+from benchmarks.gpu import host as host_gpu  # noqa: E402
+from benchmarks.gpu import modes as modes_gpu  # noqa: E402
+from benchmarks.gpu import step as step_gpu  # noqa: E402
+from benchmarks.render import __main__ as render  # noqa: E402
+from benchmarks.render import goals  # noqa: E402
+from benchmarks.render import gpu_tables as render_gpu  # noqa: E402
 
 NOT_REHEARSED = ("info", "bench, quick")
 
@@ -42,16 +37,14 @@ NOT_REHEARSED = ("info", "bench, quick")
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory) -> tuple[Path, str]:
-    """(folder, what was printed) of gpu.py --rehearse: every benchmark, figure and table; info and bench have tests
-    of their own.
-    """
+    """(folder, what was printed) of a rehearsal: every benchmark, figure and table; info and bench have own tests."""
     require("cpu")
     folder = tmp_path_factory.mktemp("gpu") / "some-gpu"
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--rehearse", "--out", str(folder), "--budget", "300"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(folder), "--budget", "300"]
     command += ["--archive", str(folder.with_suffix(".tar.gz")), "--skip", *NOT_REHEARSED]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     process = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env={**environment, "OMP_NUM_THREADS": "1"}
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**environment, "OMP_NUM_THREADS": "1"}
     )
     assert process.returncode == 0, process.stdout + process.stderr
     return folder, process.stdout
@@ -245,7 +238,7 @@ def test_rehearsal_sweeps_and_checks(results):
     assert all(row["synchronizations"] == 0 and row["refused"] is None for row in host["launches"])
 
 
-# --- gpu.py: parts fail, take too long, are left out ------------------------------------------------------------------
+# --- the run: parts fail, take too long, are left out -----------------------------------------------------------------
 
 
 def make_run(tmp_path, budget: float = 60.0, archive: Path | None = None) -> gpu.Run:
@@ -318,12 +311,12 @@ def test_a_full_run_fits_into_nine_minutes():
 
 def test_without_a_gpu_only_a_rehearsal_runs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu"])
     with pytest.raises(SystemExit, match="torch sees no GPU"):
         gpu.main()
     with pytest.raises(SystemExit, match="torch sees no GPU"):
         gpu_timer.make_timer(False)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--only", "lunch"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--rehearse", "--only", "lunch"])
     with pytest.raises(SystemExit, match="no part is called 'lunch'"):
         gpu.main()
 

@@ -8,12 +8,11 @@ import pytest
 from cases import require
 from test_benchmarks import run_well
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-import modes_cpu  # noqa: E402
-import plots  # noqa: E402
-import render  # noqa: E402
-
+from benchmarks.cpu import modes as modes_cpu  # noqa: E402
+from benchmarks.render import __main__ as render  # noqa: E402
+from benchmarks.render import cpu_figures as plots  # noqa: E402
 from graddrop_kernels.demo.methods import WEIGHTS  # noqa: E402
 
 
@@ -21,8 +20,8 @@ from graddrop_kernels.demo.methods import WEIGHTS  # noqa: E402
 def folder(tmp_path_factory):
     require("cpu")
     results = tmp_path_factory.mktemp("results")
-    run_well("modes_cpu", "--quick", "--threads", 1, "--out", results / "some-machine")
-    run_well("precision", "--quick", "--out", results / "some-machine")
+    run_well("cpu.modes", "--quick", "--threads", 1, "--out", results / "some-machine")
+    run_well("cpu.precision", "--quick", "--out", results / "some-machine")
     return results
 
 
@@ -61,5 +60,5 @@ def test_tables_and_figures(folder, tmp_path):
 def test_a_precision_run_goes_on_where_it_ended(folder):
     """Nothing is left to do, so nothing is trained, and the file stays."""
     before = read(folder, "precision")
-    run_well("precision", "--quick", "--resume", "--out", folder / "some-machine")
+    run_well("cpu.precision", "--quick", "--resume", "--out", folder / "some-machine")
     assert read(folder, "precision") == before

@@ -11,13 +11,12 @@ import torch
 from cases import require
 from torch.autograd import DeviceType
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-import host_gpu  # noqa: E402
-import peers  # noqa: E402
-import shapes  # noqa: E402
-import step_gpu  # noqa: E402
-from gpu_timer import RehearsalTimer  # noqa: E402
+from benchmarks.common import peers, shapes  # noqa: E402
+from benchmarks.common.timers import RehearsalTimer  # noqa: E402
+from benchmarks.gpu import host as host_gpu  # noqa: E402
+from benchmarks.gpu import step as step_gpu  # noqa: E402
 
 CPU = torch.device("cpu")
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from test_benchmarks import run_well
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-import render  # noqa: E402
-import skip_backward  # noqa: E402
+from benchmarks.cpu import skip_backward  # noqa: E402
+from benchmarks.render import __main__ as render  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     results = tmp_path_factory.mktemp("results")
-    run_well("skip_backward", "--quick", "--threads", 1, "--out", results / "some-machine")
+    run_well("cpu.skip_backward", "--quick", "--threads", 1, "--out", results / "some-machine")
     return results
 
 

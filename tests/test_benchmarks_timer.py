@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-import gpu_timer  # noqa: E402
-import rounds  # noqa: E402
-from gpu_timer import RehearsalTimer, Sample  # noqa: E402
+from benchmarks.common import rounds  # noqa: E402
+from benchmarks.common import timers as gpu_timer  # noqa: E402
+from benchmarks.common.timers import RehearsalTimer, Sample  # noqa: E402
 
 # --- the timer, on a simulated GPU ------------------------------------------------------------------------------------
 

@@ -15,15 +15,16 @@ import sys
 import time
 from collections.abc import Callable
 
-import machine
 import torch
-from gpu_timer import GpuTimer, RehearsalTimer, make_timer
-from peers import BASELINE, PEERS, Made, nothing
-from rounds import message, quartiles
-from shapes import Named
-from step_cpu import HYPERS
-from step_gpu import CASE, GpuTensors, backends_for, make_optimizer, make_tensors
 from torch.autograd import DeviceType
+
+from ..common import machine
+from ..common.peers import BASELINE, PEERS, Made, nothing
+from ..common.rounds import message, quartiles
+from ..common.shapes import Named
+from ..common.timers import GpuTimer, RehearsalTimer, make_timer
+from ..cpu.step import HYPERS
+from .step import CASE, GpuTensors, backends_for, make_optimizer, make_tensors
 
 TENSORS, NUMEL = 400, 1000
 HOST_CASES = ("mask=None", "GradDrop", "GradDropEpoch, recomputed", "LayerGradDrop", "GradFreeze, half frozen")

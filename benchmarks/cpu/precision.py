@@ -11,9 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import machine
 import torch
-from render import RESULTS
 
 from graddrop_kernels.demo import arguments as command_line
 from graddrop_kernels.demo import report, sib200
@@ -21,6 +19,9 @@ from graddrop_kernels.demo.classifier import ModelSource
 from graddrop_kernels.demo.methods import WEIGHTS
 from graddrop_kernels.demo.run import run_method
 from graddrop_kernels.demo.train import Examples
+
+from ..common import machine
+from ..render.__main__ import RESULTS
 
 LANGUAGES = ("en", "de", "sw")
 

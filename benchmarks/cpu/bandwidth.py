@@ -17,8 +17,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import machine
 import torch
+
+from ..common import machine
 
 SOURCE = """
 #define ARGS float *restrict p, const float *restrict g, float *restrict m, float *restrict v, long n

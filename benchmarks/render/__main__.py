@@ -14,13 +14,13 @@ import statistics
 import sys
 from pathlib import Path
 
-import render_compatibility
-import render_contract
-import render_gpu
-import render_xglue
-from markdown_table import markdown, number
+from . import compatibility as render_compatibility
+from . import gpu_tables as render_gpu
+from . import static_tables as render_contract
+from . import xglue_tables as render_xglue
+from .markdown import markdown, number
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 OPEN, CLOSE = r"<!-- benchmark: (\S+)(?: (\S+))? -->\n", r"<!-- /benchmark -->"
 DTYPES = ("float32", "bfloat16")
@@ -334,7 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
         rendered = render(text, found)
         if rendered != text:
             stale += 1
-            print(f"{path}: {'not up to date; run python benchmarks/render.py' if options.check else 'updated'}")
+            print(f"{path}: {'not up to date; run python -m benchmarks.render' if options.check else 'updated'}")
             if not options.check:
                 path.write_text(rendered, encoding="utf-8")
     return 1 if options.check and stale else 0

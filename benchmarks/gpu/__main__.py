@@ -1,7 +1,7 @@
 """Everything on a GPU machine by one command: build csrc, test, verify, measure, draw, render. In under 9 minutes.
 
-    python benchmarks/gpu.py                    into results/<GPU>/
-    python benchmarks/gpu.py --rehearse         the same on tiny CPU tensors, into a temporary folder
+    python -m benchmarks.gpu                    into results/<GPU>/
+    python -m benchmarks.gpu --rehearse         the same on tiny CPU tensors, into a temporary folder
 
 Every part is a process of its own: one that fails or runs over its time is recorded, the others go on, and the exit
 code is 1. Results are written while they are made, so that a run that is killed keeps what it has; gpu_run.json says
@@ -22,12 +22,9 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # the package need not be installed
+from ..common import machine
 
-import machine  # noqa: E402
-
-BENCHMARKS = ROOT / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 520.0  # seconds: 9 minutes and 20 seconds to spare
 FOR_THE_END = 25.0  # figures, tables
 LEAST = 5.0  # a part that would have less is left out
@@ -64,8 +61,8 @@ def parts(rehearse: bool, folder: Path) -> list[Part]:
     """In the order of what is wanted most, should the time run out."""
     python = sys.executable
 
-    def benchmark(name: str, seconds: float, script: str, *arguments: str) -> Part:
-        command = [python, str(BENCHMARKS / f"{script}.py"), "--out", str(folder), *arguments]
+    def benchmark(name: str, seconds: float, module: str, *arguments: str) -> Part:
+        command = [python, "-m", f"benchmarks.gpu.{module}", "--out", str(folder), *arguments]
         return Part(name, seconds, command + (["--rehearse"] if rehearse else []), budgeted=True)
 
     compiled = {"GRADDROP_CUDA_ARCHS": architecture(), "GRADDROP_FORCE_CUDA": "1"}
@@ -73,7 +70,7 @@ def parts(rehearse: bool, folder: Path) -> list[Part]:
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     tests = [*pytest, "--maxfail=20", *gpu_tests(), *(["--collect-only"] if rehearse else [])]
     on_gpu = {} if rehearse else {"GRADDROP_TEST_BACKENDS": "triton cuda"}
-    micro = [*pytest, str(BENCHMARKS / "test_micro.py"), "-k", "gpu and GradFreeze" if rehearse else "gpu"]
+    micro = [*pytest, "benchmarks/test_micro.py", "-k", "gpu and GradFreeze" if rehearse else "gpu"]
     on_cpu = {"GRADDROP_REHEARSE": "1"} if rehearse else {}
     verify = [python, "-m", "graddrop_kernels", "verify"]
     bench = [python, "-m", "graddrop_kernels", "bench", "--quick", "--out", f"{tempfile.gettempdir()}/graddrop-bench"]
@@ -83,13 +80,13 @@ def parts(rehearse: bool, folder: Path) -> list[Part]:
         Part("build", 90, [python, "setup.py", "-q", "build_ext", "--inplace"], environment=tuple(build.items())),
         Part("info", 15, [python, "-m", "graddrop_kernels", "info"]),
         Part("verify, quick", 20, verify + ["--help" if rehearse else "--quick"]),
-        benchmark("step, XLM-R-large", 65, "step_gpu", "--work", "xlmr_large"),
-        benchmark("host, launches, graphs", 25, "host_gpu"),
-        benchmark("modes", 40, "modes_gpu"),
-        benchmark("sweeps", 45, "sweeps_gpu", *one_mode),
+        benchmark("step, XLM-R-large", 65, "step", "--work", "xlmr_large"),
+        benchmark("host, launches, graphs", 25, "host"),
+        benchmark("modes", 40, "modes"),
+        benchmark("sweeps", 45, "sweeps", *one_mode),
         Part("tests", 70, tests, environment=tuple(on_gpu.items())),
-        benchmark("step, other models", 40, "step_gpu", "--work", "xlmr_base", "llama_1b", "one_tensor"),
-        benchmark("slow peers", 50, "step_gpu", "--work", "xlmr_large", "--modes", "float32", "--slow-peers"),
+        benchmark("step, other models", 40, "step", "--work", "xlmr_base", "llama_1b", "one_tensor"),
+        benchmark("slow peers", 50, "step", "--work", "xlmr_large", "--modes", "float32", "--slow-peers"),
         Part("micro", 20, micro, environment=tuple(on_cpu.items())),
         Part("bench, quick", 15, bench),
         Part("verify", 20, verify),
@@ -98,8 +95,9 @@ def parts(rehearse: bool, folder: Path) -> list[Part]:
 
 
 def end_parts(rehearse: bool, folder: Path) -> list[Part]:
-    plots = [sys.executable, str(BENCHMARKS / "plots.py"), "--results", str(folder.parent), "--machine", folder.name]
-    tables = [sys.executable, str(BENCHMARKS / "render.py"), "--results", str(folder.parent), "--gpu-page", folder.name]
+    python, results = [sys.executable, "-m"], ["--results", str(folder.parent)]
+    plots = [*python, "benchmarks.render.cpu_figures", *results, "--machine", folder.name]
+    tables = [*python, "benchmarks.render", *results, "--gpu-page", folder.name]
     extra = ["--rehearsal"] if rehearse else []
     return [Part("figures", 15, plots + extra), Part("tables", 5, tables + extra)]
 

@@ -11,16 +11,17 @@ import sys
 import time
 from dataclasses import dataclass, replace
 
-import machine
 import torch
-from gpu_timer import GpuTimer, RehearsalTimer, copy_bandwidth, make_timer
-from peers import BASELINE, PEERS, Peer, table, torch_adamw, unavailable
-from rounds import Variant, attempt, interleave, message, quartiles, summarize
-from shapes import WORK, Named
-from step_cpu import ALL_STREAMS, CASES, HYPERS, Case
 
 import graddrop_kernels as gk
 from graddrop_kernels.backends import BACKENDS
+
+from ..common import machine
+from ..common.peers import BASELINE, PEERS, Peer, table, torch_adamw, unavailable
+from ..common.rounds import Variant, attempt, interleave, message, quartiles, summarize
+from ..common.shapes import WORK, Named
+from ..common.timers import GpuTimer, RehearsalTimer, copy_bandwidth, make_timer
+from ..cpu.step import ALL_STREAMS, CASES, HYPERS, Case
 
 MODES = {  # dtypes of parameters and gradients, of moments
     "float32": (torch.float32, torch.float32),

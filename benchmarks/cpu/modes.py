@@ -9,14 +9,15 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 
-import machine
 import torch
-from modes import TABLES, Ours, Table
-from peers import unavailable
-from step_cpu import HYPERS, Variant, encoder_shapes, interleave, summarize, width
-from step_gpu import MODES, GpuTensors, make_tensors
 
 from graddrop_kernels.backends import cpu
+
+from ..common import machine
+from ..common.modes import TABLES, Ours, Table
+from ..common.peers import unavailable
+from ..gpu.step import MODES, GpuTensors, make_tensors
+from .step import HYPERS, Variant, encoder_shapes, interleave, summarize, width
 
 
 def variants_of(table: Table, tensors: GpuTensors) -> list[Variant]:

@@ -18,13 +18,14 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-import machine
 import numpy as np
 import torch
-from step_cpu import HYPERS, Variant, interleave
 from torch.utils.flop_counter import FlopCounterMode
 
 import graddrop_kernels as gk
+
+from ..common import machine
+from .step import HYPERS, Variant, interleave
 
 LAYERS, WIDTH, BATCH, TOKENS, VOCABULARY = 12, 192, 8, 64, 24_000
 DROPS = (0.2, 0.5, 0.9)

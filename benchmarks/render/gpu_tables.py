@@ -1,7 +1,7 @@
 """The tables of the GPU's results: {benchmark: its JSON} of one machine -> Markdown. render.py puts them into pages."""
 
-from goals import judge, label, measured
-from markdown_table import markdown, number
+from .goals import judge, label, measured
+from .markdown import markdown, number
 
 STEPS = {"XLM-R-large": "step_gpu_xlmr_large", "XLM-R-base": "step_gpu_xlmr_base",
          "Llama-3.2-1B": "step_gpu_llama_1b", "one tensor": "step_gpu_one_tensor"}  # fmt: skip

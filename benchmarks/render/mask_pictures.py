@@ -40,7 +40,7 @@ def draw(folder: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path(__file__).resolve().parent / "masks")
+    parser.add_argument("--folder", type=Path, default=Path(__file__).resolve().parents[1] / "masks")
     for path in draw(parser.parse_args().folder):
         print(path)
 

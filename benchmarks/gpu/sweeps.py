@@ -9,15 +9,15 @@ import gc
 import sys
 import time
 
-import machine
-from gpu_timer import GpuTimer, RehearsalTimer, copies_past_l2, copy_bandwidth, make_timer, rotate
-from peers import BASELINE
-from rounds import Variant, interleave, message, summarize
-from shapes import COUNT_TOTALS, COUNTS, SIZES, WORK, Named, flat
-from step_cpu import Case
-from step_gpu import CASE, MODES, backends_for, bytes_per_param, make_tensors, ours, peer_variant
-
 import graddrop_kernels as gk
+
+from ..common import machine
+from ..common.peers import BASELINE
+from ..common.rounds import Variant, interleave, message, summarize
+from ..common.shapes import COUNT_TOTALS, COUNTS, SIZES, WORK, Named, flat
+from ..common.timers import GpuTimer, RehearsalTimer, copies_past_l2, copy_bandwidth, make_timer, rotate
+from ..cpu.step import Case
+from .step import CASE, MODES, backends_for, bytes_per_param, make_tensors, ours, peer_variant
 
 MEASURED = ("mask=None", "GradDrop")
 TRAINED = (1.0, 0.75, 0.5, 0.25, 0.125, 0.05)  # shares of the blocks; the first has nothing frozen

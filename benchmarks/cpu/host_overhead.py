@@ -2,11 +2,12 @@
 
 import time
 
-import machine
 import torch
-from step_cpu import CASES, Tensors, interleave, ours, summarize, torch_peers
 
 from graddrop_kernels.backends import cpu
+
+from ..common import machine
+from .step import CASES, Tensors, interleave, ours, summarize, torch_peers
 
 TENSORS = (100, 200, 400, 1000, 2000, 4000)
 MEASURED = ("mask=None", "GradDrop", "GradDropEpoch, bit-packed", "LayerGradDrop", "GradFreeze, half frozen")

@@ -1,23 +1,24 @@
 """Time of a step on the GPU in each mode of 16-bit training and with clipping, beside the peers that offer it.
 
-The tables of modes.py. A ratio is the median over rounds of a time over that of the table's first peer in the same
-round. Peers that compile for long come last, on the first work only, so that they can cost no other row. The results
-are written anew after each table.
+The tables of common/modes.py. A ratio is the median over rounds of a time over that of the table's first peer in the
+same round. Peers that compile for long come last, on the first work only, so that they can cost no other row. The
+results are written anew after each table.
 """
 
 import gc
 import sys
 import time
 
-import machine
 import torch
-from gpu_timer import GpuTimer, RehearsalTimer, copy_bandwidth, make_timer
-from modes import TABLES, Ours, Theirs
-from peers import table as table_of_peers
-from rounds import Variant, attempt, interleave, message, summarize
-from shapes import WORK, Work
-from step_cpu import encoder_shapes, width
-from step_gpu import GpuTensors, backends_for, make_tensors, peer_variant, show
+
+from ..common import machine
+from ..common.modes import TABLES, Ours, Theirs
+from ..common.peers import table as table_of_peers
+from ..common.rounds import Variant, attempt, interleave, message, summarize
+from ..common.shapes import WORK, Work
+from ..common.timers import GpuTimer, RehearsalTimer, copy_bandwidth, make_timer
+from ..cpu.step import encoder_shapes, width
+from .step import GpuTensors, backends_for, make_tensors, peer_variant, show
 
 WORKS = (
     WORK["xlmr_large"],

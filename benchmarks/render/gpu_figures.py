@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from goals import label, measured
 from matplotlib.ticker import FuncFormatter, NullLocator
-from render_gpu import STEPS
+
+from .goals import label, measured
+from .gpu_tables import STEPS
 
 TARGET = "#D55E00"
 COLORS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D", "#000000", "#8C564B")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from markdown_table import markdown
+from .markdown import markdown
 
 NAME = "xglue"
 
@@ -12,8 +12,8 @@ def section(results: Path) -> str:
     folder = results / "xglue"
     if not any(folder.glob("*/*/*.json")):
         return "\n*No results yet.*\n\n"
-    from xglue.collect import collect  # only here: they load torch
-    from xglue.report import ran_on, side_by_side
+    from ..xglue.collect import collect  # only here: they load torch
+    from ..xglue.report import ran_on, side_by_side
 
     parts = []
     for groups in side_by_side(collect(folder)):
@@ -24,7 +24,7 @@ def section(results: Path) -> str:
 
 
 def _data(groups) -> str:
-    from xglue.report import METRICS
+    from ..xglue.report import METRICS
 
     rows = []
     for group in groups:
@@ -49,8 +49,8 @@ def _range(numbers: list[int]) -> str:
 
 def _methods(groups) -> str:
     """Means over languages and seeds; differences to SFT paired by data set."""
-    from xglue.report import marked, over_tasks, pairwise, ranks
-    from xglue.titles import MISSING, TITLES
+    from ..xglue.report import marked, over_tasks, pairwise, ranks
+    from ..xglue.titles import MISSING, TITLES
 
     methods = [method for method in TITLES if any(method in group.runs for group in groups)]
     means = over_tasks(groups, methods)
@@ -71,8 +71,8 @@ def _methods(groups) -> str:
 
 
 def _claims(groups, main) -> str:
-    from xglue.paper_claims import claims, over_data_sets, verdict
-    from xglue.titles import MISSING
+    from ..xglue.paper_claims import claims, over_data_sets, verdict
+    from ..xglue.titles import MISSING
 
     columns = {group.name: {claim: test for claim, _, test in claims(group)} for group in groups}
     over = {claim: test for claim, _, test in over_data_sets(main) if test.n > 1}

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from markdown_table import markdown
+from .markdown import markdown
 
 NAME = "compatibility"
 VERSIONS = ("python", "torch", "triton", "transformers", "numpy")

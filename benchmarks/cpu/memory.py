@@ -13,12 +13,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import machine
 import numpy as np
 import torch
-from step_cpu import CASES, HYPERS, TORCH, Case, Tensors, make_tensors
 
 from graddrop_kernels.bitmask import num_words
+
+from ..common import machine
+from .step import CASES, HYPERS, TORCH, Case, Tensors, make_tensors
 
 # (parameters, moments, options); None: the same
 MODES = (

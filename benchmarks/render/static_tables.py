@@ -6,7 +6,7 @@ Counts of the compiler over rates of a data sheet. Nothing here was measured on 
 import json
 from pathlib import Path
 
-from markdown_table import markdown, number
+from .markdown import markdown, number
 
 NAME = "compile-contract"
 # thread-instructions a second of an H200: multiprocessors, schedulers, lanes, boost clock

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from gpu_timer import FIRST_LEAD, GpuTimer, RehearsalTimer, Sample, longer_lead
+
+from .timers import FIRST_LEAD, GpuTimer, RehearsalTimer, Sample, longer_lead
 
 SLOW = 4.0  # variants slower than this many baseline steps run only in every second to tenth round
 

@@ -16,14 +16,15 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
-import bandwidth
-import machine
 import numpy as np
 import torch
-from render import step_detail
 
 import graddrop_kernels as gk
 from graddrop_kernels.backends import cpu
+
+from ..common import machine
+from ..render.__main__ import step_detail
+from . import bandwidth
 
 BASELINE = "torch fused"
 TORCH = {BASELINE: {"fused": True}, "torch foreach": {"foreach": True}, "torch for-loop": {"foreach": False}}

@@ -8,11 +8,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-import plots_gpu  # noqa: E402
 from matplotlib.ticker import FuncFormatter  # noqa: E402
-from render import DTYPES, RESULTS, config_of, load, names_of, row_of, threads_of  # noqa: E402
 
 from graddrop_kernels.demo import report  # noqa: E402
+
+from . import gpu_figures as plots_gpu  # noqa: E402
+from .__main__ import DTYPES, RESULTS, config_of, load, names_of, row_of, threads_of  # noqa: E402
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; shapes say the same.
 TARGET = "#D55E00"

@@ -8,10 +8,11 @@ import math
 from dataclasses import dataclass, field, replace
 
 import torch
-from peers import ALL, BASELINE, Made, Peer, fused, imported, nothing
-from step_gpu import CASE, GpuTensors, make_optimizer
 
 import graddrop_kernels as gk
+
+from ..gpu.step import CASE, GpuTensors, make_optimizer
+from .peers import ALL, BASELINE, Made, Peer, fused, imported, nothing
 
 NO_LIMIT = math.inf  # a norm that is never reached: torch multiplies by 1 all the same, and so do we
 

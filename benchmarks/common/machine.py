@@ -14,14 +14,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from gpu_facts import gpu_facts
-from render import RESULTS, ROOT
 
 import graddrop_kernels
 from graddrop_kernels.backends import cpu
 
+from ..render.__main__ import RESULTS, ROOT
+from .gpu_facts import gpu_facts
+
 _FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
-_CODE = ("csrc", "graddrop_kernels", "setup.py", ":(glob)benchmarks/*.py")  # what a figure depends on
+# What a figure depends on.
+_CODE = ("csrc", "graddrop_kernels", "setup.py", "benchmarks/common", "benchmarks/cpu", "benchmarks/gpu")
 
 
 def facts() -> dict:
