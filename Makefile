@@ -17,7 +17,7 @@ wheel-test: $(VENV)/ready
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist
 	$(BIN)/twine check --strict dist/*
-	$(BIN)/python tests/installed.py dist/*.whl $(ARGS)
+	$(BIN)/python tests/project/installed.py dist/*.whl $(ARGS)
 
 # DeepSpeed beside the other packages, without which its tests are skipped. Its build asks the torch that is there.
 deepspeed: $(VENV)/ready

@@ -46,9 +46,10 @@ class Part:
 
 def gpu_tests() -> list[str]:
     """The test files of what runs on a GPU: not those of the compilers' output, of the interpreter, of this script."""
-    found = [path for name in ("cuda", "triton") for path in (ROOT / "tests").glob(f"test_{name}_*.py")]
+    folder = ROOT / "tests" / "backends"
+    found = [path for name in ("cuda", "triton") for path in folder.glob(f"test_{name}_*.py")]
     found = [path for path in found if not path.stem.endswith(("_contract", "_interpreter"))]
-    found += [path for name in SHARED_TESTS if (path := ROOT / "tests" / name).exists()]
+    found += [path for name in SHARED_TESTS if (path := folder / name).exists()]
     return sorted(str(path.relative_to(ROOT)) for path in found)
 
 

@@ -1,5 +1,5 @@
 """Counts what the compiled Triton kernels execute an element, without a GPU: results/compile_contract.json, for the
-roofline plot. The ceilings are in tests/test_triton_contract.py.
+roofline plot. The ceilings are in tests/backends/test_triton_contract.py.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import torch  # noqa: E402
 import triton  # noqa: E402

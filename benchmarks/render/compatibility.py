@@ -1,4 +1,4 @@
-"""What of the suite ran on a wheel, with which versions: written by tests/installed.py --results."""
+"""What of the suite ran on a wheel, with which versions: written by tests/project/installed.py --results."""
 
 import json
 from pathlib import Path
