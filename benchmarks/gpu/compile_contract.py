@@ -6,18 +6,17 @@ import argparse
 import json
 import re
 import subprocess
-import sys
 from collections import Counter
 from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "support"))
+import torch
+import triton
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from triton_targets import MODES, TOOLS, Variant, compile_update, machine_code  # noqa: E402
+from .triton_targets import MODES, TOOLS, Variant, compile_update, machine_code
+
+ROOT = Path(__file__).resolve().parents[2]
 
 NAMES = {"fff": "float32", "bbf": "bfloat16, float32 moments", "bbb": "bfloat16"}  # as the benchmarks call them
 CASES = {
