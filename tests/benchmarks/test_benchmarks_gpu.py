@@ -18,22 +18,18 @@ import torch
 from cases import require
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = ROOT / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+sys.path.append(str(ROOT))
 
-import goals  # noqa: E402
-import gpu  # noqa: E402
-import gpu_facts  # noqa: E402
-import gpu_timer  # noqa: E402
-import host_gpu  # noqa: E402
-import machine  # noqa: E402
-import modes  # noqa: E402
-import modes_gpu  # noqa: E402
-import peers  # noqa: E402
-import render  # noqa: E402
-import render_gpu  # noqa: E402
-import shapes  # noqa: E402
-import step_gpu  # noqa: E402
+from benchmarks.common import cases, gpu_facts, machine, modes, peers, shapes  # noqa: E402
+from benchmarks.common import results as files  # noqa: E402
+from benchmarks.common import timers as gpu_timer  # noqa: E402
+from benchmarks.common.tensors import MODES, Tensors, make_tensors  # noqa: E402
+from benchmarks.gpu import __main__ as gpu  # noqa: E402
+from benchmarks.gpu import host as host_gpu  # noqa: E402
+from benchmarks.gpu import modes as modes_gpu  # noqa: E402
+from benchmarks.render import __main__ as render  # noqa: E402
+from benchmarks.render import goals  # noqa: E402
+from benchmarks.render import gpu_tables as render_gpu  # noqa: E402
 
 NOT_REHEARSED = ("info", "bench, quick")
 
@@ -42,16 +38,14 @@ NOT_REHEARSED = ("info", "bench, quick")
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory) -> tuple[Path, str]:
-    """(folder, what was printed) of gpu.py --rehearse: every benchmark, figure and table; info and bench have tests
-    of their own.
-    """
+    """(folder, what was printed) of a rehearsal: every benchmark, figure and table; info and bench have own tests."""
     require("cpu")
     folder = tmp_path_factory.mktemp("gpu") / "some-gpu"
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--rehearse", "--out", str(folder), "--budget", "300"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(folder), "--budget", "300"]
     command += ["--archive", str(folder.with_suffix(".tar.gz")), "--skip", *NOT_REHEARSED]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     process = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env={**environment, "OMP_NUM_THREADS": "1"}
+        command, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**environment, "OMP_NUM_THREADS": "1"}
     )
     assert process.returncode == 0, process.stdout + process.stderr
     return folder, process.stdout
@@ -83,9 +77,9 @@ def test_a_rehearsal_cannot_pass_for_a_result(rehearsal, results):
     assert results.keys() == {*render_gpu.STEPS.values(), render_gpu.SLOW_PEERS, *others}
     assert all(result["rehearsal"] is result["quick"] is True for result in results.values())
     with pytest.raises(SystemExit, match="is a rehearsal on CPU tensors, not a result"):
-        render.load(folder.parent)
+        files.load(folder.parent)
     with pytest.raises(SystemExit, match="is a rehearsal"):
-        render.main(["--results", str(folder.parent), "--gpu-page", folder.name])
+        render.main(["--results", str(folder.parent), "--machine", folder.name])
     page = (folder / "tables.md").read_text()
     _, *sections = page.split("\n## ")
     assert [section.split("\n")[0] for section in sections] == list(render_gpu.TABLES)
@@ -115,16 +109,16 @@ def test_tables_show_the_figures_of_the_results(rehearsal, results):
 
 
 def test_rehearsal_measures_every_policy_peer_mode_and_work(results):
-    policies = {case.name for case in step_gpu.GPU_CASES}
-    blocks = {case.name for case in step_gpu.GPU_CASES if case.needs_blocks}
+    policies = {case.name for case in cases.CASES}
+    blocks = {case.name for case in cases.CASES if case.needs_blocks}
     for work, benchmark in render_gpu.STEPS.items():
         result = results[benchmark]
-        assert [config["mode"] for config in result["configs"]] == list(step_gpu.MODES) and result["errors"] == []
+        assert [config["mode"] for config in result["configs"]] == list(MODES) and result["errors"] == []
         for config, width in zip(result["configs"], (28, 22, 14)):
             own, others = (
                 {row["name"]: row for row in config["rows"] if row["kind"] == kind} for kind in ("ours", "peer")
             )
-            expected = policies if work == "XLM-R-large" else policies - {step_gpu.FIXED}
+            expected = policies if work == "XLM-R-large" else policies - {cases.FIXED}
             assert own.keys() == (expected - blocks if work == "one tensor" else expected)
             mixed = config["mode"] == "bfloat16, float32 moments"
             quick_peers = {peer.name for peer in peers.PEERS if not peer.slow_start}
@@ -190,9 +184,9 @@ def test_rehearsal_measures_every_mode_beside_its_peers(results):
     assert {name: bytes_of[name] for name in expected} == expected
 
 
-def tiny(mode: str) -> step_gpu.GpuTensors:
+def tiny(mode: str) -> Tensors:
     shapes_of = [("block.weight", "block", (7, 5)), ("block.bias", "block", (3,))]
-    return step_gpu.make_tensors(shapes_of, mode, torch.device("cpu"))
+    return make_tensors(shapes_of, mode, torch.device("cpu"))
 
 
 def test_rows_of_the_modes_do_what_they_are_called(seed):
@@ -245,7 +239,7 @@ def test_rehearsal_sweeps_and_checks(results):
     assert all(row["synchronizations"] == 0 and row["refused"] is None for row in host["launches"])
 
 
-# --- gpu.py: parts fail, take too long, are left out ------------------------------------------------------------------
+# --- the run: parts fail, take too long, are left out -----------------------------------------------------------------
 
 
 def make_run(tmp_path, budget: float = 60.0, archive: Path | None = None) -> gpu.Run:
@@ -319,12 +313,12 @@ def test_a_full_run_fits_into_nine_minutes():
 
 def test_without_a_gpu_only_a_rehearsal_runs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu"])
     with pytest.raises(SystemExit, match="torch sees no GPU"):
         gpu.main()
     with pytest.raises(SystemExit, match="torch sees no GPU"):
         gpu_timer.make_timer(False)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--only", "lunch"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--rehearse", "--only", "lunch"])
     with pytest.raises(SystemExit, match="no part is called 'lunch'"):
         gpu.main()
 
@@ -379,7 +373,7 @@ def test_what_the_driver_tells_is_parsed():
 
 def test_results_are_replaced_as_a_whole(tmp_path, monkeypatch):
     options = argparse.Namespace(out=tmp_path, rehearse=True)
-    path = machine.write_gpu("host_gpu", options, {"rows": [1]})
+    path = files.write_gpu("host_gpu", options, {"rows": [1]})
 
     def interrupted(self, text):
         with open(self, "w") as file:
@@ -388,11 +382,11 @@ def test_results_are_replaced_as_a_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        machine.write_gpu("host_gpu", options, {"rows": [1, 2]})
+        files.write_gpu("host_gpu", options, {"rows": [1, 2]})
     assert json.loads(path.read_text())["rows"] == [1]
 
 
 def test_a_rehearsal_without_out_stays_away_from_the_results():
     options = argparse.Namespace(out=None, rehearse=True)
-    assert machine.RESULTS not in machine.gpu_folder(options).parents
-    assert machine.gpu_folder(options) == options.out  # the same for every part
+    assert files.RESULTS not in files.gpu_folder(options).parents
+    assert files.gpu_folder(options) == options.out  # the same for every part

@@ -277,8 +277,8 @@ def test_pictures_leave_pyplot_alone(tmp_path):
 
 
 def test_the_script_of_the_guides_pictures(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks/plots_masks.py"), "--folder", str(tmp_path / "new")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "benchmarks.render.mask_pictures", "--folder", str(tmp_path / "new")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert [Path(line).name for line in result.stdout.splitlines()] == ["masks.png", "schedule.png"]
     assert all(Path(line).read_bytes().startswith(b"\x89PNG") for line in result.stdout.splitlines())

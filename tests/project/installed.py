@@ -4,7 +4,7 @@
 
 In a fresh environment of that Python's version, where graddrop_kernels is the wheel's and every other package PYTHON's,
 and in a fresh folder, from which the source tree cannot be imported. --results adds what ran to the JSON of the
-README's table (benchmarks/render.py); --sample K runs a part of each test's cases.
+README's table (benchmarks/render); GRADDROP_TEST_ONE_IN=k runs a part of each test's cases.
 """
 
 import argparse

@@ -3,6 +3,7 @@ run, of the others everything up to the work is.
 """
 
 import argparse
+import importlib.util
 import re
 import runpy
 import shlex
@@ -29,7 +30,10 @@ def check_command(command: str) -> None:
     program = Path(words[0]).name
     if program.startswith("python") and words[1] == "-m":
         check = {"graddrop_kernels": _graddrop_kernels, "graddrop_kernels.demo": arguments.parse, "pytest": _pytest}
-        check[words[2]](words[3:])
+        if words[2].partition(".")[0] == "benchmarks":
+            _module(words[2], words[3:])
+        else:
+            check[words[2]](words[3:])
     elif program.startswith("python"):
         _script(words[1], words[2:])
     else:
@@ -49,6 +53,12 @@ def _script(script: str, words: list[str]) -> None:
     folders = [str(path.parent), *sys.path]
     with mock.patch.object(sys, "argv", [script, *words]), mock.patch.object(sys, "path", folders):
         _up_to_the_work(lambda: runpy.run_path(str(path), run_name="__main__"))
+
+
+def _module(name: str, words: list[str]) -> None:
+    with mock.patch.object(sys, "argv", [name, *words]), mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
+        assert importlib.util.find_spec(name), f"there is no {name}"
+        _up_to_the_work(lambda: runpy.run_module(name, run_name="__main__"))
 
 
 def _up_to_the_work(run) -> None:
@@ -71,7 +81,7 @@ def _make(words: list[str]) -> None:
         if target == "demo":
             arguments.parse(more)
         elif target == "gpu" and more:
-            _script("benchmarks/gpu.py", more)
+            _module("benchmarks.gpu", more)
     for name in values:
         assert re.search(rf"^{name} \?=", makefile, re.MULTILINE), f"the Makefile does not ask for {name}"
 

@@ -1,0 +1,92 @@
+"""Results -> Markdown tables between markers, so that no figure is typed by hand.
+
+<!-- benchmark: step -->                             the table of every machine that has results
+<!-- benchmark: step amd-epyc-f25-m17-2-cores -->    of one machine
+<!-- /benchmark -->
+
+Without names of files: README.md, benchmarks/README.md, docs/*.md and results/*.md, and results/<machine>/tables.md,
+which is made anew with every table that the machine has results for. `--check` writes nothing and exits with 1 when a
+file is not up to date.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from ..common.machine import ROOT
+from ..common.results import RESULTS, load
+from . import cpu_tables, gpu_tables, static_tables, xglue_tables
+
+TABLES = {**cpu_tables.TABLES, **gpu_tables.TABLES}
+STATIC = {**static_tables.TABLES, xglue_tables.NAME: xglue_tables.section}
+OPEN, CLOSE = r"<!-- benchmark: (\S+)(?: (\S+))? -->\n", r"<!-- /benchmark -->"
+
+
+def section(name: str, machine: str | None, found: dict) -> str:
+    """What belongs between the markers. Raises SystemExit for an unknown table or machine."""
+    if name not in TABLES:
+        raise SystemExit(f"unknown table {name!r}; known are {', '.join((*TABLES, *STATIC))}")
+    if machine is not None and machine not in found:
+        raise SystemExit(f"no results of machine {machine!r}; there are {', '.join(found) or 'none'}")
+    benchmarks, table = TABLES[name]
+    caption = gpu_tables.caption if name in gpu_tables.TABLES else cpu_tables.caption
+    parts = []
+    for results in [found[machine]] if machine else found.values():
+        used = {benchmark: results[benchmark] for benchmark in benchmarks if benchmark in results}
+        if used:
+            captions = "; ".join(dict.fromkeys(map(caption, used.values())))
+            parts.append(f"*{captions}*\n\n{table(used)}\n")
+    return "\n" + ("\n".join(parts) or "*No results yet.*\n") + "\n"
+
+
+def render(text: str, found: dict) -> str:
+    """The text with every marked section made anew. Raises SystemExit for a marker without its end."""
+    if len(re.findall(OPEN, text)) != len(re.findall(CLOSE, text)):
+        raise SystemExit("every <!-- benchmark: ... --> needs its <!-- /benchmark -->")
+    marked = re.compile(f"({OPEN}).*?({CLOSE})", re.DOTALL)
+
+    def made(match: re.Match) -> str:
+        return STATIC[match[2]](RESULTS) if match[2] in STATIC else section(match[2], match[3], found)
+
+    return marked.sub(lambda match: match[1] + made(match) + match[4], text)
+
+
+def page(machine: str, results: dict) -> str:
+    """A page with every table that one machine has results for, to be rendered."""
+    names = [name for name, (benchmarks, _) in TABLES.items() if not results.keys().isdisjoint(benchmarks)]
+    parts = [f"## {name}\n\n<!-- benchmark: {name} {machine} -->\n<!-- /benchmark -->\n" for name in names]
+    return f"# Results on {machine}\n\n" + "\n".join(parts)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="*")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with one folder a machine")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--machine", help="its results/<machine>/tables.md only")
+    parser.add_argument("--rehearsal", action="store_true", help="take rehearsals too; the tables say so")
+    options = parser.parse_args(arguments)
+    found = load(options.results, options.rehearsal)
+    if options.machine not in (None, *found):
+        raise SystemExit(f"no results of machine {options.machine!r}; there are {', '.join(found) or 'none'}")
+    files = options.files
+    if not files and not options.machine:
+        folders = {"": "README.md", "benchmarks": "README.md", "docs": "*.md", "benchmarks/results": "*.md"}
+        files = [path for folder, name in folders.items() for path in sorted((ROOT / folder).glob(name))]
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    for machine in [options.machine] if options.machine else () if options.files else found:
+        texts[options.results / machine / "tables.md"] = page(machine, found[machine])
+    stale = 0
+    for path, text in texts.items():
+        rendered = render(text, found)
+        if not path.exists() or rendered != path.read_text(encoding="utf-8"):
+            stale += 1
+            print(f"{path}: {'not up to date; run python -m benchmarks.render' if options.check else 'updated'}")
+            if not options.check:
+                path.write_text(rendered, encoding="utf-8")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
