@@ -120,7 +120,8 @@ FACTS = {
     ),
 }  # fmt: skip
 SUMMARY = (
-    "mask=None", "GradDrop", "LayerGradDrop", "GradFreeze, half frozen", "GradDropEpoch, recomputed", "GaussianGradDrop",
+    "mask=None", "GradDrop", "LayerGradDrop", "GradFreeze, half frozen", "GradDropEpoch, recomputed",
+    "GaussianGradDrop",
 )  # fmt: skip
 
 
