@@ -17,7 +17,7 @@ wheel-test: $(VENV)/ready
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist
 	$(BIN)/twine check --strict dist/*
-	$(BIN)/python tests/installed.py dist/*.whl $(ARGS)
+	$(BIN)/python tests/project/installed.py dist/*.whl $(ARGS)
 
 # DeepSpeed beside the other packages, without which its tests are skipped. Its build asks the torch that is there.
 deepspeed: $(VENV)/ready
@@ -38,19 +38,19 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 bench: $(VENV)/ready
-	$(BIN)/python benchmarks/bandwidth.py
-	$(BIN)/python benchmarks/step_cpu.py
-	$(BIN)/python benchmarks/host_overhead.py
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/modes_cpu.py
-	$(BIN)/python benchmarks/skip_backward.py
-	$(BIN)/python benchmarks/precision.py
-	$(BIN)/python benchmarks/plots.py
-	$(BIN)/python benchmarks/plots_masks.py
-	$(BIN)/python benchmarks/render.py
+	$(BIN)/python -m benchmarks.cpu.bandwidth
+	$(BIN)/python -m benchmarks.cpu.step
+	$(BIN)/python -m benchmarks.cpu.host_overhead
+	$(BIN)/python -m benchmarks.cpu.memory
+	$(BIN)/python -m benchmarks.cpu.modes
+	$(BIN)/python -m benchmarks.cpu.skip_backward
+	$(BIN)/python -m benchmarks.cpu.precision
+	$(BIN)/python -m benchmarks.render.cpu_figures
+	$(BIN)/python -m benchmarks.render.mask_pictures
+	$(BIN)/python -m benchmarks.render
 
 gpu: $(VENV)/ready
-	$(BIN)/python benchmarks/gpu.py $(ARGS)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 # torch first: an unpinned one would be the newest, with gigabytes of CUDA libraries.
 $(VENV)/ready: setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*/*)

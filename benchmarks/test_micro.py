@@ -1,19 +1,20 @@
 """One small step for every backend, policy and dtype, by pytest-benchmark: `pytest benchmarks`.
 
-On the CPU by the host's clock; on the GPU by CUDA events (gpu_timer.py), the L2 cache cold and the buffers rotated.
+On the CPU by the host's clock; on the GPU by CUDA events (common/timers.py), the L2 cache cold and the buffers rotated.
 """
 
 import os
 
 import pytest
 import torch
-from gpu_timer import GpuClock, copies_past_l2, make_timer, rotate
-from shapes import xlm_roberta
-from step_cpu import CASES, DTYPES, attach, make_tensors
-from step_gpu import GPU_CASES, MEANINGS, MODES, bytes_per_param, make_optimizer
-from step_gpu import make_tensors as make_gpu_tensors
 
 from graddrop_kernels.backends import BACKENDS
+
+from .common.shapes import xlm_roberta
+from .common.timers import GpuClock, copies_past_l2, make_timer, rotate
+from .cpu.step import CASES, DTYPES, attach, make_tensors
+from .gpu.step import GPU_CASES, MEANINGS, MODES, bytes_per_param, make_optimizer
+from .gpu.step import make_tensors as make_gpu_tensors
 
 NUMEL = 100_000  # 400 tensors: in the cache, so the host's share shows
 GPU_HIDDEN = 128  # 24 layers of 0.2M parameters

@@ -4,7 +4,7 @@ They read the tables of csrc/tensor_table.h (backends/device_tables.py puts them
 csrc/adamw.h, philox.h, mask.h and gaussian.h compute, bit for bit in the exact mode. Every fused multiply-add is
 written out. Nothing that changes from step to step is a constant of the compilation.
 
-Formulation, measured on the compiled code (tests/test_triton_contract.py):
+Formulation, measured on the compiled code (tests/backends/test_triton_contract.py):
   - a program loops over a chunk in whole blocks of BLOCK elements, with what it knows of the tensor in registers
     (triton_row.py), and then takes a last partial block; in one loop they cost up to 40 registers more.
   - each thread holds 8 elements of a block, as one 16-byte access a 16-bit tensor and two a float32 one. Beside

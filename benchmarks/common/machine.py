@@ -1,0 +1,241 @@
+"""What a result was measured on: processor, versions, commit, load. And its file, results/<machine>/<name>.json."""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import graddrop_kernels
+from graddrop_kernels.backends import cpu
+
+from ..render.__main__ import RESULTS, ROOT
+from .gpu_facts import gpu_facts
+
+_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+# What a figure depends on.
+_CODE = ("csrc", "graddrop_kernels", "setup.py", "benchmarks/common", "benchmarks/cpu", "benchmarks/gpu")
+
+
+def facts() -> dict:
+    """What stays as it is while a benchmark runs, as plain JSON values; None for what the system does not tell."""
+    cpuinfo = _cpuinfo()
+    return {
+        "cpu": cpuinfo.get("model name") or platform.processor() or platform.machine(),
+        "family": _number(cpuinfo.get("cpu family"), int),
+        "model": _number(cpuinfo.get("model"), int),
+        "cores": os.cpu_count(),
+        "mhz_now": _number(cpuinfo.get("cpu MHz")),
+        "mhz_max": _mhz_max(),
+        "caches": _caches(),
+        "virtual": "hypervisor" in cpuinfo.get("flags", "").split(),
+        "isa_flags": [flag for flag in _FLAGS if flag in (cpuinfo.get("flags") or cpuinfo.get("Features", "")).split()],
+        "memory_gib": _memory_gib(),
+        "huge_pages": _chosen("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "system": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "compiler": _compiler(),
+        "graddrop_kernels": graddrop_kernels.__version__,
+        "isas": list(cpu.available_isas()),
+        "kernels_older_than_csrc": _kernels_are_stale(),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("GRADDROP_COMMIT"),  # a copy without its .git
+        "dirty": bool(_git("status", "--porcelain", "--", *_CODE)),
+        "gpu": gpu_facts(),
+        "cuda_kernels_older_than_csrc": _kernels_are_stale("_cuda.so", (".h", ".cu", ".cuh")),
+    }
+
+
+def slug(machine: dict) -> str:
+    """The machine's folder: "amd-epyc-f25-m17-2-cores". Virtual machines call several processors by one name."""
+    parts = [machine["cpu"]]
+    if machine["family"] is not None:
+        parts.append(f"f{machine['family']} m{machine['model']}")
+    parts.append(f"{machine['cores']} cores")
+    name = re.sub(r"\((r|tm)\)", "", " ".join(parts).lower())
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def gpu_slug(machine: dict) -> str:
+    """The folder of results on the GPU: "nvidia-h200"; "no-gpu" for a rehearsal without one."""
+    name = machine["gpu"]["name"] if machine["gpu"] else "no gpu"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+class Load:
+    """The machine's load from here on. ``elsewhere`` should be near 0: others take bandwidth even from a free core."""
+
+    def __init__(self):
+        self.before, self.started = _load_average(), time.monotonic()
+        self.busy_before, self.own_before = _busy_seconds(), _own_seconds()
+
+    def report(self) -> dict:
+        """Load averages before and now (1 minute; ours counts too), and how many cores others kept busy in between."""
+        elsewhere = None
+        if self.busy_before is not None:
+            busy, own = _busy_seconds() - self.busy_before, _own_seconds() - self.own_before
+            elsewhere = round(max(0.0, busy - own) / max(time.monotonic() - self.started, 1e-9), 3)
+        return {"before": self.before, "after": _load_average(), "elsewhere": elsewhere}
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder of the results (default: results/<machine>)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs; the figures mean nothing")
+    return parser
+
+
+def gpu_arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark of the GPU has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder of the results (default: results/<GPU>)")
+    parser.add_argument("--budget", type=float, default=60, metavar="SECONDS", help="by when the last round begins")
+    parser.add_argument("--rehearse", action="store_true", help="tiny CPU tensors, a host clock: shows that it runs")
+    return parser
+
+
+def write(benchmark: str, options: argparse.Namespace, results: dict) -> Path:
+    """Writes the results with the machine's facts to results/<machine>/<benchmark>.json, or into the folder ``--out``.
+
+    A quick run without ``--out`` goes into a folder of the system's for temporary files: it is no result.
+    """
+    machine = facts()
+    folder = options.out or (Path(tempfile.mkdtemp()) if options.quick else RESULTS / slug(machine))
+    return _write(folder, {"benchmark": benchmark, "quick": options.quick, "machine": machine}, results)
+
+
+def write_gpu(benchmark: str, options: argparse.Namespace, results: dict) -> Path:
+    """As ``write``, into the GPU's folder. Called again as the results grow. A rehearsal says what it is."""
+    machine = facts_once()
+    folder = gpu_folder(options, machine)
+    rehearsal = options.rehearse
+    head = {"benchmark": benchmark, "quick": rehearsal, "rehearsal": rehearsal, "machine": machine}
+    return _write(folder, head, results)
+
+
+def gpu_folder(options: argparse.Namespace, machine: dict | None = None) -> Path:
+    """Where the results of the GPU go; of a rehearsal nowhere near them."""
+    if options.out is None and options.rehearse:
+        options.out = Path(tempfile.mkdtemp()) / gpu_slug(machine or facts_once())
+    return options.out or RESULTS / gpu_slug(machine or facts_once())
+
+
+@functools.lru_cache(maxsize=1)
+def facts_once() -> dict:
+    """Not asked again for every file of a run."""
+    return facts()
+
+
+def _write(folder: Path, head: dict, results: dict) -> Path:
+    """Whole or not at all: a run that is killed leaves the file of before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{head['benchmark']}.json"
+    when = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps({"benchmark": head["benchmark"], "when": when} | head | results, indent=1) + "\n")
+    unfinished.replace(path)
+    return path
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor of /proc/cpuinfo; empty elsewhere than on Linux."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return {}
+    lines = path.read_text().split("\n\n")[0].splitlines()
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _number(text: str | None, kind: type = float) -> float | int | None:
+    return kind(text) if text else None
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None
+
+
+def _chosen(path: str) -> str | None:
+    """The word in brackets: "always [madvise] never"."""
+    found = re.search(r"\[(\w+)\]", _read(path) or "")
+    return found[1] if found else None
+
+
+def _mhz_max() -> float | None:
+    khz = _read("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
+    return float(khz) / 1000 if khz else None
+
+
+def _caches() -> dict[str, str]:
+    """{"L1 data": "32K", ...}: what the first core sees."""
+    found = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = (_read(str(folder / name)) for name in ("level", "type", "size"))
+        if kind in ("Data", "Unified"):
+            found[f"L{level}{' data' if kind == 'Data' else ''}"] = size
+    return found
+
+
+def _memory_gib() -> float | None:
+    found = re.search(r"MemTotal:\s+(\d+) kB", _read("/proc/meminfo") or "")
+    return round(int(found[1]) / 2**20, 1) if found else None
+
+
+def _compiler() -> str | None:
+    """The C++ compiler that setup.py would call."""
+    try:
+        command = [*shlex.split(os.environ.get("CXX", "c++")), "--version"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+def _kernels_are_stale(library: str = "_cpu.so", suffixes: tuple[str, ...] = (".h", ".cpp")) -> bool | None:
+    """Whether csrc was edited after the kernels were compiled: the commit does not describe them then."""
+    library = Path(graddrop_kernels.__file__).with_name(library)
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes]
+    if not library.exists() or not sources:
+        return None
+    return library.stat().st_mtime < max(path.stat().st_mtime for path in sources)
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _load_average() -> float | None:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _own_seconds() -> float:
+    """CPU seconds of this process and of its finished children."""
+    return sum(os.times()[:4])
+
+
+def _busy_seconds() -> float | None:
+    """CPU seconds used since boot, all cores; None elsewhere than on Linux. /proc/stat counts clock ticks."""
+    fields = (_read("/proc/stat") or "").split("\n")[0].split()[1:9]
+    if len(fields) < 8:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    print(json.dumps(facts(), indent=1))

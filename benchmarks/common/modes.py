@@ -1,0 +1,122 @@
+"""What is compared in the modes of 16-bit training and with clipping, alike on the CPU and on the GPU.
+
+A table has tensors of its own, rows of ours, which are options of the optimizer, and the peers that offer the same. On
+the GPU its first peer is the baseline, on the CPU its first row.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+
+import graddrop_kernels as gk
+
+from ..gpu.step import CASE, GpuTensors, make_optimizer
+from .peers import ALL, BASELINE, Made, Peer, fused, imported, nothing
+
+NO_LIMIT = math.inf  # a norm that is never reached: torch multiplies by 1 all the same, and so do we
+
+
+@dataclass(frozen=True)
+class Ours:
+    """``moved``: bytes a parameter that a step has to move."""
+
+    name: str
+    moved: int
+    options: dict = field(default_factory=dict)
+    case: str = "GradDrop"
+
+    def optimizer(self, tensors: GpuTensors, backend: str) -> gk.FusedGradDropAdamW:
+        return make_optimizer(CASE[self.case], tensors, backend, **self.options)
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """A peer, counted by the bytes that the mode has to move, whatever it moves."""
+
+    peer: Peer
+    moved: int
+    on_cpu: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """``mode``: one of step_gpu.MODES."""
+
+    mode: str
+    rows: tuple[Ours | Theirs, ...]
+
+
+def clip_and_step(tensors: GpuTensors, hypers: dict) -> Made:
+    """Norms and factors of many tensors a launch on the GPU; on a CPU tensor by tensor, which is torch's choice."""
+    update, _ = fused(tensors, hypers)
+    foreach = tensors.device.type == "cuda"
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(tensors.params, NO_LIMIT, foreach=foreach)
+        update()
+
+    return step, nothing
+
+
+def masters_by_hand(tensors: GpuTensors, hypers: dict) -> Made:
+    """As one does it without an optimizer that can: widen the gradients, step float32 copies, copy them back."""
+    copies = [torch.nn.Parameter(param.detach().float()) for param in tensors.params]
+    for copy in copies:
+        copy.grad = torch.empty_like(copy)
+    update, _ = fused(replace(tensors, named=[("", copy) for copy in copies]), hypers)
+    wide_grads, grads = [copy.grad for copy in copies], [param.grad for param in tensors.params]
+
+    @torch.no_grad()
+    def step() -> None:
+        torch._foreach_copy_(wide_grads, grads)
+        update()
+        torch._foreach_copy_(tensors.params, copies)
+
+    return step, nothing
+
+
+def kahan(tensors: GpuTensors, hypers: dict) -> Made:
+    implementation = {"triton": True} if tensors.device.type == "cuda" else {"foreach": True}
+    return imported("optimi", "AdamW", kahan_sum=True, **implementation)(tensors, hypers)
+
+
+_CLIPPED = Peer("clip_grad_norm_, torch fused", None, "torch", clip_and_step, ALL, "gradients are read twice, written")
+_BY_HAND = Peer("float32 masters by hand, torch fused", None, "torch", masters_by_hand, ALL,
+                "gradients are kept twice, the second time in float32")  # fmt: skip
+_WITH_MASTERS = Peer("TransformerEngine FusedAdam, master_weights", "transformer_engine.pytorch.optimizers",
+                     "transformer-engine",
+                     imported("transformer_engine.pytorch.optimizers", "FusedAdam", adam_w_mode=True,
+                              master_weights=True), ALL, "no amsgrad, no maximize")  # fmt: skip
+_STOCHASTIC = Peer("torchao _AdamW, bf16_stochastic_round", "torchao.optim", "torchao",
+                   imported("torchao.optim", "_AdamW", bf16_stochastic_round=True), ALL,
+                   "one compiled call a tensor", slow_start=True)  # fmt: skip
+_KAHAN = Peer("optimi AdamW, Kahan summation", "optimi", "torch-optimi", kahan, ALL,
+              "keeps what rounding loses in 16 bits more; on the GPU a launch a tensor")  # fmt: skip
+_NORM = {"max_grad_norm": NO_LIMIT}
+_MASTERS, _STOCHASTICALLY = {"master_weights": True}, {"stochastic_rounding": True}
+
+TABLES = {
+    "clipping": Table("float32", (
+        Ours("GradDrop", 28),
+        Ours("GradDrop, max_grad_norm", 32, _NORM),
+        Ours("GradDrop, max_grad_norm, norm_after_mask", 32, {**_NORM, "norm_after_mask": True}),
+        Theirs(BASELINE, 28),
+        Theirs(_CLIPPED, 32),
+    )),
+    "masters": Table("bfloat16, float32 moments", (
+        Theirs(_BY_HAND, 28),
+        Ours("mask=None, master_weights", 28, _MASTERS, "mask=None"),
+        Ours("GradDrop, master_weights", 28, _MASTERS),
+        Ours("GradDrop, moment_dtype=float32", 22),  # which the mode says
+        Theirs(_WITH_MASTERS, 28, on_cpu=False),
+    )),
+    "stochastic rounding": Table("bfloat16", (
+        Theirs(replace(BASELINE, name="torch fused, rounded to nearest"), 14),
+        Ours("GradDrop, rounded to nearest", 14),
+        Ours("mask=None, stochastic_rounding", 14, _STOCHASTICALLY, "mask=None"),
+        Ours("GradDrop, stochastic_rounding", 14, _STOCHASTICALLY),
+        Theirs(_STOCHASTIC, 14),
+        Theirs(_KAHAN, 14),
+    )),
+}  # fmt: skip

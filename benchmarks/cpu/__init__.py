@@ -1,0 +1,1 @@
+"""Measurements on the CPU, one module each: `python -m benchmarks.cpu.step`."""

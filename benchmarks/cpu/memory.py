@@ -1,0 +1,149 @@
+"""Memory of the optimizers: what they keep between steps, counted and computed, and what a step takes for itself.
+
+Kept are AdamW's two moments and a step count a tensor, and of the policies only the bits of stored masks: counted in
+tensor storages that the optimizer keeps alive, beside tables of addresses. A step's own memory is the growth of the
+process's resident memory at its peak (Linux). Exits with 1 when an optimizer keeps other bytes than are computed.
+"""
+
+import ctypes
+import functools
+import gc
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from graddrop_kernels.bitmask import num_words
+
+from ..common import machine
+from .step import CASES, HYPERS, TORCH, Case, Tensors, make_tensors
+
+# (parameters, moments, options); None: the same
+MODES = (
+    (torch.float32, None, {}),
+    (torch.bfloat16, None, {}),
+    (torch.bfloat16, None, {"stochastic_rounding": True}),
+    (torch.bfloat16, torch.float32, {}),
+    (torch.bfloat16, torch.float32, {"master_weights": True}),
+)
+OPTIONS = {"stochastic_rounding": ", rounded stochastically", "master_weights": " and masters"}
+TABLE = 1024  # bytes a tensor for addresses and keys; more would be a mask in disguise
+
+
+def kept_bytes(optimizer: torch.optim.Optimizer, tensors: Tensors) -> tuple[int, int]:
+    """(bytes of tensors, bytes of tables) that the optimizer alone keeps alive: not parameters and gradients."""
+    given = {tensor.untyped_storage().data_ptr() for _, param in tensors.named for tensor in (param, param.grad)}
+    found: dict[int, int] = {}
+    tables = 0
+    seen, queue = set(), [optimizer]
+    while queue:
+        item = queue.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storage = item.untyped_storage()
+            if storage.data_ptr() not in given:
+                found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, (np.ndarray, ctypes.Array, ctypes.Structure)):
+            tables += memoryview(item).nbytes
+        elif isinstance(item, dict):
+            queue += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            queue += item
+        elif isinstance(item, torch.optim.Optimizer) or type(item).__module__.startswith("graddrop_kernels"):
+            queue += [value for value in gc.get_referents(item) if not isinstance(value, type)]
+    return sum(found.values()), tables
+
+
+def computed_bytes(tensors: Tensors, moments: torch.dtype, mask_bits: int, masters: bool = False) -> int:
+    """Two moments, a float32 step count a tensor, mask bits in words of 32, and float32 masters."""
+    sizes, kept = [param.numel() for _, param in tensors.named], 2 * moments.itemsize + 4 * masters
+    return sum(kept * numel + 4 + 4 * mask_bits * num_words(numel) for numel in sizes)
+
+
+def peak_growth(step: Callable[[], object]) -> int | None:
+    """Bytes by which the resident memory grows while ``step`` runs; None where /proc does not tell."""
+
+    def resident(field: str) -> int:
+        return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what is free: a step that takes it again must be seen
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    except (OSError, AttributeError):
+        step()
+        return None
+    before = resident("VmRSS")
+    step()
+    return max(0, resident("VmHWM") - before)
+
+
+def measure(
+    name: str, kind: str, optimizer: torch.optim.Optimizer, step: Callable, tensors: Tensors, case: Case | None
+) -> dict:
+    """``step`` is the first one, which makes the state."""
+    param = tensors.named[0][1]
+    numel = tensors.numel
+    first = peak_growth(step)
+    later = [peak_growth(optimizer.step) for _ in range(3)]
+    moments = optimizer.state[param]["exp_avg"].dtype if optimizer.state[param] else param.dtype
+    (kept, tables), mask_bits = kept_bytes(optimizer, tensors), case.mask_bits if case else 0
+    group = optimizer.param_groups[0]
+    option = "".join(text for option, text in OPTIONS.items() if group.get(option))
+    computed = computed_bytes(tensors, moments, mask_bits, bool(group.get("master_weights")))
+    return {
+        "name": name,
+        "kind": kind,
+        "dtype": str(param.dtype).removeprefix("torch."),
+        "moment_dtype": str(moments).removeprefix("torch.") + option,
+        "mask_bits": mask_bits,
+        "kept_bytes": kept,
+        "computed_bytes": computed,
+        "table_bytes_per_tensor": tables / len(tensors.named),
+        "kept_per_param": kept / numel,
+        "computed_per_param": computed / numel,
+        "first_step_peak_per_param": first and first / numel,
+        "step_peak_per_param": None if None in later else sorted(later)[1] / numel,
+    }
+
+
+def main() -> int:
+    parser = machine.arguments(__doc__)
+    parser.add_argument("--numel", type=int, default=20_000_000, help="parameters")
+    options = parser.parse_args()
+    load, rows = machine.Load(), []
+    for dtype, moment_dtype, more in MODES:
+        numel = min(options.numel, 300_000) if options.quick else options.numel
+        tensors = make_tensors("layers", numel, dtype)
+        tensors.moments.clear()
+        for name, implementation in TORCH.items() if moment_dtype is None and not more else ():
+            params = [param for _, param in tensors.named]
+            peer = torch.optim.AdamW(params, **HYPERS, **implementation)
+            rows.append(measure(name, "peer", peer, peer.step, tensors, None))
+            show(rows[-1])
+        for case in CASES:
+            ours = case.optimizer(tensors, moment_dtype=moment_dtype, **more)
+            first_step = functools.partial(case.enter_last_epoch, ours)
+            rows.append(measure(case.name, "ours", ours, first_step, tensors, case))
+            show(rows[-1])
+    results = {"numel": tensors.numel, "tensors": len(tensors.named), "load": load.report(), "rows": rows}
+    print(machine.write("memory", options, results))
+    wrong = [row for row in rows if row["kept_bytes"] != row["computed_bytes"] or row["table_bytes_per_tensor"] > TABLE]
+    for row in wrong:
+        print(f"{row['name']} in {row['dtype']} keeps more or less than is computed", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def show(row: dict) -> None:
+    peak = "unknown" if row["step_peak_per_param"] is None else f"{row['step_peak_per_param']:.3f}"
+    kept = f"keeps {row['kept_per_param']:.4f} bytes a parameter (computed {row['computed_per_param']:.4f})"
+    dtypes = f"{row['dtype']:>9}/{row['moment_dtype']:<33}"
+    print(f"{dtypes}{row['name']:<28} {kept}, a step takes {peak} more", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

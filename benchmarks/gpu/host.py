@@ -1,0 +1,221 @@
+"""What a step costs the host, what it launches, and whether a CUDA graph can replay it.
+
+Host time: `time.perf_counter` around step() on 400 small tensors, the GPU idle before, nothing waited for after: what
+Python, the tables and the launches take. With fixed addresses the gradients stay where they are, with moving ones
+every step finds them elsewhere, as after `zero_grad(set_to_none=True)`.
+Launches and synchronisations are counted by torch's profiler; besides, the step runs while torch refuses to
+synchronise. A captured step is replayed beside the same steps made eagerly: every bit has to be the same.
+"""
+
+import functools
+import gc
+import random
+import re
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch.autograd import DeviceType
+
+from ..common import machine
+from ..common.peers import BASELINE, PEERS, Made, nothing
+from ..common.rounds import message, quartiles
+from ..common.shapes import Named
+from ..common.timers import GpuTimer, RehearsalTimer, make_timer
+from ..cpu.step import HYPERS
+from .step import CASE, GpuTensors, backends_for, make_optimizer, make_tensors
+
+TENSORS, NUMEL = 400, 1000
+HOST_CASES = ("mask=None", "GradDrop", "GradDropEpoch, recomputed", "LayerGradDrop", "GradFreeze, half frozen")
+GRAPH_CASES = (*HOST_CASES[:4], "GaussianGradDrop", "FixedMask, 50 %")
+GRAD_SETS = 4
+REPLAYS = 3
+_LAUNCH = re.compile(r"(cuda|cu|hip)\w*Launch(Cooperative)?Kernel")
+_COPY = re.compile(r"(cuda|cu|hip)Mem(cpy|set)")
+_SYNCHRONIZE = re.compile(r"(cuda|cu|hip)\w*Synchronize")
+
+
+def small_tensors(rehearsal: bool) -> list[Named]:
+    """16 a block, as in XLM-R."""
+    count = 32 if rehearsal else TENSORS
+    return [(f"encoder.layer.{i // 16}.weight{i % 16}", f"encoder.layer.{i // 16}", (NUMEL,)) for i in range(count)]
+
+
+def steps_to_time(tensors: GpuTensors, device: torch.device) -> list[tuple[str, str | None, Callable[[], Made]]]:
+    """(name, backend, () -> step and what to do after it) of everything that is measured here."""
+    names = (BASELINE.name, "torch foreach", "eager mask + torch fused", "foreach mask + torch fused")
+    made = [(peer.name, None, functools.partial(peer.make, tensors, HYPERS)) for peer in PEERS if peer.name in names]
+    for backend in backends_for(device, "float32"):
+        for name in HOST_CASES:
+            made.append((name, backend, functools.partial(our_step, name, tensors, backend)))
+    return made
+
+
+def our_step(name: str, tensors: GpuTensors, backend: str) -> Made:
+    optimizer = make_optimizer(CASE[name], tensors, backend)
+    CASE[name].enter_last_epoch(optimizer)
+    return optimizer.step, nothing
+
+
+def host_times(timer: GpuTimer | RehearsalTimer, seconds: float) -> list[dict]:
+    """Rows by name, backend and whether addresses move."""
+    tensors = make_tensors(small_tensors(timer.rehearsal), "float32", timer.device)
+    grads = [[torch.randn_like(param).mul_(1e-3) for param in tensors.params] for _ in range(GRAD_SETS)]
+    rows, steps = [], {}
+    for name, backend, make in steps_to_time(tensors, timer.device):
+        try:
+            steps[name, backend] = make()
+            steps[name, backend][0]()
+            timer.synchronize()
+        except Exception as error:
+            timer.synchronize()
+            rows.append({"name": name, "backend": backend, "moving": None, "error": message(error)})
+    found: dict[tuple, list[float]] = {(*key, moving): [] for moving in (False, True) for key in steps}
+    gc.collect()
+    gc.disable()
+    for moving in (False, True):
+        deadline, number = time.monotonic() + seconds / 2, 0
+        warm_up = 1 if timer.rehearsal else 5
+        while number < warm_up + 2 or (time.monotonic() < deadline and number < 500 and not timer.rehearsal):
+            for key in random.sample(list(steps), len(steps)):
+                if moving:
+                    for param, grad in zip(tensors.params, grads[number % GRAD_SETS]):
+                        param.grad = grad
+                step, after = steps[key]
+                timer.synchronize()
+                start = time.perf_counter()
+                step()
+                taken = time.perf_counter() - start
+                after()
+                if number >= warm_up:
+                    found[(*key, moving)].append(taken)
+            number += 1
+    gc.enable()
+    timer.synchronize()
+    for (name, backend, moving), taken in found.items():
+        row = {"name": name, "backend": backend, "moving": moving, "tensors": len(tensors.named), "rounds": len(taken)}
+        rows.append(row | quartiles("seconds", taken))
+    return rows
+
+
+def count_launches(step: Callable[[], object], timer: GpuTimer | RehearsalTimer) -> dict:
+    """Kernels, copies and synchronisations that one warm step asks the driver for."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if not timer.rehearsal:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    step()
+    timer.synchronize()
+    for _ in range(2):  # the first profile also counts the profiler's own start
+        with torch.profiler.profile(activities=activities) as profile:
+            with torch.profiler.record_function("one step"):
+                step()
+            timer.synchronize()
+    events = list(profile.events())
+    on_host = [event for event in events if event.device_type == DeviceType.CPU]  # not the GPU's own "one step"
+    span = next(event.time_range for event in on_host if event.name == "one step")
+    names = [event.name for event in on_host if span.start <= event.time_range.start <= span.end]
+    return {
+        "launches": sum(bool(_LAUNCH.match(name)) for name in names),
+        "copies": sum(bool(_COPY.match(name)) for name in names),
+        "synchronizations": sum(bool(_SYNCHRONIZE.match(name)) for name in names),
+    }
+
+
+def refused_to_synchronize(step: Callable[[], object], timer: GpuTimer | RehearsalTimer) -> str | None:
+    """None when a step runs while torch raises at any synchronisation, else what was raised."""
+    if timer.rehearsal:
+        step()
+        return None
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return None
+
+
+def launches(timer: GpuTimer | RehearsalTimer) -> list[dict]:
+    tensors = make_tensors(small_tensors(timer.rehearsal), "float32", timer.device)
+    rows = []
+    for name, backend, make in steps_to_time(tensors, timer.device):
+        row = {"name": name, "backend": backend, "tensors": len(tensors.named)}
+        try:
+            step, _ = make()
+            row |= count_launches(step, timer)
+            row["refused"] = refused_to_synchronize(step, timer)
+        except Exception as error:
+            timer.synchronize()
+            row["error"] = message(error)
+        rows.append(row)
+    return rows
+
+
+def capturable_optimizer(name: str, tensors: GpuTensors, backend: str):
+    """With capturable=True where that is accepted; a step must be capturable without it too."""
+    try:
+        return make_optimizer(CASE[name], tensors, backend, capturable=True)
+    except ValueError:
+        return make_optimizer(CASE[name], tensors, backend)
+
+
+def replay_matches(name: str, backend: str, timer: GpuTimer | RehearsalTimer) -> dict:
+    """One step captured and replayed against the same steps made eagerly, from equal states."""
+    row = {"name": name, "backend": backend, "replays": REPLAYS}
+    try:
+        eager = make_tensors(small_tensors(timer.rehearsal), "float32", timer.device)
+        captured = eager.twin()
+        optimizers = [capturable_optimizer(name, tensors, backend) for tensors in (eager, captured)]
+        for optimizer in optimizers:
+            CASE[name].enter_last_epoch(optimizer)
+        timer.synchronize()
+        replay = timer.capture(optimizers[1].step)
+        for _ in range(REPLAYS):
+            optimizers[0].step()
+            replay()
+        timer.synchronize()
+        both = states(*zip(optimizers, (eager, captured)))
+        differing = [key for key, left, right in both if not torch.equal(left, right)]
+        capturable = optimizers[1].param_groups[0]["capturable"]
+        return row | {"identical": not differing, "differing": differing[:5], "capturable": capturable}
+    except Exception as error:
+        timer.synchronize()  # raises where the GPU is lost
+        return row | {"identical": None, "error": message(error)}
+
+
+def states(left: tuple, right: tuple):
+    """(name, tensor, tensor) of everything that a step changes."""
+    (optimizer, tensors), (other_optimizer, other) = left, right
+    for (name, param), (_, twin) in zip(tensors.named, other.named):
+        yield f"param of {name}", param, twin
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            yield f"{key} of {name}", optimizer.state[param][key], other_optimizer.state[twin][key]
+
+
+def main() -> int:
+    parser = machine.gpu_arguments(__doc__)
+    options = parser.parse_args()
+    timer, load = make_timer(options.rehearse), machine.Load()
+    results = {"host": host_times(timer, options.budget), "launches": [], "graphs": []}
+    for row in results["host"]:
+        addresses = "moving" if row["moving"] else "fixed"
+        figure = row.get("error") or f"{row['seconds'] * 1e6:9.1f} us, addresses {addresses}"
+        print(f"{row['name']:<30}{row['backend'] or '':<14}{figure}", flush=True)
+    machine.write_gpu("host_gpu", options, {"load": load.report(), **results})
+    results["launches"] = launches(timer)
+    machine.write_gpu("host_gpu", options, {"load": load.report(), **results})
+    for backend in backends_for(timer.device, "float32"):
+        for name in GRAPH_CASES:
+            results["graphs"].append(replay_matches(name, backend, timer))
+            path = machine.write_gpu("host_gpu", options, {"load": load.report(), **results})
+            print(f"graph of {name} [{backend}]: {results['graphs'][-1]}", flush=True)
+    print(path, flush=True)
+    wrong = any("error" in row or row.get("identical") is False for rows in results.values() for row in rows)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""Time of a step on the GPU in each mode of 16-bit training and with clipping, beside the peers that offer it.
+
+The tables of common/modes.py. A ratio is the median over rounds of a time over that of the table's first peer in the
+same round. Peers that compile for long come last, on the first work only, so that they can cost no other row. The
+results are written anew after each table.
+"""
+
+import gc
+import sys
+import time
+
+import torch
+
+from ..common import machine
+from ..common.modes import TABLES, Ours, Theirs
+from ..common.peers import table as table_of_peers
+from ..common.rounds import Variant, attempt, interleave, message, summarize
+from ..common.shapes import WORK, Work
+from ..common.timers import GpuTimer, RehearsalTimer, copy_bandwidth, make_timer
+from ..cpu.step import encoder_shapes, width
+from .step import GpuTensors, backends_for, make_tensors, peer_variant, show
+
+WORKS = (
+    WORK["xlmr_large"],
+    Work("25 layers", lambda: encoder_shapes(width(100_000_000)), lambda: encoder_shapes(8)[:32]),
+)
+APPROXIMATE = ("triton-fast",)  # moves the same bytes
+LATER = f"compiles for long: measured last, on {WORKS[0].label} only"
+
+
+def ours(row: Ours, tensors: GpuTensors, backend: str, timer) -> Variant:
+    """The variant, or one with its error."""
+    variant = Variant(row.name, "ours", lambda: None, backend, moved=lambda: row.moved)
+
+    def make() -> None:
+        before = timer.allocated()
+        variant.step = row.optimizer(tensors, backend).step
+        variant.kept_bytes = timer.allocated() - before
+
+    attempt(variant, timer, make)
+    return variant
+
+
+def theirs(row: Theirs, tensors: GpuTensors, mode: str, slow: bool, timer) -> Variant:
+    if row.peer.slow_start and not slow:
+        return Variant(row.peer.name, "peer", lambda: None, error=LATER)
+    variant = peer_variant(row.peer, tensors, mode, timer)
+    variant.moved = lambda: row.moved
+    return variant
+
+
+def measure(work: Work, name: str, slow: bool, copy: dict, timer: GpuTimer | RehearsalTimer, deadline: float) -> dict:
+    """One table. ``slow``: only the peers that compile for long, and the baseline; else all others."""
+    table = TABLES[name]
+    tensors = make_tensors(work.small() if timer.rehearsal else work.tensors(), table.mode, timer.device)
+    backends = [backend for backend in backends_for(timer.device, table.mode) if backend not in APPROXIMATE]
+    baseline, *others = (row for row in table.rows if isinstance(row, Theirs))
+    rows = [baseline, *(row for row in others if row.peer.slow_start or not slow)]
+    variants = [theirs(row, tensors, table.mode, slow, timer) for row in rows]
+    if not slow:
+        own = [row for row in table.rows if isinstance(row, Ours)]
+        variants[1:1] = [ours(row, tensors, backend, timer) for row in own for backend in backends]
+    interleave(variants, timer, deadline, 2 if timer.rehearsal else 12, 2 if timer.rehearsal else 150)
+    config = {"table": name, "work": work.label, "mode": table.mode, "numel": tensors.numel}
+    config |= {"tensors": len(tensors.named), "backends": backends, "copy": copy}
+    return config | {"rows": summarize(variants, tensors.numel, copy["gb_per_s"])}
+
+
+def replace_rows(config: dict, later: dict) -> None:
+    """Puts the rows that were measured later in the place of what said so."""
+    found = {row["name"]: row for row in later["rows"][1:]}
+    config["rows"] = [found.get(row["name"], row) for row in config["rows"]]
+
+
+def main() -> int:
+    parser = machine.gpu_arguments(__doc__)
+    options = parser.parse_args()
+    timer, load, began = make_timer(options.rehearse), machine.Load(), time.monotonic()
+    if options.rehearse:
+        torch.compiler.set_stance("force_eager")  # compiling is what the slow peers take long for
+    plans = [(work, name, False) for work in WORKS for name in TABLES]
+    in_tables = {name: [row.peer for row in table.rows if isinstance(row, Theirs)] for name, table in TABLES.items()}
+    plans += [(WORKS[0], name, True) for name, peers in in_tables.items() if any(peer.slow_start for peer in peers)]
+    copy, configs, errors = copy_bandwidth(timer), {}, []
+    peers = table_of_peers(peer for peers in in_tables.values() for peer in peers)
+    for number, (work, name, slow) in enumerate(plans, 1):
+        deadline = began + options.budget * number / len(plans)
+        try:
+            config = measure(work, name, slow, copy, timer, deadline)
+            show({**config, "work": f"{work.label}, {name}"}, began)
+            if slow:
+                replace_rows(configs[work.label, name], config)
+            else:
+                configs[work.label, name] = config
+        except Exception as error:  # out of memory, say: the next may be smaller
+            errors.append({"work": work.label, "table": name, "error": message(error)})
+            print(f"{work.label}, {name} left out: {errors[-1]['error']}", file=sys.stderr, flush=True)
+        results = {"load": load.report(), "peers": peers, "configs": list(configs.values()), "errors": errors}
+        path = machine.write_gpu("modes_gpu", options, results)
+        gc.collect()
+        timer.release()
+    print(path, flush=True)
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

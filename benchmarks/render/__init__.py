@@ -1,0 +1,1 @@
+"""Results -> tables and figures: `python -m benchmarks.render`, `python -m benchmarks.render.figures`."""

@@ -1,0 +1,226 @@
+"""Results -> figures beside the results, for every machine. Needs matplotlib."""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import FuncFormatter  # noqa: E402
+
+from graddrop_kernels.demo import report  # noqa: E402
+
+from . import gpu_figures as plots_gpu  # noqa: E402
+from .__main__ import DTYPES, RESULTS, config_of, load, names_of, row_of, threads_of  # noqa: E402
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; shapes say the same.
+TARGET = "#D55E00"
+ISA_STYLE = {
+    "avx512_bf16": ("#0072B2", "o"),
+    "avx512": ("#56B4E9", "D"),
+    "avx2": ("#E69F00", "s"),
+    "neon": ("#009E73", "^"),
+    "portable": ("#CC79A7", "v"),
+    None: ("#4D4D4D", "X"),  # torch
+}
+CONTRACT = "compile_contract.json"
+COLORS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D", "#000000", "#8C564B")
+MARKERS = ("o", "^", "D", "v", "P", "X", "*", "s")
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+plt.rcParams.update({"font.size": 11, "axes.titlesize": 11, "figure.titlesize": 12, "legend.frameon": False})
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True})
+plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.dpi": 130, "grid.color": "#DDDDDD"})
+
+
+def title(text: str, result: dict) -> str:
+    facts = result["machine"]
+    doubt = "\nQUICK RUN, NO MEASUREMENT" if result["quick"] else ""
+    return f"{text}\n{facts['cpu']}, {facts['cores']} cores, torch {facts['torch']}{doubt}"
+
+
+def save(figure, path: Path) -> Path:
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+    return path
+
+
+def step_ratios(result: dict, folder: Path) -> Path:
+    """A panel a layout and thread count: time over torch fused, a row a variant, a marker an instruction set."""
+    runs, layouts = result["runs"], ("layers", "one tensor")
+    names = {layout: names_of([config_of(run, layout) for run in runs], "ours", "peer") for layout in layouts}
+    heights = [len(names[layout]) for layout in layouts]
+    size = (3.2 + 4.4 * len(runs), 1.6 + 0.33 * sum(heights))
+    figure, axes = plt.subplots(
+        len(layouts), len(runs), figsize=size, sharex=True, sharey="row", squeeze=False, height_ratios=heights
+    )
+    shown = {}
+    for axis_row, layout in zip(axes, layouts):
+        places = {name: -place for place, name in enumerate(names[layout])}
+        for axis, run in zip(axis_row, runs):
+            config = config_of(run, layout)
+            axis.axvline(1, color=TARGET, linewidth=1.6, zorder=1)
+            for row in config["rows"]:
+                if row["name"] in places:
+                    color, marker = ISA_STYLE[row["isa"]]
+                    place = places[row["name"]]
+                    axis.plot([row["ratio_p20"], row["ratio_p80"]], [place, place], color=color, linewidth=2, alpha=0.5)
+                    dot = axis.plot(row["ratio"], place, marker, color=color, markersize=7, linestyle="none")
+                    shown[row["isa"] or "torch"] = dot[0]
+            tensors = "one tensor" if config["tensors"] == 1 else f"{config['tensors']} tensors"
+            axis.set_title(f"{tensors}, {threads_of(run)}")
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(PLAIN)
+            axis.tick_params(labelbottom=True)
+            axis.grid(axis="x")
+        axis_row[0].set_yticks(list(places.values()), list(places))
+    figure.supxlabel("time of a step / time of torch's unmasked fused AdamW (line: 1.0); bars: 20th to 80th percentile")
+    millions = config_of(runs[0], "layers")["numel"] / 1e6
+    figure.suptitle(title(f"Optimizer step, {result['dtype']}, {millions:.3g}M parameters", result))
+    figure.legend(shown.values(), shown.keys(), loc="outside right center")
+    return save(figure, folder / f"{result['benchmark']}.png")
+
+
+def frozen_blocks(results: dict, folder: Path) -> Path:
+    """Time against the share of layers that is trained."""
+    figure, axis = plt.subplots(figsize=(6.4, 4.8))
+    axis.plot([0, 1], [0, 1], color=TARGET, linewidth=1.6, label="in proportion")
+    runs = [(result["dtype"], run) for result in results.values() for run in result["runs"]]
+    for (dtype, run), color, marker in zip(runs, COLORS, MARKERS):
+        sweep = [row for row in config_of(run, "layers")["rows"] if row["kind"] == "sweep"]
+        shares, times = [row["active"] for row in sweep], [row["seconds"] / sweep[0]["seconds"] for row in sweep]
+        label = f"{dtype}, {threads_of(run)}"
+        axis.plot(shares, times, marker, color=color, markersize=8, alpha=0.8, label=label)
+    axis.set(xlabel="share of the layers that is trained; the others are frozen", xlim=0, ylim=0)
+    axis.set_ylabel("time of a step / time with nothing frozen")
+    axis.grid()
+    axis.legend()
+    axis.set_title(title("Cost of a step with frozen blocks", next(iter(results.values()))))
+    return save(figure, folder / "frozen_blocks.png")
+
+
+def bandwidth(results: dict, folder: Path) -> Path:
+    """GB/s of whole steps beside what the bare AdamW pattern reaches on the same threads."""
+    names = ("torch fused", "mask=None", "GradDrop", "GradDropEpoch, bit-packed", "FixedMask, 50 %")
+    runs = [(result["dtype"], run) for result in results.values() for run in result["runs"]]
+    figure, axis = plt.subplots(figsize=(2.6 + 2 * len(runs), 4.8))
+    width = 0.8 / len(names)
+    for i, (name, color) in enumerate(zip(names, COLORS)):
+        speeds = [row_of(config_of(run, "layers"), name)["gb_per_s"] for _, run in runs]
+        places = [place - 0.4 + width * (i + 0.5) for place in range(len(runs))]
+        axis.bar(places, speeds, 0.92 * width, color=color, label=name)
+    reached = [(place, run["bandwidth"]["adamw"]) for place, (_, run) in enumerate(runs) if run["bandwidth"]["adamw"]]
+    places, speeds = [place for place, _ in reached], [found["gb_per_s"] for _, found in reached]
+    label = "4 reads and 3 writes, nothing else"
+    axis.hlines(speeds, [x - 0.45 for x in places], [x + 0.45 for x in places], TARGET, linewidth=2, label=label)
+    axis.set_xticks(range(len(runs)), [f"{dtype}\n{threads_of(run)}" for dtype, run in runs])
+    axis.set(ylabel="memory traffic of a step, GB/s", ylim=0)
+    axis.set_title(title("Memory bandwidth that a step reaches", next(iter(results.values()))))
+    figure.legend(loc="outside lower center", ncols=3)
+    return save(figure, folder / "bandwidth.png")
+
+
+def host_overhead(result: dict, folder: Path) -> Path:
+    """Time of a step over tensors of one element against their number."""
+    figure, axis = plt.subplots(figsize=(7.4, 5.2))
+    counts = sorted({row["tensors"] for row in result["rows"]})
+    for name, color, marker in zip(dict.fromkeys(row["name"] for row in result["rows"]), COLORS, MARKERS):
+        rows = [row for row in result["rows"] if row["name"] == name]
+        is_peer, is_target = rows[0]["kind"] == "peer", name == "torch fused"
+        style = {"linestyle": "--" if is_peer else "-", "linewidth": 2.6 if is_target else 1.5, "marker": marker}
+        style["color"] = TARGET if is_target else color
+        axis.plot([row["tensors"] for row in rows], [row["seconds"] * 1e3 for row in rows], label=name, **style)
+    axis.set(xscale="log", yscale="log", xlabel="tensors of one element", ylabel="time of a step, ms")
+    axis.set_xticks(counts, counts)
+    axis.minorticks_off()
+    axis.yaxis.set_major_formatter(PLAIN)
+    axis.grid()
+    axis.legend(fontsize=10)
+    axis.set_title(title("Host overhead of a step (dashed: torch, unmasked)", result))
+    return save(figure, folder / "host_overhead.png")
+
+
+def memory(result: dict, folder: Path) -> Path:
+    """Bytes a parameter that each optimizer keeps, and what a step takes for itself; a panel a pair of dtypes."""
+    kinds = list(dict.fromkeys((row["dtype"], row["moment_dtype"]) for row in result["rows"]))
+    names = list(dict.fromkeys(row["name"] for row in result["rows"]))
+    size = (3 + 3.4 * len(kinds), 1.9 + 0.32 * len(names))
+    figure, axes = plt.subplots(1, len(kinds), figsize=size, sharex=True, sharey=True, squeeze=False)
+    widest = 0.0
+    for axis, kind in zip(axes.flat, kinds):
+        rows = [row for row in result["rows"] if (row["dtype"], row["moment_dtype"]) == kind]
+        places = [-names.index(row["name"]) for row in rows]
+        kept = [row["kept_per_param"] for row in rows]
+        masks = [row["mask_bits"] / 8 for row in rows]
+        moments = [all_bytes - mask for all_bytes, mask in zip(kept, masks)]
+        peaks = [row["step_peak_per_param"] or 0 for row in rows]
+        axis.barh(places, moments, color="#0072B2", label="moments and step counts")
+        axis.barh(places, masks, left=moments, color="#E69F00", label="stored masks")
+        style = {"color": "#CC79A7", "hatch": "///", "edgecolor": "white"}
+        axis.barh(places, peaks, left=kept, label="during a step only", **style)
+        for place, total in zip(places, map(sum, zip(kept, peaks))):
+            widest = max(widest, total)
+            axis.annotate(f"{total:.2f}", (total, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
+        axis.axvline(moments[0], color=TARGET, linewidth=1.6)
+        axis.set_title(f"{kind[0]}, moments {kind[1]}")
+    axes[0, 0].set_yticks([-place for place in range(len(names))], names)
+    axes[0, 0].set_xlim(0, 1.18 * widest)
+    axes[0, len(kinds) // 2].set_xlabel("bytes a parameter, beside parameter and gradient (line: AdamW's state)")
+    figure.suptitle(title("Memory of the optimizer", result))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return save(figure, folder / "memory.png")
+
+
+def precision(result: dict, folder: Path) -> Path:
+    """Training loss by step, a line a way of keeping the weights: mean over the seeds, and the band of all of them."""
+    figure, axis = plt.subplots(figsize=(9, 5.2))
+    for number, weights in enumerate(dict.fromkeys(row["weights"] for row in result["rows"])):
+        curves = [report.smooth(row["losses"]) for row in result["rows"] if row["weights"] == weights]
+        lowest, mean, highest = zip(*((min(step), sum(step) / len(step), max(step)) for step in zip(*curves)))
+        steps = range(1, len(mean) + 1)
+        axis.fill_between(steps, lowest, highest, color=COLORS[number], alpha=0.15, linewidth=0)
+        axis.plot(steps, mean, color=COLORS[number], marker=MARKERS[number], markevery=12, label=weights)
+    axis.set(xlabel="step", ylabel=f"training loss, mean of {report.SMOOTHING} steps", ylim=(0, None))
+    axis.grid(axis="y")
+    axis.legend(title=f"weights; line: mean of {len(curves)} seeds, band: all of them")
+    figure.suptitle(title(f"{result['method']}, {result['model']}, SIB-200 topics in English", result))
+    return save(figure, folder / "precision.png")
+
+
+def draw(results: dict[str, dict], folder: Path) -> list[Path]:
+    """Every figure of one machine that its results allow."""
+    steps = {name: results[name] for name in (f"step_cpu_{dtype}" for dtype in DTYPES) if name in results}
+    paths = [step_ratios(result, folder) for result in steps.values()]
+    if steps:
+        paths += [frozen_blocks(steps, folder), bandwidth(steps, folder)]
+    figures = {"host_overhead": host_overhead, "memory": memory, "precision": precision}
+    paths += [figure(results[name], folder) for name, figure in figures.items() if name in results]
+    return paths + plots_gpu.draw(results, folder, compile_contract(folder))
+
+
+def compile_contract(folder: Path) -> list[dict]:
+    """Instructions an element of the GPU's kernels, counted without a GPU: rows of {"backend", "case", "mode",
+    "instructions_per_element"} in compile_contract.json, the machine's own or that of all machines; none: [].
+    """
+    for path in (folder / CONTRACT, folder.parent / CONTRACT):
+        if path.exists():
+            return json.loads(path.read_text())["rows"]
+    return []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with one folder a machine")
+    parser.add_argument("--machine", help="one folder only")
+    parser.add_argument("--rehearsal", action="store_true", help="draw rehearsals too; the figures say so")
+    options = parser.parse_args()
+    for name, results in load(options.results, options.rehearsal).items():
+        if options.machine not in (None, name):
+            continue
+        for path in draw(results, options.results / name):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Each of examples/ runs as its README says, learns something, and has the masks and losses of the plain loop."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from graddrop_kernels.philox import DOMAIN_ELEMENT, stream_key, uniform16
+
+ROOT = Path(__file__).resolve().parents[2]
+SAME = ("plain_loop", "trainer", "accelerate_loop", "lightning_loop")
+OTHERS = ("peft_lora", "causal_lm")
+REPORT = re.compile(
+    r"loss (\d+\.\d+) in the first quarter of (\d+) steps, (\d+\.\d+) in the last\n"
+    r"next mask of (\S+): (\d+\.\d) % kept, crc32 ([0-9a-f]{8})\n"
+)
+
+
+@functools.cache
+def printed(script, seed, *arguments):
+    """(loss at first, steps, loss at last, parameter, share kept, checksum), as text"""
+    command = [sys.executable, str(ROOT / "examples" / f"{script}.py"), "--layers=2", "--sentences=32"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*command, f"--seed={seed}", *arguments], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert "100%" in result.stderr or "4/4" in result.stdout, "no progress shown"
+    return REPORT.search(result.stdout).groups()
+
+
+@pytest.mark.parametrize("script", SAME)
+def test_the_same_training_in_every_loop(script, seed):
+    found = printed(script, seed, "--lr=3e-3")
+    assert found == printed("plain_loop", seed, "--lr=3e-3")
+    first, steps, last, name, kept, _ = found
+    assert float(last) < float(first) - 0.05 and steps == "8"
+    # p is 0.9 - 1/2 in the second epoch.
+    draws = uniform16(stream_key(name, seed), 8, DOMAIN_ELEMENT, 0, 384 * 384)
+    assert kept == f"{100 * (draws >= round(0.4 * 65536)).float().mean():.1f}"
+
+
+@pytest.mark.parametrize("script", OTHERS)
+def test_other_models(script, seed):
+    first, _, last, name, kept, _ = printed(script, seed)
+    assert float(last) < float(first)
+    if script == "peft_lora":
+        assert ".lora_A." in name and abs(float(kept) - 80) < 3
+    else:
+        assert kept in ("0.0", "100.0")  # a block
+
+
+def test_the_readme_has_every_example():
+    text = (ROOT / "examples" / "README.md").read_text()
+    scripts = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"topics"}
+    assert scripts == {*SAME, *OTHERS}
+    for script in scripts:
+        assert f"`.venv/bin/python examples/{script}.py`" in text
+        assert len((ROOT / "examples" / f"{script}.py").read_text().splitlines()) <= 60
