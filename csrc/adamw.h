@@ -1,5 +1,5 @@
 // The AdamW update, once: the order of torch's CUDA fused kernel, every fma written out.
-// graddrop_kernels/reference.py is its plain form.
+// graddrop_kernels/backends/reference/step.py is its plain form.
 // Template over the float type F: float here and on the GPU, a vector of floats in csrc/cpu.
 // Everything stays in registers.
 #pragma once

@@ -5,7 +5,7 @@
 
 namespace graddrop {
 
-enum MaskKind : int32_t { kKeep, kOff, kBernoulli, kGaussian, kBucket, kFixed };  // as in graddrop_kernels/plan.py
+enum MaskKind : int32_t { kKeep, kOff, kBernoulli, kGaussian, kBucket, kFixed };  // as in masks/plan.py
 
 struct MaskSpec {
   int32_t kind;

@@ -1,6 +1,6 @@
 // Philox4x32-10: four random 32-bit words from a 128-bit counter and a 64-bit key, no state.
 // Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
-// The draw layout is in graddrop_kernels/philox.py.
+// The draw layout is in graddrop_kernels/masks/philox.py.
 #pragma once
 #include "host_device.h"
 

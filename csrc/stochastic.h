@@ -1,5 +1,6 @@
 // Stochastic rounding of a float32 to bfloat16: up or down at the odds of where it lies between its two neighbours.
-// The same as stochastic_bfloat16 in graddrop_kernels/rounding.py. csrc/cpu/simd_*.h have it for a register of floats.
+// The same as stochastic_bfloat16 in graddrop_kernels/backends/reference/rounding.py.
+// csrc/cpu/simd_*.h have it for a register of floats.
 #pragma once
 #include "host_device.h"
 

@@ -23,9 +23,9 @@ from graddrop_kernels import (
     LinearAnneal,
     param_groups,
 )
-from graddrop_kernels.philox import DOMAIN_ELEMENT, philox4x32_10, stream_key, uniform16
-from graddrop_kernels.plan import Clock, PlanContext
-from graddrop_kernels.schedules import quantize
+from graddrop_kernels.masks.philox import DOMAIN_ELEMENT, philox4x32_10, stream_key, uniform16
+from graddrop_kernels.policies.clock import Clock, PlanContext
+from graddrop_kernels.policies.schedules import quantize
 
 PACKAGE = Path(graddrop_kernels.__file__).parent
 KEPT, DROPPED, LINE = "#9CC3E6", "#F5DEC8", "#444444"

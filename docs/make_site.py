@@ -30,9 +30,9 @@ STYLE = (
 
 def modules() -> list[str]:
     """What the reference is of: the public names, and the integrations whose packages are installed."""
-    found = ["graddrop_kernels", "graddrop_kernels.attach"]
+    found = ["graddrop_kernels"]
     for module in pkgutil.iter_modules(integrations.__path__, f"{integrations.__name__}."):
-        if module.name.endswith(".optimizer_of"):  # what they share
+        if module.name.endswith((".engines", ".optimizer_of")):  # what they share
             continue
         try:
             importlib.import_module(module.name)

@@ -1,15 +1,17 @@
 """GradDrop, masked fine-tuning of transformers, inside one fused AdamW step. See README.md."""
 
-from .attach import attach_deepspeed, attach_fsdp1, attach_zero
 from .backends import available_backends
-from .blocks import find_blocks
-from .groups import param_groups
-from .inspection import describe
-from .mask_plot import plot_mask
+from .groups.blocks import find_blocks
+from .groups.param_groups import param_groups
+from .inspection.describe import describe
+from .inspection.mask_plot import plot_mask
+from .inspection.schedule_plot import plot_schedule
+from .integrations.deepspeed import attach_deepspeed
+from .integrations.fsdp1 import attach_fsdp1
+from .integrations.zero_redundancy import attach_zero
 from .optimizer import FusedGradDropAdamW
 from .policies import FixedMask, GaussianGradDrop, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop
-from .schedule_plot import plot_schedule
-from .schedules import ExponentialAnneal, LinearAnneal
+from .policies.schedules import ExponentialAnneal, LinearAnneal
 
 __version__ = "0.1.0"
 __all__ = [

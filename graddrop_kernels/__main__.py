@@ -1,8 +1,8 @@
-"""`python -m graddrop_kernels`: see cli.py."""
+"""`python -m graddrop_kernels`: see tools/cli.py."""
 
 import sys
 
-from .cli import main
+from .tools.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,21 +8,25 @@ import torch
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
-from . import backends, checkpoint, inspection, operator, preparation
-from .backends.device_tables import capturing
-from .clipping import check_max_grad_norm, clip_
-from .group_options import GROUP_DEFAULTS, check_options, moment_dtype_name
-from .in_backward import StepInBackward
-from .masked_groups import MaskedGroups
-from .multi_tensor import PreparedStep, grad_of
-from .names import canonical_name
-from .parameters import FlatPiece, check_pieces
-from .plan import Clock
+from . import backends
+from .backends.capture import capturing
+from .groups import checks, load_state
+from .groups.flat_buffers import FlatPiece, check_pieces
+from .groups.masking import MaskedGroups
+from .groups.names import canonical_name
+from .groups.options import GROUP_DEFAULTS, check_max_grad_norm, check_options, moment_dtype_name
+from .groups.records import spans_of
+from .inspection import describe
 from .policies import GradDrop, Policy
-from .policy_book import PolicyBook
-from .shards import as_sharded, local, local_grads, local_tensors, spans_of
-from .skip_backward import SkipBackward
-from .warn_once import WarnOnce
+from .policies.clock import Clock
+from .policies.registry import PolicyBook
+from .step import graph, prepare
+from .step.clip import clip_
+from .step.in_backward import StepInBackward
+from .step.prepared import PreparedStep, grad_of
+from .step.skip_dropped import SkipBackward
+from .step.warn_once import WarnOnce
+from .tensors.local import as_sharded, local, local_grads, local_tensors
 
 _Loss = TypeVar("_Loss")
 
@@ -35,7 +39,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
     dicts load both ways. Masks act on the gradient once a step, after accumulation and clipping. They are a pure
     function of (seed, parameter name, step or epoch, element index in the whole parameter): equal on every backend,
     sharding and thread count and after a resume; no generator is consumed. DTensor parameters are stepped where they
-    lie; for engines that flatten parameters see ``graddrop_kernels.attach``.
+    lie; for engines that flatten parameters see ``attach_fsdp1`` and ``attach_deepspeed``.
 
     Args:
         params: tensors, (name, tensor) pairs such as ``model.named_parameters()``, group dicts (each may have its own
@@ -112,7 +116,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         backend: str = "auto",
     ) -> None:
         self._backend = backends.check_name(backend)
-        self._handle = operator.new_handle(self)
+        self._handle = graph.new_handle(self)
         self._groups = MaskedGroups(self, PolicyBook())
         self._prepared: PreparedStep | None = None
         self._warn_once = WarnOnce()
@@ -171,7 +175,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         if torch.compiler.is_compiling():
             grad_enabled = torch.is_grad_enabled()
             with torch.no_grad():
-                loss: _Loss | None = operator.step_in_graph(self, closure, grad_enabled)
+                loss: _Loss | None = graph.step_in_graph(self, closure, grad_enabled)
                 return loss
         return self._step_uncompiled(closure)
 
@@ -199,10 +203,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             self._settle_skipped_steps(only_if_needed=True)
         grads = local_grads(params, self._skip.complete(params, grads, grad_scale))
         if grad_scale is not None:
-            preparation.check_written_grads(self, params, grads)
+            checks.check_written_grads(self, params, grads)
         prepared = self._prepared
         if prepared is None or not prepared.holds(local_tensors(params), grads, self.state, self._facts()):
-            prepared = self._prepared = preparation.prepare(self, params, grads, fresh)
+            prepared = self._prepared = prepare.prepare(self, params, grads, fresh)
             if prepared is None:
                 return
         grad_scale, found_inf = (
@@ -293,7 +297,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._settle_skipped_steps()
         index, position = self._groups.find(param)
         tensor, record = self.param_groups[index]["params"][position], self._groups.records(index)[position]
-        preparation.check_flat(self, record, tensor)
+        checks.check_flat(self, record, tensor)
         clock = self._groups.clock(index)
         if step is not None:
             clock = Clock(clock.epoch, step, clock.history)
@@ -320,7 +324,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     def describe(self) -> str:
         """What the next step would mask, as a table of text: see ``graddrop_kernels.describe``."""
-        return inspection.describe(self)
+        return describe.describe(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the group may have its own ``"mask"`` (a policy or None), ``"seed"``, ``"masked"``,
@@ -356,7 +360,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         has_gradients: Callable[[int], bool] | None = None,
     ) -> None:
         """Says which parameters lie where in the flat buffers among this optimizer's parameters, so that their masks
-        are those of the whole parameters. For engines that make such buffers: see ``graddrop_kernels.attach``.
+        are those of the whole parameters. For engines that make such buffers: see ``attach_fsdp1`` and
+        ``attach_deepspeed``.
 
         Args:
             pieces: of each buffer, its pieces in order. Elements between them are padding and are left as they are.
@@ -405,7 +410,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         prepared: dict[str, Any] = {}
 
         def prepare(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            prepared.update(checkpoint.prepare(state_dict, self.param_groups, strict))
+            prepared.update(load_state.prepare(state_dict, self.param_groups, strict))
             return prepared
 
         last_hook = self.register_load_state_dict_pre_hook(prepare)  # after the user's own, which may adapt the file
@@ -413,7 +418,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             super().load_state_dict(state_dict)
         finally:
             last_hook.remove()
-        checkpoint.restore_moment_dtypes(self, prepared)
+        load_state.restore_moment_dtypes(self, prepared)
         self._forget_caches()
         self._skipped_steps.clear()
 
@@ -465,7 +470,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
         self._own_groups = self.param_groups
         if "_handle" not in self.__dict__:
-            self._handle = operator.new_handle(self)
+            self._handle = graph.new_handle(self)
         self.__dict__.setdefault("_warn_once", WarnOnce())
         self.__dict__.setdefault("_skipped_steps", {})
         self.__dict__.setdefault("_in_backward", None)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from graddrop_kernels.bitmask import num_words
+from graddrop_kernels.masks.bitmask import num_words
 
 from ..common import machine
 from .step import CASES, HYPERS, TORCH, Case, Tensors, make_tensors

@@ -4,7 +4,7 @@ import dataclasses
 
 from graddrop_kernels.demo.methods import METHODS
 from graddrop_kernels.policies import GradFreeze, Policy
-from graddrop_kernels.schedules import LinearAnneal
+from graddrop_kernels.policies.schedules import LinearAnneal
 
 from .settings import Settings
 

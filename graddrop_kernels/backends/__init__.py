@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from .. import bitmask, reference
-from ..layout import RowBlock
-from ..multi_tensor import TensorBatch
-from ..plan import MaskPlan
+from ..masks import bitmask, rule
+from ..masks.plan import MaskPlan
+from ..masks.row_block import RowBlock
 from . import cpu, cuda, triton
+from .batch import TensorBatch
+from .reference import step
 
 _HALF = (torch.bfloat16, torch.float16)
 # (parameter dtype, moment dtype)
@@ -92,13 +93,13 @@ BACKENDS = (
     ),
     Backend(
         "reference", "plain PyTorch, slow; defines the meaning",
-        None, _ANY_DTYPES, True, lambda: None, reference.masked_adamw_,
-        reference.sum_of_squares, True, True,
+        None, _ANY_DTYPES, True, lambda: None, step.masked_adamw_,
+        step.sum_of_squares, True, True,
     ),
     Backend(
         "exact", "the reference with every fma rounded once: the bits of the fused backends",
-        None, _ANY_DTYPES, False, lambda: None, partial(reference.masked_adamw_, exact=True),
-        partial(reference.sum_of_squares, exact=True), True, True,
+        None, _ANY_DTYPES, False, lambda: None, partial(step.masked_adamw_, exact=True),
+        partial(step.sum_of_squares, exact=True), True, True,
     ),
 )  # fmt: skip
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -164,7 +165,7 @@ def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int, device: 
         return planes
     if device.type == "cuda" and cuda.unavailable() is None:
         return cuda.bucket_planes(key, buckets, layout, numel, device)
-    drawn = reference.by_runs(layout, numel, device, lambda *run: bitmask.element_buckets(key, buckets, *run))
+    drawn = rule.by_runs(layout, numel, device, lambda *run: bitmask.element_buckets(key, buckets, *run))
     return bitmask.pack_buckets(drawn, buckets)
 
 
@@ -178,7 +179,7 @@ def keep_mask(
     if device.type in triton.DEVICES and triton.unavailable() is None:
         keep: Any = triton.masks().keep_mask(plan, key, completed_steps, layout, numel, mask_words, device)
     else:
-        keep, _ = reference.keep_and_bucket(plan, key, completed_steps, layout, numel, mask_words, device)
+        keep, _ = rule.keep_and_bucket(plan, key, completed_steps, layout, numel, mask_words, device)
     mask: torch.Tensor = keep
     return mask
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ..bitmask import num_planes, num_words
-from ..layout import RowBlock
-from ..multi_tensor import TensorBatch
+from ..masks.bitmask import num_planes, num_words
+from ..masks.row_block import RowBlock
+from .batch import TensorBatch
 from .tensor_table import DTYPES, TABLE_VERSION, LeftByNorm, TensorRow, hyper_table, tensor_table
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # the best first

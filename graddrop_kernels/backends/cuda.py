@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from ..bitmask import num_planes, num_words
-from ..layout import RowBlock
-from ..multi_tensor import TensorBatch
-from ..plan import MaskPlan
-from .device_tables import DeviceTables, Launch
+from ..masks.bitmask import num_planes, num_words
+from ..masks.plan import MaskPlan
+from ..masks.row_block import RowBlock
+from .batch import TensorBatch
+from .device_tables import DeviceTables
+from .launches import Launch
 from .tensor_table import DTYPES, MASK_KINDS, TABLE_VERSION, TensorRow
 
 _LIBRARY = Path(__file__).resolve().parent.parent / "_cuda.so"

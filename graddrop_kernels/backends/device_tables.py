@@ -1,41 +1,21 @@
 """DeviceTables: what the kernels on a device read in one step, kept up to date with copies that nobody waits for."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..bitmask import num_planes
-from ..layout import RowBlock
-from ..multi_tensor import Hyper, TensorBatch
-from ..plan import MaskPlan
+from .batch import Hyper, TensorBatch
+from .capture import capturing
+from .launches import Launch, _Kind, _kind_of, in_eights
 from .tensor_table import LeftByNorm, hyper_table, tensor_table
+from .upload import Upload
 
 CHUNK = 4096  # elements that one program or block of the update takes
 ALIGNMENT = 16  # bytes of the widest access
 _HYPER_BYTES, _STEP_ROW_BYTES = 128, 64
 _KEPT_LAUNCHES = 8  # sets of launches remembered: LayerGradDrop with masked="frozen" has another one every step
 _STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "copy")
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether what is launched now is recorded in a CUDA graph instead of run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One call of the update kernel: what is compiled in, and the chunks it walks."""
-
-    kind: str  # a MaskPlan's kind; "keep" also holds dropped blocks whose gradient counts as 0
-    planes: int  # bit-planes to read a bucket from; -1: recompute it
-    aligned: bool  # every address is a multiple of 16 bytes and eight elements in a row are one Philox call
-    rows: bool  # aligned: the elements are not one contiguous run of the whole parameter
-    amsgrad: bool
-    frozen: bool  # some row keeps its dropped elements as they are
-    ages: bool  # some row has a bias correction for every bucket
-    chunks: Any = None  # int64 tensor: tensor << 40 | number of the chunk in it
 
 
 class DeviceTables:
@@ -61,7 +41,7 @@ class DeviceTables:
         self.addresses: list[int] = []
         self.hyper_image = b""
         self.age_room = 0
-        self.upload: Any = None  # an _Upload, once there is room
+        self.upload: Any = None  # an Upload, once there is room
         self.step_rows = torch.zeros(self.num_rows, _STEP_ROW_BYTES // 4, dtype=torch.int32, device=self.device)
         self.by_age = torch.zeros(1, dtype=torch.float32, device=self.device)
         self.age_stride = 0
@@ -152,7 +132,7 @@ class DeviceTables:
         if self.upload is None or room > self.age_room:
             self.age_room = room
             size = self.host.nbytes + len(hypers) * _HYPER_BYTES + room
-            self.upload = _Upload(size, self.device)
+            self.upload = Upload(size, self.device)
             ends = self.host.nbytes, self.host.nbytes + len(hypers) * _HYPER_BYTES
             self.rows = self.upload.device[: ends[0]].view(torch.int64).view(self.num_rows, -1)
             self.hypers = self.upload.device[ends[0] : ends[1]].view(torch.int64).view(len(hypers), -1)
@@ -224,85 +204,3 @@ def _age_sizes(hypers: list[Hyper]) -> tuple[int, int]:
     """(most buckets that have ages, bytes of all ages)."""
     buckets = [hyper.plan.buckets for hyper in hypers if hyper.plan.ages]
     return max(buckets, default=0), 8 * sum(buckets)
-
-
-class _Kind(NamedTuple):
-    """What of a MaskPlan decides about its launch."""
-
-    name: str
-    planes: int = -1
-    frozen: bool = False
-    ages: bool = False
-
-    @property
-    def is_drawn(self) -> bool:
-        """Whether rows that keep everything can be among its rows: nothing is read for the mask."""
-        return self.name in ("bernoulli", "gaussian", "bucket") and self.planes < 0
-
-
-def _kind_of(plan: MaskPlan) -> _Kind | None:
-    """None for a plan that touches nothing."""
-    if plan.kind == "off" and plan.frozen:
-        return None
-    if plan.kind in ("off", "keep"):
-        return _Kind(plan.kind)
-    planes = num_planes(plan.buckets) if plan.kind == "bucket" and plan.bitpacked else -1
-    return _Kind(plan.kind, planes, plan.frozen, bool(plan.ages))
-
-
-def in_eights(layout: RowBlock, numel: int) -> bool:
-    """Whether eight local elements from a multiple of 8 on are always one Philox call."""
-    one_run = numel <= layout.local_inner
-    return layout.base % 8 == 0 and (one_run or (layout.local_inner % 8 == 0 and layout.global_inner % 8 == 0))
-
-
-class _Upload:
-    """A uint8 tensor on a device that is written from the host without waiting.
-
-    A copy may still be reading its pinned buffer when the next step writes: buffers are used in turn, and one that is
-    still being read is left alone and another made.
-    """
-
-    def __init__(self, size: int, device: torch.device):
-        self.device: torch.Tensor = torch.zeros(-(-size // 16) * 16, dtype=torch.uint8, device=device)
-        self.buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
-        # Nothing can be allocated while a graph is captured; what a graph copies from is kept as it is for ever.
-        self.spare: torch.Tensor | None = self._pinned()
-        self.captured: list[torch.Tensor] = []
-
-    def _pinned(self) -> torch.Tensor:
-        return torch.empty(self.device.numel(), dtype=torch.uint8, pin_memory=self.device.is_cuda)
-
-    def write_captured(self, data: bytes) -> None:
-        """Records a copy of ``data`` to the beginning in the graph that is being captured.
-
-        Raises:
-            RuntimeError: another graph was captured since the last ``write``.
-        """
-        if self.spare is None:
-            if bytes(self.captured[-1][: len(data)].numpy()) == data:
-                return  # by the norm of this very step
-            raise RuntimeError("call step() once between the captures of two CUDA graphs")
-        buffer, self.spare = self.spare, None
-        self.captured.append(buffer)
-        buffer[: len(data)].copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        self.device[: len(data)].copy_(buffer[: len(data)], non_blocking=True)
-
-    def write(self, data: bytes, begin: int) -> None:
-        """Replaces the bytes from ``begin`` on, in the order of the current stream."""
-        if self.spare is None:
-            self.spare = self._pinned()
-        target = self.device[begin : begin + len(data)]
-        source = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        if target.device.type == "cpu":
-            target.copy_(source)
-            return
-        if not self.buffers or not self.buffers[0][1].query():
-            buffer = self._pinned()
-            self.buffers.insert(0, (buffer, torch.cuda.Event()))
-        buffer, read = self.buffers.pop(0)
-        pinned = buffer[: len(data)]
-        pinned.copy_(source)
-        target.copy_(pinned, non_blocking=True)
-        read.record(torch.cuda.current_stream(target.device))
-        self.buffers.append((buffer, read))

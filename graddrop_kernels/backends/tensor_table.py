@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..bitmask import num_planes
-from ..multi_tensor import Hyper, TensorBatch
+from ..masks.bitmask import num_planes
+from .batch import Hyper, TensorBatch
 
 TABLE_VERSION = 3  # kTableVersion
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType

@@ -8,7 +8,7 @@ from torch import nn
 
 from .. import FusedGradDropAdamW, param_groups
 from ..policies import GaussianGradDrop, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, Policy
-from ..schedules import LinearAnneal
+from ..policies.schedules import LinearAnneal
 
 # (epochs, p) -> policy, None for plain AdamW. What anneals starts at the paper's 0.9; it and what freezes take no p.
 METHODS: dict[str, Callable[[int, float], Policy | None]] = {

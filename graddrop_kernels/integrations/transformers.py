@@ -17,13 +17,14 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from ..attach import attach_deepspeed, attach_fsdp1
-from ..blocks import Layers
-from ..groups import param_groups
-from ..layout import is_dtensor
+from ..groups.blocks import Layers
+from ..groups.param_groups import param_groups
 from ..optimizer import FusedGradDropAdamW
 from ..policies import GradDrop, Policy
+from ..tensors.local import is_dtensor
 from .activation_dropout import warn_of_activation_dropout
+from .deepspeed import attach_deepspeed
+from .fsdp1 import attach_fsdp1
 from .optimizer_of import describe_masks, unwrapped
 
 

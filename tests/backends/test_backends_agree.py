@@ -39,9 +39,9 @@ from cases import (
 
 from graddrop_kernels import GradDrop, backends
 from graddrop_kernels.backends import cpu
-from graddrop_kernels.layout import RowBlock
-from graddrop_kernels.rounding import EXACT as EXACT_ROUNDING
-from graddrop_kernels.rounding import PLAIN as PLAIN_ROUNDING
+from graddrop_kernels.backends.reference.rounding import EXACT as EXACT_ROUNDING
+from graddrop_kernels.backends.reference.rounding import PLAIN as PLAIN_ROUNDING
+from graddrop_kernels.masks.row_block import RowBlock
 
 pytestmark = pytest.mark.filterwarnings(PAST_THE_LAST_EPOCH)
 

@@ -33,12 +33,14 @@ from cases import (
 from test_backends_agree import assert_bits, run_in_step
 from test_gradient_norm import finite, masked_gradients
 
-from graddrop_kernels import FusedGradDropAdamW, GradDrop, backends, bitmask
+from graddrop_kernels import FusedGradDropAdamW, GradDrop, backends
 from graddrop_kernels.backends import cpu, cuda
-from graddrop_kernels.layout import RowBlock
-from graddrop_kernels.multi_tensor import TensorBatch
-from graddrop_kernels.plan import MaskPlan
-from graddrop_kernels.reference import keep_and_bucket, masked_adamw_
+from graddrop_kernels.backends.batch import TensorBatch
+from graddrop_kernels.backends.reference.step import masked_adamw_
+from graddrop_kernels.masks import bitmask
+from graddrop_kernels.masks.plan import MaskPlan
+from graddrop_kernels.masks.row_block import RowBlock
+from graddrop_kernels.masks.rule import keep_and_bucket
 
 pytestmark = [
     pytest.mark.skipif(not cuda._LIBRARY.exists(), reason="_cuda.so was not built: no nvcc, or GRADDROP_NO_CUDA"),

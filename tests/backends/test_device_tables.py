@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from graddrop_kernels.backends import device_tables
+from graddrop_kernels.backends.batch import Hyper, TensorBatch
 from graddrop_kernels.backends.device_tables import CHUNK, DeviceTables
 from graddrop_kernels.backends.tensor_table import HyperRow, TensorRow
-from graddrop_kernels.layout import RowBlock
-from graddrop_kernels.multi_tensor import Hyper, TensorBatch
-from graddrop_kernels.plan import MaskPlan
+from graddrop_kernels.backends.upload import Upload
+from graddrop_kernels.masks.plan import MaskPlan
+from graddrop_kernels.masks.row_block import RowBlock
 
 KEEP, OFF, FROZEN_OFF = MaskPlan("keep"), MaskPlan("off"), MaskPlan("off", frozen=True)
 DROP = MaskPlan("bernoulli", threshold=13107, scale=1.25)
@@ -274,7 +274,7 @@ def test_ages_grow_with_the_epochs():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_is_copied_to_a_gpu_lies_in_pinned_memory(device, monkeypatch):
     """Or the host would wait for each copy, and a CUDA graph could not hold one."""
-    upload = device_tables._Upload(48, torch.device("cpu"))
+    upload = Upload(48, torch.device("cpu"))
     upload.device = mock.Mock(torch.Tensor, device=torch.device(device), is_cuda=device == "cuda")
     upload.device.numel.return_value = 48
     asked, empty = [], torch.empty

@@ -8,13 +8,13 @@ from cases import EXACT, FUSED, assert_same_bits, require
 
 from graddrop_kernels import FusedGradDropAdamW, GaussianGradDrop, backends
 from graddrop_kernels.backends import cpu
-from graddrop_kernels.gaussian import normal_from_words
-from graddrop_kernels.layout import RowBlock
-from graddrop_kernels.multi_tensor import Hyper, TensorBatch
-from graddrop_kernels.philox import DOMAIN_GAUSSIAN, stream_key, words32
-from graddrop_kernels.plan import MaskPlan
-from graddrop_kernels.rounding import EXACT as EXACT_ROUNDING
-from graddrop_kernels.rounding import PLAIN as PLAIN_ROUNDING
+from graddrop_kernels.backends.batch import Hyper, TensorBatch
+from graddrop_kernels.backends.reference.gaussian import normal_from_words
+from graddrop_kernels.backends.reference.rounding import EXACT as EXACT_ROUNDING
+from graddrop_kernels.backends.reference.rounding import PLAIN as PLAIN_ROUNDING
+from graddrop_kernels.masks.philox import DOMAIN_GAUSSIAN, stream_key, words32
+from graddrop_kernels.masks.plan import MaskPlan
+from graddrop_kernels.masks.row_block import RowBlock
 
 COUNT = 1 << 22
 ROUNDINGS = pytest.mark.parametrize("rounding", [EXACT_ROUNDING, PLAIN_ROUNDING], ids=["exact", "plain"])

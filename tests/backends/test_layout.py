@@ -20,13 +20,14 @@ from cases import (
     require,
 )
 
-from graddrop_kernels import backends, bitmask
+from graddrop_kernels import backends
 from graddrop_kernels.backends import cpu
-from graddrop_kernels.layout import RowBlock
-from graddrop_kernels.multi_tensor import Hyper, TensorBatch
-from graddrop_kernels.philox import stream_key
-from graddrop_kernels.plan import MaskPlan
-from graddrop_kernels.reference import keep_and_bucket
+from graddrop_kernels.backends.batch import Hyper, TensorBatch
+from graddrop_kernels.masks import bitmask
+from graddrop_kernels.masks.philox import stream_key
+from graddrop_kernels.masks.plan import MaskPlan
+from graddrop_kernels.masks.row_block import RowBlock
+from graddrop_kernels.masks.rule import keep_and_bucket
 
 ROWS, COLUMNS = 41, 333  # no multiple of any vector or of a Philox call
 

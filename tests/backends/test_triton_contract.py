@@ -42,10 +42,10 @@ from graddrop_kernels import (
     backends,
 )
 from graddrop_kernels.backends import triton as backend
+from graddrop_kernels.backends.batch import Hyper, TensorBatch
 from graddrop_kernels.backends.device_tables import CHUNK
-from graddrop_kernels.layout import RowBlock
-from graddrop_kernels.multi_tensor import Hyper, TensorBatch
-from graddrop_kernels.plan import MaskPlan
+from graddrop_kernels.masks.plan import MaskPlan
+from graddrop_kernels.masks.row_block import RowBlock
 
 MAIN = ["fff", "bbf", "bbb"]
 KINDS = {"keep": -1, "bernoulli": -1, "gaussian": -1, "bucket": -1, "planes": 3, "fixed": -1}

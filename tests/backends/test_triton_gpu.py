@@ -14,7 +14,7 @@ from graddrop_kernels import (
     LinearAnneal,
     available_backends,
 )
-from graddrop_kernels.philox import DOMAIN_ELEMENT, stream_key, uniform16
+from graddrop_kernels.masks.philox import DOMAIN_ELEMENT, stream_key, uniform16
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 BACKENDS = [name for name in ("triton", "cuda") if name in available_backends()] or ["triton"]

@@ -9,13 +9,14 @@ import pytest
 import torch
 from cases import BF16, EXACT, F16, F32, Engine, assert_same_bits, ulps_apart
 
-from graddrop_kernels import FusedGradDropAdamW, GaussianGradDrop, GradDrop, GradDropEpoch, backends, bitmask
+from graddrop_kernels import FusedGradDropAdamW, GaussianGradDrop, GradDrop, GradDropEpoch, backends
 from graddrop_kernels.backends import triton
-from graddrop_kernels.layout import RowBlock
-from graddrop_kernels.multi_tensor import Hyper, TensorBatch
-from graddrop_kernels.philox import stream_key
-from graddrop_kernels.plan import MaskPlan
-from graddrop_kernels.reference import by_runs, keep_and_bucket
+from graddrop_kernels.backends.batch import Hyper, TensorBatch
+from graddrop_kernels.masks import bitmask
+from graddrop_kernels.masks.philox import stream_key
+from graddrop_kernels.masks.plan import MaskPlan
+from graddrop_kernels.masks.row_block import RowBlock
+from graddrop_kernels.masks.rule import by_runs, keep_and_bucket
 
 pytestmark = pytest.mark.skipif(
     triton.unavailable() is not None, reason=f"{triton.unavailable()} (test_triton_interpreter.py runs it there)"
@@ -329,7 +330,7 @@ def test_the_sum_of_squares_of_masked_gradients(plan, grads, seed):
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_order_in_which_programs_run_does_not_show(masked, seed, monkeypatch):
     """One program a launch, in any order: the same bits."""
-    from graddrop_kernels.backends import triton_norm
+    from graddrop_kernels.backends.triton import norm as triton_norm
 
     sizes = [(RowBlock.whole(numel), numel) for numel in (70_001, 1, 64, 777, 0, 9, 1000)]
     plans, rows = [PLANS["bernoulli"], PLANS["fixed"]], [0, 1, 0, 0, 1, 0, 1]

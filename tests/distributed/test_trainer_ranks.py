@@ -13,8 +13,8 @@ from ranks import run_ranks
 from torch.distributed.fsdp import FullyShardedDataParallel
 from trainer_runs import arguments, losses, sentences, trainer_of
 
+from graddrop_kernels.groups.names import canonical_name
 from graddrop_kernels.integrations.optimizer_of import unwrapped
-from graddrop_kernels.names import canonical_name
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_deepspeed = pytest.mark.skipif(

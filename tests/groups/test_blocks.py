@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-from graddrop_kernels.blocks import block_of, find_blocks, match_layers, parameter_blocks
-from graddrop_kernels.names import canonical_module_name, canonical_name
+from graddrop_kernels.groups.blocks import block_of, find_blocks, match_layers, parameter_blocks
+from graddrop_kernels.groups.names import canonical_module_name, canonical_name
 
 transformers.utils.logging.set_verbosity_error()
 
@@ -503,7 +503,7 @@ def test_works_without_transformers_and_says_nothing():
 import sys
 sys.modules["transformers"] = None
 from torch import nn
-from graddrop_kernels.blocks import find_blocks
+from graddrop_kernels.groups.blocks import find_blocks
 from graddrop_kernels.groups import param_groups
 model = nn.Transformer(4, 2, 2, 2, 4, batch_first=True)
 assert len(find_blocks(model)) == 4 and len(param_groups(model)) == 3

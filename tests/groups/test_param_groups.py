@@ -10,7 +10,7 @@ from test_blocks import MODELS, Block, HandWritten, Holder, albert, gpt2, number
 from torch import nn
 from transformers import Trainer
 
-from graddrop_kernels.groups import param_groups
+from graddrop_kernels.groups.param_groups import param_groups
 
 ORDER = ["blocks", "blocks_no_decay", "dense", "dense_no_decay"]
 

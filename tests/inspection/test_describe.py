@@ -23,8 +23,8 @@ from graddrop_kernels import (
     plot_mask,
     plot_schedule,
 )
-from graddrop_kernels.bitmask import count_kept
-from graddrop_kernels.inspection import _join_names
+from graddrop_kernels.inspection.describe import _join_names
+from graddrop_kernels.masks.bitmask import count_kept
 
 ROOT = Path(graddrop_kernels.__file__).resolve().parent.parent
 BLOCK_POLICIES = [name for name in POLICIES if name.startswith(("layer", "freeze"))]
@@ -218,7 +218,7 @@ def test_a_backend_that_cannot_step_is_told_with_the_reason(monkeypatch):
 @pytest.mark.parametrize("numel", [0, 1, 31, 32, 33, 1000, 32 * (1 << 18) + 5])
 def test_kept_bits_are_counted(numel, seed):
     bits = torch.rand(numel, generator=torch.Generator().manual_seed(seed)) < 0.3
-    assert count_kept(graddrop_kernels.bitmask.pack(bits)) == int(bits.sum())
+    assert count_kept(graddrop_kernels.masks.bitmask.pack(bits)) == int(bits.sum())
 
 
 # Telling changes nothing.

@@ -17,7 +17,7 @@ from graddrop_kernels import (
     param_groups,
     plot_mask,
 )
-from graddrop_kernels.mask_plot import CROP, SAMPLE
+from graddrop_kernels.inspection.mask_plot import CROP, SAMPLE
 
 
 @every_policy

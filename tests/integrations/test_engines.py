@@ -25,17 +25,12 @@ from graddrop_kernels import (
     LayerGradDrop,
     param_groups,
 )
-from graddrop_kernels.attach import (
-    attach_deepspeed,
-    attach_fsdp1,
-    attach_zero,
-    deepspeed_pieces,
-    flat_buffer_reason,
-    fsdp1_pieces,
-)
+from graddrop_kernels.groups.flat_buffers import FlatPiece, flat_buffer_reason
+from graddrop_kernels.groups.names import canonical_name
 from graddrop_kernels.integrations.accelerate import graddrop_optimizer
-from graddrop_kernels.names import canonical_name
-from graddrop_kernels.parameters import FlatPiece
+from graddrop_kernels.integrations.deepspeed import attach_deepspeed, deepspeed_pieces
+from graddrop_kernels.integrations.fsdp1 import attach_fsdp1, fsdp1_pieces
+from graddrop_kernels.integrations.zero_redundancy import attach_zero
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,

@@ -31,7 +31,7 @@ from graddrop_kernels.demo import e5_small, sib200
 from graddrop_kernels.demo.classifier import PREFIX, MeanPoolingClassifier, set_dropout
 from graddrop_kernels.demo.train import collate
 from graddrop_kernels.integrations.accelerate import graddrop_optimizer, mask_log, set_epoch
-from graddrop_kernels.philox import DOMAIN_ELEMENT, stream_key, uniform16
+from graddrop_kernels.masks.philox import DOMAIN_ELEMENT, stream_key, uniform16
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EPOCHS, BATCH = 2, 4

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from graddrop_kernels import FusedGradDropAdamW, GradDrop
+from graddrop_kernels.integrations.deepspeed_universal import repair_stage3_loads
 from graddrop_kernels.integrations.transformers import _attach_to_deepspeed
-from graddrop_kernels.universal_checkpoint import repair_stage3_loads
 
 
 class Zero:
@@ -118,8 +118,8 @@ def test_a_trainer_does_not_resume_from_a_universal_checkpoint(steps, monkeypatc
     config = {"checkpoint.load_universal": True, "zero_optimization.elastic_checkpoint": False}
     args = types.SimpleNamespace(hf_deepspeed_config=types.SimpleNamespace(get_value=lambda name, other: config[name]))
     state = types.SimpleNamespace(global_step=steps)
-    monkeypatch.setattr("graddrop_kernels.attach.deepspeed_pieces", lambda engine: {})
-    monkeypatch.setattr("graddrop_kernels.attach.universal_checkpoint.repair_loads", lambda *_: None)
+    monkeypatch.setattr("graddrop_kernels.integrations.deepspeed.deepspeed_pieces", lambda engine: {})
+    monkeypatch.setattr("graddrop_kernels.integrations.deepspeed.deepspeed_universal.repair_loads", lambda *_: None)
     monkeypatch.setattr(optimizer, "attach_pieces", lambda *_: None)
     accelerated = types.SimpleNamespace(optimizer=wrapper)
     train = lambda: _attach_to_deepspeed(accelerated, torch.nn.Linear(2, 2), args, state)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from cases import assert_same_bits
 
-from graddrop_kernels import bitmask
 from graddrop_kernels.backends import cpu
-from graddrop_kernels.layout import RowBlock
-from graddrop_kernels.philox import DOMAIN_BUCKET, stream_key, uniform16
+from graddrop_kernels.masks import bitmask
+from graddrop_kernels.masks.philox import DOMAIN_BUCKET, stream_key, uniform16
+from graddrop_kernels.masks.row_block import RowBlock
 
 LENGTHS = (*range(71), 127, 128, 129, 255, 257, 1000, 4095, 4097, 10_007)
 BUCKETS = (1, 2, 3, 5, 8, 9, 64, 65, 1000, 4095, 4096)

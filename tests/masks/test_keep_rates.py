@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch, LayerGradDrop, philox
+from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch, LayerGradDrop
 from graddrop_kernels.backends import cpu
-from graddrop_kernels.philox import DOMAIN_BUCKET, DOMAIN_ELEMENT, block_uniform16, stream_key
+from graddrop_kernels.masks import philox
+from graddrop_kernels.masks.philox import DOMAIN_BUCKET, DOMAIN_ELEMENT, block_uniform16, stream_key
 
 COMPILED = cpu.unavailable() is None
 MANY = 100_000_000 if COMPILED else 4_000_000  # the PyTorch generator makes 25 million a second, the kernels 500

@@ -19,7 +19,7 @@ from torch.testing._internal.common_optimizers import (
 from toy import refused
 
 from graddrop_kernels import FusedGradDropAdamW
-from graddrop_kernels.bounds import BOUNDS, ulp_at
+from graddrop_kernels.tools.verify.bounds import BOUNDS, ulp_at
 
 INFO = next(info for info in optim_db if info.optim_cls is torch.optim.AdamW)
 # What torch's AdamW takes and ours does not: the argument, and what the refusal says.

@@ -19,8 +19,9 @@ from graddrop_kernels import (
     LinearAnneal,
     param_groups,
 )
-from graddrop_kernels.plan import Clock, MaskPlan, PlanContext
-from graddrop_kernels.schedules import quantize
+from graddrop_kernels.masks.plan import MaskPlan
+from graddrop_kernels.policies.clock import Clock, PlanContext
+from graddrop_kernels.policies.schedules import quantize
 
 
 def clock_after(epochs_of_steps, epoch):

@@ -20,8 +20,8 @@ from graddrop_kernels import (
     LinearAnneal,
     param_groups,
 )
-from graddrop_kernels.plan import Clock, PlanContext
 from graddrop_kernels.policies import POLICIES
+from graddrop_kernels.policies.clock import Clock, PlanContext
 
 # Philox4x32-10 from its paper (Salmon et al., SC 2011), on plain ints: shares no line with the library.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from graddrop_kernels import ExponentialAnneal, LinearAnneal
-from graddrop_kernels.schedules import drop_probability, quantize, require_epochs, require_probability
+from graddrop_kernels.policies.schedules import drop_probability, quantize, require_epochs, require_probability
 
 NOT_PROBABILITIES = [
     True,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from graddrop_kernels.philox import DOMAIN_ELEMENT, stream_key, uniform16
+from graddrop_kernels.masks.philox import DOMAIN_ELEMENT, stream_key, uniform16
 
 ROOT = Path(__file__).resolve().parents[2]
 SAME = ("plain_loop", "trainer", "accelerate_loop", "lightning_loop")

@@ -22,6 +22,7 @@ from graddrop_kernels import (
     param_groups,
 )
 from graddrop_kernels.backends import cuda, device_tables
+from graddrop_kernels.backends.upload import Upload
 
 pytestmark = pytest.mark.skipif(
     cuda._load()[0] is None, reason="no CUDA library: nvcc was not there when the package was built"
@@ -59,7 +60,7 @@ class Graph:
 
 @pytest.fixture
 def graph(monkeypatch):
-    graph, call, write = Graph(), cuda._call, device_tables._Upload.write_captured
+    graph, call, write = Graph(), cuda._call, Upload.write_captured
 
     def recording_call(name, device, *arguments):
         if graph.capturing and name == "masked_adamw":  # its one argument is the address of what lives for the call
@@ -78,7 +79,7 @@ def graph(monkeypatch):
             buffer = upload.captured[-1]
             graph.recorded.append(lambda: upload.device[: len(data)].copy_(buffer[: len(data)]))
 
-    def ordinary_write(upload, data, begin, write=device_tables._Upload.write):
+    def ordinary_write(upload, data, begin, write=Upload.write):
         assert not graph.capturing, "a copy of this step's numbers would be copied again at every replay"
         write(upload, data, begin)
 
@@ -86,8 +87,8 @@ def graph(monkeypatch):
     row = dataclasses.replace(row, devices=("cpu",), unavailable=lambda: None)
     monkeypatch.setitem(backends._BY_NAME, "cuda", row)
     monkeypatch.setattr(cuda, "_call", recording_call)
-    monkeypatch.setattr(device_tables._Upload, "write_captured", recording_write)
-    monkeypatch.setattr(device_tables._Upload, "write", ordinary_write)
+    monkeypatch.setattr(Upload, "write_captured", recording_write)
+    monkeypatch.setattr(Upload, "write", ordinary_write)
     for module in (device_tables, optimizer):
         monkeypatch.setattr(module, "capturing", lambda device: graph.capturing)
     return graph

@@ -10,7 +10,7 @@ from toy import bits
 
 from graddrop_kernels import FusedGradDropAdamW, GaussianGradDrop, GradDrop, GradDropEpoch, LayerGradDrop
 from graddrop_kernels.backends import cpu, device_tables
-from graddrop_kernels.clipping import check_max_grad_norm
+from graddrop_kernels.groups.options import check_max_grad_norm
 
 ARGUMENTS = {"lr": 0.03, "betas": (0.75, 0.96875), "eps": 1e-4, "weight_decay": 0.2}
 POLICIES = {

@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import Encoder, bits, build, every_policy, random_grads, snapshot, state_bits, through_a_file
 
-from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch, operator
+from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch
+from graddrop_kernels.step import graph as operator
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*set_epoch.epoch. was not called"),

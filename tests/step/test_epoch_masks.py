@@ -17,8 +17,8 @@ from cases import (
 
 from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, LinearAnneal
 from graddrop_kernels.backends import cpu
-from graddrop_kernels.bitmask import element_buckets
-from graddrop_kernels.philox import stream_key
+from graddrop_kernels.masks.bitmask import element_buckets
+from graddrop_kernels.masks.philox import stream_key
 
 STORAGES = pytest.mark.parametrize("storage", ["bitpacked", "recompute"])
 EPOCHS = pytest.mark.parametrize("epochs", [2, 3, 5, 12, 20, 70])

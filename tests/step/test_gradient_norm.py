@@ -10,10 +10,11 @@ from cases import BF16, F16, F32, F64, ISAS, assert_same_bits, require
 
 from graddrop_kernels import backends
 from graddrop_kernels.backends import cpu
-from graddrop_kernels.layout import RowBlock
-from graddrop_kernels.multi_tensor import TensorBatch
-from graddrop_kernels.plan import MaskPlan
-from graddrop_kernels.reference import keep_and_bucket, masked_adamw_
+from graddrop_kernels.backends.batch import TensorBatch
+from graddrop_kernels.backends.reference.step import masked_adamw_
+from graddrop_kernels.masks.plan import MaskPlan
+from graddrop_kernels.masks.row_block import RowBlock
+from graddrop_kernels.masks.rule import keep_and_bucket
 
 SIZES = (0, 1, 3, 15, 17, 33, 63, 65, 1031, 4097)
 SHARDS = [(size, RowBlock.whole(size)) for size in SIZES] + [(min(numel, 1301), layout) for numel, layout in LAYOUTS]

@@ -9,16 +9,9 @@ import torch
 from cases import BACKEND_NAMES, BF16, F16, F32
 from toy import bits
 
-from graddrop_kernels import (
-    FusedGradDropAdamW,
-    GaussianGradDrop,
-    GradDrop,
-    GradDropEpoch,
-    LayerGradDrop,
-    backends,
-)
-from graddrop_kernels.philox import DOMAIN_ROUNDING, stream_key, words32
-from graddrop_kernels.rounding import stochastic_bfloat16
+from graddrop_kernels import FusedGradDropAdamW, GaussianGradDrop, GradDrop, GradDropEpoch, LayerGradDrop, backends
+from graddrop_kernels.backends.reference.rounding import stochastic_bfloat16
+from graddrop_kernels.masks.philox import DOMAIN_ROUNDING, stream_key, words32
 
 ARGUMENTS = {"lr": 3e-4, "betas": (0.75, 0.96875), "eps": 1e-5, "weight_decay": 0.2}
 POLICIES = {

@@ -23,8 +23,8 @@ from graddrop_kernels import (
     LayerGradDrop,
     LinearAnneal,
     param_groups,
-    preparation,
 )
+from graddrop_kernels.step import prepare as preparation
 
 POLICIES = {
     "layer": (lambda: LayerGradDrop(0.5), {}),

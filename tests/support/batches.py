@@ -6,10 +6,11 @@ import random
 import torch
 from cases import F16, F32, assert_same_bits
 
-from graddrop_kernels import backends, bitmask
-from graddrop_kernels.layout import RowBlock
-from graddrop_kernels.multi_tensor import Hyper, TensorBatch
-from graddrop_kernels.plan import MaskPlan
+from graddrop_kernels import backends
+from graddrop_kernels.backends.batch import Hyper, TensorBatch
+from graddrop_kernels.masks import bitmask
+from graddrop_kernels.masks.plan import MaskPlan
+from graddrop_kernels.masks.row_block import RowBlock
 
 CHUNK = 4096
 SIZES = (0, 1, 3, 4, 5, 31, 33, CHUNK - 1, CHUNK, CHUNK + 1, 65537)

@@ -20,7 +20,7 @@ from graddrop_kernels import (
     LayerGradDrop,
     LinearAnneal,
     available_backends,
-)  # fmt: skip
+)
 from graddrop_kernels.backends import BACKENDS, cpu
 
 # --- engines ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import graddrop_kernels
 INSERTED = "…"
 PACKAGE = Path(graddrop_kernels.__file__).parent
 # Programs with messages of their own kind: the demo's command line, the comparison of backends.
-_PROGRAMS = ("demo", "cli.py", "verify.py", "verify_cases.py", "side_by_side.py", "bench.py")
+_PROGRAMS = ("demo", "tools")
 
 
 @cache

@@ -14,8 +14,8 @@ from unittest import mock
 
 from pages import ROOT
 
-from graddrop_kernels import cli
 from graddrop_kernels.demo import arguments
+from graddrop_kernels.tools import cli
 
 
 class _Parsed(BaseException):

@@ -13,9 +13,10 @@ from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
 from graddrop_kernels.backends import triton as backend
-from graddrop_kernels.backends import triton_kernels as kernels
-from graddrop_kernels.backends import triton_norm as norm
-from graddrop_kernels.backends.device_tables import CHUNK, Launch
+from graddrop_kernels.backends.device_tables import CHUNK
+from graddrop_kernels.backends.launches import Launch
+from graddrop_kernels.backends.triton import norm, prologue
+from graddrop_kernels.backends.triton import update as kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SM_90 = GPUTarget("cuda", 90, 32)
@@ -24,7 +25,7 @@ _DTYPES = {"f": F32, "b": BF16, "h": F16}
 # Of parameters, gradients, moments; parameters other than their gradients are master weights.
 MODES = {name: tuple(_DTYPES[letter] for letter in name) for name in ("fff", "bbf", "bbb", "hhf", "hhh", "fbf", "fhf")}
 _KERNELS = {
-    "update": kernels.masked_adamw_kernel, "prologue": kernels.prologue_kernel, "norm": norm.sum_of_squares_kernel,
+    "update": kernels.masked_adamw_kernel, "prologue": prologue.prologue_kernel, "norm": norm.sum_of_squares_kernel,
 }  # fmt: skip
 ALIGNED = [["tt.divisibility", 16]]  # what a real launch finds of the tables' addresses
 
@@ -73,7 +74,7 @@ class Variant:
 
 
 def compile_update(variant: Variant, target: GPUTarget = SM_90, **changes):
-    """As backends/triton.py launches it; ``changes`` to the constants. What triton.compile returns."""
+    """As backends/triton/launch.py launches it; ``changes`` to the constants. What triton.compile returns."""
     param, grad, moments = MODES[variant.mode]
     constants = backend.constants(
         variant.launch, param, moments, grad, variant.copies, variant.stochastic, variant.grad_scale, variant.clip,
@@ -91,7 +92,7 @@ def compile_update(variant: Variant, target: GPUTarget = SM_90, **changes):
 
 
 def compile_norm(variant: Variant, masked: bool = True, target: GPUTarget = SM_90):
-    """As backends/triton_norm.py launches it."""
+    """As backends/triton/norm.py launches it."""
     constants = norm.norm_constants(variant.launch, MODES[variant.mode][1], masked)
     constants |= blocks(target)
     arguments = {"rows": "*i64", "step_rows": "*i32", "chunks": "*i64", "sums": "*fp64", "arrived": "*i32",
@@ -112,7 +113,7 @@ def compile_prologue(found_inf: bool, ages: bool, target: GPUTarget = SM_90, adv
         arguments["found_inf"] = "*fp32"
     else:
         constants["found_inf"] = None
-    return _compile(kernels.prologue_kernel, arguments, constants, target, {"num_warps": 1, "enable_fp_fusion": False})
+    return _compile(prologue.prologue_kernel, arguments, constants, target, {"num_warps": 1, "enable_fp_fusion": False})
 
 
 def _compile(function, arguments: dict, constants: dict, target: GPUTarget, options: dict):

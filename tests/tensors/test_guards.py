@@ -6,8 +6,8 @@ import weakref
 import pytest
 import torch
 
-from graddrop_kernels import tensor_facts
-from graddrop_kernels.tensor_facts import same_facts
+from graddrop_kernels.tensors import guards as tensor_facts
+from graddrop_kernels.tensors.guards import same_facts
 
 DIFFERENT = {
     "shape": lambda: torch.zeros(3, 4),

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from graddrop_kernels.layout import Piece, RowBlock, _grouped, is_dtensor, pieces_of, shard_pieces
+from graddrop_kernels.masks.row_block import RowBlock
+from graddrop_kernels.tensors.local import is_dtensor
+from graddrop_kernels.tensors.shard_layout import Piece, _grouped, pieces_of, shard_pieces
 
 distributed = pytest.importorskip("torch.distributed.tensor", reason="this torch has no torch.distributed")
 Partial, Replicate, Shard = distributed.Partial, distributed.Replicate, distributed.Shard
@@ -344,7 +346,7 @@ def test_plain_tensors(shape):
 def test_plain_tensors_need_no_torch_distributed():
     code = """
 import sys, torch, graddrop_kernels
-from graddrop_kernels.layout import is_dtensor, pieces_of
+from graddrop_kernels.tensors.shard_layout import is_dtensor, pieces_of
 assert "torch.distributed.tensor" not in sys.modules
 sys.modules["torch.distributed.tensor"] = None  # an import of it fails
 assert pieces_of(torch.ones(2, 3))[0].numel == 6 and not is_dtensor(torch.ones(2))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from cases import require
 
-from graddrop_kernels import FusedGradDropAdamW, bench
+from graddrop_kernels import FusedGradDropAdamW
+from graddrop_kernels.tools import bench
 
 POLICIES = ("mask=None", "GradDrop", "GradDrop, every epoch", "GaussianGradDrop", "LayerGradDrop", "GradDropEpoch",
             "GradFreeze, half frozen", "FixedMask, 50 %")  # fmt: skip
@@ -112,7 +113,7 @@ def test_without_a_fast_backend_it_says_why_and_fails(tmp_path, capsys, monkeypa
 
 def test_without_matplotlib_only_the_figure_is_missing(tmp_path):
     require("cpu")
-    code = "import sys; sys.modules['matplotlib'] = None; from graddrop_kernels.bench import bench; "
+    code = "import sys; sys.modules['matplotlib'] = None; from graddrop_kernels.tools.bench import bench; "
     code += f"sys.exit(bench('cpu', {str(tmp_path)!r}, True))"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr

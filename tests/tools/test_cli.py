@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import graddrop_kernels
-from graddrop_kernels import backends, cli
+from graddrop_kernels import backends
 from graddrop_kernels.backends import cpu
+from graddrop_kernels.tools import cli
+from graddrop_kernels.tools import info as info_command
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +70,8 @@ def test_no_command_exits_with_2_and_the_usage(capsys):
 
 
 def test_versions_threads_and_instruction_set(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "version", {"numpy": "7.8.9", "transformers": "4.5.6"}.__getitem__)
-    monkeypatch.setattr(cli, "PackageNotFoundError", KeyError)
+    monkeypatch.setattr(info_command, "version", {"numpy": "7.8.9", "transformers": "4.5.6"}.__getitem__)
+    monkeypatch.setattr(info_command, "PackageNotFoundError", KeyError)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     lines = info(capsys)
     assert f"torch {torch.__version__}, triton not installed, transformers 4.5.6, numpy 7.8.9" in lines
@@ -80,7 +82,7 @@ def test_versions_threads_and_instruction_set(capsys, monkeypatch):
 
 def test_info_imports_nothing_heavy():
     code = (
-        "import sys; from graddrop_kernels.cli import main; assert main(['info']) == 0; "
+        "import sys; from graddrop_kernels.tools.cli import main; assert main(['info']) == 0; "
         "print(sorted({'triton', 'transformers', 'matplotlib', 'accelerate'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -156,9 +158,9 @@ def two_gpus(monkeypatch):
 
 
 def test_facts_of_the_gpus(capsys, monkeypatch, two_gpus):
-    monkeypatch.setattr(cli, "_driver", lambda: "580.65.06")
+    monkeypatch.setattr(info_command, "_driver", lambda: "580.65.06")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(cli, "version", lambda package: "7.8.9")
+    monkeypatch.setattr(info_command, "version", lambda package: "7.8.9")
     lines = info(capsys)
     place = lines.index("GPU:")
     assert lines[place + 1 : place + 4] == [
@@ -192,17 +194,17 @@ def test_the_drivers_version(text, number, monkeypatch, tmp_path):
     told = tmp_path / "version"
     if text:
         told.write_text(text)
-    monkeypatch.setattr(cli, "_DRIVER_FACTS", told)
+    monkeypatch.setattr(info_command, "_DRIVER_FACTS", told)
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 570.1\necho 570.1\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert cli._driver() == number
+    assert info_command._driver() == number
 
 
 def test_a_driver_that_nothing_tells_of(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "_DRIVER_FACTS", tmp_path / "none")
+    monkeypatch.setattr(info_command, "_DRIVER_FACTS", tmp_path / "none")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cli._driver() == "unknown"
+    assert info_command._driver() == "unknown"
 
 
 def fat_binary(*entries):
@@ -217,27 +219,27 @@ def fat_binary(*entries):
 def test_architectures_of_a_library():
     first = fat_binary((2, 80, b"code"), (2, 100, b"more code"), (1, 100, b"ptx"))
     second = fat_binary((2, 80, b"x" * 1000), (2, 90, b""))
-    assert cli.cuda_architectures(b"\x7fELF" + first + bytes(7) + second + b"tail") == ([80, 90, 100], [100])
-    assert cli.cuda_architectures(b"no such thing") == ([], [])
-    assert cli.cuda_architectures(first[:90]) == ([80], [])  # cut off
-    assert cli.cuda_architectures(b"\x50\xed\x55\xba") == ([], [])
+    assert info_command.cuda_architectures(b"\x7fELF" + first + bytes(7) + second + b"tail") == ([80, 90, 100], [100])
+    assert info_command.cuda_architectures(b"no such thing") == ([], [])
+    assert info_command.cuda_architectures(first[:90]) == ([80], [])  # cut off
+    assert info_command.cuda_architectures(b"\x50\xed\x55\xba") == ([], [])
 
 
 def test_architectures_of_the_library_that_was_built(capsys):
     """Against NVIDIA's own tool, which triton brings along."""
     spec = importlib.util.find_spec("triton")
     tool = spec and Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
-    if not cli._CUDA_LIBRARY.exists() or not tool or not tool.exists():
+    if not info_command._CUDA_LIBRARY.exists() or not tool or not tool.exists():
         pytest.skip("needs a library built by nvcc, and triton for its cuobjdump")
-    command = [str(tool), "--list-elf", "--list-ptx", str(cli._CUDA_LIBRARY)]
+    command = [str(tool), "--list-elf", "--list-ptx", str(info_command._CUDA_LIBRARY)]
     listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     found = [sorted({int(arch) for arch in re.findall(rf"sm_(\d+)\w?\.{kind}", listed)}) for kind in ("cubin", "ptx")]
-    assert list(cli.cuda_architectures(cli._CUDA_LIBRARY.read_bytes())) == found and found[0]
+    assert list(info_command.cuda_architectures(info_command._CUDA_LIBRARY.read_bytes())) == found and found[0]
     assert all(f"sm_{arch}" in line_of(info(capsys), "CUDA", "library:") for arch in found[0])
 
 
 def test_whether_the_cuda_library_is_there(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "_CUDA_LIBRARY", tmp_path / "_cuda.so")
+    monkeypatch.setattr(info_command, "_CUDA_LIBRARY", tmp_path / "_cuda.so")
     assert "CUDA library: not built (needs nvcc at pip install)" in info(capsys)
     (tmp_path / "_cuda.so").write_bytes(fat_binary((2, 90, b"code"), (1, 90, b"ptx")))
     assert "CUDA library: _cuda.so for sm_90 and PTX of compute_90" in info(capsys)
@@ -281,8 +283,8 @@ def test_a_compiler_that_does_not_run_is_no_error(capsys, monkeypatch, tmp_path)
 def called(monkeypatch):
     """What `verify` and `bench` were called with; both return 5."""
     calls = []
-    for name in ("verify", "bench"):
-        module = types.ModuleType(f"graddrop_kernels.{name}")
+    for name, place in {"verify": "verify.command", "bench": "bench"}.items():
+        module = types.ModuleType(f"graddrop_kernels.tools.{place}")
         setattr(module, name, lambda *arguments, name=name: calls.append((name, *arguments)) or 5)
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return calls

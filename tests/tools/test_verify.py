@@ -13,11 +13,27 @@ import pytest
 import torch
 from cases import ISAS
 
-from graddrop_kernels import backends, bounds, cli, policies, reference, side_by_side, verify, verify_cases
-from graddrop_kernels.bounds import Bound
-from graddrop_kernels.philox import DOMAIN_ROUNDING, words32
-from graddrop_kernels.side_by_side import Engine, Findings, Training
-from graddrop_kernels.verify_cases import COLUMNS, DTYPES, POLICIES, SIZES, SMALL_SIZES, SWITCHES, Case, make_cases
+from graddrop_kernels import backends, policies
+from graddrop_kernels.backends.reference import step as reference
+from graddrop_kernels.masks import rule
+from graddrop_kernels.masks.philox import DOMAIN_ROUNDING, words32
+from graddrop_kernels.tools import cli
+from graddrop_kernels.tools.verify import bounds
+from graddrop_kernels.tools.verify import cases as verify_cases
+from graddrop_kernels.tools.verify import command as verify
+from graddrop_kernels.tools.verify import run_case as side_by_side
+from graddrop_kernels.tools.verify.bounds import Bound
+from graddrop_kernels.tools.verify.cases import (
+    COLUMNS,
+    DTYPES,
+    POLICIES,
+    SIZES,
+    SMALL_SIZES,
+    SWITCHES,
+    Case,
+    make_cases,
+)
+from graddrop_kernels.tools.verify.run_case import Engine, Findings, Training
 
 EXACT = backends._BY_NAME["exact"]
 CPU = torch.device("cpu")
@@ -82,7 +98,8 @@ def test_a_backend_with_the_exact_bits_passes(capsys, plant, seed):
 def test_every_backend_that_runs_here_passes_in_a_process_without_pytest(seed):
     """As in an installed wheel. The instruction sets of the cpu backend are engines of their own."""
     code = (
-        "import sys; sys.modules['pytest'] = sys.modules['hypothesis'] = None; from graddrop_kernels.cli import main; "
+        "import sys; sys.modules['pytest'] = sys.modules['hypothesis'] = None; "
+        "from graddrop_kernels.tools.cli import main; "
         f"sys.exit(main(['verify', '--quick', '--device', 'cpu', '--seed', '{seed}']))"
     )
     # One thread: on a busy machine several wait for each other at every one of thousands of small calls.
@@ -116,7 +133,7 @@ def flip_one_bit(plan, key, completed_steps, layout, numel, *rest):
     return keep, bucket
 
 
-reference_mask, reference_draws = reference.keep_and_bucket, reference.uniform16
+reference_mask, reference_draws = rule.keep_and_bucket, rule.uniform16
 
 
 def test_one_flipped_mask_bit(capsys, plant, only, seed):
@@ -143,7 +160,7 @@ def test_one_flipped_mask_bit(capsys, plant, only, seed):
 
 def test_a_draw_that_is_off_by_one(capsys, plant, only, seed):
     def step(batch):
-        with mock.patch.object(reference, "uniform16", lambda key, draw, *rest: reference_draws(key, draw + 1, *rest)):
+        with mock.patch.object(rule, "uniform16", lambda key, draw, *rest: reference_draws(key, draw + 1, *rest)):
             EXACT.masked_adamw_(batch)
 
     plant(step)

@@ -1,0 +1,8 @@
+"""Whether a CUDA graph is being captured."""
+
+import torch
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched now is recorded in a CUDA graph instead of run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

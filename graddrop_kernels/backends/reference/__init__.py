@@ -1,0 +1,1 @@
+"""The reference backend: the meaning of a step, in plain PyTorch."""

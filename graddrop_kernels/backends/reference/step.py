@@ -1,0 +1,157 @@
+"""The whole step in plain PyTorch, on any device: the meaning that every other backend is compared with.
+
+Read it beside csrc/adamw.h. Arithmetic is float32 (float64 for float64 parameters), rounded once on store.
+``exact=True`` rounds every operation once, as the fused kernels do (rounding.py), and is then equal to them bit for bit
+in float32; without it an fma is a multiplication and an addition.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...masks.philox import DOMAIN_GAUSSIAN, DOMAIN_ROUNDING, words32
+from ...masks.plan import MaskPlan
+from ...masks.rule import by_runs, keep_and_bucket
+from ..batch import Hyper, TensorBatch
+from .gaussian import normal_from_words
+from .rounding import EXACT, PLAIN, Rounding, stochastic_bfloat16
+
+
+def masked_adamw_(batch: TensorBatch, exact: bool = False) -> None:
+    """One AdamW step with masked gradients on every row of the batch, in place; advances the step counts."""
+    if batch.found_inf is not None and batch.found_inf != 0:
+        return
+    for row, hyper_row in enumerate(batch.hyper_rows):
+        _masked_adamw_row_(batch, row, batch.hypers[hyper_row], EXACT if exact else PLAIN)
+
+
+def sum_of_squares(batch: TensorBatch, masked: bool, exact: bool = False) -> torch.Tensor:
+    """The sum of the squares of all gradients, float64 tensor () on the batch's device; changes nothing.
+
+    Args:
+        masked: of what the masks of the next step make of them: a dropped element counts 0, a kept one with its scale.
+            Neither ``grad_scale`` nor ``clip_factor`` is applied.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=batch.device)
+    for row, hyper_row in enumerate(batch.hyper_rows):
+        g = batch.grads[row].to(_working_dtype(batch.params[row])).flatten()
+        if masked:
+            plan = batch.hypers[hyper_row].plan
+            completed_steps = int(batch.steps[row])
+            keep, _ = _keep_and_bucket(batch, row, plan, completed_steps)
+            g = _masked_gradient(g, batch, row, plan, completed_steps, keep, EXACT if exact else PLAIN)
+        total += g.double().square().sum()
+    return total
+
+
+def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rounding) -> None:
+    plan, fma = hyper.plan, rounding.fma
+    if plan.kind == "off" and plan.frozen:
+        return  # nothing moves, nor the step count
+    param, max_exp_avg_sq = batch.params[row], batch.max_exp_avg_sqs[row]
+    dtype = _working_dtype(param)
+    before: list[Any] = [param, batch.exp_avgs[row], batch.exp_avg_sqs[row]]
+    before += [max_exp_avg_sq] if hyper.amsgrad else []
+    if torch.is_grad_enabled():  # differentiable=True: what a derivative needs must not be overwritten
+        before = [tensor.clone() for tensor in before]
+    p, m, v, *rest = (tensor.to(dtype).flatten() for tensor in before)
+    vmax: Any = rest[0] if rest else None
+    completed_steps = int(batch.steps[row])
+    batch.steps[row].add_(1)
+    grad = batch.grads[row]
+    if batch.grad_scale is not None:
+        unscaled = grad.to(dtype) / batch.grad_scale
+        grad.copy_(unscaled)
+        grad = unscaled
+    if batch.clip_factor is not None:
+        grad = grad.to(dtype) * batch.clip_factor
+
+    key, layout = batch.keys[row], batch.layouts[row]
+    keep, bucket = _keep_and_bucket(batch, row, plan, completed_steps)
+    beta1, beta2, eps, neg_lr_wd, step_size, bias_correction2_sqrt = _scalars(
+        hyper, completed_steps + 1, dtype, param.device
+    )
+    if plan.ages:  # every bucket has its own age
+        step_size, bias_correction2_sqrt = step_size[bucket], bias_correction2_sqrt[bucket]
+
+    g = grad.to(dtype).flatten()
+    if hyper.maximize:
+        g = -g
+    g = _masked_gradient(g, batch, row, plan, completed_steps, keep, rounding)
+
+    old: tuple[Any, ...] = p, m, v, vmax
+    if hyper.weight_decay != 0:
+        p = fma(neg_lr_wd, p, p)
+    m = fma(beta1, m, fma(-beta1, g, g))
+    g_squared = g * g
+    v = fma(beta2, v, fma(-beta2, g_squared, g_squared))
+    vhat = v
+    if hyper.amsgrad:
+        vhat = vmax = torch.where(v > vmax, v, vmax)
+    denom = rounding.sqrt(vhat) / bias_correction2_sqrt + eps
+    p = p - step_size * m / denom
+
+    if batch.stochastic:
+        draws = lambda *run: words32(key, completed_steps, DOMAIN_ROUNDING, *run)
+        p = stochastic_bfloat16(p, by_runs(layout, p.numel(), param.device, draws))
+    targets: list[Any] = [param, batch.exp_avgs[row], batch.exp_avg_sqs[row], max_exp_avg_sq]
+    if batch.copies:  # of the master weights that have just been stepped
+        targets.append(batch.copies[row])
+        old += (batch.copies[row].flatten(),)
+    for target, new, kept in zip(targets, (p, m, v, vmax, p.to(batch.grad_dtype or param.dtype)), old):
+        if new is not None:
+            if plan.frozen and keep is not None:
+                new = torch.where(keep, new, kept)
+            target.copy_(new.view_as(target))
+
+
+def _working_dtype(param: torch.Tensor) -> torch.dtype:
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def _masked_gradient(
+    g: torch.Tensor, batch: TensorBatch, row: int, plan: MaskPlan, completed_steps: int, keep: torch.Tensor | None,
+    rounding: Rounding,
+) -> torch.Tensor:  # fmt: skip
+    """What the mask makes of a row's gradient g, flat and of the working dtype."""
+    if plan.kind == "off":
+        return torch.zeros_like(g)  # the fused backends do not even read it
+    if plan.kind == "gaussian":
+        words = lambda *run: words32(batch.keys[row], completed_steps, DOMAIN_GAUSSIAN, *run)
+        z = normal_from_words(by_runs(batch.layouts[row], g.numel() // batch.parts, g.device, words), rounding)
+        z = z.repeat_interleave(batch.parts)
+        return g * rounding.fma(z, z.new_tensor(plan.scale), z.new_tensor(1.0)).to(g.dtype)
+    if keep is not None:
+        # Selection, not multiplication: a dropped inf or NaN is dropped.
+        return torch.where(keep, g * g.new_tensor(plan.scale), 0.0)
+    return g
+
+
+def _scalars(hyper: Hyper, step: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """The scalars of one update as tensors of the working dtype;
+    the last two have one entry a bucket where the plan has ages.
+
+    Bias corrections are computed in float64 from the rounded betas, and rounded once.
+    """
+    plan = hyper.plan
+    lr = torch.as_tensor(hyper.lr, dtype=dtype, device=device).reshape(())
+    beta1, beta2, eps, weight_decay = torch.tensor(
+        (hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay), dtype=dtype, device=device
+    )
+    ages: Sequence[float]
+    if plan.ages:
+        ages = [min(max(age, 1), step) for age in plan.ages] + [1] * (plan.buckets - len(plan.ages))
+    else:
+        ages = [plan.global_step or 1 + (step - 1) * plan.age_rate]
+    bias_correction1 = torch.tensor([1 - float(beta1) ** age for age in ages], dtype=dtype, device=device)
+    bias_correction2_sqrt = torch.tensor([(1 - float(beta2) ** age) ** 0.5 for age in ages], dtype=dtype, device=device)
+    return beta1, beta2, eps, -(lr * weight_decay), lr / bias_correction1, bias_correction2_sqrt
+
+
+def _keep_and_bucket(batch: TensorBatch, row: int, plan: MaskPlan, completed_steps: int) -> list[Any]:
+    param, layout, words = batch.params[row], batch.layouts[row], batch.mask_words[row]
+    found = keep_and_bucket(
+        plan, batch.keys[row], completed_steps, layout, param.numel() // batch.parts, words, param.device
+    )
+    return [each if each is None else each.repeat_interleave(batch.parts) for each in found]

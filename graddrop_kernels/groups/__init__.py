@@ -1,0 +1,1 @@
+"""From a model to parameter groups; what a group holds and masks."""

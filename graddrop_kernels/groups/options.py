@@ -1,0 +1,88 @@
+"""What a parameter group holds: our keys beside torch's, and which values are allowed."""
+
+import math
+from typing import Any
+
+import torch
+
+from ..policies import GradDrop
+
+# Kept in every parameter group beside torch's keys, as plain values, so that any checkpoint format carries them.
+GROUP_DEFAULTS = {
+    "mask": GradDrop().to_json(),  # the policy as one canonical JSON string, or None
+    "seed": 0,
+    "masked": None,  # None: the policy's own; "gradient" or "frozen"
+    "bias_correction": "active",  # or "global"
+    "moment_dtype": None,  # None: the parameter's; or "float32"
+    "master_weights": False,  # step a float32 copy of 16-bit parameters
+    "stochastic_rounding": False,  # of bfloat16 parameters
+    "epoch": 0,
+    "epoch_was_set": False,  # set_epoch() was called, once at least
+    "completed_steps": 0,  # steps of this group, the draw of its block masks
+    "epoch_history": "",  # "epoch:first step,...", see policies.clock
+}
+
+
+def moment_dtype_name(dtype: torch.dtype | str | None) -> str | None:
+    if dtype not in (None, torch.float32, "float32"):
+        raise ValueError(f"moment_dtype must be None (the parameter's dtype) or torch.float32, got {dtype!r}")
+    return None if dtype is None else "float32"
+
+
+def _number(name: str, index: int, value: Any) -> float:
+    """The value as a float. Raises ValueError for what is none: a string, None, a tensor of several elements.
+
+    An lr on a GPU counts as 0: nobody waits for its value.
+    """
+    if name == "lr" and isinstance(value, torch.Tensor) and value.is_cuda and value.numel() == 1:
+        return 0.0
+    try:
+        value = value.detach() if isinstance(value, torch.Tensor) else value
+        return float("a string" if isinstance(value, str) else value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} of parameter group {index} must be a number, got {value!r}") from None
+
+
+def check_options(index: int, group: dict[str, Any]) -> None:
+    """Raises ValueError that names the group's offending value. Comparisons are written so that NaN fails them."""
+    for name in ("lr", "eps", "weight_decay"):
+        if not 0 <= _number(name, index, group[name]) < math.inf:
+            raise ValueError(f"{name} of parameter group {index} must be a finite number >= 0, got {group[name]!r}")
+    if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
+        raise ValueError(f"betas of parameter group {index} must be two numbers in [0, 1), got {group['betas']!r}")
+    betas = [_number("betas", index, beta) for beta in group["betas"]]
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas of parameter group {index} must be in [0, 1), got {group['betas']!r}")
+    if not all(beta < 1 - 2**-25 for beta in betas):
+        raise ValueError(
+            f"betas of parameter group {index} must not round to 1 in float32, where moments would stand still; "
+            f"the largest usable is {1 - 2**-24:.10g}, got {group['betas']!r}"
+        )
+    if group["capturable"] and not all(param.is_cuda for param in group["params"]):
+        raise ValueError(
+            f"capturable=True needs parameters on a GPU; leave it False (parameter group {index})"
+        )
+    if group["master_weights"] and group["stochastic_rounding"]:
+        raise ValueError(
+            f"master_weights and stochastic_rounding of parameter group {index} exclude each other: the rounding of "
+            "master weights is not lost; leave one False"
+        )
+    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**64:
+        raise ValueError(f"seed of parameter group {index} must be an int in [0, 2^64), got {group['seed']!r}")
+    if group["masked"] not in (None, "gradient", "frozen"):
+        raise ValueError(
+            f"masked of parameter group {index} must be 'gradient', 'frozen' or None, got {group['masked']!r}"
+        )
+    if group["bias_correction"] not in ("active", "global"):
+        raise ValueError(
+            f"bias_correction of parameter group {index} must be 'active' or 'global', got {group['bias_correction']!r}"
+        )
+
+
+def check_max_grad_norm(max_grad_norm: float | None) -> float | None:
+    """Raises ValueError for one that cannot be used. Written so that NaN fails it."""
+    if max_grad_norm is None:
+        return None
+    if isinstance(max_grad_norm, (bool, str)) or not 0 < max_grad_norm <= math.inf:
+        raise ValueError(f"max_grad_norm must be a number > 0, or None for no clipping, got {max_grad_norm!r}")
+    return max_grad_norm

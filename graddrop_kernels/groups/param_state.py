@@ -1,0 +1,97 @@
+"""What AdamW keeps for a parameter: step, exp_avg, exp_avg_sq, max_exp_avg_sq, master_param. Its dtypes, its making,
+and what of it must be refused.
+"""
+
+from typing import Any
+
+import torch
+
+from ..tensors.memory import check_memory, overlaps_itself, reach
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def has_master(param: torch.Tensor, group: dict[str, Any]) -> bool:
+    """Whether a float32 copy of the parameter is stepped in its place."""
+    return group["master_weights"] and param.dtype in _HALF
+
+
+def is_stochastic(param: torch.Tensor, group: dict[str, Any]) -> bool:
+    """Whether the parameter is rounded stochastically; one of another dtype is rounded as usual."""
+    return group["stochastic_rounding"] and param.dtype == torch.bfloat16
+
+
+def moment_dtype(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> torch.dtype:
+    """That of the moments which are there, else the group's choice; float32 beside master weights."""
+    if has_master(param, group):
+        return torch.float32
+    if "exp_avg" in state:
+        dtype: torch.dtype = state["exp_avg"].dtype
+        return dtype
+    return torch.float32 if group["moment_dtype"] == "float32" and param.dtype in _HALF else param.dtype
+
+
+def mode(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> tuple[Any, ...]:
+    """What backends.select() asks about a parameter: device, dtypes of what is stepped and of the moments, options."""
+    master = has_master(param, group)
+    stepped = torch.float32 if master else param.dtype
+    return param.device, stepped, moment_dtype(param, group, state), master, is_stochastic(param, group)
+
+
+def make_state(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    """Makes what ``state`` lacks, as torch does: zeros in the parameter's strides."""
+    dtype = moment_dtype(param, group, state)
+    for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + group["amsgrad"]]:
+        if name not in state:
+            state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        state[name] = state[name].to(dtype)  # another one's where master weights begin in the middle of a run
+    if has_master(param, group) and "master_param" not in state:
+        state["master_param"] = param.detach().to(torch.float32)
+    if "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+    else:  # torch's own AdamW keeps it on the CPU, in the default dtype
+        state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
+
+
+def check_state(name: str, param: torch.Tensor, state: dict[str, Any]) -> None:
+    """Raises ValueError or TypeError for state that does not fit its parameter: the kernels get addresses,
+    and would write past an end.
+    """
+    remedy = "build a new optimizer, or delete optimizer.state[param]"
+    step = state.get("step", 0)
+    tensor_step = isinstance(step, torch.Tensor) and step.numel() == 1 and step.device.type != "meta"
+    if not (tensor_step or isinstance(step, (int, float))):
+        raise ValueError(f"step of {name!r} must be one number, got {step!r}; {remedy}")
+    moments: dict[str, Any] = {key: state[key] for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if key in state}
+    for key, moment in moments.items():
+        if not isinstance(moment, torch.Tensor):
+            raise ValueError(f"{key} of {name!r} must be a tensor, got {moment!r}; {remedy}")
+        if moment.shape != param.shape or moment.device != param.device:
+            raise ValueError(
+                f"{key} of {name!r} has shape {tuple(moment.shape)} on {moment.device}, its parameter "
+                f"{tuple(param.shape)} on {param.device}: the parameter was replaced after its state was made; {remedy}"
+            )
+        check_memory(f"{key} of {name!r}", moment)
+        if not moment.is_contiguous() and overlaps_itself(moment):
+            raise ValueError(
+                f"{key} of {name!r} has overlapping memory (shape {tuple(moment.shape)}, strides {moment.stride()}): "
+                "several of its elements would be stepped in one place; put a copy (.clone()) into the state"
+            )
+    if len({moment.dtype for moment in moments.values()}) > 1:
+        found = ", ".join(f"{key} {moment.dtype}" for key, moment in moments.items())
+        raise ValueError(
+            f"the moments of {name!r} have different dtypes ({found}): convert them to one, in the file or in the state"
+        )
+    if "master_param" in state:
+        master = state["master_param"]
+        if not isinstance(master, torch.Tensor) or (master.shape, master.dtype, master.device) != (
+            param.shape, torch.float32, param.device,
+        ):  # fmt: skip
+            raise ValueError(
+                f"master_param of {name!r} must be float32 of shape {tuple(param.shape)} on {param.device}; {remedy}"
+            )
+        check_memory(f"master_param of {name!r}", master)
+        moments["master_param"] = master
+    spans = sorted((each.data_ptr(), each.data_ptr() + reach(each)) for each in moments.values() if each.numel())
+    if any(end > start for (_, end), (start, _) in zip(spans, spans[1:])):
+        raise ValueError(f"the tensors in the state of {name!r} share memory: put copies (.clone()) into it")

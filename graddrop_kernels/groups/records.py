@@ -1,0 +1,161 @@
+"""What the optimizer knows of each parameter besides its tensors: its name, its random stream, its block.
+And which parameters it must refuse.
+"""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ..masks.philox import stream_key
+from ..masks.row_block import RowBlock
+from ..policies import Policy
+from ..tensors.shard_layout import pieces_of
+from .flat_buffers import Flat, FlatPiece
+from .names import block_of, canonical_name, match_layers
+
+
+@dataclass(frozen=True, slots=True)
+class ParamRecord:
+    """``unit`` is what decides about the parameter together with others (Policy.unit): None, its block's name, ...
+
+    ``flat``: (piece, random stream, unit) of each parameter that is in a flat buffer; empty for a parameter by itself.
+    """
+
+    name: str
+    key: int
+    unit: Hashable
+    flat: tuple[tuple[FlatPiece, int, Hashable], ...] = ()
+
+
+def group_names(group: dict[str, Any], index: int, flat: Flat) -> list[str]:
+    """Canonical names of a group's parameters; "{group}.{position}" for parameters given without names, and where a
+    wrapper has put flat buffers in their place.
+
+    Raises:
+        ValueError: fewer or more names than parameters, as when a wrapper has flattened them into one buffer.
+    """
+    names, params = group.get("param_names"), group["params"]
+    if names is None or (len(names) != len(params) and all(param in flat for param in params)):
+        return [f"{index}.{position}" for position in range(len(params))]
+    if len(names) != len(params):
+        raise ValueError(
+            f"parameter group {index} has {len(params)} tensors but {len(names)} names: a wrapper has "
+            "flattened them, and masks drawn for the flat buffer would depend on the sharding; "
+            "build the optimizer from the tensors that it will step, or see graddrop_kernels.attach_fsdp1 and "
+            "attach_deepspeed"
+        )
+    return [canonical_name(name) for name in names]
+
+
+def _names_of_model(groups: list[dict[str, Any]], flat: Flat) -> list[str]:
+    """Canonical names of all parameters in all groups, flat buffers as what is in them."""
+    return [
+        each
+        for index, group in enumerate(groups)
+        for param, name in zip(group["params"], group_names(group, index, flat))
+        for each in ([canonical_name(piece.name) for piece in flat[param]] if param in flat else [name])
+    ]
+
+
+def group_blocks(
+    groups: list[dict[str, Any]], index: int, policy: Policy, flat: Flat
+) -> tuple[tuple[str, ...], list[str | None]]:
+    """(all blocks in forward order, the block of each parameter of group ``index``), for a policy that needs blocks.
+
+    They come from the policy's ``layers`` patterns, else from what ``param_groups`` has put into the group.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    group = groups[index]
+    kind = type(policy).__name__
+    names = group_names(group, index, flat)
+    if policy.layers is not None:
+        if "param_names" not in group and not any(param in flat for param in group["params"]):
+            raise ValueError(
+                f"{kind}(layers=...) needs parameter names: pass model.named_parameters() instead of model.parameters()"
+            )
+        blocks = match_layers(policy.layers, _names_of_model(groups, flat))
+        return tuple(blocks), [block_of(name, blocks) for name in names]
+    if "block" in group:  # param_groups(..., per_block=True): of however many tensors an engine makes of the group
+        return tuple(group["blocks"]), [group["block"]] * len(names)
+    if "blocks" in group and len(group.get("param_blocks", ())) == len(names):
+        return tuple(group["blocks"]), list(group["param_blocks"])
+    if "blocks" in group and all(param in flat for param in group["params"]):
+        return tuple(group["blocks"]), [None] * len(names)  # the buffers' pieces know better
+    raise ValueError(
+        f"mask={kind}(...) drops whole transformer blocks and must know them: "
+        "pass graddrop_kernels.param_groups(model) as the parameters, "
+        f"or name the blocks with model.named_parameters() and {kind}(..., layers=['encoder.layer.*'])"
+    )
+
+
+def make_records(
+    groups: list[dict[str, Any]], index: int, policy: Policy | None, flat: Flat
+) -> tuple[list[ParamRecord], tuple[str, ...]]:
+    """The records of group ``index``, and the blocks of the model (empty where the policy needs none).
+
+    Raises ValueError as the functions above do.
+    """
+    group = groups[index]
+    names = group_names(group, index, flat)
+    blocks: tuple[str, ...] = ()
+    param_blocks: list[str | None] = [None] * len(names)
+    if policy is not None and policy.needs_blocks:
+        blocks, param_blocks = group_blocks(groups, index, policy, flat)
+    unit: Callable[[str, str | None], Hashable] = policy.unit if policy is not None else lambda name, block: None
+    records = []
+    for name, block, param in zip(names, param_blocks, group["params"]):
+        pieces = []
+        for piece in flat.get(param, ()):
+            piece = piece._replace(name=canonical_name(piece.name))
+            own_unit = unit(piece.name, block_of(piece.name, blocks))
+            pieces.append((piece, stream_key(piece.name, group["seed"]), own_unit))
+        if pieces and blocks:
+            block = _block_of_buffer(name, pieces)
+        records.append(ParamRecord(name, stream_key(name, group["seed"]), unit(name, block), tuple(pieces)))
+    return records, blocks
+
+
+def _block_of_buffer(name: str, pieces: list[tuple[FlatPiece, int, Any]]) -> str | None:
+    """The block that everything in a flat buffer belongs to."""
+    found = dict.fromkeys(unit for _, _, unit in pieces)
+    if len(found) > 1:
+        raise ValueError(
+            f"the flat buffer {name!r} holds parameters of {len(found)} blocks ({list(found)[0]!r}, {list(found)[1]!r}"
+            "...), which are dropped apart but would count their steps together: build it from parameter groups of one "
+            "block each"
+        )
+    block: str | None = next(iter(found))
+    return block
+
+
+class Span(NamedTuple):
+    """A contiguous range of a local tensor's flat elements that is one row of the kernels' tables."""
+
+    start: int
+    numel: int
+    name: str  # of the parameter it belongs to
+    key: int  # of the parameter's random stream
+    unit: Hashable  # of the policy
+    layout: RowBlock  # where the elements lie in the whole parameter
+
+
+def spans_of(param: torch.Tensor, record: ParamRecord) -> tuple[Span, ...]:
+    """The spans of a parameter's local tensor. One without elements for an empty shard: its steps count all the same,
+    so that they are equal in all processes.
+    """
+    if record.flat:
+        spans = tuple(
+            Span(start, numel, name, key, unit, RowBlock(first, numel, numel))
+            for (name, start, first, numel), key, unit in record.flat
+            if numel
+        )
+    else:
+        spans = tuple(
+            Span(start, numel, record.name, record.key, record.unit, layout)
+            for start, numel, layout in pieces_of(param)
+        )
+    return spans or (Span(0, 0, record.name, record.key, record.unit, RowBlock.whole(0)),)

@@ -1,0 +1,169 @@
+"""describe(): what an optimizer's next step would mask, as a table of text. Changes nothing and draws nothing."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from .. import backends
+from ..groups.masking import require_optimizer
+from ..groups.param_state import mode
+from ..policies import Policy
+
+if TYPE_CHECKING:
+    from ..optimizer import FusedGradDropAdamW
+
+_HEADER = ("group", "blocks", "tensors", "parameters", "lr", "weight decay", "active now", "dropped", "policy")
+
+
+def describe(optimizer: "FusedGradDropAdamW") -> str:
+    """What the optimizer's next step would mask, as text: a table with a line a parameter group, and their total.
+
+    Columns: the group's index and name, in how many transformer blocks its tensors lie (``-``: nobody has named any),
+    tensors, parameters, learning rate, weight decay, the share of its elements that is active at the next step (see
+    ``active_fraction()``: exact for blocks and fixed masks, the keep probability for random elements), what dropping
+    means (``gradient``, ``frozen``, ``-``: nothing is dropped), and the policy. Below: epoch, completed steps and seed;
+    for policies of whole blocks which ones are active at the next step; the backend by device and dtypes, or why there
+    is none; notes on tensors without gradients and on epochs that nobody has told. Works at any time, before the first
+    step too.
+
+    Args:
+        optimizer: a FusedGradDropAdamW.
+
+    Returns:
+        The text, without a newline at its end.
+
+    Raises:
+        TypeError: another kind of optimizer.
+        ValueError: a schedule without a usable p at the present epoch.
+
+    Example:
+        >>> import torch
+        >>> from graddrop_kernels import FusedGradDropAdamW, GradDrop, describe
+        >>> optimizer = FusedGradDropAdamW(torch.nn.Linear(4, 2).named_parameters(), lr=2e-5, mask=GradDrop(p=0.25))
+        >>> print(describe(optimizer).splitlines()[1])
+        0           -        2          10  2e-05          0.01         75%  gradient  GradDrop(p=0.25, every='step')
+    """
+    require_optimizer("describe", optimizer)
+    rows, clocks, active_blocks, notes = [], [], [], []
+    all_blocks, all_tensors, all_elements, active = set(), 0, 0, 0.0
+    for index, (group, share) in enumerate(zip(optimizer.param_groups, optimizer.active_fraction())):
+        policy, params, blocks = optimizer._groups.policy(index), group["params"], _blocks_of_group(optimizer, index)
+        numel = sum(param.numel() for param in params)
+        all_blocks.update(blocks)
+        all_tensors, all_elements, active = all_tensors + len(params), all_elements + numel, active + share * numel
+        rows.append((
+            f"{index} {group.get('name', '')}", *_counts(blocks, len(params), numel), f"{float(group['lr']):g}",
+            f"{float(group['weight_decay']):g}", _percent(share, numel), _meaning(group, policy), policy_text(policy),
+        ))  # fmt: skip
+        clocks.append((index, f"{clock_text(group)}, seed {group['seed']}"))
+        if policy is not None and policy.needs_blocks:
+            kept = [block for block in blocks if optimizer._groups.plan(index, block).kind != "off"]
+            active_blocks.append((index, f"{len(kept)} of {len(blocks)}: {_join_names(kept) or 'none'}"))
+        notes += [(index, note) for note in _notes(group, policy)]
+    share = active / all_elements if all_elements else 1.0
+    counts = _counts(all_blocks, all_tensors, all_elements)
+    rows.append(("total", *counts, "", "", _percent(share, all_elements), "", ""))
+    return "\n".join([
+        *_table(rows),
+        *_by_group("position", clocks),
+        *_by_group("active blocks", active_blocks),
+        *_backends(optimizer),
+        *_by_group("note", notes),
+    ])  # fmt: skip
+
+
+def policy_text(policy: Policy | None) -> str:
+    """The policy's repr, without the addresses of callables, which change from run to run."""
+    return "None: plain AdamW" if policy is None else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(policy))
+
+
+def clock_text(group: dict[str, Any]) -> str:
+    """Where a parameter group is in the training."""
+    return f"epoch {group['epoch']}, {group['completed_steps']} completed steps"
+
+
+def _blocks_of_group(optimizer: "FusedGradDropAdamW", index: int) -> list[str]:
+    """The blocks in which the group's tensors lie, in forward order; [] where nobody has named any."""
+    group, policy = optimizer.param_groups[index], optimizer._groups.policy(index)
+    if policy is not None and policy.needs_blocks:
+        known, own = optimizer._groups.blocks(index), {record.unit for record in optimizer._groups.records(index)}
+    else:
+        known = group.get("blocks", ())
+        own = {group["block"]} if "block" in group else set(group.get("param_blocks", ()))
+    return [block for block in known if block in own]
+
+
+def _meaning(group: dict[str, Any], policy: Policy | None) -> str:
+    if policy is None or policy.masked is None:
+        return "-"
+    return group["masked"] or policy.masked
+
+
+def _notes(group: dict[str, Any], policy: Policy | None) -> list[str]:
+    notes = []
+    untrained = sum(not param.requires_grad for param in group["params"])
+    if untrained:
+        notes.append(f"{untrained} tensors have requires_grad=False: they get no step")
+    if policy is not None and policy.follows_epochs and not group["epoch_was_set"]:
+        notes.append("the policy follows epochs, but set_epoch(epoch) has not been called")
+    return notes
+
+
+def _counts(blocks: Collection[str], tensors: int, numel: int) -> tuple[str, str, str]:
+    return str(len(blocks) or "-"), str(tensors), f"{numel:,}"
+
+
+def _percent(share: float, numel: int) -> str:
+    return f"{100 * share:.4g}%" if numel else "-"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of aligned columns: the first and the last two are text, the others figures."""
+    widths = [max(map(len, column)) for column in zip(_HEADER, *rows)]
+    figures = range(1, len(_HEADER) - 2)
+    align: Callable[[int, str], str] = lambda i, cell: (cell.rjust if i in figures else cell.ljust)(widths[i])
+    return ["  ".join(align(i, cell) for i, cell in enumerate(row)).rstrip() for row in (_HEADER, *rows)]
+
+
+def _by_group(what: str, texts: list[tuple[int, str]]) -> list[str]:
+    """A line for each different text, with the groups that it holds for."""
+    groups = defaultdict(list)
+    for index, text in texts:
+        groups[text].append(str(index))
+    return [f"{what} (group {', '.join(indices)}): {text}" for text, indices in groups.items()]
+
+
+def _backends(optimizer: "FusedGradDropAdamW") -> list[str]:
+    """A line for each kind of tensor: the backend that would step it, or why none can."""
+    kinds = Counter(
+        (param.dtype, mode(param, group, optimizer.state.get(param, {})))
+        for group in optimizer.param_groups
+        for param in group["params"]
+    )
+    lines = []
+    for (dtype, asked), tensors in kinds.items():
+        device, _, moment_dtype, masters, stochastic = asked
+        try:
+            chosen = backends.select(optimizer._backend, *asked).name
+        except (TypeError, ValueError, RuntimeError) as error:
+            chosen = f"none: {error}"
+        extra = ", master weights" if masters else ", stochastic rounding" if stochastic else ""
+        dtypes = f"{dtype}, moments {moment_dtype}{extra}".replace("torch.", "")
+        lines.append(f"backend ({tensors} tensors on {device}, {dtypes}): {chosen}")
+    return lines
+
+
+def _join_names(blocks: list[str]) -> str:
+    """``layer.0-2, 5`` for layer.0, layer.1, layer.2 and layer.5; names without a number at the end stay whole."""
+    parts = []
+    for stem, names in groupby(blocks, lambda name: re.sub(r"(?:^|(?<=\.))\d+$", "", name)):
+        runs: list[list[int]] = []
+        for number in (int(name[len(stem) :]) for name in names if name != stem):
+            if runs and runs[-1][1] == number - 1:
+                runs[-1][1] = number
+            else:
+                runs.append([number, number])
+        parts.append(stem + ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in runs))
+    return "; ".join(parts)

@@ -1,0 +1,79 @@
+"""FullyShardedDataParallel (FSDP1): which elements of which parameters its tensors hold."""
+
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..groups.flat_buffers import FlatPiece
+from ..groups.names import canonical_name
+
+if TYPE_CHECKING:
+
+    from ..optimizer import FusedGradDropAdamW
+from .engines import Pieces, _require, _tensors
+
+
+def attach_fsdp1(optimizer: "FusedGradDropAdamW", model: nn.Module) -> None:
+    """Tells the optimizer where FullyShardedDataParallel (FSDP1) has put the model's parameters, with either value of
+    ``use_orig_params``. For policies of whole blocks each block must be a unit of its own (``auto_wrap_policy``), or
+    ``use_orig_params=True``.
+
+    Args:
+        optimizer: made from the parameters of the wrapped model.
+        model: the wrapped model, or one that holds wrapped ones.
+
+    Raises:
+        TypeError: another kind of optimizer.
+        ValueError: the optimizer has none of the model's flat parameters, or ``max_grad_norm``, as no process has all
+            gradients (use the model's ``clip_grad_norm_``).
+    """
+    _require(optimizer, "attach_fsdp1(optimizer, model)", "a FusedGradDropAdamW")
+    pieces = fsdp1_pieces(model)
+    stepped = {tensor: pieces[tensor] for tensor in _tensors(optimizer) if tensor in pieces}
+    if not stepped:
+        raise ValueError(
+            "attach_fsdp1: the optimizer steps none of the model's sharded parameters: "
+            "wrap the model first, then make the optimizer from the wrapped model's named_parameters()"
+        )
+    shapes = {name: shape for names, flat in _fsdp1_units(model) for name, shape in zip(names, flat._shapes)}
+    flat_of = {param: flat for _, flat in _fsdp1_units(model) for param in flat._params or ()}
+    own = weakref.proxy(optimizer)  # which holds the function below
+
+    def has_gradients(index: int) -> bool:
+        # A slice without elements in this process has no gradient either; its unit has.
+        params = (param for param in own.param_groups[index]["params"] if param.requires_grad)
+        return any(param in flat_of and flat_of[param].grad is not None for param in params)
+
+    optimizer.attach_pieces(stepped, shapes, has_gradients=has_gradients)
+
+
+def fsdp1_pieces(model: nn.Module) -> Pieces:
+    """What each tensor of an FSDP1 model that an optimizer may step holds in this process."""
+    pieces: Pieces = {}
+    for names, flat in _fsdp1_units(model):
+        ranges = [
+            FlatPiece(name, info.offset_in_shard, info.intra_param_start_idx, info.numel_in_shard)
+            if info.in_shard
+            else None
+            for name, info in zip(names, flat._shard_param_infos)
+        ]
+        if flat._params is None:  # use_orig_params=False
+            pieces[flat] = sorted(filter(None, ranges), key=lambda piece: piece.local_start)
+            continue
+        for param, piece in zip(flat._params, ranges):
+            # Each is a slice of the flat parameter, which begins where the slice does.
+            pieces[param] = [piece._replace(local_start=0)] if piece else []
+    return pieces
+
+
+def _fsdp1_units(model: nn.Module) -> Iterator[tuple[list[str], Any]]:
+    """(the names of its parameters, its flat parameter) of every FSDP1 unit that has parameters."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for prefix, module in model.named_modules():
+        handle = module._handle if isinstance(module, FullyShardedDataParallel) else None
+        if handle is not None:
+            flat = handle.flat_param
+            yield [canonical_name(f"{prefix}.{name}".removeprefix(".")) for name in flat._fqns], flat

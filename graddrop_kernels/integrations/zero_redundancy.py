@@ -1,0 +1,59 @@
+"""ZeroRedundancyOptimizer: names for the parameters of the optimizer inside."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..groups import load_state
+from ..groups.flat_buffers import FlatPiece
+from .engines import _names, _require, _tensors
+
+if TYPE_CHECKING:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+
+def attach_zero(zero: "ZeroRedundancyOptimizer", model: nn.Module) -> None:
+    """Gives the optimizer inside a ZeroRedundancyOptimizer the names of its parameters: the wrapper takes none.
+
+    ``zero.optim.set_epoch(epoch)`` is then seen by the wrapper too, which would otherwise put back its own copy of the
+    epoch at the next step. ``zero.load_state_dict()`` then refuses what the optimizer's own does: a state dict of
+    another policy, seed or meaning of masked.
+
+    Args:
+        zero: made with ``optimizer_class=FusedGradDropAdamW``. For policies of whole blocks give it
+            ``param_groups(model, per_block=True)``.
+        model: the one whose parameters it has, wrapped or not.
+
+    Raises:
+        TypeError: another kind of optimizer inside.
+        ValueError: a parameter that is not the model's, or ``max_grad_norm``, as no process has all gradients.
+    """
+    inner: Any = getattr(zero, "optim", None)
+    _require(inner, "attach_zero(zero, model)", "a ZeroRedundancyOptimizer(optimizer_class=FusedGradDropAdamW)")
+    names = _names(model)
+    tensors = _tensors(inner)
+    if unknown := sum(id(tensor) not in names for tensor in tensors):
+        raise ValueError(f"attach_zero: {unknown} of {len(tensors)} parameters are not of this {type(model).__name__}")
+    pieces = {tensor: [FlatPiece(names[id(tensor)], 0, 0, tensor.numel())] for tensor in tensors}
+    inner.attach_pieces(
+        pieces,
+        {name: param.shape for name, param in model.named_parameters()},
+        # Every process has the gradients of all parameters, the inner optimizer some of them, or none of a group.
+        has_gradients=lambda index: any(param.grad is not None for param in zero.param_groups[index]["params"]),
+    )
+
+    def set_epoch(epoch: int) -> None:
+        type(inner).set_epoch(inner, epoch)
+        wrapper: Any = zero
+        wrapper._sync_param_groups(inner.param_groups, zero.param_groups)
+
+    inner.set_epoch = set_epoch
+    load = zero.load_state_dict
+
+    def load_state_dict(state_dict: dict[str, Any]) -> None:
+        # The wrapper would take the file's policies and seed without a word.
+        load(load_state.prepare(state_dict, zero.param_groups, strict=True))
+        inner._forget_caches()
+        inner._skipped_steps.clear()
+
+    zero.load_state_dict = load_state_dict  # type: ignore[method-assign]

@@ -1,0 +1,1 @@
+"""Which elements: plain numbers and bits. Knows no policy, no group, no device."""

@@ -1,0 +1,20 @@
+"""What is dropped, and when: one class per row of the paper.
+
+An extension takes what it needs from here: ``from graddrop_kernels.policies import Policy, BlockPolicy, KEEP, MaskPlan,
+quantize``.
+"""
+
+from ..masks.plan import MaskPlan
+from .blocks import GradFreeze, LayerGradDrop
+from .clock import Clock, PlanContext
+from .elements import GaussianGradDrop, GradDrop, GradDropEpoch
+from .fixed_mask import FixedMask
+from .policy import KEEP, BlockPolicy, Policy
+from .registry import POLICIES, PolicyBook, from_json
+from .schedules import ExponentialAnneal, LinearAnneal, quantize
+
+__all__ = [
+    "KEEP", "POLICIES", "BlockPolicy", "Clock", "ExponentialAnneal", "FixedMask", "GaussianGradDrop", "GradDrop",
+    "GradDropEpoch", "GradFreeze", "LayerGradDrop", "LinearAnneal", "MaskPlan", "PlanContext", "Policy", "PolicyBook",
+    "from_json", "quantize",
+]  # fmt: skip

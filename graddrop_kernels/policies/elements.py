@@ -1,0 +1,147 @@
+"""Policies of single elements: GradDrop, GaussianGradDrop, GradDropEpoch."""
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+
+from ..masks.plan import MaskPlan
+from .clock import Clock, PlanContext
+from .policy import KEEP, Policy, _check_every, _check_p, _freeze_values
+from .schedules import Schedule, drop_probability, quantize, require_epochs
+
+
+@dataclass(frozen=True)
+class GradDrop(Policy):
+    """Drops each gradient element with probability p and multiplies the others by 1/(1-p) (Eq. 4).
+
+    Args:
+        p: drop probability in [0, 1), or a schedule epoch -> p (Anneal-GradDrop: ``LinearAnneal(epochs=T)``).
+            Quantised to 2^-16. p = 0 draws nothing.
+        every: ``"step"`` redraws at every step, ``"epoch"`` at every epoch, with replacement (III-B, first form).
+
+    Raises:
+        ValueError: p outside of [0, 1), or one that rounds to 0 or 1 without being it; another ``every``.
+    """
+
+    p: Schedule = 0.2
+    every: str = "step"
+
+    def __post_init__(self) -> None:
+        _freeze_values(self, p=_check_p(self.p))
+        _check_every(self, self.every)
+
+    def plan(self, context: PlanContext, unit: Hashable) -> MaskPlan:
+        clock = context.clock
+        threshold = quantize(drop_probability(self.p, clock.epoch))
+        age_rate = self._age_rate(clock) if context.frozen and context.count_active_steps else 1.0
+        if threshold == 0:
+            return replace(KEEP, age_rate=age_rate)
+        draw = clock.epoch if self.every == "epoch" else None
+        return MaskPlan("bernoulli", context.frozen, threshold, 65536 / (65536 - threshold), draw, age_rate=age_rate)
+
+    def counts_steps(self, frozen: bool) -> bool:
+        return frozen
+
+    def _age_rate(self, clock: Clock) -> float:
+        """The expected share of the past steps in which an element that is active now was active.
+
+        A frozen element's true age under random masks is random and would cost a counter an element;
+        its expectation costs one number a group.
+        """
+        if clock.completed_steps == 0:
+            return 1.0
+        keep = {epoch: 1 - quantize(drop_probability(self.p, epoch)) / 65536 for epoch in clock.steps_by_epoch()}
+        if self.every == "epoch":
+            keep[clock.epoch] = 1.0  # the same mask as now
+        return sum(keep[epoch] * steps for epoch, steps in clock.steps_by_epoch().items()) / clock.completed_steps
+
+
+@dataclass(frozen=True)
+class GaussianGradDrop(Policy):
+    """Multiplies each gradient element by a fresh N(1, p/(1-p)):
+    Gaussian dropout of the same mean and variance as GradDrop's mask (III-A).
+
+    Args:
+        p: in [0, 1) or a schedule; quantised to 2^-16. Nothing is dropped, so ``masked=`` does not apply.
+
+    Raises:
+        ValueError: p outside of [0, 1), or one that rounds to 0 or 1 without being it.
+    """
+
+    p: Schedule = 0.2
+    masked = None
+
+    def __post_init__(self) -> None:
+        _freeze_values(self, p=_check_p(self.p))
+
+    def plan(self, context: PlanContext, unit: Hashable) -> MaskPlan:
+        threshold = quantize(drop_probability(self.p, context.clock.epoch))
+        return MaskPlan("gaussian", scale=math.sqrt(threshold / (65536 - threshold))) if threshold else KEEP
+
+    def counts_steps(self, frozen: bool) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class GradDropEpoch(Policy):
+    """GradDrop-Epoch: every element draws one of T buckets once;
+    epoch e trains the elements of buckets 0..e, the others are frozen (III-B, figure 1).
+
+    Args:
+        epochs: training epochs T, 1 to 4096; in the last one every element is trained. Later epochs stay there.
+        toggle: train bucket e only, so that every element is trained in exactly one epoch (GradDrop-Epoch-Toggle).
+        storage: ``"recompute"`` redraws the bucket in the kernel and stores nothing; ``"bitpacked"`` keeps it as
+            ceil(log2 T) bits an element. The training is the same bit for bit.
+
+    Raises:
+        ValueError: ``epochs`` is missing or out of range; another ``storage``.
+    """
+
+    epochs: int = None  # type: ignore[assignment]  # left out, it is refused with a message that says what it is
+    toggle: bool = False
+    storage: str = "recompute"
+    masked = "frozen"
+    follows_epochs = True
+
+    def __post_init__(self) -> None:
+        require_epochs("GradDropEpoch(epochs=)", self.epochs)
+        if self.epochs > 4096:
+            raise ValueError(
+                f"GradDropEpoch(epochs=) can be at most 4096: a bucket comes from 16 random bits; got {self.epochs}"
+            )
+        if self.storage not in ("bitpacked", "recompute"):
+            raise ValueError(f"GradDropEpoch(storage=) must be 'bitpacked' or 'recompute', got {self.storage!r}")
+
+    def plan(self, context: PlanContext, unit: Hashable) -> MaskPlan:
+        epoch = min(context.clock.epoch, self.epochs - 1)
+        first = epoch if self.toggle else 0
+        if self.epochs == 1 or (not context.frozen and first == 0 and epoch == self.epochs - 1):
+            return KEEP  # nothing is masked, and every element is as old as its parameter
+        ages = self._ages(context.clock, first, epoch) if context.frozen and context.count_active_steps else ()
+        return MaskPlan(
+            "bucket",
+            context.frozen,
+            buckets=self.epochs,
+            first_bucket=first,
+            last_bucket=epoch,
+            bitpacked=self.storage == "bitpacked",
+            ages=ages,
+        )
+
+    def after_last_epoch(self, epoch: int) -> str | None:
+        if not self.toggle or epoch < self.epochs:
+            return None
+        # Without the epoch: the same message is shown once.
+        return (
+            f"training goes on after the last epoch of GradDropEpoch(epochs={self.epochs}, toggle=True): "
+            "its last bucket goes on being trained"
+        )
+
+    def _ages(self, clock: Clock, first: int, last: int) -> tuple[int, ...]:
+        """By bucket: steps in which it was active, this one included; 0 where it is not active now."""
+        ages = [0] * first + [1] * (last + 1 - first)
+        for epoch, steps in clock.steps_by_epoch().items():
+            epoch = min(epoch, self.epochs - 1)
+            for bucket in range(max(first, epoch if self.toggle else 0), min(last, epoch) + 1):
+                ages[bucket] += steps
+        return tuple(ages)

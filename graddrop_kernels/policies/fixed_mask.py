@@ -1,0 +1,72 @@
+"""FixedMask: masks that the user gives."""
+
+import hashlib
+import math
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+
+from ..masks import bitmask
+from ..masks.plan import MaskPlan
+from .clock import PlanContext
+from .policy import KEEP, Policy
+
+
+class FixedMask(Policy):
+    """Trains only given elements, for ever: any sparse fine-tuning mask (beyond the paper).
+
+    Args:
+        masks: {parameter name: bool tensor of the parameter's shape}, True where trained. Parameters without an entry
+            are trained densely. Kept as 1 bit an element.
+        scale: factor on the kept gradients, finite and > 0.
+
+    Raises:
+        ValueError: no masks, one that is no bool tensor, or ``scale`` out of range. Names and shapes are compared with
+            the parameters when the optimizer is made.
+
+    A state dict holds a digest of the masks, not the masks: construct with the same ones to resume.
+    """
+
+    masked = "frozen"
+    rebuildable = False
+    follows_epochs = False
+
+    def __init__(self, masks: Mapping[str, torch.Tensor], scale: float = 1.0):
+        if not isinstance(masks, Mapping) or not masks:
+            raise ValueError(
+                f"FixedMask(masks=) must be a non-empty mapping from parameter names to bool tensors, got {masks!r}"
+            )
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise ValueError(f"FixedMask(scale=) must be a finite number > 0, got {scale!r}")
+        for name, mask in masks.items():
+            if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+                got = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+                raise ValueError(
+                    f"FixedMask: the mask of {name!r} must be a bool tensor, got {got}; try (weights != 0)"
+                )
+        self.scale = float(scale)
+        self.shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
+        self.words = {name: bitmask.pack(mask.detach().cpu()) for name, mask in masks.items()}
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(self.words):
+            digest.update(f"{name}{self.shapes[name]}".encode() + self.words[name].numpy().tobytes())
+        self.digest = digest.hexdigest()
+
+    def unit(self, name: str, block: str | None) -> Hashable:
+        return name in self.words
+
+    def plan(self, context: PlanContext, unit: Hashable) -> MaskPlan:
+        return MaskPlan("fixed", context.frozen, scale=self.scale) if unit else KEEP
+
+    def _values(self) -> dict[str, Any]:
+        return {"scale": self.scale, "digest": self.digest}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FixedMask) and self.to_json() == other.to_json()
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"FixedMask({len(self.words)} masks, scale={self.scale})"

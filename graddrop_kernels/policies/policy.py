@@ -1,0 +1,132 @@
+"""Mask policies: WHAT is dropped, one class a row of the paper (O'Neill & Dutta,
+"Gradient Sparsification For Masked Fine-Tuning of Transformers").
+
+A policy is an immutable value. It turns a PlanContext into a MaskPlan for each of its units (the whole group, or a
+block) and knows no tensor but FixedMask's own. ``masked`` says what dropping means by default: ``"gradient"``: the
+gradient is 0, so that moments decay and the weight still moves by momentum and weight decay; ``"frozen"``: parameter
+and moments stay as they are, bit for bit.
+"""
+
+import json
+from collections.abc import Hashable, Iterable
+from dataclasses import fields
+from typing import Any
+
+from ..masks.plan import MaskPlan
+from .clock import PlanContext
+from .schedules import ExponentialAnneal, LinearAnneal, Schedule, drop_probability, quantize
+
+KEEP = MaskPlan("keep")
+_SCHEDULES = {cls.__name__: cls for cls in (LinearAnneal, ExponentialAnneal)}
+
+
+class Policy:
+    """Base of the policies: the JSON form, and the defaults that element policies share."""
+
+    masked: str | None = "gradient"
+    needs_blocks = False
+    layers: tuple[str, ...] | None = None
+
+    def plan(self, context: PlanContext, unit: Hashable) -> MaskPlan:
+        """The mask of one step for one ``unit``; units are what ``unit`` below returns."""
+        raise NotImplementedError
+
+    def unit(self, name: str, block: str | None) -> Hashable:
+        """What decides about this parameter: parameters of one unit share a plan."""
+        return None
+
+    @property
+    def follows_epochs(self) -> bool:
+        """Whether ``set_epoch`` changes anything."""
+        return callable(getattr(self, "p", None)) or getattr(self, "every", None) == "epoch"
+
+    def counts_steps(self, frozen: bool) -> bool:
+        """Whether plans depend on how many steps the group has completed."""
+        return True
+
+    def check_epoch(self, epoch: int) -> None:
+        """Raises ValueError when a schedule has no usable p at this epoch."""
+        p = getattr(self, "p", None)
+        if callable(p):
+            quantize(drop_probability(p, epoch))
+
+    def after_last_epoch(self, epoch: int) -> str | None:
+        """What the user should be warned of when training goes on to this epoch; None: nothing."""
+        return None
+
+    def to_json(self) -> str:
+        """One canonical string; equal policies give equal strings."""
+        return json.dumps({"policy": type(self).__name__, **self._values()}, sort_keys=True, separators=(",", ":"))
+
+    def _values(self) -> dict[str, Any]:
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]  # dataclasses all
+
+    @property
+    def rebuildable(self) -> bool:
+        """Whether ``from_json`` can restore the policy: not with a callable p, nor a FixedMask."""
+        p = getattr(self, "p", None)
+        return not callable(p) or type(p).__name__ in _SCHEDULES
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    if type(value).__name__ in _SCHEDULES:
+        return {"schedule": type(value).__name__, **{field.name: getattr(value, field.name) for field in fields(value)}}
+    if callable(value):
+        # An object that can be called has only its class's name.
+        return {
+            "schedule": "callable",
+            "name": f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}",
+        }
+    return value
+
+
+def _check_p(p: Schedule) -> Schedule:
+    value = p if callable(p) else float(p) if isinstance(p, int) and not isinstance(p, bool) else p
+    quantize(drop_probability(value, 0))
+    return value
+
+
+def _check_every(policy: Policy, every: str) -> None:
+    if every not in ("step", "epoch"):
+        raise ValueError(f"{type(policy).__name__}(every=) must be 'step' or 'epoch', got {every!r}")
+
+
+def _check_layers(policy: Policy, layers: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    if layers is None:
+        return None
+    layers = (layers,) if isinstance(layers, str) else tuple(layers)
+    if not layers or not all(isinstance(pattern, str) for pattern in layers):
+        raise ValueError(
+            f"{type(policy).__name__}(layers=) must be block name patterns such as 'encoder.layer.*', got {layers!r}"
+        )
+    return layers
+
+
+def _freeze_values(policy: Policy, **values: Any) -> None:
+    for name, value in values.items():
+        object.__setattr__(policy, name, value)
+
+
+class BlockPolicy(Policy):
+    """A policy that keeps or drops whole transformer blocks: the unit is the block's name,
+    None for parameters outside all blocks.
+    """
+
+    needs_blocks = True
+
+    def unit(self, name: str, block: str | None) -> Hashable:
+        return block
+
+    def plan(self, context: PlanContext, unit: Any) -> MaskPlan:
+        if unit is None:
+            return KEEP
+        # A frozen block's own step counts do not advance,
+        # so by default its bias correction counts the steps in which it was active.
+        global_step = 0 if context.count_active_steps or not context.frozen else context.clock.completed_steps + 1
+        return MaskPlan("keep" if self.keeps(context, unit) else "off", context.frozen, global_step=global_step)
+
+    def keeps(self, context: PlanContext, block: str) -> bool:
+        """Whether the block is trained in this step."""
+        raise NotImplementedError

@@ -1,0 +1,55 @@
+"""The command line: python -m graddrop_kernels info | verify | bench."""
+
+import argparse
+
+import torch
+
+from .. import backends
+from .info import info
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns its exit code; a command that does not exist exits with 2 and the usage."""
+    parser = argparse.ArgumentParser(
+        prog="python -m graddrop_kernels", description="GradDrop inside one fused AdamW step."
+    )
+    commands = parser.add_subparsers(metavar="command", required=True)
+    commands.add_parser("info", help="versions, compilers, backends, and which one is picked").set_defaults(run=info)
+
+    command = commands.add_parser("verify", help="every backend of this machine against the reference, bit by bit")
+    command.set_defaults(run=_verify)
+    command.add_argument("--device", type=_device, help="cpu, cuda, cuda:1, ...; default: the CPU and the GPU")
+    names = [backend.name for backend in backends.BACKENDS]
+    command.add_argument("--backend", choices=names, help="this one only; default: all that run")
+    command.add_argument("--seed", type=int, help="repeats a run; default: a fresh one")
+    command.add_argument("--quick", action="store_true", help="a few seconds instead of half a minute")
+
+    command = commands.add_parser("bench", help="the time of a step against torch's own, as table, JSON and PNG")
+    command.set_defaults(run=_bench)
+    command.add_argument("--device", type=_device, help="default: the GPU where torch sees one, else the CPU")
+    command.add_argument("--out", help="folder of the files; default: graddrop-bench")
+    command.add_argument("--quick", action="store_true", help="smaller tensors, fewer rounds")
+    arguments = vars(parser.parse_args(argv))
+    status: int = arguments.pop("run")(**arguments)
+    return status
+
+
+def _device(text: str) -> str:
+    """A device that torch can use, for argparse: ArgumentTypeError with torch's reason otherwise."""
+    try:
+        torch.empty(1, device=torch.device(text))
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {str(error).splitlines()[0]}") from error
+    return text
+
+
+def _verify(device: str | None, backend: str | None, seed: int | None, quick: bool) -> int:
+    from .verify.command import verify
+
+    return verify(device, backend, seed, quick)
+
+
+def _bench(device: str | None, out: str | None, quick: bool) -> int:
+    from .bench import bench
+
+    return bench(device, out, quick)

@@ -1,0 +1,1 @@
+"""python -m graddrop_kernels verify: every backend against the reference."""

@@ -1,0 +1,171 @@
+"""What `verify` steps: policies x dtypes x switches x sizes, with everything else drawn at random from a seed."""
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ...policies import FixedMask, GaussianGradDrop, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, Policy
+from ...policies.schedules import LinearAnneal
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+class Dtypes(NamedTuple):
+    """A row of DTYPES."""
+
+    params: torch.dtype
+    moments: torch.dtype
+    masters: bool = False
+    stochastic: bool = False
+
+    @property
+    def mode(self) -> tuple[Any, ...]:
+        """What Backend.misfit() asks about it beside the device; of master weights the masters are stepped."""
+        return F32 if self.masters else self.params, self.moments, self.masters, self.stochastic
+
+
+# Parameters/moments, and the mode; float64 belongs to the reference alone.
+DTYPES = {
+    "f32": Dtypes(F32, F32),
+    "bf16": Dtypes(BF16, BF16),
+    "bf16/f32": Dtypes(BF16, F32),
+    "f16": Dtypes(F16, F16),
+    "f16/f32": Dtypes(F16, F32),
+    "bf16 masters": Dtypes(BF16, F32, masters=True),
+    "f16 masters": Dtypes(F16, F32, masters=True),
+    "bf16 stochastic": Dtypes(BF16, BF16, stochastic=True),
+    "bf16/f32 stochastic": Dtypes(BF16, F32, stochastic=True),
+}
+# The dtypes of one mode share a column of the table, and the cases that are made for it.
+COLUMNS: dict[str, list[str]] = {}
+for _name in DTYPES:
+    COLUMNS.setdefault(_name.split()[-1], []).append(_name)
+SWITCHES = ("amsgrad", "maximize", "decay", "frozen", "clip")
+SMALL_SIZES = (0, 1, 3, 4, 5, 31, 33, 1031)
+SIZES = (*SMALL_SIZES, 65537)  # the last is more than two threads' shares
+LARGE_SIZES = (2**22 + 3, 33)  # for a GPU: more blocks than run at a time
+
+_BLOCKS = ("layers.*",)
+_p: Callable[[random.Random], float] = lambda rng: rng.uniform(0.05, 0.95)
+_anneal: Callable[[random.Random], LinearAnneal] = lambda rng: LinearAnneal(
+    epochs=4, start=rng.uniform(0.5, 0.9), end=rng.choice(("paper", "zero"))
+)
+# Ages of up to 8, 16 and more buckets are looked up in different ways.
+_epochs: Callable[[random.Random], int] = lambda rng: rng.choice((2, 5, 12, 20))
+
+
+def _fixed_mask(rng: random.Random, named: list[tuple[str, torch.Tensor]]) -> FixedMask:
+    """Masks of two thirds of the parameters; the others are trained densely."""
+    generator, density = torch.Generator().manual_seed(rng.getrandbits(40)), rng.uniform(0.05, 0.95)
+    masks = {name: torch.rand(value.shape, generator=generator) < density for name, value in named}
+    return FixedMask({name: mask for i, (name, mask) in enumerate(masks.items()) if i % 3 != 1}, rng.uniform(0.5, 2))
+
+
+# The rows of the README's table, and the buckets' other storage: (random numbers, named values) -> policy.
+POLICIES: dict[str, Callable[[random.Random, list[tuple[str, torch.Tensor]]], Policy | None]] = {
+    "mask=None": lambda rng, named: None,
+    "GradDrop": lambda rng, named: GradDrop(_p(rng)),
+    "GradDrop every epoch": lambda rng, named: GradDrop(_p(rng), every="epoch"),
+    "GradDrop annealed": lambda rng, named: GradDrop(_anneal(rng)),
+    "GaussianGradDrop": lambda rng, named: GaussianGradDrop(_p(rng)),
+    "LayerGradDrop": lambda rng, named: LayerGradDrop(0.5, layers=_BLOCKS),
+    "LayerGradDrop every epoch": lambda rng, named: LayerGradDrop(0.5, every="epoch", layers=_BLOCKS),
+    "LayerGradDrop annealed": lambda rng, named: LayerGradDrop(_anneal(rng), layers=_BLOCKS),
+    "GradDropEpoch": lambda rng, named: GradDropEpoch(_epochs(rng)),
+    "GradDropEpoch bit-packed": lambda rng, named: GradDropEpoch(_epochs(rng), storage="bitpacked"),
+    "GradDropEpoch toggle": lambda rng, named: GradDropEpoch(_epochs(rng), toggle=True),
+    "GradFreeze top down": lambda rng, named: GradFreeze(4, layers=_BLOCKS),
+    "GradFreeze bottom up": lambda rng, named: GradFreeze(4, direction="bottom_up", layers=_BLOCKS),
+    "FixedMask": _fixed_mask,
+}
+_DROPS_NOTHING = ("mask=None", "GaussianGradDrop")
+
+
+@dataclass(frozen=True)
+class Case:
+    """``switches``: those of SWITCHES that are on; ``reference``: the device on which "exact" steps it."""
+
+    policy: str
+    dtypes: str
+    switches: tuple[str, ...]
+    sizes: tuple[int, ...]
+    steps: int
+    seed: str
+    misaligned: bool = False  # every tensor begins at an odd element of its memory
+    reference: torch.device = torch.device("cpu")
+
+    def __str__(self) -> str:
+        return ", ".join((self.policy, self.dtypes, *self.switches, *["misaligned"] * self.misaligned))
+
+    @property
+    def shows_masks(self) -> bool:
+        """Whether a step shows which elements it dropped; a Gaussian factor drops none."""
+        return self.policy != "GaussianGradDrop"
+
+    @property
+    def frozen(self) -> bool:
+        return "frozen" in self.switches
+
+    @property
+    def column(self) -> str:
+        """That of COLUMNS."""
+        return self.dtypes.split()[-1]
+
+    def arguments(self, rng: random.Random, named: list[tuple[str, torch.Tensor]], norm: float) -> dict[str, Any]:
+        """The optimizer's arguments, random where the case does not say; ``norm``: about that of its gradients."""
+        _, moments, masters, stochastic = DTYPES[self.dtypes]
+        # A float16 moment of a small square is 0: only eps keeps its update finite.
+        eps = (-3, -2) if moments is F16 else (-8, -3)
+        arguments: dict[str, Any] = {
+            "mask": POLICIES[self.policy](rng, named),
+            "seed": rng.getrandbits(64),
+            "lr": 10 ** rng.uniform(-3.5, -1.5),
+            "betas": (rng.choice((0.0, 0.5, 0.8, 0.9, 0.95)), rng.choice((0.9, 0.99, 0.999, 0.9999))),
+            "eps": 10 ** rng.uniform(*eps),
+            "weight_decay": 10 ** rng.uniform(-2, -0.5) if "decay" in self.switches else 0.0,
+            "amsgrad": "amsgrad" in self.switches,
+            "maximize": "maximize" in self.switches,
+            "moment_dtype": F32 if moments is F32 else None,
+            "master_weights": masters,
+            "stochastic_rounding": stochastic,
+        }
+        if "clip" in self.switches:
+            arguments["max_grad_norm"] = norm * rng.uniform(0.3, 0.7)
+            arguments["norm_after_mask"] = rng.random() < 0.5
+        if self.policy not in _DROPS_NOTHING:
+            arguments["masked"] = "frozen" if self.frozen else "gradient"
+            arguments["bias_correction"] = rng.choice(("active", "active", "global"))
+        return arguments
+
+
+def make_cases(seed: int, quick: bool, gpus: list[torch.device]) -> list[Case]:
+    """Every policy with all columns: under every combination of the switches in float32 and 4 of them in the others, or
+    with ``quick`` under one each; on a GPU also with a long tensor. Clipping, which leaves the rest of a step as it is,
+    is a coin of each case.
+    """
+    rng, cases = random.Random(f"{seed} cases"), []
+    clip: Callable[[], tuple[str, ...]] = lambda: ("clip",) * rng.randrange(2)
+    for policy in POLICIES:
+        combinations = [
+            tuple(itertools.compress(SWITCHES, on))
+            for on in itertools.product((False, True), repeat=4)
+            if not (on[3] and policy in _DROPS_NOTHING)
+        ]
+        for column, names in COLUMNS.items():
+            chosen = rng.sample(combinations, 1 if quick else len(combinations) if column == "f32" else 4)
+            names = rng.sample(names, len(names))
+            for i, switches in enumerate(chosen):
+                own_seed = f"{seed} {policy} {column} {i}"
+                sizes = SIZES if i % 4 < len(names) else SMALL_SIZES
+                dtypes = names[i % len(names)]
+                cases.append(Case(policy, dtypes, switches + clip(), sizes, 3, own_seed, rng.random() < 0.3))
+        # "exact" on the GPU, whose agreement with the CPU's the cases above show, is fast enough for long tensors.
+        for gpu in gpus:
+            dtypes, switches = rng.choice(list(DTYPES)), rng.choice(combinations) + clip()
+            own_seed = f"{seed} {policy} large"
+            cases.append(Case(policy, dtypes, switches, LARGE_SIZES, 2, own_seed, rng.random() < 0.3, gpu))
+    return cases

@@ -1,0 +1,269 @@
+"""One case of `verify`: "exact" and the backends step the same values side by side, compared after every step."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from ... import backends
+from ...backends import Backend, cpu
+from ...optimizer import FusedGradDropAdamW
+from .bounds import BOUNDS, EXACT, TIPPED, bits, in_dtype, norm_limit, operand_sizes, ulp_at
+from .cases import DTYPES, F16, Case
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+class Engine(NamedTuple):
+    """A backend on a device, and for the cpu backend one instruction set."""
+
+    backend: Backend
+    device: torch.device
+    isa: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.backend.name}{f'/{self.isa}' if self.isa else ''} on {self.device}"
+
+
+class Truth(NamedTuple):
+    """One step of "exact"."""
+
+    mask: torch.Tensor
+    ask_mask: bool  # whether the engines are asked for theirs
+    grads: tuple[torch.Tensor, ...]
+    before: dict[str, torch.Tensor]
+    after: dict[str, torch.Tensor]
+    norm: torch.Tensor | None  # of the gradients, shape (1,), where the case clips
+
+
+class Mismatch(Exception):
+    """Two tensors that should be alike are not; the message has the first index and both values."""
+
+
+@dataclass
+class Findings:
+    """What the cases of one backend, device and policy came to."""
+
+    cases: int = 0
+    masks: int = 0  # cases whose masks showed in what the steps did
+    wrong_masks: int = 0
+    elements: int = 0
+    differing: int = 0  # elements with other bits than "exact"
+    ulp: dict[str, float] = field(default_factory=dict)  # {column: the largest distance}
+    failures: list[str] = field(default_factory=list)
+
+
+class Training:
+    """The parameters of a case, and the optimizer over them on one engine."""
+
+    def __init__(self, case: Case, named: list[tuple[str, torch.Tensor]], engine: Engine, arguments: dict[str, Any]):
+        self.engine, self._misaligned = engine, case.misaligned
+        self.params = [
+            torch.nn.Parameter(self._placed(value.to(engine.device), i)) for i, (_, value) in enumerate(named)
+        ]
+        names = [name for name, _ in named]
+        self.optimizer = FusedGradDropAdamW(zip(names, self.params), backend=engine.backend.name, **arguments)
+        for i, param in enumerate(self.params):
+            for j, key in enumerate(_MOMENTS[: 2 + arguments["amsgrad"]]):
+                zeros = torch.zeros_like(param.data, dtype=DTYPES[case.dtypes].moments)
+                self.optimizer.state[param][key] = self._placed(zeros, i + j + 2)
+            if arguments["master_weights"]:
+                self.optimizer.state[param]["master_param"] = self._placed(param.detach().float(), i + 5)
+
+    def _placed(self, tensor: torch.Tensor, place: int) -> torch.Tensor:
+        """A copy, which in a misaligned case begins 1 to 7 elements into its memory."""
+        offset = 1 + place % 7 if self._misaligned else 0
+        return torch.cat((tensor.new_zeros(offset), tensor))[offset:]
+
+    def step(self, grads: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        """One step; returns ``tensors()``."""
+        for i, (param, grad) in enumerate(zip(self.params, grads)):
+            param.grad = self._placed(grad.to(self.engine.device), i + 1)
+        with cpu.using_isa(self.engine.isa):
+            self.optimizer.step()
+        return self.tensors()
+
+    def mask(self) -> torch.Tensor:
+        """The masks of the next step, one after the other, on the CPU."""
+        return torch.cat([self.optimizer.mask(param) for param in self.params]).cpu()
+
+    def norm(self) -> torch.Tensor | None:
+        """The norm of the last step's gradients, shape (1,), on the CPU; None without clipping."""
+        norm = self.optimizer.grad_norm
+        return norm if norm is None else norm.cpu().reshape(1)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Copies of the parameters and of each part of their state, one after the other, on the CPU."""
+        parts: dict[str, list[torch.Tensor]] = {}
+        for param in self.params:
+            for key, tensor in {"param": param.detach(), **self.optimizer.state[param]}.items():
+                parts.setdefault(key, []).append(tensor.reshape(-1))
+        return {key: torch.cat(tensors).cpu() for key, tensors in parts.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The inverse of ``tensors``."""
+        for key, joined in tensors.items():
+            targets = self.params if key == "param" else [self.optimizer.state[param][key] for param in self.params]
+            for target, part in zip(targets, joined.split([target.numel() for target in targets])):
+                target.copy_(part.view(target.shape))
+
+
+def run_case(case: Case, engines: list[Engine], findings: dict[Engine, Findings]) -> None:
+    """Steps the case on "exact" and on each engine. An engine is left out of the rest of the case once it has failed;
+    the failure is added to its findings.
+    """
+    rng = random.Random(case.seed)
+    generator = torch.Generator().manual_seed(rng.getrandbits(40))
+    param_dtype = DTYPES[case.dtypes].params
+    named = [(_name(i), torch.randn(size, generator=generator).to(param_dtype)) for i, size in enumerate(case.sizes)]
+    low, high = (-3, 0.5) if F16 in DTYPES[case.dtypes] else (-20, 2)  # squares underflow in float32 too: eps decides
+    scales = 10 ** (low + (high - low) * torch.rand(sum(case.sizes), generator=generator))
+    arguments = case.arguments(rng, named, scales.norm().item())
+    running: dict[Engine, Training] = {}
+
+    def attempt(engine: Engine, when: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever a backend raises is a finding
+            running.pop(engine, None)
+            reason = str(error) if isinstance(error, Mismatch) else f"raised {type(error).__name__}: {error}"
+            findings[engine].failures.append(f"FAIL {engine}: {case}: {when}: {reason}\n     with {arguments!r:.400}")
+
+    for engine in engines:
+        findings[engine].cases += 1
+        findings[engine].masks += case.shows_masks
+        begin = lambda engine=engine: running.update({engine: Training(case, named, engine, arguments)})
+        attempt(engine, "at construction", begin)
+    exact = Training(case, named, Engine(_exact(), case.reference), arguments)
+    before = exact.tensors()
+    for step, epoch in enumerate(rng.choices(range(5), k=case.steps)):
+        for training in (exact, *running.values()):
+            training.optimizer.set_epoch(epoch)
+        grads = _gradients(case, before["exp_avg"], scales, generator)
+        # mask() is shared code but for what a device computes: asking each engine once a case is enough.
+        truth = Truth(exact.mask(), step == case.steps - 1, grads, before, exact.step(grads), exact.norm())
+        for engine, training in list(running.items()):
+            check = partial(_check_step, case, arguments, truth, training, findings[engine])
+            attempt(engine, f"step {step}, epoch {epoch}", check)
+        before = truth.after
+
+
+def _exact() -> Backend:
+    return next(backend for backend in backends.BACKENDS if backend.name == "exact")
+
+
+def _name(i: int) -> str:
+    return f"layers.{i % 4}.weight{i}"
+
+
+def _gradients(
+    case: Case, exp_avg: torch.Tensor, scales: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, ...]:
+    """Gradients against the first moment, so that the moment of every trained element moves."""
+    coin = torch.randint(2, scales.shape, generator=generator) * 2 - 1.0
+    against = exp_avg.float().sign() * (1 if "maximize" in case.switches else -1)
+    sizes = scales * (0.5 + torch.rand(scales.shape, generator=generator))
+    grads = (torch.where(against == 0, coin, against) * sizes).to(DTYPES[case.dtypes].params)
+    parts: tuple[torch.Tensor, ...] = grads.split(case.sizes)
+    return parts
+
+
+def _check_step(case: Case, arguments: dict[str, Any], truth: Truth, training: Training, found: Findings) -> None:
+    """Steps ``training`` and compares its masks and tensors with those of "exact"; raises Mismatch."""
+    mask, before, after = truth.mask, truth.before, truth.after
+    bound, gaussian = BOUNDS.get(training.engine.backend.name, EXACT), case.policy == "GaussianGradDrop"
+    beta1 = arguments["betas"][0]
+    sizes = {}
+    if bound != EXACT:
+        training.load(before)
+        lr_weight_decay, exact_moments = arguments["lr"] * arguments["weight_decay"], bound.of("exp_avg", gaussian) == 0
+        grad = torch.cat(truth.grads) * _clip_factor(truth, arguments) if gaussian else None
+        sizes = operand_sizes(before, after, beta1, lr_weight_decay, exact_moments, grad)
+    said = training.mask() if truth.ask_mask else mask
+    stepped = training.step(truth.grads)
+    if case.shows_masks:
+        moment, old = stepped["exp_avg"], before["exp_avg"]
+        decayed = (torch.tensor(beta1) * old.float()).to(old.dtype)
+        trained = bits(moment) != bits(old) if case.frozen else moment != decayed
+        for what, actual in (("optimizer.mask", said), ("what it did", trained)):
+            if not torch.equal(actual, mask):
+                found.wrong_masks += 1
+                raise _wrong_mask(case, what, actual, mask)
+    if truth.norm is not None:
+        norm: Any = training.norm()
+        limit = norm_limit(gaussian and arguments["norm_after_mask"])
+        _compare(case, "grad_norm", norm, truth.norm, limit, None, found)
+        if not torch.equal(norm, truth.norm):
+            # Backends add the squares up in orders of their own, in float64: once in millions of steps the norm rounds
+            # to another float32 (more often where they round a Gaussian's factors otherwise). The factor is another
+            # one then, and so are the right bits: the step is not compared, and the next begins where "exact" is.
+            training.load(after)
+            return
+    for key, expected in after.items():
+        limit = in_dtype(bound.of(key, gaussian), expected.dtype)
+        if bound != EXACT and key == "param" and "master_param" in stepped:
+            limit, expected = 0, stepped["master_param"].to(expected.dtype)  # the masters have a bound, not the copy
+        _compare(case, key, stepped[key], expected, limit, sizes.get(key), found)
+
+
+def _clip_factor(truth: Truth, arguments: dict[str, Any]) -> float:
+    """About what the step multiplied the gradients by."""
+    return 1.0 if truth.norm is None else min(1.0, arguments["max_grad_norm"] / max(truth.norm.item(), 1e-6))
+
+
+def _wrong_mask(case: Case, what: str, actual: torch.Tensor, expected: torch.Tensor) -> Mismatch:
+    index = int((actual != expected).nonzero()[0])
+    say: Callable[[torch.Tensor], str] = lambda trained: "trained" if trained else "dropped"
+    return Mismatch(
+        f"mask, by {what}: {int((actual != expected).sum())} of {len(actual)} elements are wrong, the first "
+        f"{_place(case, index)}: {say(actual[index])}, not {say(expected[index])}"
+    )
+
+
+def _compare(
+    case: Case, key: str, actual: torch.Tensor, expected: torch.Tensor, limit: float,
+    size: torch.Tensor | None, found: Findings,
+) -> None:  # fmt: skip
+    """Adds to the findings; raises Mismatch where the tensors are more than ``limit`` ulp apart.
+
+    An ulp is that of ``expected``'s dtype at ``size``, or where that is None at the larger of the two numbers.
+    """
+    found.elements += len(expected)
+    found.ulp.setdefault(case.column, 0.0)
+    differs = bits(actual) != bits(expected)
+    if not differs.any():
+        return
+    found.differing += int(differs.sum())
+    if size is None:
+        size = actual.abs().maximum(expected.abs())
+    ulp = (actual.double() - expected.double()).abs() / ulp_at(size, expected.dtype)
+    ulp = ulp.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    found.ulp[case.column] = max(found.ulp[case.column], ulp.max().item())
+    beyond = (ulp > limit if limit else differs).nonzero()
+    if len(beyond):
+        index = int(beyond[0])
+        apart = f"{actual[index].item()!r} is not {expected[index].item()!r} ({ulp[index].item():.3g} ulp)"
+        if key == "grad_norm":
+            raise Mismatch(f"{key}: {apart}, more than {limit} ulp")
+        raise Mismatch(
+            f"{key}: {len(beyond)} of {len(expected)} elements are more than {limit:.4g} ulp apart, the first "
+            f"{_name(index) if key == 'step' else _place(case, index)}: {apart}"
+        )
+    if key == "param" and DTYPES[case.dtypes].stochastic and differs.sum() > TIPPED * len(expected):
+        raise Mismatch(
+            f"{key}: {int(differs.sum())} of {len(expected)} elements are rounded to another number, more than 1 in "
+            f"{1 / TIPPED:.0f}"
+        )
+
+
+def _place(case: Case, index: int) -> str:
+    """The parameter and the element that an index into all of them means."""
+    for i, size in enumerate(case.sizes):
+        if index < size:
+            return f"{_name(i)}[{index}] of {size}"
+        index -= size
+    raise IndexError(index)
