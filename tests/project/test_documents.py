@@ -196,6 +196,7 @@ def test_frozen_means_frozen(seed):
     for policy in (graddrop_kernels.GradFreeze(epochs=4), graddrop_kernels.GradDrop(p=0.5)):
         for group in optimizer.param_groups:
             group |= {"mask": policy.to_json() if "blocks" in group else None, "masked": "frozen"}
+        optimizer.set_epoch(1)
         before = {name: param.detach().clone() for name, param in model.named_parameters()}
         keep = {name: optimizer.mask(name) for name in before}
         trained(optimizer, model, batches[:1])
