@@ -169,6 +169,11 @@ def test_every_benchmark_has_its_command():
     assert [name for name in modules if name != "benchmarks.xglue" and name not in commands] == []
 
 
+def test_the_gpu_runs_budget_is_what_is_said():
+    (budget,) = re.findall(r"^BUDGET = (\d+)", (ROOT / "benchmarks/gpu/__main__.py").read_text(), re.MULTILINE)
+    assert f"stops by itself after {budget} s" in text_of("docs/performance.md")
+
+
 # The front page.
 
 
