@@ -1,6 +1,5 @@
-"""What a result was measured on: processor, versions, commit, load. And its file, results/<machine>/<name>.json."""
+"""What a result was measured on: processor, versions, commit, load."""
 
-import argparse
 import functools
 import json
 import os
@@ -8,9 +7,7 @@ import platform
 import re
 import shlex
 import subprocess
-import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -18,9 +15,9 @@ import torch
 import graddrop_kernels
 from graddrop_kernels.backends import cpu
 
-from ..render.__main__ import RESULTS, ROOT
 from .gpu_facts import gpu_facts
 
+ROOT = Path(__file__).resolve().parents[2]
 _FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 # What a figure depends on.
 _CODE = ("csrc", "graddrop_kernels", "setup.py", "benchmarks/common", "benchmarks/cpu", "benchmarks/gpu")
@@ -56,6 +53,12 @@ def facts() -> dict:
     }
 
 
+@functools.lru_cache(maxsize=1)
+def facts_once() -> dict:
+    """Not asked again for every file of a run."""
+    return facts()
+
+
 def slug(machine: dict) -> str:
     """The machine's folder: "amd-epyc-f25-m17-2-cores". Virtual machines call several processors by one name."""
     parts = [machine["cpu"]]
@@ -86,66 +89,6 @@ class Load:
             busy, own = _busy_seconds() - self.busy_before, _own_seconds() - self.own_before
             elsewhere = round(max(0.0, busy - own) / max(time.monotonic() - self.started, 1e-9), 3)
         return {"before": self.before, "after": _load_average(), "elsewhere": elsewhere}
-
-
-def arguments(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder of the results (default: results/<machine>)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs; the figures mean nothing")
-    return parser
-
-
-def gpu_arguments(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark of the GPU has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder of the results (default: results/<GPU>)")
-    parser.add_argument("--budget", type=float, default=60, metavar="SECONDS", help="by when the last round begins")
-    parser.add_argument("--rehearse", action="store_true", help="tiny CPU tensors, a host clock: shows that it runs")
-    return parser
-
-
-def write(benchmark: str, options: argparse.Namespace, results: dict) -> Path:
-    """Writes the results with the machine's facts to results/<machine>/<benchmark>.json, or into the folder ``--out``.
-
-    A quick run without ``--out`` goes into a folder of the system's for temporary files: it is no result.
-    """
-    machine = facts()
-    folder = options.out or (Path(tempfile.mkdtemp()) if options.quick else RESULTS / slug(machine))
-    return _write(folder, {"benchmark": benchmark, "quick": options.quick, "machine": machine}, results)
-
-
-def write_gpu(benchmark: str, options: argparse.Namespace, results: dict) -> Path:
-    """As ``write``, into the GPU's folder. Called again as the results grow. A rehearsal says what it is."""
-    machine = facts_once()
-    folder = gpu_folder(options, machine)
-    rehearsal = options.rehearse
-    head = {"benchmark": benchmark, "quick": rehearsal, "rehearsal": rehearsal, "machine": machine}
-    return _write(folder, head, results)
-
-
-def gpu_folder(options: argparse.Namespace, machine: dict | None = None) -> Path:
-    """Where the results of the GPU go; of a rehearsal nowhere near them."""
-    if options.out is None and options.rehearse:
-        options.out = Path(tempfile.mkdtemp()) / gpu_slug(machine or facts_once())
-    return options.out or RESULTS / gpu_slug(machine or facts_once())
-
-
-@functools.lru_cache(maxsize=1)
-def facts_once() -> dict:
-    """Not asked again for every file of a run."""
-    return facts()
-
-
-def _write(folder: Path, head: dict, results: dict) -> Path:
-    """Whole or not at all: a run that is killed leaves the file of before."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{head['benchmark']}.json"
-    when = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps({"benchmark": head["benchmark"], "when": when} | head | results, indent=1) + "\n")
-    unfinished.replace(path)
-    return path
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -11,8 +11,12 @@ import torch
 
 import graddrop_kernels as gk
 
-from ..gpu.step import CASE, GpuTensors, make_optimizer
-from .peers import ALL, BASELINE, Made, Peer, fused, imported, nothing
+from .cases import CASE, make_optimizer
+from .peers import ALL, BASELINE, Made, Peer, fused, imported
+from .rounds import Variant, attempt, nothing
+from .tensors import Tensors
+from .timers import Timer
+from .variants import peer_variant
 
 NO_LIMIT = math.inf  # a norm that is never reached: torch multiplies by 1 all the same, and so do we
 
@@ -26,8 +30,20 @@ class Ours:
     options: dict = field(default_factory=dict)
     case: str = "GradDrop"
 
-    def optimizer(self, tensors: GpuTensors, backend: str) -> gk.FusedGradDropAdamW:
+    def optimizer(self, tensors: Tensors, backend: str) -> gk.FusedGradDropAdamW:
         return make_optimizer(CASE[self.case], tensors, backend, **self.options)
+
+    def variant(self, tensors: Tensors, backend: str, timer: Timer) -> Variant:
+        """The variant, or one with its error."""
+        variant = Variant(self.name, "ours", by=backend, moved=lambda: self.moved)
+
+        def make() -> None:
+            before = timer.allocated()
+            variant.step = self.optimizer(tensors, backend).step
+            variant.kept_bytes = timer.allocated() - before
+
+        attempt(variant, timer, make)
+        return variant
 
 
 @dataclass(frozen=True)
@@ -38,16 +54,21 @@ class Theirs:
     moved: int
     on_cpu: bool = True
 
+    def variant(self, tensors: Tensors, mode: str, timer: Timer) -> Variant:
+        variant = peer_variant(self.peer, tensors, mode, timer)
+        variant.moved = lambda: self.moved
+        return variant
+
 
 @dataclass(frozen=True)
 class Table:
-    """``mode``: one of step_gpu.MODES."""
+    """``mode``: one of tensors.MODES."""
 
     mode: str
     rows: tuple[Ours | Theirs, ...]
 
 
-def clip_and_step(tensors: GpuTensors, hypers: dict) -> Made:
+def clip_and_step(tensors: Tensors, hypers: dict) -> Made:
     """Norms and factors of many tensors a launch on the GPU; on a CPU tensor by tensor, which is torch's choice."""
     update, _ = fused(tensors, hypers)
     foreach = tensors.device.type == "cuda"
@@ -59,7 +80,7 @@ def clip_and_step(tensors: GpuTensors, hypers: dict) -> Made:
     return step, nothing
 
 
-def masters_by_hand(tensors: GpuTensors, hypers: dict) -> Made:
+def masters_by_hand(tensors: Tensors, hypers: dict) -> Made:
     """As one does it without an optimizer that can: widen the gradients, step float32 copies, copy them back."""
     copies = [torch.nn.Parameter(param.detach().float()) for param in tensors.params]
     for copy in copies:
@@ -76,7 +97,7 @@ def masters_by_hand(tensors: GpuTensors, hypers: dict) -> Made:
     return step, nothing
 
 
-def kahan(tensors: GpuTensors, hypers: dict) -> Made:
+def kahan(tensors: Tensors, hypers: dict) -> Made:
     implementation = {"triton": True} if tensors.device.type == "cuda" else {"foreach": True}
     return imported("optimi", "AdamW", kahan_sum=True, **implementation)(tensors, hypers)
 

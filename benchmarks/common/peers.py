@@ -11,14 +11,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from .cases import P
+from .rounds import nothing
+
 Made = tuple[Callable[[], object], Callable[[], object]]  # (step, what to do after it, untimed)
-P = 0.2  # dropped by the peers that mask
 ALL = ("float32", "bfloat16, float32 moments", "bfloat16")  # modes: parameters and gradients, moments
 NO_MIXED = ("float32", "bfloat16")  # moments in the parameters' dtype
-
-
-def nothing() -> None:
-    pass
 
 
 def torch_adamw(tensors, hypers: dict, **implementation) -> torch.optim.AdamW:
@@ -51,17 +49,25 @@ def compiled(tensors, hypers: dict) -> Made:
     return torch.compile(optimizer.step, backend="inductor" if on_gpu else "eager"), nothing
 
 
-def eager_mask(tensors, hypers: dict) -> Made:
+def eager(keep: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Made]:
     """GradDrop as one writes it: tensor by tensor draw a mask, multiply, rescale; then torch's fused step."""
-    update = torch_adamw(tensors, hypers, fused=True).step
-    tensors.keep_grads()
 
-    def step() -> None:
-        for param in tensors.params:
-            param.grad.mul_(torch.empty_like(param.grad).bernoulli_(1 - P)).div_(1 - P)
-        update()
+    def make(tensors, hypers: dict) -> Made:
+        update = torch_adamw(tensors, hypers, fused=True).step
+        tensors.keep_grads()
 
-    return step, tensors.restore_grads
+        def step() -> None:
+            for param in tensors.params:
+                param.grad.mul_(keep(param.grad)).div_(1 - P)
+            update()
+
+        return step, tensors.restore_grads
+
+    return make
+
+
+eager_mask = eager(lambda grad: torch.empty_like(grad).bernoulli_(1 - P))
+rand_mask = eager(lambda grad: torch.rand_like(grad) >= P)
 
 
 def foreach_mask(tensors, hypers: dict) -> Made:
@@ -137,6 +143,12 @@ PEERS = (
     Peer("Liger", "liger_kernel", "liger-kernel", None, (), "has no AdamW"),
 )  # fmt: skip
 BASELINE = PEERS[0]
+TORCHS = PEERS[:3]  # torch's own steps, unmasked
+ON_CPU = (
+    *TORCHS,
+    Peer("bernoulli_ mask, multiply, torch fused", None, "torch", eager_mask, ALL, PEERS[3].note, masks=True),
+    Peer("torch.rand mask, multiply, torch fused", None, "torch", rand_mask, ALL, PEERS[3].note, masks=True),
+)
 
 
 def unavailable(peer: Peer) -> str | None:

@@ -1,4 +1,4 @@
-"""Variants timed in interleaved rounds, their medians with quartiles, and their ratios to the baseline of one round."""
+"""The timing engine: variants in interleaved rounds, their medians, and their ratios to the baseline of one round."""
 
 import functools
 import gc
@@ -11,49 +11,65 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .timers import FIRST_LEAD, GpuTimer, RehearsalTimer, Sample, longer_lead
+from .timers import FIRST_LEAD, Sample, Timer, longer_lead
 
-SLOW = 4.0  # variants slower than this many baseline steps run only in every second to tenth round
+SLOW = 4.0  # variants slower than this many baseline steps do not run in every round
+FIFTHS = {"p20": 20, "p80": 80}  # percentiles by the ends of their names, as the CPU's results have them
+QUARTILES = {"q1": 25, "q3": 75}  # and the GPU's
+
+
+def nothing() -> None:
+    pass
 
 
 @dataclass
 class Variant:
-    """One row. The first of a list is the baseline. ``kind``: "peer", "ours", or "check" (the baseline's twin)."""
+    """One row. The first of a list is the baseline.
+
+    ``kind``: "peer", "ours", "sweep", or "check" of the method by its original's twin. ``by``: the backend or the
+    instruction set that carries it out.
+    """
 
     name: str
     kind: str
-    step: Callable[[], object]
-    backend: str | None = None
-    after: Callable[[], object] = lambda: None  # not timed
+    step: Callable[[], object] = nothing
+    by: str | None = None
+    before: Callable[[], object] = nothing  # not timed, like ``after``
+    after: Callable[[], object] = nothing
     moved: Callable[[], float] = lambda: 0.0  # bytes a parameter that the next step has to move
     active: Callable[[], float] = lambda: 1.0  # share of the parameters that the next step trains
     kept_bytes: int = 0  # that it holds beside AdamW's moments
     peak_bytes: int = 0  # that a step takes for itself
     error: str | None = None
     lead: float = FIRST_LEAD
-    samples: dict[int, Sample] = field(default_factory=dict)  # by round
-    bytes_of: list[float] = field(default_factory=list)
-    shares: list[float] = field(default_factory=list)
+    samples: dict[int, Sample] = field(default_factory=dict, init=False)  # by round
+    bytes_of: list[float] = field(default_factory=list, init=False)
+    shares: list[float] = field(default_factory=list, init=False)
 
-    def run(self, timer: GpuTimer | RehearsalTimer, number: int) -> None:
-        moved, share = self.moved(), self.active()
-        sample = timer.time(self.step, self.lead)
+    def run(self, timer: Timer, number: int) -> None:
+        self.before()
+        self.bytes_of.append(self.moved())
+        self.shares.append(self.active())
+        self.samples[number] = sample = timer.time(self.step, self.lead)
         self.lead = longer_lead(self.lead, sample)
-        self.samples[number] = sample
-        self.bytes_of.append(moved)
-        self.shares.append(share)
         self.after()
 
     def forget(self) -> None:
         self.samples.clear(), self.bytes_of.clear(), self.shares.clear()
 
+    @property
+    def seconds(self) -> list[float]:
+        return [sample.seconds for sample in self.samples.values()]
 
-def attempt(variant: Variant, timer: GpuTimer | RehearsalTimer, work: Callable[[], object]) -> bool:
+
+def attempt(variant: Variant, timer: Timer, work: Callable[[], object]) -> bool:
     """Runs a part of a variant; what it raises becomes its error. Raises where the GPU itself is lost."""
     try:
         work()
         return True
     except Exception as error:  # whatever a peer may raise: it costs its own row only
+        if timer.strict:
+            raise
         variant.error = message(error)
         print(f"{variant.name} left out: {variant.error}", file=sys.stderr, flush=True)
         timer.synchronize()
@@ -66,13 +82,17 @@ def message(error: Exception) -> str:
 
 
 def interleave(
-    variants: list[Variant], timer: GpuTimer | RehearsalTimer, deadline: float, min_rounds: int, max_rounds: int
-) -> None:
-    """Warms up, then runs all variants in rounds, in random order, until the deadline (time.monotonic)."""
+    variants: list[Variant], timer: Timer, deadline: float, min_rounds: int, max_rounds: int,
+    rarest: int = 10, label: str | None = None,
+) -> None:  # fmt: skip
+    """Warms up, then runs all variants in rounds, in random order, until the deadline (time.monotonic).
+
+    Slow ones run in every second to ``rarest``-th round. ``label``: what to call the rounds while they are counted.
+    """
 
     def warm_up(variant: Variant) -> None:
         before = timer.allocated()
-        for number in (-3, -2, -1):  # code is compiled and tables are made in the first
+        for number in range(-timer.warm_up, 0):
             variant.run(timer, number)
         variant.kept_bytes += timer.allocated() - before
         variant.peak_bytes = timer.peak_bytes(variant.step)
@@ -83,7 +103,7 @@ def interleave(
     if not alive or alive[0] is not variants[0]:
         raise RuntimeError(f"no baseline: {variants[0].error}")
     unit = SLOW * variants[0].samples[-1].seconds
-    every = {id(variant): min(10, min_rounds, 1 + int(variant.samples[-1].seconds / unit)) for variant in alive}
+    every = {id(variant): min(rarest, min_rounds, 1 + int(variant.samples[-1].seconds / unit)) for variant in alive}
     every[id(alive[0])] = 1
     for variant in alive:
         variant.forget()
@@ -95,13 +115,15 @@ def interleave(
         for variant in random.sample(turn, len(turn)):
             attempt(variant, timer, functools.partial(variant.run, timer, number))
         number += 1
+        if label and number % 10 == 0:
+            print(f"{label}: {number} rounds, {max(0, deadline - time.monotonic()):.0f} s left", file=sys.stderr)
     gc.enable()
 
 
-def quartiles(name: str, values: list[float]) -> dict:
-    """{name: median, name_q1, name_q3}."""
-    q1, q3 = np.percentile(values, (25, 75)).tolist()
-    return {name: statistics.median(values), f"{name}_q1": q1, f"{name}_q3": q3}
+def spread(name: str, values: list[float], percentiles: dict[str, int]) -> dict:
+    """{name: median, and each percentile as name_<its end>}."""
+    ends = np.percentile(values, list(percentiles.values())).tolist()
+    return {name: statistics.median(values), **{f"{name}_{end}": value for end, value in zip(percentiles, ends)}}
 
 
 def paired(variant: Variant, other: Variant) -> list[float]:
@@ -110,26 +132,21 @@ def paired(variant: Variant, other: Variant) -> list[float]:
     return [variant.samples[number].seconds / other.samples[number].seconds for number in rounds]
 
 
-def summarize(variants: list[Variant], numel: int, copy_gb_per_s: float) -> list[dict]:
-    """One row a variant; one that failed has its error and no figure."""
-    unmasked = {variant.backend: variant for variant in variants if variant.name == "mask=None" and not variant.error}
+def summarize(
+    variants: list[Variant], percentiles: dict[str, int], figures: Callable[[Variant, dict], dict],
+    by: str | None = None,
+) -> list[dict]:  # fmt: skip
+    """One row a variant; one that failed has its error and no figure.
+
+    ``figures``: what else is said of a variant, beside its row so far. ``by``: what the rows call the variant's.
+    """
     rows = []
     for variant in variants:
-        row = {"name": variant.name, "kind": variant.kind, "backend": variant.backend}
+        row = {"name": variant.name, "kind": variant.kind} | ({by: variant.by} if by else {})
         if variant.error or not variant.samples:
             rows.append(row | {"error": variant.error or "no round"})
             continue
-        samples = list(variant.samples.values())
-        row |= quartiles("seconds", [sample.seconds for sample in samples])
-        row |= quartiles("ratio", paired(variant, variants[0]))
-        twin = unmasked.get(variant.backend) if variant.kind == "ours" else None
-        row["over_unmasked"] = statistics.median(paired(variant, twin)) if twin else None
-        moved = statistics.fmean(variant.bytes_of)
-        speed = moved * numel / row["seconds"] / 1e9
-        row |= {"rounds": len(samples), "active": statistics.fmean(variant.shares), "bytes_per_param": moved}
-        row |= {"gb_per_s": speed, "of_copy": speed / copy_gb_per_s}
-        row |= {"host_seconds": statistics.median(sample.host_seconds for sample in samples)}
-        row |= {"ahead": statistics.fmean(sample.ahead for sample in samples)}
-        row |= {"kept_bytes": variant.kept_bytes, "peak_bytes": variant.peak_bytes}
-        rows.append(row)
+        row |= spread("seconds", variant.seconds, percentiles)
+        row |= spread("ratio", paired(variant, variants[0]), percentiles)
+        rows.append(row | figures(variant, row))
     return rows

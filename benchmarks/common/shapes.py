@@ -6,6 +6,7 @@ A test compares names, shapes and totals with what transformers builds on the me
 from collections.abc import Callable
 from dataclasses import dataclass
 
+LAYERS = 25  # of ``encoder``
 Named = tuple[str, str | None, tuple[int, ...]]  # name, block (None: outside the blocks), shape
 
 
@@ -29,6 +30,12 @@ def xlm_roberta(layers: int, hidden: int, vocabulary: int = 250_002, positions: 
         for name, shape in linear.items():
             found += [(f"{block}.{name}.weight", block, shape), (f"{block}.{name}.bias", block, shape[:1])]
     return [*found, ("pooler.dense.weight", None, (hidden, hidden)), ("pooler.dense.bias", None, (hidden,))]
+
+
+def encoder(numel: int) -> list[Named]:
+    """25 layers of XLM-R, 400 tensors, of the width that comes nearest to ``numel`` parameters: 576 for 100M."""
+    hidden = max(8, round((numel / LAYERS / 12) ** 0.5 / 8) * 8)
+    return [named for named in xlm_roberta(LAYERS, hidden) if named[1] is not None]
 
 
 def llama(layers: int, hidden: int, feed_forward: int, key_values: int, vocabulary: int) -> list[Named]:

@@ -1,9 +1,10 @@
-"""Time on the GPU: CUDA events on a cold L2 cache, the GPU busy until the host has queued everything. And its stand-in.
+"""Three timers of a step, with the same calls: of the host, of the GPU, and a rehearsal of the GPU's.
 
-A sample: read a buffer of 4 times the L2 (so that what the cache holds is neither ours nor dirty), spin the GPU for
-longer than the host takes to queue the step, record an event, step, record an event. What lies between the events then
-has no gap in which the GPU waited for Python. A step that synchronises, or queues more launches than the driver takes,
-cannot be hidden so: its sample says that the host was not ahead. Never a host clock, except in a rehearsal.
+A sample on the GPU: read a buffer of 4 times the L2 (so that what the cache holds is neither ours nor dirty), spin the
+GPU for longer than the host takes to queue the step, record an event, step, record an event. What lies between the
+events then has no gap in which the GPU waited for Python. A step that synchronises, or queues more launches than the
+driver takes, cannot be hidden so: its sample says that the host was not ahead. Never a host clock, except in a
+rehearsal.
 """
 
 import itertools
@@ -22,15 +23,16 @@ MARGIN = 1e-4
 
 
 class Sample(NamedTuple):
-    seconds: float  # on the GPU
-    host_seconds: float  # until step() returned
-    ahead: bool  # everything was queued before the GPU began
+    seconds: float
+    host_seconds: float  # of a step on the GPU: until step() returned; by HostTimer: of all threads together
+    ahead: bool = True  # everything was queued before the GPU began
 
 
 class GpuTimer:
     """Times steps on one CUDA device, on its current stream."""
 
-    rehearsal = False
+    rehearsal = strict = False
+    warm_up = 3  # rounds: code is compiled and tables are made in the first
 
     def __init__(self, device: str = "cuda"):
         self.device = torch.device(device, torch.cuda.current_device())
@@ -93,29 +95,44 @@ class GpuTimer:
         return start.elapsed_time(end) / 1e3
 
 
-class RehearsalTimer:
-    """The same calls on CPU tensors by a host clock: shows that the benchmarks run, measures nothing."""
+class HostTimer:
+    """Times steps by the host's clock: those on the CPU, or what a step costs the host while the GPU works on."""
 
-    rehearsal = True
+    rehearsal = False
+    strict = True  # what a variant raises ends the measurement
+    warm_up = 2
 
-    def __init__(self):
-        self.device = torch.device("cpu")
-        self.l2_bytes = 1 << 10
+    def __init__(self, device: torch.device | None = None):
+        self.device = device or torch.device("cpu")
 
     def time(self, step: Step, lead: float = FIRST_LEAD) -> Sample:
-        began = time.perf_counter()
+        self.synchronize()
+        of_threads, began = time.process_time(), time.perf_counter()
         step()
         seconds = time.perf_counter() - began
-        return Sample(seconds, seconds, lead >= seconds)
+        return Sample(seconds, time.process_time() - of_threads)
 
     def synchronize(self) -> None:
-        pass
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def peak_bytes(self, step: Step) -> int:
-        step()
         return 0
 
     def allocated(self) -> int:
+        return 0
+
+
+class RehearsalTimer(HostTimer):
+    """The GPU's timer on CPU tensors by the host's clock: shows that the benchmarks run, measures nothing."""
+
+    rehearsal = True
+    strict = False
+    warm_up = GpuTimer.warm_up
+    l2_bytes = 1 << 10
+
+    def peak_bytes(self, step: Step) -> int:
+        step()
         return 0
 
     def release(self) -> None:
@@ -123,6 +140,9 @@ class RehearsalTimer:
 
     def capture(self, step: Step) -> Step:
         return step
+
+
+Timer = GpuTimer | HostTimer
 
 
 def make_timer(rehearse: bool) -> GpuTimer | RehearsalTimer:

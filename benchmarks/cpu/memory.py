@@ -18,17 +18,21 @@ import torch
 
 from graddrop_kernels.masks.bitmask import num_words
 
-from ..common import machine
-from .step import CASES, HYPERS, TORCH, Case, Tensors, make_tensors
+from ..common.cases import CASES, HYPERS, Case
+from ..common.machine import Load
+from ..common.results import arguments, write
+from ..common.shapes import encoder
+from ..common.tensors import Tensors, make_tensors
 
 # (parameters, moments, options); None: the same
 MODES = (
-    (torch.float32, None, {}),
-    (torch.bfloat16, None, {}),
-    (torch.bfloat16, None, {"stochastic_rounding": True}),
-    (torch.bfloat16, torch.float32, {}),
-    (torch.bfloat16, torch.float32, {"master_weights": True}),
+    ("float32", None, {}),
+    ("bfloat16", None, {}),
+    ("bfloat16", None, {"stochastic_rounding": True}),
+    ("bfloat16", torch.float32, {}),
+    ("bfloat16", torch.float32, {"master_weights": True}),
 )
+TORCH = {"torch fused": {"fused": True}, "torch foreach": {"foreach": True}, "torch for-loop": {"foreach": False}}
 OPTIONS = {"stochastic_rounding": ", rounded stochastically", "master_weights": " and masters"}
 TABLE = 1024  # bytes a tensor for addresses and keys; more would be a mask in disguise
 
@@ -112,17 +116,16 @@ def measure(
 
 
 def main() -> int:
-    parser = machine.arguments(__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--numel", type=int, default=20_000_000, help="parameters")
     options = parser.parse_args()
-    load, rows = machine.Load(), []
+    load, rows = Load(), []
     for dtype, moment_dtype, more in MODES:
         numel = min(options.numel, 300_000) if options.quick else options.numel
-        tensors = make_tensors("layers", numel, dtype)
+        tensors = make_tensors(encoder(numel), dtype)
         tensors.moments.clear()
         for name, implementation in TORCH.items() if moment_dtype is None and not more else ():
-            params = [param for _, param in tensors.named]
-            peer = torch.optim.AdamW(params, **HYPERS, **implementation)
+            peer = torch.optim.AdamW(tensors.params, **HYPERS, **implementation)
             rows.append(measure(name, "peer", peer, peer.step, tensors, None))
             show(rows[-1])
         for case in CASES:
@@ -131,7 +134,7 @@ def main() -> int:
             rows.append(measure(case.name, "ours", ours, first_step, tensors, case))
             show(rows[-1])
     results = {"numel": tensors.numel, "tensors": len(tensors.named), "load": load.report(), "rows": rows}
-    print(machine.write("memory", options, results))
+    print(write("memory", options, results))
     wrong = [row for row in rows if row["kept_bytes"] != row["computed_bytes"] or row["table_bytes_per_tensor"] > TABLE]
     for row in wrong:
         print(f"{row['name']} in {row['dtype']} keeps more or less than is computed", file=sys.stderr)

@@ -13,24 +13,27 @@ import torch
 
 from graddrop_kernels.backends import cpu
 
-from ..common import machine
+from ..common.machine import Load
 from ..common.modes import TABLES, Ours, Table
 from ..common.peers import unavailable
-from ..gpu.step import MODES, GpuTensors, make_tensors
-from .step import HYPERS, Variant, encoder_shapes, interleave, summarize, width
+from ..common.results import arguments, write
+from ..common.rounds import Variant, interleave
+from ..common.shapes import encoder
+from ..common.tensors import Tensors, make_tensors
+from ..common.timers import HostTimer
+from ..common.variants import cpu_rows, on_isas
 
 
-def variants_of(table: Table, tensors: GpuTensors) -> list[Variant]:
+def variants_of(table: Table, tensors: Tensors, timer: HostTimer) -> list[Variant]:
     """Ours on the best instruction set."""
     found = []
     for row in table.rows:
         if isinstance(row, Ours):
-            found.append(Variant(row.name, "ours", row.optimizer(tensors, "cpu").step, cpu.isa()))
+            found += on_isas(row.variant(tensors, "cpu", timer), [cpu.isa()])
         elif row.on_cpu and (reason := unavailable(row.peer)):
             print(f"left out, {reason}: {row.peer.name}", file=sys.stderr)
         elif row.on_cpu:
-            step, after = row.peer.make(tensors, HYPERS)
-            found.append(Variant(row.peer.name, "peer", step, after=after))
+            found.append(row.variant(tensors, table.mode, timer))
     return found
 
 
@@ -40,12 +43,12 @@ def measure(name: str, threads: int, numel: int, seconds: float, quick: bool) ->
     deadline = time.monotonic() + seconds
     torch.manual_seed(time.time_ns() % 2**31)
     table = TABLES[name]
-    tensors = make_tensors(encoder_shapes(width(numel)), table.mode, torch.device("cpu"))
-    load, variants = machine.Load(), variants_of(table, tensors)
-    interleave(variants, deadline, *((2, 2) if quick else (5, 1000)), f"{name}, {threads} threads")
+    tensors, timer = make_tensors(encoder(numel), table.mode), HostTimer()
+    load, variants = Load(), variants_of(table, tensors, timer)
+    interleave(variants, timer, deadline, *((2, 2) if quick else (5, 1000)), 5, f"{name}, {threads} threads")
     rows = [
         {key: row[key] for key in ("name", "kind", "isa", "seconds", "ratio", "ratio_p20", "ratio_p80", "repetitions")}
-        for row in summarize(variants, tensors.numel, MODES[table.mode][0].itemsize)
+        for row in cpu_rows(variants, tensors.numel)
     ]
     for row in rows:
         what = f"{name}, {threads} threads  {row['name']:<42}"
@@ -54,7 +57,7 @@ def measure(name: str, threads: int, numel: int, seconds: float, quick: bool) ->
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--numel", type=int, default=50_000_000, help="parameters")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--budget", type=float, default=360, metavar="SECONDS", help="of all tables, setup included")
@@ -63,12 +66,12 @@ def main() -> None:
         raise SystemExit(f"nothing to measure: {cpu.unavailable()}")
     numel = min(options.numel, 200_000) if options.quick else options.numel
     seconds = 0 if options.quick else options.budget / len(TABLES) / len(options.threads)
-    load, tables = machine.Load(), []
+    load, tables = Load(), []
     for threads in options.threads:
         for name in TABLES:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 tables.append(pool.submit(measure, name, threads, numel, seconds, options.quick).result())
-    print(machine.write("modes_cpu", options, {"load": load.report(), "tables": tables}))
+    print(write("modes_cpu", options, {"load": load.report(), "tables": tables}))
 
 
 if __name__ == "__main__":

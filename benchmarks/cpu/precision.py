@@ -20,8 +20,8 @@ from graddrop_kernels.demo.methods import WEIGHTS
 from graddrop_kernels.demo.run import run_method
 from graddrop_kernels.demo.train import Examples
 
-from ..common import machine
-from ..render.__main__ import RESULTS
+from ..common.machine import Load, facts, slug
+from ..common.results import RESULTS, arguments, write
 
 LANGUAGES = ("en", "de", "sw")
 
@@ -45,12 +45,12 @@ def load_examples(asked: argparse.Namespace, most: int | None) -> tuple[ModelSou
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, default=5, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="keep the runs that the results hold already")
     options = parser.parse_args()
-    load, rows, path = machine.Load(), [], None
-    written = (options.out or RESULTS / machine.slug(machine.facts())) / "precision.json"
+    load, rows, path = Load(), [], None
+    written = (options.out or RESULTS / slug(facts())) / "precision.json"
     if options.resume and written.exists():
         rows = json.loads(written.read_text())["rows"]
     with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +68,7 @@ def main() -> None:
                 })  # fmt: skip
                 results = {"model": source.description, "method": "GradDrop", "load": load.report(), "rows": rows}
                 print(f"seed {seed}, {weights}: {found['accuracy']}", file=sys.stderr, flush=True)
-                path = machine.write("precision", options, results)
+                path = write("precision", options, results)
     print(path or f"nothing is left to do: {written}")
 
 

@@ -18,14 +18,16 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import graddrop_kernels as gk
 
-from ..common import machine
-from .step import HYPERS, Variant, interleave
+from ..common.cases import HYPERS
+from ..common.machine import Load
+from ..common.results import arguments, write
+from ..common.rounds import FIFTHS, Variant, interleave, nothing, spread, summarize
+from ..common.timers import HostTimer, Timer
 
 LAYERS, WIDTH, BATCH, TOKENS, VOCABULARY = 12, 192, 8, 64, 24_000
 DROPS = (0.2, 0.5, 0.9)
@@ -76,17 +78,17 @@ class TrainingStep(Variant):
     """A variant with the FLOPs of each of its steps. ``draw`` begins a step, untimed."""
 
     flops: Callable[[], int] = lambda: 0
-    draw: Callable[[], None] = lambda: None
+    draw: Callable[[], object] = nothing
     flops_of: dict[int, int] = field(default_factory=dict)  # by round
 
-    def run(self, number: int) -> None:
+    def run(self, timer: Timer, number: int) -> None:
         self.draw()
         self.flops_of[number] = self.flops()
-        super().run(number)
+        super().run(timer, number)
 
 
 def variant(
-    name: str, kind: str, work: Work, optimizer: torch.optim.Optimizer, context: Callable, draw=lambda: None
+    name: str, kind: str, work: Work, optimizer: torch.optim.Optimizer, context: Callable, draw=nothing
 ) -> TrainingStep:
     def step() -> None:
         with context():
@@ -142,19 +144,16 @@ def variants_of(work: Work) -> list[TrainingStep]:
     return [*found, dense("LayerGradDrop, nothing skipped, again", "check")]
 
 
-def summarize(variants: list[TrainingStep]) -> list[dict]:
+def rows_of(variants: list[TrainingStep]) -> list[dict]:
     """One row a variant: medians, 20th and 80th percentiles."""
-    rows, first = [], variants[0]
-    for each in variants:
-        row = {"name": each.name, "kind": each.kind, "repetitions": len(each.seconds)}
-        ratios = [seconds / first.seconds[number] for number, seconds in each.seconds.items()]
-        flops = [each.flops_of[number] for number in each.seconds]
-        for key, values in {"seconds": list(each.seconds.values()), "ratio": ratios, "flops": flops}.items():
-            row[key] = statistics.median(values)
-            row[f"{key}_p20"], row[f"{key}_p80"] = np.percentile(values, (20, 80)).tolist()
-        row["flops_ratio"] = row["flops"] / statistics.median(first.flops_of.values())
-        rows.append(row)
-    return rows
+    flops_in_rounds = lambda variant: [variant.flops_of[number] for number in variant.samples]
+    dense = statistics.median(flops_in_rounds(variants[0]))
+
+    def figures(variant: TrainingStep, row: dict) -> dict:
+        flops = spread("flops", flops_in_rounds(variant), FIFTHS)
+        return {"repetitions": len(variant.samples), **flops, "flops_ratio": flops["flops"] / dense}
+
+    return summarize(variants, FIFTHS, figures)
 
 
 def measure(threads: int, layers: int, seconds: float, quick: bool) -> dict:
@@ -163,9 +162,9 @@ def measure(threads: int, layers: int, seconds: float, quick: bool) -> dict:
     deadline = time.monotonic() + seconds
     torch.manual_seed(time.time_ns() % 2**31)
     work = Work(layers)
-    load, variants = machine.Load(), variants_of(work)
-    interleave(variants, deadline, *((2, 2) if quick else (8, 1000)), f"{threads} threads")
-    rows = summarize(variants)
+    load, variants = Load(), variants_of(work)
+    interleave(variants, HostTimer(), deadline, *((2, 2) if quick else (8, 1000)), 5, f"{threads} threads")
+    rows = rows_of(variants)
     for row in rows:
         print(
             f"{threads} threads  {row['name']:<48}{row['seconds'] * 1e3:9.1f} ms   time {row['ratio']:5.2f}   "
@@ -177,17 +176,17 @@ def measure(threads: int, layers: int, seconds: float, quick: bool) -> dict:
 
 
 def main() -> None:
-    parser = machine.arguments(__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--budget", type=float, default=160, metavar="SECONDS", help="of all, setup included")
     options = parser.parse_args()
-    load, tables = machine.Load(), []
+    load, tables = Load(), []
     seconds = 0 if options.quick else options.budget / len(options.threads)
     for threads in options.threads:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             layers = 2 if options.quick else LAYERS
             tables.append(pool.submit(measure, threads, layers, seconds, options.quick).result())
-    print(machine.write("skip_backward", options, {"load": load.report(), "tables": tables}))
+    print(write("skip_backward", options, {"load": load.report(), "tables": tables}))
 
 
 if __name__ == "__main__":

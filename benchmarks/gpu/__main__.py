@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from ..common import machine
+from ..common.machine import ROOT, Load, facts_once
+from ..common.results import gpu_arguments, gpu_folder, write_gpu
 
-ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 520.0  # seconds: 9 minutes and 20 seconds to spare
 FOR_THE_END = 25.0  # figures, tables
 LEAST = 5.0  # a part that would have less is left out
@@ -97,8 +97,8 @@ def parts(rehearse: bool, folder: Path) -> list[Part]:
 
 def end_parts(rehearse: bool, folder: Path) -> list[Part]:
     python, results = [sys.executable, "-m"], ["--results", str(folder.parent)]
-    plots = [*python, "benchmarks.render.cpu_figures", *results, "--machine", folder.name]
-    tables = [*python, "benchmarks.render", *results, "--gpu-page", folder.name]
+    plots = [*python, "benchmarks.render.figures", *results, "--machine", folder.name]
+    tables = [*python, "benchmarks.render", *results, "--machine", folder.name]
     extra = ["--rehearsal"] if rehearse else []
     return [Part("figures", 15, plots + extra), Part("tables", 5, tables + extra)]
 
@@ -108,7 +108,7 @@ class Run:
 
     def __init__(self, options, folder: Path):
         self.options, self.folder, self.began = options, folder, time.monotonic()
-        self.load, self.done = machine.Load(), []
+        self.load, self.done = Load(), []
         self.child: subprocess.Popen | None = None
 
     @property
@@ -175,7 +175,7 @@ class Run:
         self.done.append(entry)
         self.say(f"{entry['part']}: {entry['status']}" + (f" ({entry['why']})" if "why" in entry else ""))
         results = {"budget": self.options.budget, "elapsed": round(self.elapsed, 1), "load": self.load.report()}
-        machine.write_gpu("gpu_run", self.options, results | {"parts": self.done})
+        write_gpu("gpu_run", self.options, results | {"parts": self.done})
         if self.options.archive:
             self.archive()
 
@@ -188,7 +188,7 @@ class Run:
 
 
 def main() -> int:
-    parser = machine.gpu_arguments(__doc__)
+    parser = gpu_arguments(__doc__)
     parser.set_defaults(budget=BUDGET)
     parser.add_argument("--only", nargs="+", metavar="PART", help="parts by their names, figures and tables always")
     parser.add_argument("--skip", nargs="+", metavar="PART", default=[], help="parts by their names")
@@ -201,7 +201,7 @@ def main() -> int:
         return 0
     if not options.rehearse and not torch.cuda.is_available():
         raise SystemExit("torch sees no GPU; --rehearse shows that everything runs")
-    folder = options.out = machine.gpu_folder(options).resolve()
+    folder = options.out = gpu_folder(options).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     chosen = parts(options.rehearse, folder)
     unknown = {*(options.only or ()), *options.skip} - {part.name for part in chosen}
@@ -219,7 +219,7 @@ def main() -> int:
     run.say(f"into {folder}, budget {options.budget:.0f} s")
     for number, part in enumerate(chosen):
         left = options.budget - FOR_THE_END - run.elapsed
-        machine.facts_once.cache_clear()  # the build changes them
+        facts_once.cache_clear()  # the build changes them
         run.carry_out(part, FOR_THE_END, max(0.0, min(1.0, left / sum(part.seconds for part in chosen[number:]))))
     for part in end_parts(options.rehearse, folder):
         run.carry_out(part, 0.0)

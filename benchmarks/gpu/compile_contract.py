@@ -3,21 +3,18 @@ roofline plot. The ceilings are in tests/backends/test_triton_contract.py.
 """
 
 import argparse
-import json
 import re
 import subprocess
-import sys
 from collections import Counter
 from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "support"))
+import torch
+import triton
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from triton_targets import MODES, TOOLS, Variant, compile_update, machine_code  # noqa: E402
+from ..common.results import CONTRACT, RESULTS, text_of
+from .triton_targets import MODES, TOOLS, Variant, compile_update, machine_code
 
 NAMES = {"fff": "float32", "bbf": "bfloat16, float32 moments", "bbb": "bfloat16"}  # as the benchmarks call them
 CASES = {
@@ -52,7 +49,7 @@ def row(case: str, mode: str, exact: bool) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "compile_contract.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / CONTRACT)
     options = parser.parse_args()
     version = subprocess.run([TOOLS / "ptxas", "--version"], capture_output=True, text=True, check=True).stdout
     rows = [row(*each) for each in product(CASES, (mode for mode in MODES if mode in NAMES), (True, False))]
@@ -65,7 +62,7 @@ def main() -> None:
         "torch": torch.__version__,
         "rows": rows,
     }
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    options.output.write_text(text_of(result))
     for entry in rows:
         print(f"{entry['mode']:26} {entry['case']:25} {entry['backend']:12} {entry['registers']:4} registers "
               f"{entry['body_instructions_per_element']:7.2f} {entry['instructions_per_element']:7.2f}")  # fmt: skip

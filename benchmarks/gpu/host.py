@@ -8,23 +8,24 @@ synchronise. A captured step is replayed beside the same steps made eagerly: eve
 """
 
 import functools
-import gc
-import random
+import itertools
 import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch.autograd import DeviceType
 
-from ..common import machine
-from ..common.peers import BASELINE, PEERS, Made, nothing
-from ..common.rounds import message, quartiles
+from ..common.cases import CASE, HYPERS, backends_for, make_optimizer
+from ..common.machine import Load
+from ..common.peers import BASELINE, PEERS, Made
+from ..common.results import gpu_arguments, write_gpu
+from ..common.rounds import QUARTILES, Variant, interleave, message, nothing, spread
 from ..common.shapes import Named
-from ..common.timers import GpuTimer, RehearsalTimer, make_timer
-from ..cpu.step import HYPERS
-from .step import CASE, GpuTensors, backends_for, make_optimizer, make_tensors
+from ..common.tensors import Tensors, make_tensors
+from ..common.timers import GpuTimer, HostTimer, RehearsalTimer, make_timer
 
 TENSORS, NUMEL = 400, 1000
 HOST_CASES = ("mask=None", "GradDrop", "GradDropEpoch, recomputed", "LayerGradDrop", "GradFreeze, half frozen")
@@ -42,7 +43,7 @@ def small_tensors(rehearsal: bool) -> list[Named]:
     return [(f"encoder.layer.{i // 16}.weight{i % 16}", f"encoder.layer.{i // 16}", (NUMEL,)) for i in range(count)]
 
 
-def steps_to_time(tensors: GpuTensors, device: torch.device) -> list[tuple[str, str | None, Callable[[], Made]]]:
+def steps_to_time(tensors: Tensors, device: torch.device) -> list[tuple[str, str | None, Callable[[], Made]]]:
     """(name, backend, () -> step and what to do after it) of everything that is measured here."""
     names = (BASELINE.name, "torch foreach", "eager mask + torch fused", "foreach mask + torch fused")
     made = [(peer.name, None, functools.partial(peer.make, tensors, HYPERS)) for peer in PEERS if peer.name in names]
@@ -52,7 +53,7 @@ def steps_to_time(tensors: GpuTensors, device: torch.device) -> list[tuple[str, 
     return made
 
 
-def our_step(name: str, tensors: GpuTensors, backend: str) -> Made:
+def our_step(name: str, tensors: Tensors, backend: str) -> Made:
     optimizer = make_optimizer(CASE[name], tensors, backend)
     CASE[name].enter_last_epoch(optimizer)
     return optimizer.step, nothing
@@ -62,40 +63,35 @@ def host_times(timer: GpuTimer | RehearsalTimer, seconds: float) -> list[dict]:
     """Rows by name, backend and whether addresses move."""
     tensors = make_tensors(small_tensors(timer.rehearsal), "float32", timer.device)
     grads = [[torch.randn_like(param).mul_(1e-3) for param in tensors.params] for _ in range(GRAD_SETS)]
-    rows, steps = [], {}
+    rows, variants = [], []
+
+    def moves() -> Callable[[], None]:
+        turn = itertools.cycle(grads)  # one of its own: no variant finds the gradients where it had them last
+
+        def move() -> None:
+            for param, grad in zip(tensors.params, next(turn)):
+                param.grad = grad
+
+        return move
+
     for name, backend, make in steps_to_time(tensors, timer.device):
         try:
-            steps[name, backend] = make()
-            steps[name, backend][0]()
+            step, after = make()
+            step()
             timer.synchronize()
+            variants.append(Variant(name, "", step, backend, after=after))
         except Exception as error:
             timer.synchronize()
             rows.append({"name": name, "backend": backend, "moving": None, "error": message(error)})
-    found: dict[tuple, list[float]] = {(*key, moving): [] for moving in (False, True) for key in steps}
-    gc.collect()
-    gc.disable()
     for moving in (False, True):
-        deadline, number = time.monotonic() + seconds / 2, 0
-        warm_up = 1 if timer.rehearsal else 5
-        while number < warm_up + 2 or (time.monotonic() < deadline and number < 500 and not timer.rehearsal):
-            for key in random.sample(list(steps), len(steps)):
-                if moving:
-                    for param, grad in zip(tensors.params, grads[number % GRAD_SETS]):
-                        param.grad = grad
-                step, after = steps[key]
-                timer.synchronize()
-                start = time.perf_counter()
-                step()
-                taken = time.perf_counter() - start
-                after()
-                if number >= warm_up:
-                    found[(*key, moving)].append(taken)
-            number += 1
-    gc.enable()
-    timer.synchronize()
-    for (name, backend, moving), taken in found.items():
-        row = {"name": name, "backend": backend, "moving": moving, "tensors": len(tensors.named), "rounds": len(taken)}
-        rows.append(row | quartiles("seconds", taken))
+        again = [replace(variant, before=moves() if moving else nothing) for variant in variants]
+        rounds = (2, 2) if timer.rehearsal else (2, 500)
+        interleave(again, HostTimer(timer.device), time.monotonic() + seconds / 2, *rounds)
+        timer.synchronize()
+        for variant in again:
+            row = {"name": variant.name, "backend": variant.by, "moving": moving, "tensors": len(tensors.named)}
+            seconds_of = spread("seconds", variant.seconds, QUARTILES)
+            rows.append(row | {"rounds": len(variant.samples)} | seconds_of)
     return rows
 
 
@@ -154,7 +150,7 @@ def launches(timer: GpuTimer | RehearsalTimer) -> list[dict]:
     return rows
 
 
-def capturable_optimizer(name: str, tensors: GpuTensors, backend: str):
+def capturable_optimizer(name: str, tensors: Tensors, backend: str):
     """With capturable=True where that is accepted; a step must be capturable without it too."""
     try:
         return make_optimizer(CASE[name], tensors, backend, capturable=True)
@@ -196,21 +192,21 @@ def states(left: tuple, right: tuple):
 
 
 def main() -> int:
-    parser = machine.gpu_arguments(__doc__)
+    parser = gpu_arguments(__doc__)
     options = parser.parse_args()
-    timer, load = make_timer(options.rehearse), machine.Load()
+    timer, load = make_timer(options.rehearse), Load()
     results = {"host": host_times(timer, options.budget), "launches": [], "graphs": []}
     for row in results["host"]:
         addresses = "moving" if row["moving"] else "fixed"
         figure = row.get("error") or f"{row['seconds'] * 1e6:9.1f} us, addresses {addresses}"
         print(f"{row['name']:<30}{row['backend'] or '':<14}{figure}", flush=True)
-    machine.write_gpu("host_gpu", options, {"load": load.report(), **results})
+    write_gpu("host_gpu", options, {"load": load.report(), **results})
     results["launches"] = launches(timer)
-    machine.write_gpu("host_gpu", options, {"load": load.report(), **results})
+    write_gpu("host_gpu", options, {"load": load.report(), **results})
     for backend in backends_for(timer.device, "float32"):
         for name in GRAPH_CASES:
             results["graphs"].append(replay_matches(name, backend, timer))
-            path = machine.write_gpu("host_gpu", options, {"load": load.report(), **results})
+            path = write_gpu("host_gpu", options, {"load": load.report(), **results})
             print(f"graph of {name} [{backend}]: {results['graphs'][-1]}", flush=True)
     print(path, flush=True)
     wrong = any("error" in row or row.get("identical") is False for rows in results.values() for row in rows)

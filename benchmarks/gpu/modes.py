@@ -11,42 +11,29 @@ import time
 
 import torch
 
-from ..common import machine
+from ..common.cases import backends_for
+from ..common.machine import Load
 from ..common.modes import TABLES, Ours, Theirs
 from ..common.peers import table as table_of_peers
-from ..common.rounds import Variant, attempt, interleave, message, summarize
-from ..common.shapes import WORK, Work
+from ..common.results import gpu_arguments, write_gpu
+from ..common.rounds import Variant, interleave, message
+from ..common.shapes import WORK, Work, encoder
+from ..common.tensors import Tensors, make_tensors
 from ..common.timers import GpuTimer, RehearsalTimer, copy_bandwidth, make_timer
-from ..cpu.step import encoder_shapes, width
-from .step import GpuTensors, backends_for, make_tensors, peer_variant, show
+from ..common.variants import gpu_rows, show
 
 WORKS = (
     WORK["xlmr_large"],
-    Work("25 layers", lambda: encoder_shapes(width(100_000_000)), lambda: encoder_shapes(8)[:32]),
+    Work("25 layers", lambda: encoder(100_000_000), lambda: encoder(1)[:32]),
 )
 APPROXIMATE = ("triton-fast",)  # moves the same bytes
 LATER = f"compiles for long: measured last, on {WORKS[0].label} only"
 
 
-def ours(row: Ours, tensors: GpuTensors, backend: str, timer) -> Variant:
-    """The variant, or one with its error."""
-    variant = Variant(row.name, "ours", lambda: None, backend, moved=lambda: row.moved)
-
-    def make() -> None:
-        before = timer.allocated()
-        variant.step = row.optimizer(tensors, backend).step
-        variant.kept_bytes = timer.allocated() - before
-
-    attempt(variant, timer, make)
-    return variant
-
-
-def theirs(row: Theirs, tensors: GpuTensors, mode: str, slow: bool, timer) -> Variant:
+def theirs(row: Theirs, tensors: Tensors, mode: str, slow: bool, timer) -> Variant:
     if row.peer.slow_start and not slow:
-        return Variant(row.peer.name, "peer", lambda: None, error=LATER)
-    variant = peer_variant(row.peer, tensors, mode, timer)
-    variant.moved = lambda: row.moved
-    return variant
+        return Variant(row.peer.name, "peer", error=LATER)
+    return row.variant(tensors, mode, timer)
 
 
 def measure(work: Work, name: str, slow: bool, copy: dict, timer: GpuTimer | RehearsalTimer, deadline: float) -> dict:
@@ -59,11 +46,11 @@ def measure(work: Work, name: str, slow: bool, copy: dict, timer: GpuTimer | Reh
     variants = [theirs(row, tensors, table.mode, slow, timer) for row in rows]
     if not slow:
         own = [row for row in table.rows if isinstance(row, Ours)]
-        variants[1:1] = [ours(row, tensors, backend, timer) for row in own for backend in backends]
+        variants[1:1] = [row.variant(tensors, backend, timer) for row in own for backend in backends]
     interleave(variants, timer, deadline, 2 if timer.rehearsal else 12, 2 if timer.rehearsal else 150)
     config = {"table": name, "work": work.label, "mode": table.mode, "numel": tensors.numel}
     config |= {"tensors": len(tensors.named), "backends": backends, "copy": copy}
-    return config | {"rows": summarize(variants, tensors.numel, copy["gb_per_s"])}
+    return config | {"rows": gpu_rows(variants, tensors.numel, copy["gb_per_s"])}
 
 
 def replace_rows(config: dict, later: dict) -> None:
@@ -73,9 +60,9 @@ def replace_rows(config: dict, later: dict) -> None:
 
 
 def main() -> int:
-    parser = machine.gpu_arguments(__doc__)
+    parser = gpu_arguments(__doc__)
     options = parser.parse_args()
-    timer, load, began = make_timer(options.rehearse), machine.Load(), time.monotonic()
+    timer, load, began = make_timer(options.rehearse), Load(), time.monotonic()
     if options.rehearse:
         torch.compiler.set_stance("force_eager")  # compiling is what the slow peers take long for
     plans = [(work, name, False) for work in WORKS for name in TABLES]
@@ -96,7 +83,7 @@ def main() -> int:
             errors.append({"work": work.label, "table": name, "error": message(error)})
             print(f"{work.label}, {name} left out: {errors[-1]['error']}", file=sys.stderr, flush=True)
         results = {"load": load.report(), "peers": peers, "configs": list(configs.values()), "errors": errors}
-        path = machine.write_gpu("modes_gpu", options, results)
+        path = write_gpu("modes_gpu", options, results)
         gc.collect()
         timer.release()
     print(path, flush=True)

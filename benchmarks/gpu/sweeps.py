@@ -11,13 +11,15 @@ import time
 
 import graddrop_kernels as gk
 
-from ..common import machine
+from ..common.cases import CASE, Case, backends_for
+from ..common.machine import Load
 from ..common.peers import BASELINE
-from ..common.rounds import Variant, interleave, message, summarize
+from ..common.results import gpu_arguments, write_gpu
+from ..common.rounds import Variant, interleave, message
 from ..common.shapes import COUNT_TOTALS, COUNTS, SIZES, WORK, Named, flat
+from ..common.tensors import MODES, bytes_per_param, make_tensors
 from ..common.timers import GpuTimer, RehearsalTimer, copies_past_l2, copy_bandwidth, make_timer, rotate
-from ..cpu.step import Case
-from .step import CASE, MODES, backends_for, bytes_per_param, make_tensors, ours, peer_variant
+from ..common.variants import gpu_rows, ours, peer_variant
 
 MEASURED = ("mask=None", "GradDrop")
 TRAINED = (1.0, 0.75, 0.5, 0.25, 0.125, 0.05)  # shares of the blocks; the first has nothing frozen
@@ -44,7 +46,7 @@ def points(
     variants += [variant(name, backend) for backend in backends_for(timer.device, mode) for name in MEASURED]
     least, most = (2, 2) if timer.rehearsal else (3 * copies, 100)
     interleave(variants, timer, time.monotonic() + seconds, least, most)
-    rows = summarize(variants, sets[0].numel, copy["gb_per_s"])
+    rows = gpu_rows(variants, sets[0].numel, copy["gb_per_s"])
     facts = {"numel": sets[0].numel, "tensors": len(shapes), "mode": mode, "copies": copies}
     return [facts | row for row in rows]
 
@@ -89,7 +91,7 @@ def frozen_sweep(mode: str, timer, seconds: float, copy: dict) -> list[dict]:
         least, most = (2, 2) if timer.rehearsal else (5, 100)
         interleave(variants, timer, time.monotonic() + seconds / 3, least, most)
         facts = {"numel": tensors.numel, "tensors": len(tensors.named), "mode": mode}
-        rows += [facts | row for row in summarize(variants, tensors.numel, copy["gb_per_s"])]
+        rows += [facts | row for row in gpu_rows(variants, tensors.numel, copy["gb_per_s"])]
     return rows
 
 
@@ -105,10 +107,10 @@ def survive(work, *arguments) -> list[dict]:
 
 
 def main() -> int:
-    parser = machine.gpu_arguments(__doc__)
+    parser = gpu_arguments(__doc__)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["float32", "bfloat16"])
     options = parser.parse_args()
-    timer, load = make_timer(options.rehearse), machine.Load()
+    timer, load = make_timer(options.rehearse), Load()
     copy, results = copy_bandwidth(timer), {"sizes": [], "counts": [], "frozen": []}
     sweeps = {"frozen": (frozen_sweep, 0.2), "sizes": (size_sweep, 0.4), "counts": (count_sweep, 0.4)}
     for name, (sweep, share) in sweeps.items():
@@ -117,7 +119,7 @@ def main() -> int:
             results[name] += survive(sweep, mode, timer, seconds, copy)
             for row in results[name]:
                 row.setdefault("mode", mode)
-            path = machine.write_gpu("sweeps_gpu", options, {"copy": copy, "load": load.report(), **results})
+            path = write_gpu("sweeps_gpu", options, {"copy": copy, "load": load.report(), **results})
             print(f"{name}, {mode}: {len(results[name])} rows", flush=True)
             timer.release()
     print(path, flush=True)

@@ -4,326 +4,38 @@
 <!-- benchmark: step amd-epyc-f25-m17-2-cores -->    of one machine
 <!-- /benchmark -->
 
-`--check` writes nothing and exits with 1 when a file is not up to date.
+Without names of files: README.md, benchmarks/README.md, docs/*.md and results/*.md, and results/<machine>/tables.md,
+which is made anew with every table that the machine has results for. `--check` writes nothing and exits with 1 when a
+file is not up to date.
 """
 
 import argparse
-import json
 import re
-import statistics
 import sys
 from pathlib import Path
 
-from . import compatibility as render_compatibility
-from . import gpu_tables as render_gpu
-from . import static_tables as render_contract
-from . import xglue_tables as render_xglue
-from .markdown import markdown, number
+from ..common.machine import ROOT
+from ..common.results import RESULTS, load
+from . import cpu_tables, gpu_tables, static_tables, xglue_tables
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
+TABLES = {**cpu_tables.TABLES, **gpu_tables.TABLES}
+STATIC = {**static_tables.TABLES, xglue_tables.NAME: xglue_tables.section}
 OPEN, CLOSE = r"<!-- benchmark: (\S+)(?: (\S+))? -->\n", r"<!-- /benchmark -->"
-DTYPES = ("float32", "bfloat16")
-BUSY = 0.1  # cores that other programs may use before a table warns
-
-
-# Parts of step_cpu's results. A run is one dtype on one thread count, a configuration one layout of it.
-
-
-def threads_of(run: dict) -> str:
-    count = run["bandwidth"]["threads"]
-    return f"{count} thread{'s' if count > 1 else ''}"
-
-
-def config_of(run: dict, layout: str) -> dict:
-    """The full-size configuration of a layout: it is measured before the small one."""
-    return next(config for config in run["configs"] if config["layout"] == layout)
-
-
-def names_of(configs: list[dict], *kinds: str) -> list[str]:
-    """Names of the rows, kind by kind, in the order of measuring."""
-    rows = [row for kind in kinds for config in configs for row in config["rows"] if row["kind"] == kind]
-    return list(dict.fromkeys(row["name"] for row in rows))
-
-
-def row_of(config: dict, name: str, isa: str | None = None) -> dict:
-    """The row, on the best instruction set unless one is given; empty when it was not measured."""
-    wanted = (isa or config["isas"][0], None)
-    return next((row for row in config["rows"] if row["name"] == name and row["isa"] in wanted), {})
-
-
-def _runs(results: dict) -> list[tuple[str, dict]]:
-    """(label, run) in the order of the columns."""
-    found = [(dtype, run) for dtype in DTYPES for run in results.get(f"step_cpu_{dtype}", {}).get("runs", ())]
-    return [(f"{dtype}, {threads_of(run)}", run) for dtype, run in found]
-
-
-# The tables of one machine: {benchmark: its JSON} -> Markdown.
-
-
-def _ratios(results: dict, layout: str) -> str:
-    labels, runs = zip(*_runs(results))
-    configs = [config_of(run, layout) for run in runs]
-    rows = [
-        [name, *(number(row_of(config, name).get("ratio")) for config in configs)]
-        for name in names_of(configs, "ours", "peer", "check")
-    ]
-    return markdown([f"time / torch fused, {layout}", *labels], rows)
-
-
-def step_detail(dtype: str, run: dict, config: dict) -> str:
-    """Every row of one configuration, beside the bandwidth measured on the same threads."""
-    speeds = {name: (run["bandwidth"][name] or {}).get("gb_per_s") for name in ("copy", "triad", "adamw")}
-    measured = ", ".join(f"{name} {number(speed, 0)}" for name, speed in speeds.items())
-    size = f"{config['numel'] / 1e6:.1f}M parameters in {config['tensors']} tensors"
-    title = f"{dtype}, {size}, {threads_of(run)}. Bandwidth ({run['bandwidth']['method']}): {measured} GB/s."
-    header = ["", "ms", "p20–p80", "/ torch fused", "p20–p80", "ns/parameter", "GB/s", "of bandwidth", "steps"]
-    rows = []
-    for row in config["rows"]:
-        rows.append([
-            f"{row['name']} [{row['isa']}]" if row["isa"] else row["name"],
-            number(row["seconds"] * 1e3),
-            f"{number(row['seconds_p20'] * 1e3)}–{number(row['seconds_p80'] * 1e3)}",
-            number(row["ratio"]),
-            f"{number(row['ratio_p20'])}–{number(row['ratio_p80'])}",
-            number(row["ns_per_param"], 3),
-            number(row["gb_per_s"], 1),
-            f"{row['gb_per_s'] / speeds['adamw']:.0%}" if speeds["adamw"] else "–",
-            str(row["repetitions"]),
-        ])  # fmt: skip
-    return f"{title}\n\n{markdown(header, rows)}"
-
-
-def _details(results: dict) -> str:
-    configs = [(label.split(",")[0], run, config) for label, run in _runs(results) for config in run["configs"]]
-    return "\n\n".join(step_detail(*each) for each in configs)
-
-
-def _isas(results: dict) -> str:
-    configs = [(label, config) for label, run in _runs(results) for config in run["configs"]]
-    layers = [(label, config) for label, config in configs if config["layout"] == "layers"]
-    lines = [(label, config, isa) for label, config in layers for isa in config["isas"]]
-    names = names_of([config for _, config, _ in lines], "ours")
-    rows = []
-    for label, config, isa in lines:
-        label = f"{label}, {isa}, {config['numel'] / 1e6:.3g}M"
-        rows.append([label, *(number(row_of(config, name, isa).get("ratio")) for name in names)])
-    return markdown(["time / torch fused, layers", *names], rows)
-
-
-# The front page's short tables: the range over all runs of a dtype, by the name of the row.
-
-FACTS = {
-    "GradDrop, drawn inside the step": ("GradDrop",),
-    "the same mask drawn in PyTorch and multiplied in": (
-        "bernoulli_ mask, multiply, torch fused", "torch.rand mask, multiply, torch fused",
-    ),
-}  # fmt: skip
-SUMMARY = (
-    "mask=None", "GradDrop", "LayerGradDrop", "GradFreeze, half frozen", "GradDropEpoch, recomputed",
-    "GaussianGradDrop",
-)  # fmt: skip
-
-
-def _ranges(results: dict, rows: dict[str, tuple[str, ...]]) -> str:
-    """rows: {title: names of measured rows}."""
-    runs = {dtype: results.get(f"step_cpu_{dtype}", {}).get("runs", ()) for dtype in DTYPES}
-    configs = {dtype: [config_of(run, "layers") for run in own] for dtype, own in runs.items() if own}
-
-    def cell(names: tuple[str, ...], own: list[dict]) -> str:
-        ratios = [row_of(config, name).get("ratio") for config in own for name in names]
-        ratios = [ratio for ratio in ratios if ratio is not None]
-        return " to ".join(dict.fromkeys(map(number, (min(ratios), max(ratios))))) if ratios else "–"
-
-    table = [[title, *(cell(names, own) for own in configs.values())] for title, names in rows.items()]
-    return markdown(["time of a step / torch fused without a mask", *configs], table)
-
-
-def _frozen_blocks(results: dict) -> str:
-    labels, runs = zip(*_runs(results))
-    sweeps = [[row for row in config_of(run, "layers")["rows"] if row["kind"] == "sweep"] for run in runs]
-    rows = []
-    for entries in zip(*sweeps):
-        times = [number(row["seconds"] / sweep[0]["seconds"]) for row, sweep in zip(entries, sweeps)]
-        rows.append([entries[0]["name"], number(entries[0]["active"]), *times])
-    return markdown(["time / nothing frozen", "share trained", *labels], rows)
-
-
-def _bandwidth(results: dict) -> str:
-    rows = []
-    for row in results["bandwidth"]["rows"]:
-        speeds = [row[name] for name in ("copy", "triad", "adamw")]
-        cells = [f"{speed['gb_per_s']:.1f} ({speed['traffic_gb_per_s']:.1f})" if speed else "–" for speed in speeds]
-        rows.append([str(row["threads"]), *cells, row["method"]])
-    return markdown(["threads", "copy, GB/s (with lines fetched for stores)", "triad", "AdamW pattern", "by"], rows)
-
-
-def _host_overhead(results: dict) -> str:
-    rows = results["host_overhead"]["rows"]
-    counts = sorted({row["tensors"] for row in rows})
-    seconds = {(row["name"], row["tensors"]): row["seconds"] for row in rows}
-    names = dict.fromkeys(row["name"] for row in rows)
-    table = [[name, *(number(seconds[name, count] * 1e3) for count in counts)] for name in names]
-    return markdown(["ms a step, by tensors of one element", *map(str, counts)], table)
-
-
-def _memory(results: dict) -> str:
-    rows = results["memory"]["rows"]
-    kinds = list(dict.fromkeys((row["dtype"], row["moment_dtype"]) for row in rows))
-    found = {(row["name"], row["dtype"], row["moment_dtype"]): row for row in rows}
-    table = []
-    for name in dict.fromkeys(row["name"] for row in rows):
-        own = [found.get((name, *kind), {}) for kind in kinds]
-        cells = [f"{row['kept_per_param']:.3f} + {number(row['step_peak_per_param'])}" if row else "–" for row in own]
-        bits = next(row["mask_bits"] for row in own if row)
-        table.append([name, str(bits), *cells])
-    labels = [f"{dtype}, moments {moments}" for dtype, moments in kinds]
-    return markdown(["bytes a parameter: kept + during a step", "mask bits", *labels], table)
-
-
-def _modes(results: dict) -> str:
-    """Time over that of each table's first row."""
-    tables = results["modes_cpu"]["tables"]
-    counts = list(dict.fromkeys(table["threads"] for table in tables))
-    parts = []
-    for name in dict.fromkeys(table["table"] for table in tables):
-        same = [table for table in tables if table["table"] == name]
-        own = {table["threads"]: {row["name"]: row["ratio"] for row in table["rows"]} for table in same}
-        rows = [[row, *(number(own[count].get(row)) for count in counts)] for row in own[counts[0]]]
-        labels = [f"{count} thread{'s' if count > 1 else ''}" for count in counts]
-        parts.append(markdown([f"{name}: time / the first row's", *labels], rows))
-    return "\n\n".join(parts)
-
-
-def _skip_backward(results: dict) -> str:
-    """What is saved of a whole training step, in percent of the dense one."""
-    tables = results["skip_backward"]["tables"]
-    saved = lambda ratio: f"{100 * (1 - ratio):.1f}"
-    lines = []
-    for rows in zip(*(table["rows"] for table in tables)):
-        flops = saved(statistics.mean(row["flops_ratio"] for row in rows))
-        times = [f"{saved(row['ratio'])} ({saved(row['ratio_p80'])} to {saved(row['ratio_p20'])})" for row in rows]
-        lines.append([rows[0]["name"], flops, *times])
-    labels = [f"time, {table['threads']} thread{'s' if table['threads'] > 1 else ''} (p20 to p80)" for table in tables]
-    return markdown(["saved of a training step, %", "FLOPs", *labels], lines)
-
-
-def _precision(results: dict) -> str:
-    """Mean and, after the sign, the standard deviation over the seeds."""
-    rows = results["precision"]["rows"]
-    languages, table = list(rows[0]["accuracy"]), []
-    for weights in dict.fromkeys(row["weights"] for row in rows):
-        own = [row for row in rows if row["weights"] == weights]
-        tails = [row["losses"][-10:] for row in own]
-        columns = [[row["accuracy"][language] for row in own] for language in languages]
-        columns.append([sum(tail) / len(tail) for tail in tails])
-        spread = lambda values: f" ± {number(statistics.stdev(values))}" if len(values) > 1 else ""
-        cells = [f"{number(statistics.mean(values))}{spread(values)}" for values in columns]
-        table.append([weights, str(len(own)), *cells])
-    return markdown(["weights", "seeds", *(f"{name}, %" for name in languages), "loss, last 10 steps"], table)
-
-
-def _policy_costs(results: dict) -> str:
-    """One line a policy: memory beyond plain AdamW's, and the range of its time over all runs of step_cpu."""
-    configs = [config_of(run, "layers") for _, run in _runs(results)]
-    if not configs:
-        return "*No results yet.*"
-    memory = [row for row in results.get("memory", {}).get("rows", ()) if row["dtype"] == row["moment_dtype"]]
-    kept = {row["name"]: row["kept_per_param"] for row in memory if row["dtype"] == "float32"}
-    saved = {}
-    for table in results.get("skip_backward", {}).get("tables", ()):
-        for row in table["rows"]:
-            saved.setdefault(row["name"], []).append(100 * (1 - row["flops_ratio"]))
-    rows = []
-    for name in names_of(configs, "ours"):
-        ratios = [row_of(config, name).get("ratio") for config in configs]
-        ratios = [ratio for ratio in ratios if ratio is not None]
-        times = " to ".join(dict.fromkeys(map(number, (min(ratios), max(ratios)))))
-        more = number(kept[name] - kept["mask=None"], 3) if {name, "mask=None"} <= kept.keys() else "–"
-        skipped = saved.get(f"{name}(0.2), skip_dropped()")
-        rows.append([name, more, times, f"{number(statistics.mean(skipped), 1)} %" if skipped else "–"])
-    header = ["policy", "bytes a parameter beyond AdamW's", "time of a step / torch fused without a mask"]
-    return markdown([*header, "FLOPs of a training step saved by skip_dropped()"], rows)
-
-
-def _machine(results: dict) -> str:
-    facts = next(iter(results.values()))["machine"]
-    processor = f"{facts['cpu']} (family {facts['family']}, model {facts['model']}), {facts['cores']} cores"
-    caches = ", ".join(f"{level} {size}" for level, size in facts["caches"].items())
-    rows = [
-        ["processor", processor + (", virtual" if facts["virtual"] else "")],
-        ["clock", f"{number(facts['mhz_now'], 0)} MHz when read, at most {number(facts['mhz_max'], 0)} MHz"],
-        ["memory", f"{caches}; {facts['memory_gib']} GiB; huge pages: {facts['huge_pages']}"],
-        ["instruction sets", f"{', '.join(facts['isas'])}; torch uses {facts['torch_isa']}"],
-        ["software", f"{facts['system']}, Python {facts['python']}, torch {facts['torch']}, {facts['compiler']}"],
-    ]
-    return markdown(["", ""], rows).replace("---:", "---")
-
-
-_STEP = tuple(f"step_cpu_{dtype}" for dtype in DTYPES)
-TABLES = {  # name in the marker: (benchmarks of which it needs one, the table)
-    "machine": (_STEP, _machine),
-    "step": (_STEP, lambda results: _ratios(results, "layers")),
-    "facts": (_STEP, lambda results: _ranges(results, FACTS)),
-    "summary": (_STEP, lambda results: _ranges(results, {name: (name,) for name in SUMMARY})),
-    "step-one-tensor": (_STEP, lambda results: _ratios(results, "one tensor")),
-    "step-detail": (_STEP, _details),
-    "isas": (_STEP, _isas),
-    "frozen-blocks": (_STEP, _frozen_blocks),
-    "policy-costs": ((*_STEP, "memory", "skip_backward"), _policy_costs),
-    "bandwidth": (("bandwidth",), _bandwidth),
-    "host-overhead": (("host_overhead",), _host_overhead),
-    "memory": (("memory",), _memory),
-    "modes": (("modes_cpu",), _modes),
-    "precision": (("precision",), _precision),
-    "skip-backward": (("skip_backward",), _skip_backward),
-}
-
-
-def caption(result: dict) -> str:
-    """Where the figures come from, and what speaks against them."""
-    facts = result["machine"]
-    commit = (facts["commit"] or "unknown")[:9]
-    loads = [result["load"], *(config["load"] for run in result.get("runs", ()) for config in run["configs"])]
-    elsewhere = max(load["elsewhere"] or 0 for load in loads)
-    doubts = {
-        "a quick run, no measurement": result["quick"],
-        "code changed since that commit": facts["dirty"],
-        "csrc edited after it was compiled": facts["kernels_older_than_csrc"],
-        f"other programs used up to {elsewhere:.1f} cores": elsewhere > BUSY,
-    }
-    found = ", ".join(doubt for doubt, applies in doubts.items() if applies)
-    where = f"{facts['cpu']}, {facts['cores']} cores, torch {facts['torch']}, commit {commit}"
-    return f"{where}; **{found}**" if found else where
-
-
-def load(folder: Path, rehearsal: bool = False) -> dict[str, dict[str, dict]]:
-    """{machine: {benchmark: its JSON}}. Raises SystemExit for a rehearsal, which is no result, unless asked for one."""
-    found: dict[str, dict] = {}
-    for path in sorted(folder.glob("*/*.json")):
-        if path.name == "compile_contract.json":  # counts of a compiler, not a benchmark's
-            continue
-        result = json.loads(path.read_text())
-        if result.get("rehearsal") and not rehearsal:
-            raise SystemExit(f"{path} is a rehearsal on CPU tensors, not a result; delete it")
-        found.setdefault(path.parent.name, {})[path.stem] = result
-    return found
 
 
 def section(name: str, machine: str | None, found: dict) -> str:
     """What belongs between the markers. Raises SystemExit for an unknown table or machine."""
-    tables = {**TABLES, **render_gpu.TABLES}
-    if name not in tables:
-        raise SystemExit(f"unknown table {name!r}; known are {', '.join(tables)}")
+    if name not in TABLES:
+        raise SystemExit(f"unknown table {name!r}; known are {', '.join((*TABLES, *STATIC))}")
     if machine is not None and machine not in found:
         raise SystemExit(f"no results of machine {machine!r}; there are {', '.join(found) or 'none'}")
-    benchmarks, table = tables[name]
-    source = render_gpu.caption if name in render_gpu.TABLES else caption
+    benchmarks, table = TABLES[name]
+    caption = gpu_tables.caption if name in gpu_tables.TABLES else cpu_tables.caption
     parts = []
     for results in [found[machine]] if machine else found.values():
         used = {benchmark: results[benchmark] for benchmark in benchmarks if benchmark in results}
         if used:
-            captions = "; ".join(dict.fromkeys(map(source, used.values())))
+            captions = "; ".join(dict.fromkeys(map(caption, used.values())))
             parts.append(f"*{captions}*\n\n{table(used)}\n")
     return "\n" + ("\n".join(parts) or "*No results yet.*\n") + "\n"
 
@@ -335,34 +47,41 @@ def render(text: str, found: dict) -> str:
     marked = re.compile(f"({OPEN}).*?({CLOSE})", re.DOTALL)
 
     def made(match: re.Match) -> str:
-        for static in (render_contract, render_compatibility, render_xglue):
-            if match[2] == static.NAME:
-                return static.section(RESULTS)
-        return section(match[2], match[3], found)
+        return STATIC[match[2]](RESULTS) if match[2] in STATIC else section(match[2], match[3], found)
 
     return marked.sub(lambda match: match[1] + made(match) + match[4], text)
 
 
+def page(machine: str, results: dict) -> str:
+    """A page with every table that one machine has results for, to be rendered."""
+    tables = {name: needs for name, (needs, _) in TABLES.items() if name not in cpu_tables.EXTRACTS}
+    names = [name for name, needs in tables.items() if not results.keys().isdisjoint(needs)]
+    parts = [f"## {name}\n\n<!-- benchmark: {name} {machine} -->\n<!-- /benchmark -->\n" for name in names]
+    return f"# Results on {machine}\n\n" + "\n".join(parts)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="*", help="default: README.md, benchmarks/README.md, docs/*.md")
+    parser.add_argument("files", type=Path, nargs="*")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with one folder a machine")
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--gpu-page", metavar="MACHINE", help="write every GPU table to results/MACHINE/tables.md")
+    parser.add_argument("--machine", help="its results/<machine>/tables.md only")
     parser.add_argument("--rehearsal", action="store_true", help="take rehearsals too; the tables say so")
     options = parser.parse_args(arguments)
-    pages = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-    own = [path for path in pages if path.exists()]
-    found, stale = load(options.results, options.rehearsal), 0
-    if options.gpu_page:
-        page = options.results / options.gpu_page / "tables.md"
-        page.write_text(render(render_gpu.page(options.gpu_page), found), encoding="utf-8")
-        print(page)
-        return 0
-    for path in options.files or own:
-        text = path.read_text(encoding="utf-8")
+    found = load(options.results, options.rehearsal)
+    if options.machine not in (None, *found):
+        raise SystemExit(f"no results of machine {options.machine!r}; there are {', '.join(found) or 'none'}")
+    files = options.files
+    if not files and not options.machine:
+        folders = {"": "README.md", "benchmarks": "README.md", "docs": "*.md", "benchmarks/results": "*.md"}
+        files = [path for folder, name in folders.items() for path in sorted((ROOT / folder).glob(name))]
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    for machine in [options.machine] if options.machine else () if options.files else found:
+        texts[options.results / machine / "tables.md"] = page(machine, found[machine])
+    stale = 0
+    for path, text in texts.items():
         rendered = render(text, found)
-        if rendered != text:
+        if not path.exists() or rendered != path.read_text(encoding="utf-8"):
             stale += 1
             print(f"{path}: {'not up to date; run python -m benchmarks.render' if options.check else 'updated'}")
             if not options.check:

@@ -1,22 +1,14 @@
-"""Results -> figures beside the results, for every machine. Needs matplotlib."""
+"""The CPU's results -> figures."""
 
-import argparse
-import json
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import FuncFormatter  # noqa: E402
+from graddrop_kernels.demo import report
 
-from graddrop_kernels.demo import report  # noqa: E402
+from .cpu_tables import DTYPES, config_of, names_of, row_of, threads_of
+from .style import COLORS, MARKERS, PLAIN, TARGET, save, title
 
-from . import gpu_figures as plots_gpu  # noqa: E402
-from .__main__ import DTYPES, RESULTS, config_of, load, names_of, row_of, threads_of  # noqa: E402
-
-# Okabe and Ito's colours, which colour-blind readers tell apart; shapes say the same.
-TARGET = "#D55E00"
 ISA_STYLE = {
     "avx512_bf16": ("#0072B2", "o"),
     "avx512": ("#56B4E9", "D"),
@@ -25,25 +17,6 @@ ISA_STYLE = {
     "portable": ("#CC79A7", "v"),
     None: ("#4D4D4D", "X"),  # torch
 }
-CONTRACT = "compile_contract.json"
-COLORS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D", "#000000", "#8C564B")
-MARKERS = ("o", "^", "D", "v", "P", "X", "*", "s")
-PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
-plt.rcParams.update({"font.size": 11, "axes.titlesize": 11, "figure.titlesize": 12, "legend.frameon": False})
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True})
-plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.dpi": 130, "grid.color": "#DDDDDD"})
-
-
-def title(text: str, result: dict) -> str:
-    facts = result["machine"]
-    doubt = "\nQUICK RUN, NO MEASUREMENT" if result["quick"] else ""
-    return f"{text}\n{facts['cpu']}, {facts['cores']} cores, torch {facts['torch']}{doubt}"
-
-
-def save(figure, path: Path) -> Path:
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
-    return path
 
 
 def step_ratios(result: dict, folder: Path) -> Path:
@@ -195,32 +168,4 @@ def draw(results: dict[str, dict], folder: Path) -> list[Path]:
     if steps:
         paths += [frozen_blocks(steps, folder), bandwidth(steps, folder)]
     figures = {"host_overhead": host_overhead, "memory": memory, "precision": precision}
-    paths += [figure(results[name], folder) for name, figure in figures.items() if name in results]
-    return paths + plots_gpu.draw(results, folder, compile_contract(folder))
-
-
-def compile_contract(folder: Path) -> list[dict]:
-    """Instructions an element of the GPU's kernels, counted without a GPU: rows of {"backend", "case", "mode",
-    "instructions_per_element"} in compile_contract.json, the machine's own or that of all machines; none: [].
-    """
-    for path in (folder / CONTRACT, folder.parent / CONTRACT):
-        if path.exists():
-            return json.loads(path.read_text())["rows"]
-    return []
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with one folder a machine")
-    parser.add_argument("--machine", help="one folder only")
-    parser.add_argument("--rehearsal", action="store_true", help="draw rehearsals too; the figures say so")
-    options = parser.parse_args()
-    for name, results in load(options.results, options.rehearsal).items():
-        if options.machine not in (None, name):
-            continue
-        for path in draw(results, options.results / name):
-            print(path)
-
-
-if __name__ == "__main__":
-    main()
+    return paths + [figure(results[name], folder) for name, figure in figures.items() if name in results]

@@ -1,31 +1,16 @@
-"""The GPU's results -> figures. Called by plots.py, whose colours and frames they share."""
+"""The GPU's results -> figures."""
 
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
 from .goals import label, measured
 from .gpu_tables import STEPS
+from .style import COLORS, MARKERS, PLAIN, TARGET, save, title
 
-TARGET = "#D55E00"
-COLORS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D", "#000000", "#8C564B")
-MARKERS = ("o", "^", "D", "v", "P", "X", "*", "s")
-PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 LANES = 32  # of a warp
 SCHEDULERS = 4  # of a multiprocessor, each issuing one instruction of a warp a clock
-
-
-def title(text: str, result: dict) -> str:
-    facts, gpu = result["machine"], result["machine"]["gpu"]
-    doubt = "\nA REHEARSAL ON CPU TENSORS, NO MEASUREMENT" if result["rehearsal"] else ""
-    return f"{text}\n{gpu['name'] if gpu else 'no GPU'}, torch {facts['torch']}{doubt}"
-
-
-def save(figure, path: Path) -> Path:
-    figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
-    return path
 
 
 def style_of(names) -> dict[str, dict]:

@@ -1,4 +1,4 @@
-"""The tables of the GPU's results: {benchmark: its JSON} of one machine -> Markdown. render.py puts them into pages."""
+"""The tables of the GPU's results: {benchmark: its JSON} of one machine -> Markdown."""
 
 from .goals import judge, label, measured
 from .markdown import markdown, number
@@ -146,7 +146,7 @@ def _graphs(results: dict) -> str:
 
 
 def _modes(results: dict) -> str:
-    """A table for each of modes.py and each work, in units of its first row."""
+    """A table for each of common/modes.py and each work, in units of its first row."""
     parts = []
     header = ["", "ms", "/ first row", "quartiles", "B/parameter", "GB/s", "of copy", "rounds"]
     for config in results["modes_gpu"]["configs"]:
@@ -205,7 +205,7 @@ def _goals(results: dict) -> str:
 
 _SOME_STEP = (*STEPS.values(), SLOW_PEERS)
 _LARGE = (STEPS["XLM-R-large"],)
-TABLES = {  # name in the marker: (benchmarks of which it needs one, the table), as in render.py
+TABLES = {  # name in the marker: (benchmarks of which it needs one, the table), as in cpu_tables
     "gpu-machine": ((*_SOME_STEP, "sweeps_gpu", "host_gpu", "modes_gpu", "gpu_run"), _machine),
     "gpu-goals": ((*_LARGE, "host_gpu"), _goals),
     "gpu-step": (_LARGE, _step("XLM-R-large")),
@@ -226,12 +226,6 @@ TABLES = {  # name in the marker: (benchmarks of which it needs one, the table),
     "gpu-detail": (_SOME_STEP, _detail),
     "gpu-run": (("gpu_run",), _run),
 }  # fmt: skip
-
-
-def page(machine: str) -> str:
-    """A page with every table of one machine, to be rendered."""
-    parts = [f"## {name}\n\n<!-- benchmark: {name} {machine} -->\n<!-- /benchmark -->\n" for name in TABLES]
-    return f"# Results on {machine}\n\n" + "\n".join(parts)
 
 
 def caption(result: dict) -> str:

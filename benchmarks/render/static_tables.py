@@ -1,25 +1,25 @@
-"""The compile contract's counts as a static roofline: what an H200 could issue against what it would have to move.
-
-Counts of the compiler over rates of a data sheet. Nothing here was measured on a GPU.
-"""
+"""Tables of no machine: the compile contract's counts, and where the suite has run."""
 
 import json
 from pathlib import Path
 
 from .markdown import markdown, number
 
-NAME = "compile-contract"
+NONE = "\n*No results yet.*\n\n"
 # thread-instructions a second of an H200: multiprocessors, schedulers, lanes, boost clock
 ISSUED = 132 * 4 * 32 * 1.98e9
 BANDWIDTH = 4.8e12  # bytes a second, H200 data sheet
 BYTES = {"float32": 28, "bfloat16, float32 moments": 22, "bfloat16": 14}  # a parameter
+VERSIONS = ("python", "torch", "triton", "transformers", "numpy")
 
 
-def section(results: Path) -> str:
-    """What belongs between the markers."""
+def compile_contract(results: Path) -> str:
+    """A static roofline: what an H200 could issue against what it would have to move. Counts of the compiler over rates
+    of a data sheet; nothing was measured on a GPU.
+    """
     path = results / "compile_contract.json"
     if not path.exists():
-        return "\n*No results yet.*\n\n"
+        return NONE
     contract = json.loads(path.read_text())
     head = ["kernel", "tensors", "registers", "instructions an element", "time to issue them / time to move the bytes"]
     rows = [
@@ -32,3 +32,21 @@ def section(results: Path) -> str:
     ]  # fmt: skip
     source = f"*Static, {contract['target']}, Triton {contract['triton']}; not a measurement*"
     return f"\n{source}\n\n{markdown(head, rows)}\n\n"
+
+
+def compatibility(results: Path) -> str:
+    """What of the suite ran on a wheel, with which versions: written by tests/project/installed.py --results."""
+    path = results / "compatibility.json"
+    if not path.exists():
+        return NONE
+    head = [*("Python" if name == "python" else name for name in VERSIONS), "passed", "failed", "skipped"]
+    rows = json.loads(path.read_text())
+    rows.sort(key=lambda row: [[int(part) for part in row[key].split(".")[:2]] for key in ("torch", "python")])
+    cells = [
+        [*(row[name] or "–" for name in VERSIONS), *(f"{row[key]:,}" for key in ("passed", "failed", "skipped"))]
+        for row in rows
+    ]
+    return f"\n{markdown(head, cells)}\n\n"
+
+
+TABLES = {"compile-contract": compile_contract, "compatibility": compatibility}  # name in the marker: of the results

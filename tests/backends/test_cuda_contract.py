@@ -7,15 +7,18 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
 import pytest
-import sass
 
-from graddrop_kernels.backends import cuda
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.gpu import sass  # noqa: E402
+from graddrop_kernels.backends import cuda  # noqa: E402
 
 LIBRARY = Path(cuda.__file__).resolve().parent.parent / "_cuda.so"
 ARCHS = ("sm_80", "sm_90")

@@ -4,10 +4,12 @@ element; how many compilations and launches a training run takes; that every tar
 
 import os
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,21 +19,22 @@ if find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("TRITON_INTERPRET is set: interpreted functions cannot be compiled", allow_module_level=True)
 
-import sass
-from triton_targets import (
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from counting_driver import compile_keys, counting_driver
+
+from benchmarks.gpu import sass
+from benchmarks.gpu.triton_targets import (
     BF16,
     F32,
     MODES,
     GPUTarget,
     Variant,
-    compile_keys,
     compile_norm,
     compile_prologue,
     compile_update,
-    counting_driver,
     machine_code,
 )
-
 from graddrop_kernels import (
     FixedMask,
     FusedGradDropAdamW,

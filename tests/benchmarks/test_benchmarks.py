@@ -21,10 +21,15 @@ from graddrop_kernels.backends import cpu
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from benchmarks.common import machine  # noqa: E402
+from benchmarks.common import cases, machine, peers, rounds  # noqa: E402
+from benchmarks.common import results as files  # noqa: E402
+from benchmarks.common.shapes import encoder, flat  # noqa: E402
+from benchmarks.common.tensors import Tensors, make_tensors  # noqa: E402
+from benchmarks.common.timers import HostTimer  # noqa: E402
+from benchmarks.common.variants import peer_variant  # noqa: E402
 from benchmarks.cpu import memory  # noqa: E402
-from benchmarks.cpu import step as step_cpu  # noqa: E402
 from benchmarks.render import __main__ as render  # noqa: E402
+from benchmarks.render import cpu_tables  # noqa: E402
 
 NUMEL = 40_000
 COUNT = 400  # tensors
@@ -86,13 +91,13 @@ def test_a_step_is_measured_for_every_policy_and_peer(results):
         1,
         NUMEL,
     )
-    expected = {(case.name, cpu.isa()) for case in (*step_cpu.CASES, *step_cpu.SWEEP)}
-    expected |= {(name, None) for name in (*step_cpu.TORCH, "torch fused, own tensors")} | {
+    expected = {(case.name, cpu.isa()) for case in (*cases.CASES, *cases.SWEEP)}
+    expected |= {(name, None) for name in (*(peer.name for peer in peers.TORCHS), "torch fused, own tensors")} | {
         ("GradDrop, own tensors", cpu.isa())
     }
     expected |= {(f"{draw} mask, multiply, torch fused", None) for draw in ("bernoulli_", "torch.rand")}
     assert {(row["name"], row["isa"]) for row in layers["rows"]} == expected
-    without_blocks = {case.name for case in step_cpu.CASES if not case.needs_blocks}
+    without_blocks = {case.name for case in cases.CASES if not case.needs_blocks}
     assert {row["name"] for row in one["rows"] if row["kind"] == "ours"} == without_blocks
     assert cpu.isa() == "portable" or [config["isas"] for config in portable] == [["portable"]]
 
@@ -139,7 +144,7 @@ def test_memory_is_counted_to_the_byte(results):
         ("bfloat16", "float32", 8), ("bfloat16", "float32 and masters", 12),
     )  # fmt: skip
     for param, moments, size in dtypes:
-        for case in step_cpu.CASES:
+        for case in cases.CASES:
             own = kept[case.name, param, moments] - size * numel - 4 * COUNT
             # bits in words of 32 for each tensor
             assert (
@@ -150,7 +155,7 @@ def test_memory_is_counted_to_the_byte(results):
 def test_memory_finds_a_tensor_that_an_optimizer_hides():
     param = torch.nn.Parameter(torch.ones(8))
     param.grad = torch.ones(8)
-    tensors = step_cpu.Tensors([("weight", param)], [], ["weight"])
+    tensors = Tensors([("weight", param)], ["weight"], [])
     optimizer = FusedGradDropAdamW(tensors.named, mask=GradDrop(0.4))
     optimizer.step()
     kept, tables = memory.kept_bytes(optimizer, tensors)
@@ -174,25 +179,18 @@ def test_optimizers_that_share_tensors_do_not_meet(seed):
     """A step on shared tensors, among other optimizers' steps, is bit for bit the step of an optimizer alone."""
     require("cpu")
     torch.manual_seed(seed)
-    shared = step_cpu.make_tensors("layers", 1, torch.float32)
-    cases = {case.name: case for case in step_cpu.CASES}
-    tested = [cases["GradDrop"], cases["GradDropEpoch, bit-packed"]]
-    optimizers = [step_cpu.attach(case.optimizer(shared), shared) for case in tested]
-    others = step_cpu.torch_peers(shared) + step_cpu.eager_peers(shared)
+    shared, timer = make_tensors(encoder(1), "float32"), HostTimer()
+    tested = [cases.CASE["GradDrop"], cases.CASE["GradDropEpoch, bit-packed"]]
+    optimizers = [cases.make_optimizer(case, shared, "cpu") for case in tested]
+    others = [peer_variant(peer, shared, "float32", timer) for peer in peers.ON_CPU]
     for case, optimizer in zip(tested, optimizers):
         case.enter_last_epoch(optimizer)
         for number, other in enumerate(others):
-            other.run(number)
+            other.run(timer, number)
         own_step = 1000 + len(case.epochs)
         assert all(optimizer.state[param]["step"] == own_step for _, param in shared.named)
-        alone = step_cpu.Tensors(
-            [(name, torch.nn.Parameter(param.detach().clone())) for name, param in shared.named],
-            [tuple(moment.clone() for moment in moments) for moments in shared.moments],
-            shared.blocks,
-        )
-        for (_, param), (_, original) in zip(alone.named, shared.named):
-            param.grad = original.grad.clone()
-        lonely = case.optimizer(alone)
+        alone = shared.twin()
+        lonely = case.optimizer(alone, backend="cpu")
         lonely.load_state_dict(optimizer.state_dict())
         for (_, param), moments in zip(alone.named, alone.moments):
             lonely.state[param] |= {"exp_avg": moments[0], "exp_avg_sq": moments[1]}
@@ -207,10 +205,12 @@ def test_optimizers_that_share_tensors_do_not_meet(seed):
 
 def test_eager_peers_mask_and_restore(seed):
     torch.manual_seed(seed)
-    tensors = step_cpu.make_tensors("one tensor", 100_000, torch.float32)
-    param = tensors.named[0][1]
+    tensors = make_tensors(flat(100_000), "float32")
+    (param,) = tensors.params
     grad = param.grad.clone()
-    for peer in step_cpu.eager_peers(tensors):
+    eager = [peer_variant(peer, tensors, "float32", HostTimer()) for peer in peers.ON_CPU if peer.masks]
+    assert len(eager) == 2
+    for peer in eager:
         peer.step()
         dropped = (param.grad == 0).double().mean().item()
         assert abs(dropped - 0.2) < 6 * (0.2 * 0.8 / 1e5) ** 0.5, peer.name
@@ -228,19 +228,23 @@ def test_rounds_have_the_baseline_and_no_warm_up():
             calls[name] += 1
             time.sleep(seconds)
 
-        return step_cpu.Variant(name, "peer", step)
+        return rounds.Variant(name, "peer", step)
 
     variants = [counted("base", 0), counted("slow", 0.01)]
-    step_cpu.interleave(variants, time.monotonic() - 1, 10, 1000, "test")
-    assert list(variants[0].seconds) == list(range(10)) and calls["base"] == 12
-    assert (
-        variants[1].seconds.keys() <= variants[0].seconds.keys() and len(variants[1].seconds) == calls["slow"] - 2 >= 2
-    )
-    assert all(len(variant.shares) == len(variant.cpu_seconds) == len(variant.seconds) for variant in variants)
+    rounds.interleave(variants, HostTimer(), time.monotonic() - 1, 10, 1000, 5)
+    base, slow = variants
+    assert list(base.samples) == list(range(10)) and calls["base"] == 12
+    assert slow.samples.keys() <= base.samples.keys() and len(slow.samples) == calls["slow"] - 2 == 2
+    assert all(len(variant.shares) == len(variant.bytes_of) == len(variant.samples) for variant in variants)
+
+
+def test_what_a_variant_raises_ends_a_measurement_on_the_cpu():
+    with pytest.raises(ZeroDivisionError):
+        rounds.interleave([rounds.Variant("bad", "ours", lambda: 1 / 0)], HostTimer(), 0, 1, 1)
 
 
 def test_plots(folder):
-    drawn = {Path(line) for line in run_well("render.cpu_figures", "--results", folder).splitlines()}
+    drawn = {Path(line) for line in run_well("render.figures", "--results", folder).splitlines()}
     expected = ("step_cpu_bfloat16", "frozen_blocks", "bandwidth", "host_overhead", "memory")
     assert drawn == {folder / "some-machine" / f"{name}.png" for name in expected}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
@@ -252,7 +256,7 @@ def readme(tmp_path) -> Path:
     path = tmp_path / "README.md"
     markers = [
         f"<!-- benchmark: {name}{one} -->\nold\n<!-- /benchmark -->"
-        for name in render.TABLES
+        for name in cpu_tables.TABLES
         for one in ("", " some-machine")
     ]
     path.write_text("before – \n\n" + "\n\nbetween\n\n".join(markers) + "\n\nafter\n")
@@ -264,7 +268,7 @@ def test_tables_are_rendered_once_and_checked(folder, readme, capsys):
     assert render.main(["--check", *arguments]) == 1 and "\nold\n" in readme.read_text()
     render_well(*arguments)
     text = readme.read_text()
-    tables = 2 * len(render.TABLES)
+    tables = 2 * len(cpu_tables.TABLES)
     assert (
         "\nold\n" not in text
         and text.startswith("before – \n\n<!-- benchmark: machine -->\n")
@@ -287,12 +291,12 @@ def test_tables_are_rendered_once_and_checked(folder, readme, capsys):
 
 
 def test_a_table_shows_the_figures_of_the_results(folder, results):
-    text = render.section("step", None, render.load(folder))
+    text = render.section("step", None, files.load(folder))
     (run,) = results["step_cpu_bfloat16"]["runs"]
     for row in run["configs"][0]["rows"]:
         if row["kind"] != "sweep":
             assert f"| {row['name']} | {row['ratio']:.2f} |" in text
-    text = render.section("memory", "some-machine", render.load(folder))
+    text = render.section("memory", "some-machine", files.load(folder))
     (row,) = (
         row
         for row in results["memory"]["rows"]
@@ -320,9 +324,9 @@ def test_what_speaks_against_a_figure_stands_above_it(results):
     }
     quiet = results["memory"] | {"quick": False, "machine": clean, "load": {"elsewhere": 0.02}}
     assert (
-        "**" not in render.caption(quiet)
-        and "0123456789a" not in render.caption(quiet)
-        and "012345678" in render.caption(quiet)
+        "**" not in cpu_tables.caption(quiet)
+        and "0123456789a" not in cpu_tables.caption(quiet)
+        and "012345678" in cpu_tables.caption(quiet)
     )
     doubts = {
         "a quick run, no measurement": {"quick": True},
@@ -331,7 +335,7 @@ def test_what_speaks_against_a_figure_stands_above_it(results):
         "other programs used up to 0.4 cores": {"load": {"elsewhere": 0.4}},
     }
     for doubt, change in doubts.items():
-        assert render.caption(quiet | change).endswith(f"**{doubt}**")
+        assert cpu_tables.caption(quiet | change).endswith(f"**{doubt}**")
 
 
 @pytest.mark.parametrize(
@@ -367,6 +371,21 @@ def test_machines_of_one_name_have_folders_of_their_own():
     assert machine.slug(facts) == "intel-xeon-cpu-2-80ghz-f6-m85-8-cores"
     assert machine.slug(facts | {"model": 106}) != machine.slug(facts)
     assert machine.slug({"cpu": "arm64", "family": None, "model": None, "cores": 10}) == "arm64-10-cores"
+
+
+def test_a_file_of_results_has_a_line_for_each_measurement_and_loses_nothing():
+    rows = [{"name": "a", "seconds": 0.1 + 0.2, "losses": [1e-300, 2.5]}, {"name": "b\n", "seconds": None, "more": {}}]
+    result = {"benchmark": "x", "machine": {"isas": ["avx2"]}, "none": [], "runs": [{"threads": 1, "rows": rows}]}
+    text = files.text_of(result)
+    assert json.loads(text) == result and text.endswith("}\n")
+    assert [line.strip(" ,") for line in text.splitlines() if "seconds" in line] == list(map(json.dumps, rows))
+    assert len(text.splitlines()) == 14
+    assert files.text_of({"a": [1, 2], "b": {}}) == '{"a": [1, 2], "b": {}}\n'
+
+
+def test_committed_results_are_written_so():
+    for path in [*files.RESULTS.glob("*/*.json"), files.RESULTS / files.CONTRACT]:
+        assert path.read_text() == files.text_of(json.loads(path.read_text())), path
 
 
 def test_load_tells_others_from_the_benchmark():

@@ -20,12 +20,13 @@ from cases import require
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from benchmarks.common import gpu_facts, machine, modes, peers, shapes  # noqa: E402
+from benchmarks.common import cases, gpu_facts, machine, modes, peers, shapes  # noqa: E402
+from benchmarks.common import results as files  # noqa: E402
 from benchmarks.common import timers as gpu_timer  # noqa: E402
+from benchmarks.common.tensors import MODES, Tensors, make_tensors  # noqa: E402
 from benchmarks.gpu import __main__ as gpu  # noqa: E402
 from benchmarks.gpu import host as host_gpu  # noqa: E402
 from benchmarks.gpu import modes as modes_gpu  # noqa: E402
-from benchmarks.gpu import step as step_gpu  # noqa: E402
 from benchmarks.render import __main__ as render  # noqa: E402
 from benchmarks.render import goals  # noqa: E402
 from benchmarks.render import gpu_tables as render_gpu  # noqa: E402
@@ -76,9 +77,9 @@ def test_a_rehearsal_cannot_pass_for_a_result(rehearsal, results):
     assert results.keys() == {*render_gpu.STEPS.values(), render_gpu.SLOW_PEERS, *others}
     assert all(result["rehearsal"] is result["quick"] is True for result in results.values())
     with pytest.raises(SystemExit, match="is a rehearsal on CPU tensors, not a result"):
-        render.load(folder.parent)
+        files.load(folder.parent)
     with pytest.raises(SystemExit, match="is a rehearsal"):
-        render.main(["--results", str(folder.parent), "--gpu-page", folder.name])
+        render.main(["--results", str(folder.parent), "--machine", folder.name])
     page = (folder / "tables.md").read_text()
     _, *sections = page.split("\n## ")
     assert [section.split("\n")[0] for section in sections] == list(render_gpu.TABLES)
@@ -108,16 +109,16 @@ def test_tables_show_the_figures_of_the_results(rehearsal, results):
 
 
 def test_rehearsal_measures_every_policy_peer_mode_and_work(results):
-    policies = {case.name for case in step_gpu.GPU_CASES}
-    blocks = {case.name for case in step_gpu.GPU_CASES if case.needs_blocks}
+    policies = {case.name for case in cases.CASES}
+    blocks = {case.name for case in cases.CASES if case.needs_blocks}
     for work, benchmark in render_gpu.STEPS.items():
         result = results[benchmark]
-        assert [config["mode"] for config in result["configs"]] == list(step_gpu.MODES) and result["errors"] == []
+        assert [config["mode"] for config in result["configs"]] == list(MODES) and result["errors"] == []
         for config, width in zip(result["configs"], (28, 22, 14)):
             own, others = (
                 {row["name"]: row for row in config["rows"] if row["kind"] == kind} for kind in ("ours", "peer")
             )
-            expected = policies if work == "XLM-R-large" else policies - {step_gpu.FIXED}
+            expected = policies if work == "XLM-R-large" else policies - {cases.FIXED}
             assert own.keys() == (expected - blocks if work == "one tensor" else expected)
             mixed = config["mode"] == "bfloat16, float32 moments"
             quick_peers = {peer.name for peer in peers.PEERS if not peer.slow_start}
@@ -183,9 +184,9 @@ def test_rehearsal_measures_every_mode_beside_its_peers(results):
     assert {name: bytes_of[name] for name in expected} == expected
 
 
-def tiny(mode: str) -> step_gpu.GpuTensors:
+def tiny(mode: str) -> Tensors:
     shapes_of = [("block.weight", "block", (7, 5)), ("block.bias", "block", (3,))]
-    return step_gpu.make_tensors(shapes_of, mode, torch.device("cpu"))
+    return make_tensors(shapes_of, mode, torch.device("cpu"))
 
 
 def test_rows_of_the_modes_do_what_they_are_called(seed):
@@ -372,7 +373,7 @@ def test_what_the_driver_tells_is_parsed():
 
 def test_results_are_replaced_as_a_whole(tmp_path, monkeypatch):
     options = argparse.Namespace(out=tmp_path, rehearse=True)
-    path = machine.write_gpu("host_gpu", options, {"rows": [1]})
+    path = files.write_gpu("host_gpu", options, {"rows": [1]})
 
     def interrupted(self, text):
         with open(self, "w") as file:
@@ -381,11 +382,11 @@ def test_results_are_replaced_as_a_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        machine.write_gpu("host_gpu", options, {"rows": [1, 2]})
+        files.write_gpu("host_gpu", options, {"rows": [1, 2]})
     assert json.loads(path.read_text())["rows"] == [1]
 
 
 def test_a_rehearsal_without_out_stays_away_from_the_results():
     options = argparse.Namespace(out=None, rehearse=True)
-    assert machine.RESULTS not in machine.gpu_folder(options).parents
-    assert machine.gpu_folder(options) == options.out  # the same for every part
+    assert files.RESULTS not in files.gpu_folder(options).parents
+    assert files.gpu_folder(options) == options.out  # the same for every part

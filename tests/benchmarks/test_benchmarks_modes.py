@@ -10,9 +10,10 @@ from test_benchmarks import run_well
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.cpu import modes as modes_cpu  # noqa: E402
+from benchmarks.common import modes  # noqa: E402
+from benchmarks.common.results import load  # noqa: E402
 from benchmarks.render import __main__ as render  # noqa: E402
-from benchmarks.render import cpu_figures as plots  # noqa: E402
+from benchmarks.render import cpu_figures  # noqa: E402
 from graddrop_kernels.demo.methods import WEIGHTS  # noqa: E402
 
 
@@ -31,7 +32,7 @@ def read(folder, name):
 
 def test_every_mode_is_measured_beside_its_peers(folder):
     tables = {table["table"]: table["rows"] for table in read(folder, "modes_cpu")["tables"]}
-    assert tables.keys() == modes_cpu.TABLES.keys()
+    assert tables.keys() == modes.TABLES.keys()
     for rows in tables.values():
         assert rows[0]["ratio"] == 1 and {row["kind"] for row in rows} == {"ours", "peer"}
         assert all(row["seconds"] > 0 and row["ratio_p20"] <= row["ratio"] <= row["ratio_p80"] for row in rows)
@@ -50,11 +51,11 @@ def test_the_fine_tune_is_run_with_every_kind_of_weights(folder):
 
 
 def test_tables_and_figures(folder, tmp_path):
-    found = render.load(folder)
+    found = load(folder)
     for name, words in (("modes", ["clipping", "masters", "stochastic rounding", "1 thread"]), ("precision", WEIGHTS)):
         text = render.section(name, "some-machine", found)
         assert all(word in text for word in words) and "a quick run, no measurement" in text
-    assert plots.precision(found["some-machine"]["precision"], tmp_path).stat().st_size > 10_000
+    assert cpu_figures.precision(found["some-machine"]["precision"], tmp_path).stat().st_size > 10_000
 
 
 def test_a_precision_run_goes_on_where_it_ended(folder):

@@ -13,10 +13,10 @@ from torch.autograd import DeviceType
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.common import peers, shapes  # noqa: E402
+from benchmarks.common import cases, peers, shapes  # noqa: E402
+from benchmarks.common.tensors import MODES, make_tensors  # noqa: E402
 from benchmarks.common.timers import RehearsalTimer  # noqa: E402
 from benchmarks.gpu import host as host_gpu  # noqa: E402
-from benchmarks.gpu import step as step_gpu  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -68,7 +68,7 @@ def test_the_rehearsals_shapes_have_the_same_structure():
 @pytest.fixture
 def tensors(seed):
     torch.manual_seed(seed)
-    return step_gpu.make_tensors(shapes.xlm_roberta(2, 64, 50, 8), "float32", CPU)
+    return make_tensors(shapes.xlm_roberta(2, 64, 50, 8), "float32", CPU)
 
 
 def test_missing_broken_and_absent_peers_say_so(monkeypatch):
@@ -121,17 +121,17 @@ def test_other_packages_get_the_parameters_the_hypers_and_their_options(monkeypa
     others = [peer for peer in peers.PEERS if peer.module and peer.make]
     assert {peer.name for peer in others} == expected.keys()
     for peer in others:
-        step, after = peer.make(tensors, step_gpu.HYPERS)
+        step, after = peer.make(tensors, cases.HYPERS)
         assert step() == "stepped" and after() is None
         assert all(one is other for one, other in zip(seen["params"], tensors.params))
-        assert seen["options"] == step_gpu.HYPERS | expected[peer.name]
+        assert seen["options"] == cases.HYPERS | expected[peer.name]
 
 
 @pytest.mark.parametrize("name", ["eager mask + torch fused", "foreach mask + torch fused"])
 def test_masking_peers_mask_and_restore(name, tensors):
     peer = next(peer for peer in peers.PEERS if peer.name == name)
     before = torch.cat([param.grad.flatten() for param in tensors.params])
-    step, after = peer.make(tensors, step_gpu.HYPERS)
+    step, after = peer.make(tensors, cases.HYPERS)
     step()
     masked = torch.cat([param.grad.flatten() for param in tensors.params])
     kept = masked != 0
@@ -141,13 +141,13 @@ def test_masking_peers_mask_and_restore(name, tensors):
     assert torch.equal(torch.cat([param.grad.flatten() for param in tensors.params]), before)
 
 
-@pytest.mark.parametrize("mode", step_gpu.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_torchs_steps_share_warm_moments_in_their_own_dtype(mode, seed):
     torch.manual_seed(seed)
-    tensors = step_gpu.make_tensors(shapes.flat(1000, 3), mode, CPU)
-    dtype, moment_dtype = step_gpu.MODES[mode]
+    tensors = make_tensors(shapes.flat(1000, 3), mode, CPU)
+    dtype, moment_dtype = MODES[mode]
     assert all(tensor.count_nonzero() > 300 for pair in tensors.moments for tensor in pair)
-    pairs = [peers.torch_adamw(tensors, step_gpu.HYPERS, **kind).state for kind in ({"fused": True}, {"foreach": True})]
+    pairs = [peers.torch_adamw(tensors, cases.HYPERS, **kind).state for kind in ({"fused": True}, {"foreach": True})]
     for param, moments in zip(tensors.params, tensors.moments):
         one, two = (state[param] for state in pairs)
         assert one["exp_avg"] is two["exp_avg"] and one["step"] is not two["step"] and one["step"] == 1000
@@ -159,12 +159,12 @@ def test_torchs_steps_share_warm_moments_in_their_own_dtype(mode, seed):
 
 def test_policies_of_blocks_leave_the_rest_dense(tensors):
     require("cpu")
-    optimizer = step_gpu.make_optimizer(step_gpu.CASE["GradFreeze, half frozen"], tensors, "cpu")
+    optimizer = cases.make_optimizer(cases.CASE["GradFreeze, half frozen"], tensors, "cpu")
     optimizer.set_epoch(0)
     inside = sum(p.numel() for p, block in zip(tensors.params, tensors.blocks) if block)
     assert [len(group["params"]) for group in optimizer.param_groups] == [32, 7]
-    assert step_gpu.active_share(optimizer) == pytest.approx(1 - inside / 2 / tensors.numel)
-    assert len(step_gpu.make_optimizer(step_gpu.CASE["GradDrop"], tensors, "cpu").param_groups) == 1
+    assert cases.active_share(optimizer) == pytest.approx(1 - inside / 2 / tensors.numel)
+    assert len(cases.make_optimizer(cases.CASE["GradDrop"], tensors, "cpu").param_groups) == 1
 
 
 # --- host_gpu ---------------------------------------------------------------------------------------------------------

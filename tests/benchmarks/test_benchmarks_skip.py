@@ -10,6 +10,8 @@ from test_benchmarks import run_well
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.common.results import load  # noqa: E402
+from benchmarks.common.timers import HostTimer  # noqa: E402
 from benchmarks.cpu import skip_backward  # noqa: E402
 from benchmarks.render import __main__ as render  # noqa: E402
 
@@ -34,7 +36,7 @@ def test_every_method_is_measured_beside_the_dense_step(folder):
 
 
 def test_the_table(folder):
-    found = render.load(folder)
+    found = load(folder)
     text = render.section("skip-backward", "some-machine", found)
     rows = found["some-machine"]["skip_backward"]["tables"][0]["rows"]
     for row in rows:
@@ -54,7 +56,7 @@ def test_flops_are_those_of_the_next_steps_blocks():
     for number in range(12):
         names = [f"roberta.encoder.layer.{i}.output.dense.weight" for i in range(2)]
         kept = sum(bool(optimizer.mask(name).any()) for name in names)
-        step.run(number)
+        step.run(HostTimer(), number)
         found[kept] = step.flops_of[number]
         assert all(param.requires_grad and param.grad is None for param in work.model.parameters())
         if number:  # the first is run in full

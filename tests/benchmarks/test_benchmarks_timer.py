@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 from benchmarks.common import rounds  # noqa: E402
 from benchmarks.common import timers as gpu_timer  # noqa: E402
 from benchmarks.common.timers import RehearsalTimer, Sample  # noqa: E402
+from benchmarks.common.variants import gpu_rows  # noqa: E402
 
 # --- the timer, on a simulated GPU ------------------------------------------------------------------------------------
 
@@ -194,7 +195,7 @@ def listed(name: str, *seconds: float, kind: str = "ours", backend: str | None =
 
 def run_rounds(variants: list[rounds.Variant], number: int = 4) -> list[dict]:
     rounds.interleave(variants, ListedTimer(), time.monotonic() - 1, number, number)
-    return rounds.summarize(variants, 1_000_000_000, 100.0)
+    return gpu_rows(variants, 1_000_000_000, 100.0)
 
 
 def test_medians_quartiles_and_ratios_by_round():

@@ -1,16 +1,13 @@
-"""Triton without a GPU: variants of the update kernel compiled for any target, and a driver that only counts."""
+"""Triton without a GPU: variants of the update kernel, compiled for any target."""
 
 import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import triton
-from sass import Kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.driver import driver
 
 from graddrop_kernels.backends import triton as backend
 from graddrop_kernels.backends.device_tables import CHUNK
@@ -18,15 +15,14 @@ from graddrop_kernels.backends.launches import Launch
 from graddrop_kernels.backends.triton import norm, prologue
 from graddrop_kernels.backends.triton import update as kernels
 
+from .sass import Kernel
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SM_90 = GPUTarget("cuda", 90, 32)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 _DTYPES = {"f": F32, "b": BF16, "h": F16}
 # Of parameters, gradients, moments; parameters other than their gradients are master weights.
 MODES = {name: tuple(_DTYPES[letter] for letter in name) for name in ("fff", "bbf", "bbb", "hhf", "hhh", "fbf", "fhf")}
-_KERNELS = {
-    "update": kernels.masked_adamw_kernel, "prologue": prologue.prologue_kernel, "norm": norm.sum_of_squares_kernel,
-}  # fmt: skip
 ALIGNED = [["tt.divisibility", 16]]  # what a real launch finds of the tables' addresses
 
 
@@ -129,62 +125,3 @@ def machine_code(compiled) -> Kernel:
     """Of a target of NVIDIA's."""
     with tempfile.TemporaryDirectory() as folder:
         return Kernel(compiled.asm["cubin"], compiled.metadata.name, TOOLS, Path(folder))
-
-
-class CountingDriver:
-    """Takes the place of the GPU's driver: kernels are compiled as for an H100, and launches only noted down."""
-
-    def __init__(self):
-        self.launches: list[tuple[str, int]] = []  # (kernel, programs)
-        self.utils = self
-        self.launcher_cls = self._launcher
-
-    def _launcher(self, source, metadata):
-        return lambda programs, *arguments: self.launches.append((metadata.name, programs))
-
-    def load_binary(self, name, *arguments):
-        return None, None, 64, 0, 1024  # module, function, registers, spills, most threads
-
-    def get_device_properties(self, device) -> dict:
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
-
-    def get_current_target(self) -> GPUTarget:
-        return SM_90
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def is_active(self) -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, name: str) -> str:
-        return name
-
-
-@contextmanager
-def counting_driver():
-    """Within it kernels take CPU tensors and do nothing."""
-    before, counting = driver._active, CountingDriver()
-    for function in _KERNELS.values():
-        function.device_caches.clear()
-    driver.set_active(counting)
-    try:
-        yield counting
-    finally:
-        driver._active = before
-        for function in _KERNELS.values():
-            function.device_caches.clear()
-
-
-def compile_keys() -> dict[str, int]:
-    """How often each kernel that was launched has been compiled under the counting driver."""
-    counts = {name: len(function.device_caches[0][0]) for name, function in _KERNELS.items()}
-    return {name: count for name, count in counts.items() if count}
-
-

@@ -1,0 +1,105 @@
+"""The policies as they are measured, and their optimizers on shared tensors."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import graddrop_kernels as gk
+from graddrop_kernels.backends import BACKENDS
+
+from .shapes import LAYERS
+from .tensors import MODES, Tensors
+
+HYPERS = {"lr": 1e-6, "weight_decay": 0.01}  # small, so that the parameters hardly move over thousands of steps
+P = 0.2
+EPOCHS = 5  # of GradDropEpoch, measured in the middle one
+ALL_STREAMS = 7  # of memory: read p, g, m, v; write p, m, v
+NO_GRAD_STREAMS = 6  # a dropped block whose gradient counts as 0
+MEANINGS = ("reference", "exact")  # backends that define what is right, slowly
+
+
+@dataclass(frozen=True)
+class Case:
+    """A policy as it is measured."""
+
+    name: str
+    policy: Callable  # named parameters -> policy
+    epochs: tuple[int, ...] = (0,)  # one step in each before the measurement in the last of them
+    masked: str | None = None
+    mask_bits: int = 0  # a parameter, stored and read
+    dropped_streams: int = ALL_STREAMS  # of memory, where it drops
+    needs_blocks: bool = False
+
+    def optimizer(self, tensors: Tensors, **options) -> gk.FusedGradDropAdamW:
+        """Policies of blocks leave what is outside the blocks dense."""
+        groups = tensors.named
+        if self.needs_blocks:
+            inside = [i for i, block in enumerate(tensors.blocks) if block is not None]
+            owners = [tensors.blocks[i] for i in inside]
+            of_blocks = {"blocks": list(dict.fromkeys(owners)), "param_blocks": owners}
+            groups = [{"params": [tensors.named[i] for i in inside], **of_blocks}]
+            outside = [named for named, block in zip(tensors.named, tensors.blocks) if block is None]
+            if outside:
+                groups.append({"params": outside, "mask": None})
+        return gk.FusedGradDropAdamW(groups, mask=self.policy(tensors.named), masked=self.masked, **HYPERS, **options)
+
+    def enter_last_epoch(self, optimizer: gk.FusedGradDropAdamW) -> None:
+        """One step an epoch, so that buckets of different ages are measured."""
+        for epoch in self.epochs:
+            optimizer.set_epoch(epoch)
+            optimizer.step()
+
+
+@functools.lru_cache(maxsize=1)  # packing half a billion bits on the CPU takes seconds, and the modes can share it
+def _fixed_half(shapes: tuple) -> gk.FixedMask:
+    return gk.FixedMask({name: torch.randint(0, 2, shape, dtype=torch.bool) for name, shape in shapes})
+
+
+def _half(named) -> gk.FixedMask:
+    return _fixed_half(tuple((name, tuple(param.shape)) for name, param in named))
+
+
+_epoch = functools.partial(gk.GradDropEpoch, EPOCHS)
+_MIDDLE = tuple(range(EPOCHS // 2 + 1))
+_FROZEN_BLOCKS = {"dropped_streams": 0, "needs_blocks": True}
+CASES = (
+    Case("mask=None", lambda named: None),
+    Case("GradDrop", lambda named: gk.GradDrop(P)),
+    Case("GradDrop, every epoch", lambda named: gk.GradDrop(P, every="epoch")),
+    Case("GradDrop, frozen", lambda named: gk.GradDrop(P), masked="frozen"),
+    Case("GaussianGradDrop", lambda named: gk.GaussianGradDrop(P)),
+    Case("GradDropEpoch, bit-packed", lambda named: _epoch(storage="bitpacked"), _MIDDLE, mask_bits=3),
+    Case("GradDropEpoch, recomputed", lambda named: _epoch(storage="recompute"), _MIDDLE),
+    Case("GradDropEpoch, toggle", lambda named: _epoch(storage="recompute", toggle=True), _MIDDLE),
+    Case("LayerGradDrop", lambda named: gk.LayerGradDrop(P), dropped_streams=NO_GRAD_STREAMS, needs_blocks=True),
+    Case("GradFreeze, half frozen", lambda named: gk.GradFreeze(2), **_FROZEN_BLOCKS),
+    Case("FixedMask, 50 %", _half, mask_bits=1),
+)
+CASE = {case.name: case for case in CASES}
+FIXED = "FixedMask, 50 %"
+SWEEP = tuple(  # the first has nothing frozen
+    Case(f"{frozen} of {LAYERS} layers frozen", lambda named: gk.GradFreeze(LAYERS, blocks_per_epoch=1),
+         (LAYERS - frozen - 1,), **_FROZEN_BLOCKS)
+    for frozen in (0, 5, 10, 15, 20, 24)
+)  # fmt: skip
+
+
+def backends_for(device: torch.device, mode: str) -> list[str]:
+    """Those that can step such tensors here, fast ones only."""
+    rows = [backend for backend in BACKENDS if backend.name not in MEANINGS]
+    return [backend.name for backend in rows if backend.misfit(device, *MODES[mode]) is None]
+
+
+def make_optimizer(case: Case, tensors: Tensors, backend: str, **options) -> gk.FusedGradDropAdamW:
+    """The case with the shared moments."""
+    dtype, moment_dtype = tensors.params[0].dtype, tensors.moments[0][0].dtype
+    own = moment_dtype if moment_dtype != dtype else None
+    optimizer = case.optimizer(tensors, backend=backend, moment_dtype=own, **options)
+    return tensors.attach(optimizer, moment_dtype, tensors.device)
+
+
+def active_share(optimizer: gk.FusedGradDropAdamW) -> float:
+    sizes = [sum(param.numel() for param in group["params"]) for group in optimizer.param_groups]
+    return sum(share * size for share, size in zip(optimizer.active_fraction(), sizes)) / sum(sizes)

@@ -1,0 +1,102 @@
+"""Files of results, results/<machine>/<benchmark>.json: written one measurement a line, and read."""
+
+import argparse
+import json
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+
+from .machine import ROOT, facts, facts_once, gpu_slug, slug
+
+RESULTS = ROOT / "benchmarks" / "results"
+CONTRACT = "compile_contract.json"  # counts of a compiler, in the folder of one machine or of all
+
+
+def text_of(result: dict) -> str:
+    """JSON with a line for each measurement: only what holds lists of objects is spread over lines."""
+    return _text(result, "") + "\n"
+
+
+def _text(value, indent: str) -> str:
+    if not _holds_rows(value):
+        return json.dumps(value)
+    more = indent + " "
+    if isinstance(value, dict):
+        lines = [f"{more}{json.dumps(key)}: {_text(each, more)}" for key, each in value.items()]
+    else:
+        lines = [more + _text(each, more) for each in value]
+    start, end = "{}" if isinstance(value, dict) else "[]"
+    return "\n".join([start, ",\n".join(lines), indent + end])
+
+
+def _holds_rows(value) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_rows, value.values()))
+    return isinstance(value, list) and any(isinstance(each, dict) for each in value)
+
+
+def load(folder: Path, rehearsal: bool = False) -> dict[str, dict[str, dict]]:
+    """{machine: {benchmark: its JSON}}. Raises SystemExit for a rehearsal, which is no result, unless asked for one."""
+    found: dict[str, dict] = {}
+    for path in sorted(folder.glob("*/*.json")):
+        if path.name == CONTRACT:
+            continue
+        result = json.loads(path.read_text())
+        if result.get("rehearsal") and not rehearsal:
+            raise SystemExit(f"{path} is a rehearsal on CPU tensors, not a result; delete it")
+        found.setdefault(path.parent.name, {})[path.stem] = result
+    return found
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder of the results (default: results/<machine>)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs; the figures mean nothing")
+    return parser
+
+
+def gpu_arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark of the GPU has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder of the results (default: results/<GPU>)")
+    parser.add_argument("--budget", type=float, default=60, metavar="SECONDS", help="by when the last round begins")
+    parser.add_argument("--rehearse", action="store_true", help="tiny CPU tensors, a host clock: shows that it runs")
+    return parser
+
+
+def write(benchmark: str, options: argparse.Namespace, results: dict) -> Path:
+    """Writes the results with the machine's facts to results/<machine>/<benchmark>.json, or into the folder ``--out``.
+
+    A quick run without ``--out`` goes into a folder of the system's for temporary files: it is no result.
+    """
+    machine = facts()
+    folder = options.out or (Path(tempfile.mkdtemp()) if options.quick else RESULTS / slug(machine))
+    return _write(folder, {"benchmark": benchmark, "quick": options.quick, "machine": machine}, results)
+
+
+def write_gpu(benchmark: str, options: argparse.Namespace, results: dict) -> Path:
+    """As ``write``, into the GPU's folder. Called again as the results grow. A rehearsal says what it is."""
+    machine = facts_once()
+    folder = gpu_folder(options, machine)
+    rehearsal = options.rehearse
+    head = {"benchmark": benchmark, "quick": rehearsal, "rehearsal": rehearsal, "machine": machine}
+    return _write(folder, head, results)
+
+
+def gpu_folder(options: argparse.Namespace, machine: dict | None = None) -> Path:
+    """Where the results of the GPU go; of a rehearsal nowhere near them."""
+    if options.out is None and options.rehearse:
+        options.out = Path(tempfile.mkdtemp()) / gpu_slug(machine or facts_once())
+    return options.out or RESULTS / gpu_slug(machine or facts_once())
+
+
+def _write(folder: Path, head: dict, results: dict) -> Path:
+    """Whole or not at all: a run that is killed leaves the file of before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{head['benchmark']}.json"
+    when = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text_of({"benchmark": head["benchmark"], "when": when} | head | results))
+    unfinished.replace(path)
+    return path

@@ -1,0 +1,74 @@
+"""A driver of Triton that compiles and only counts: no GPU is needed."""
+
+from contextlib import contextmanager
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from graddrop_kernels.backends.triton import norm, prologue
+from graddrop_kernels.backends.triton import update as kernels
+
+SM_90 = GPUTarget("cuda", 90, 32)
+_KERNELS = {
+    "update": kernels.masked_adamw_kernel, "prologue": prologue.prologue_kernel, "norm": norm.sum_of_squares_kernel,
+}  # fmt: skip
+
+
+class CountingDriver:
+    """Takes the place of the GPU's driver: kernels are compiled as for an H100, and launches only noted down."""
+
+    def __init__(self):
+        self.launches: list[tuple[str, int]] = []  # (kernel, programs)
+        self.utils = self
+        self.launcher_cls = self._launcher
+
+    def _launcher(self, source, metadata):
+        return lambda programs, *arguments: self.launches.append((metadata.name, programs))
+
+    def load_binary(self, name, *arguments):
+        return None, None, 64, 0, 1024  # module, function, registers, spills, most threads
+
+    def get_device_properties(self, device) -> dict:
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
+
+    def get_current_target(self) -> GPUTarget:
+        return SM_90
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def is_active(self) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+
+@contextmanager
+def counting_driver():
+    """Within it kernels take CPU tensors and do nothing."""
+    before, counting = driver._active, CountingDriver()
+    for function in _KERNELS.values():
+        function.device_caches.clear()
+    driver.set_active(counting)
+    try:
+        yield counting
+    finally:
+        driver._active = before
+        for function in _KERNELS.values():
+            function.device_caches.clear()
+
+
+def compile_keys() -> dict[str, int]:
+    """How often each kernel that was launched has been compiled under the counting driver."""
+    counts = {name: len(function.device_caches[0][0]) for name, function in _KERNELS.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
