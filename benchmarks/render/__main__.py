@@ -54,7 +54,8 @@ def render(text: str, found: dict) -> str:
 
 def page(machine: str, results: dict) -> str:
     """A page with every table that one machine has results for, to be rendered."""
-    names = [name for name, (benchmarks, _) in TABLES.items() if not results.keys().isdisjoint(benchmarks)]
+    tables = {name: needs for name, (needs, _) in TABLES.items() if name not in cpu_tables.EXTRACTS}
+    names = [name for name, needs in tables.items() if not results.keys().isdisjoint(needs)]
     parts = [f"## {name}\n\n<!-- benchmark: {name} {machine} -->\n<!-- /benchmark -->\n" for name in names]
     return f"# Results on {machine}\n\n" + "\n".join(parts)
 

@@ -92,6 +92,34 @@ def _isas(results: dict) -> str:
     return markdown(["time / torch fused, layers", *names], rows)
 
 
+# The front page's short tables: the range over all runs of a dtype, by the name of the row.
+
+FACTS = {
+    "GradDrop, drawn inside the step": ("GradDrop",),
+    "the same mask drawn in PyTorch and multiplied in": (
+        "bernoulli_ mask, multiply, torch fused", "torch.rand mask, multiply, torch fused",
+    ),
+}  # fmt: skip
+SUMMARY = (
+    "mask=None", "GradDrop", "LayerGradDrop", "GradFreeze, half frozen", "GradDropEpoch, recomputed",
+    "GaussianGradDrop",
+)  # fmt: skip
+
+
+def _ranges(results: dict, rows: dict[str, tuple[str, ...]]) -> str:
+    """rows: {title: names of measured rows}."""
+    runs = {dtype: results.get(f"step_cpu_{dtype}", {}).get("runs", ()) for dtype in DTYPES}
+    configs = {dtype: [config_of(run, "layers") for run in own] for dtype, own in runs.items() if own}
+
+    def cell(names: tuple[str, ...], own: list[dict]) -> str:
+        ratios = [row_of(config, name).get("ratio") for config in own for name in names]
+        ratios = [ratio for ratio in ratios if ratio is not None]
+        return " to ".join(dict.fromkeys(map(number, (min(ratios), max(ratios))))) if ratios else "–"
+
+    table = [[title, *(cell(names, own) for own in configs.values())] for title, names in rows.items()]
+    return markdown(["time of a step / torch fused without a mask", *configs], table)
+
+
 def _frozen_blocks(results: dict) -> str:
     labels, runs = zip(*_runs(results))
     sweeps = [[row for row in config_of(run, "layers")["rows"] if row["kind"] == "sweep"] for run in runs]
@@ -216,6 +244,8 @@ def _machine(results: dict) -> str:
 _STEP = tuple(f"step_cpu_{dtype}" for dtype in DTYPES)
 TABLES = {  # name in the marker: (benchmarks of which it needs one, the table)
     "machine": (_STEP, _machine),
+    "facts": (_STEP, lambda results: _ranges(results, FACTS)),
+    "summary": (_STEP, lambda results: _ranges(results, {name: (name,) for name in SUMMARY})),
     "step": (_STEP, lambda results: _ratios(results, "layers")),
     "step-one-tensor": (_STEP, lambda results: _ratios(results, "one tensor")),
     "isas": (_STEP, _isas),
@@ -229,6 +259,7 @@ TABLES = {  # name in the marker: (benchmarks of which it needs one, the table)
     "skip-backward": (("skip_backward",), _skip_backward),
     "step-detail": (_STEP, _details),
 }
+EXTRACTS = ("facts", "summary")  # of "step": a page with all tables has no need of them
 
 
 def caption(result: dict) -> str:

@@ -616,7 +616,7 @@ def lora_of(model, seed):
 
 
 def test_lora_is_masked_and_the_saved_head_is_not(task, seed):
-    """p = 0.9 in epoch 0: masks by the README's formula; the step, that of AdamW on gradients masked by hand."""
+    """p = 0.9 in epoch 0: masks by docs/semantics.md; the step, that of AdamW on gradients masked by hand."""
     model_of, batches = task
     model = lora_of(model_of(seed), seed)
     optimizer = optimizer_of(model, "annealed", seed)
@@ -680,13 +680,13 @@ def test_lora_resumes_from_its_adapter(mask, task, seed, tmp_path):
     assert_same_training(model, optimizer, half, its_optimizer)
 
 
-# What the README shows.
+# What docs/loops.md shows.
 
 
-def test_the_readmes_lines(seed, tmp_path, monkeypatch):
+def test_the_lines_of_the_documents(seed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    section = (Path(__file__).resolve().parents[2] / "README.md").read_text().split("## In other training loops\n")[1]
-    in_lightning, in_accelerate = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
+    sections = (Path(__file__).resolve().parents[2] / "docs/loops.md").read_text().split("## Lightning\n")[1]
+    in_lightning, in_accelerate = re.findall(r"```python\n(.*?)```", sections, re.DOTALL)
     module, batches = lightning_module("lightning", Tiny(), "annealed", seed), tiny_batches(seed)
     names = {"lightning": importlib.import_module("lightning"), "epochs": EPOCHS, "module": module, "loader": batches}
     exec(in_lightning, {**names, "loader": Batches(batches)})

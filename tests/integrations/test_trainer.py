@@ -203,10 +203,10 @@ def test_a_resumed_run_of_bfloat16_weights_with_masters(tmp_path):
         assert masters[0].dtype == torch.float32 and bits(masters[0]) == bits(masters[1]), name
 
 
-def test_the_readme(tmp_path):
+def test_the_example_of_the_documents(tmp_path):
     """Its code block as it is printed, with the three names that it leaves to the reader."""
-    readme = Path(__file__).resolve().parents[2].joinpath("README.md").read_text()
-    section = readme.split("## In the Trainer of transformers\n")[1].split("\n## ")[0]
+    page = Path(__file__).resolve().parents[2].joinpath("docs/loops.md").read_text()
+    section = page.split("## Trainer\n")[1].split("\n## ")[0]
     [block] = re.findall("```python\n(.*?)```", section, re.DOTALL)
     names = {"model": model_of(), "args": arguments(tmp_path), "train_dataset": sentences()}
     start = [bits(param) for param in names["model"].parameters()]

@@ -169,6 +169,59 @@ def test_every_benchmark_has_its_command():
     assert [name for name in modules if name != "benchmarks.xglue" and name not in commands] == []
 
 
+def test_the_gpu_runs_budget_is_what_is_said():
+    (budget,) = re.findall(r"^BUDGET = (\d+)", (ROOT / "benchmarks/gpu/__main__.py").read_text(), re.MULTILINE)
+    assert f"stops by itself after {budget} s" in text_of("docs/performance.md")
+
+
+# The front page.
+
+
+def test_the_readme_can_be_read_in_one_sitting():
+    lines = text_of("README.md").splitlines()
+    assert len(lines) <= 150 and max(map(len, lines)) <= 100
+    first_screen = text_of("README.md").split("## Install")[0]
+    assert "on a GPU nothing has been measured yet" in first_screen
+
+
+def trained(optimizer, model, batches) -> None:
+    for batch in batches:
+        page_names.loss_of(model)(batch[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_frozen_means_frozen(seed):
+    """What the front page says first: neither momentum nor weight decay; that of a sharding is in distributed/."""
+    torch.manual_seed(seed)
+    model, batches = page_names.model(), page_names.batches()
+    groups = graddrop_kernels.param_groups(model, weight_decay=0.5)
+    optimizer = graddrop_kernels.FusedGradDropAdamW(groups, lr=0.1, mask=None)
+    trained(optimizer, model, batches)  # so that there is momentum
+    for policy in (graddrop_kernels.GradFreeze(epochs=4), graddrop_kernels.GradDrop(p=0.5)):
+        for group in optimizer.param_groups:
+            group |= {"mask": policy.to_json() if "blocks" in group else None, "masked": "frozen"}
+        optimizer.set_epoch(1)
+        before = {name: param.detach().clone() for name, param in model.named_parameters()}
+        keep = {name: optimizer.mask(name) for name in before}
+        trained(optimizer, model, batches[:1])
+        moved = {name: param != before[name] for name, param in model.named_parameters()}
+        assert not any((moved[name] & ~keep[name]).any() for name in before)
+        assert all(moved[name][keep[name]].any() for name in before if keep[name].any())
+        assert 0 < sum(int(mask.sum()) for mask in keep.values()) < sum(mask.numel() for mask in keep.values())
+
+
+def test_masks_take_no_memory():
+    held = []
+    for make in (torch.optim.AdamW, graddrop_kernels.FusedGradDropAdamW):
+        model = page_names.model()
+        optimizer = make(model.parameters(), fused=True)
+        trained(optimizer, model, page_names.batches())
+        tensors = [tensor for state in optimizer.state.values() for tensor in state.values()]
+        held.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+    assert held[0] == held[1]
+
+
 # Pictures and `make docs`.
 
 

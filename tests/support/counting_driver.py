@@ -6,12 +6,12 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from graddrop_kernels.backends import triton_kernels as kernels
-from graddrop_kernels.backends import triton_norm as norm
+from graddrop_kernels.backends.triton import norm, prologue
+from graddrop_kernels.backends.triton import update as kernels
 
 SM_90 = GPUTarget("cuda", 90, 32)
 _KERNELS = {
-    "update": kernels.masked_adamw_kernel, "prologue": kernels.prologue_kernel, "norm": norm.sum_of_squares_kernel,
+    "update": kernels.masked_adamw_kernel, "prologue": prologue.prologue_kernel, "norm": norm.sum_of_squares_kernel,
 }  # fmt: skip
 
 
