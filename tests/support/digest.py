@@ -239,13 +239,12 @@ def train(backend: str, policy: str, kind: str, mode: str, layout=lambda whole: 
         if step == 2 and mode == "added":
             optimizer.add_param_group(groups_of(model, mode)[-1] | {"mask": GradDrop(p=0.4), "seed": 3})
         if step == 3 and mode.startswith("resume"):
-            file, model = io.BytesIO(), copy.deepcopy(model)
-            torch.save(optimizer.state_dict(), file)
+            saved, file = optimizer.state_dict(), io.BytesIO()
             if mode == "resume-adamw":  # through torch's own class, which knows nothing of masks
                 torchs = torch.optim.AdamW(groups_of(model, mode))
-                torchs.load_state_dict(optimizer.state_dict())
-                file = io.BytesIO()
-                torch.save(torchs.state_dict(), file)
+                torchs.load_state_dict(saved)
+                saved = torchs.state_dict()
+            torch.save(saved, file)
             optimizer = optimizer_of(model)
             optimizer.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
         if step == 3 and mode == "pickle":
