@@ -12,8 +12,8 @@ from triton.compiler import ASTSource
 from graddrop_kernels.backends import triton as backend
 from graddrop_kernels.backends.device_tables import CHUNK
 from graddrop_kernels.backends.launches import Launch
-from graddrop_kernels.backends.triton import norm, prologue
-from graddrop_kernels.backends.triton import update as kernels
+from graddrop_kernels.backends.triton.launch import norm, prologue
+from graddrop_kernels.backends.triton.launch import update as kernels
 
 from .sass import Kernel
 

@@ -330,7 +330,7 @@ def test_the_sum_of_squares_of_masked_gradients(plan, grads, seed):
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_order_in_which_programs_run_does_not_show(masked, seed, monkeypatch):
     """One program a launch, in any order: the same bits."""
-    from graddrop_kernels.backends.triton import norm as triton_norm
+    from graddrop_kernels.backends.triton.launch import norm as triton_norm
 
     sizes = [(RowBlock.whole(numel), numel) for numel in (70_001, 1, 64, 777, 0, 9, 1000)]
     plans, rows = [PLANS["bernoulli"], PLANS["fixed"]], [0, 1, 0, 0, 1, 0, 1]
@@ -415,7 +415,7 @@ def test_bucket_planes(buckets, seed):
 
 
 def test_the_optimizers_masks_are_made_by_the_kernels(seed, monkeypatch):
-    from graddrop_kernels.backends.triton import masks as triton_masks
+    from graddrop_kernels.backends.triton.launch import masks as triton_masks
 
     param = torch.nn.Parameter(torch.zeros(7, 9, device=TRITON.device))
     optimizer = FusedGradDropAdamW([("w", param)], mask=GradDrop(0.3), seed=seed)

@@ -6,8 +6,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from graddrop_kernels.backends.triton import norm, prologue
-from graddrop_kernels.backends.triton import update as kernels
+from graddrop_kernels.backends.triton.launch import norm, prologue
+from graddrop_kernels.backends.triton.launch import update as kernels
 
 SM_90 = GPUTarget("cuda", 90, 32)
 _KERNELS = {
