@@ -9,11 +9,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from graddrop_kernels.backends import triton as backend
 from graddrop_kernels.backends.device_tables import CHUNK
 from graddrop_kernels.backends.launches import Launch
-from graddrop_kernels.backends.triton.launch import norm, prologue
-from graddrop_kernels.backends.triton.launch import update as kernels
+from graddrop_kernels.backends.triton import launch as backend
+from graddrop_kernels.backends.triton import norm, prologue
+from graddrop_kernels.backends.triton import update as kernels
 
 from .sass import Kernel
 
@@ -32,7 +32,6 @@ class Variant:
 
     mode: str
     kind: str
-    exact: bool = True
     planes: int = -1
     aligned: bool = True
     rows: bool = False
@@ -48,7 +47,7 @@ class Variant:
         text = [name for name in flags if getattr(self, name) and name != "aligned"]
         planes = f" {self.planes} planes" if self.planes >= 0 else ""
         unaligned = [] if self.aligned else ["unaligned"]
-        return " ".join([self.mode, self.kind + planes, "exact" if self.exact else "fast", *text, *unaligned])
+        return " ".join([self.mode, self.kind + planes, *text, *unaligned])
 
     @property
     def vector(self) -> int:
@@ -74,7 +73,6 @@ def compile_update(variant: Variant, target: GPUTarget = SM_90, **changes):
     param, grad, moments = MODES[variant.mode]
     constants = backend.constants(
         variant.launch, param, moments, grad, variant.copies, variant.stochastic, variant.grad_scale, variant.clip,
-        variant.exact,
     )  # fmt: skip
     constants |= {**blocks(target), **changes}
     arguments = {"rows": "*i64", "step_rows": "*i32", "by_age_table": "*fp32", "chunks": "*i64", "age_stride": "i32"}
@@ -83,7 +81,7 @@ def compile_update(variant: Variant, target: GPUTarget = SM_90, **changes):
             arguments[name] = "*fp32"
         else:
             constants[name] = None
-    options = {"num_warps": backend.WARPS, "enable_fp_fusion": not variant.exact}
+    options = {"num_warps": backend.WARPS, "enable_fp_fusion": False}
     return _compile(kernels.masked_adamw_kernel, arguments, constants, target, options)
 
 

@@ -46,8 +46,6 @@ class Backend:
         unavailable: () -> None when it can run on this machine, else the reason and the remedy.
         masked_adamw_: the step on a TensorBatch, in place.
         sum_of_squares: (batch, masked) -> float64 tensor (), the sum of the gradients' squares.
-        masters: whether it takes batches with copies (master weights).
-        stochastic: whether it rounds stochastically.
         keep_mask: what ``keep_mask`` below asks of it for drawn and fixed masks; None: it makes none by themselves.
         bucket_planes: what ``bucket_planes`` below asks of it; None likewise.
     """
@@ -60,22 +58,15 @@ class Backend:
     unavailable: Callable[[], str | None]
     masked_adamw_: Callable[[TensorBatch], None]
     sum_of_squares: Callable[[TensorBatch, bool], torch.Tensor]
-    masters: bool = False
-    stochastic: bool = False
     keep_mask: KeepMask | None = None
     bucket_planes: BucketPlanes | None = None
 
-    def misfit(
-        self, device: torch.device, param_dtype: torch.dtype, moment_dtype: torch.dtype,
-        masters: bool = False, stochastic: bool = False,
-    ) -> str | None:  # fmt: skip
+    def misfit(self, device: torch.device, param_dtype: torch.dtype, moment_dtype: torch.dtype) -> str | None:
         """Why it cannot step such a tensor; None when it can."""
         if self.devices is not None and device.type not in self.devices:
             return f"works on {' and '.join(self.devices)} tensors, not on {device.type}"
         if (param_dtype, moment_dtype) not in self.dtypes:
             return f"does not take {_short(param_dtype)} parameters with {_short(moment_dtype)} moments"
-        if (masters and not self.masters) or (stochastic and not self.stochastic):
-            return f"does not offer {'master weights' if masters else 'stochastic rounding'}"
         return self.unavailable()
 
 
@@ -96,33 +87,28 @@ def _bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int, device:
 BACKENDS = (
     Backend(
         "cpu", "C++, one pass over memory",
-        ("cpu",), _FUSED_DTYPES, True, cpu.unavailable, cpu.masked_adamw_, cpu.sum_of_squares, True, True,
+        ("cpu",), _FUSED_DTYPES, True, cpu.unavailable, cpu.masked_adamw_, cpu.sum_of_squares,
         bucket_planes=lambda key, buckets, layout, numel, _: cpu.bucket_planes(key, buckets, layout, numel),
     ),
     Backend(
         "triton", "Triton, one launch for any number of tensors",
         triton.DEVICES, _FUSED_DTYPES, True, triton.unavailable, triton.masked_adamw_,
-        triton.sum_of_squares, True, True, triton.keep_mask, triton.bucket_planes,
-    ),
-    Backend(
-        "triton-fast", "the same with approximate square roots and divisions",
-        triton.DEVICES, _FUSED_DTYPES, False, triton.unavailable, partial(triton.masked_adamw_, exact=False),
-        triton.sum_of_squares, True, True,
+        triton.sum_of_squares, triton.keep_mask, triton.bucket_planes,
     ),
     Backend(
         "cuda", "C++ for CUDA, the same headers as the CPU kernels",
-        ("cuda",), _FUSED_DTYPES, True, cuda.unavailable, cuda.masked_adamw_, cuda.sum_of_squares, True, True,
+        ("cuda",), _FUSED_DTYPES, True, cuda.unavailable, cuda.masked_adamw_, cuda.sum_of_squares,
         cuda.keep_mask, cuda.bucket_planes,
     ),
     Backend(
         "reference", "plain PyTorch, slow; defines the meaning",
         None, _ANY_DTYPES, True, lambda: None, step.masked_adamw_,
-        step.sum_of_squares, True, True, _keep_mask, _bucket_planes,
+        step.sum_of_squares, _keep_mask, _bucket_planes,
     ),
     Backend(
         "exact", "the reference with every fma rounded once: the bits of the fused backends",
         None, _ANY_DTYPES, False, lambda: None, partial(step.masked_adamw_, exact=True),
-        partial(step.sum_of_squares, exact=True), True, True,
+        partial(step.sum_of_squares, exact=True),
     ),
 )  # fmt: skip
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -149,15 +135,12 @@ def check_name(name: str, given_as: str = "backend") -> str:
     return name
 
 
-def select(
-    name: str, device: torch.device, param_dtype: torch.dtype, moment_dtype: torch.dtype,
-    masters: bool = False, stochastic: bool = False,
-) -> Backend:  # fmt: skip
+def select(name: str, device: torch.device, param_dtype: torch.dtype, moment_dtype: torch.dtype) -> Backend:
     """The backend for one batch.
 
     ``"auto"`` takes the first that fits, GRADDROP_BACKEND overrides ``"auto"``; a named one that does not fit raises.
     """
-    mode = device, param_dtype, moment_dtype, masters, stochastic
+    mode = device, param_dtype, moment_dtype
     given_as = "backend"
     if name == "auto":
         name, given_as = os.environ.get("GRADDROP_BACKEND") or "auto", "GRADDROP_BACKEND"

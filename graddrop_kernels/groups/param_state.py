@@ -31,11 +31,12 @@ def moment_dtype(param: torch.Tensor, group: dict[str, Any], state: dict[str, An
     return torch.float32 if group["moment_dtype"] == "float32" and param.dtype in _HALF else param.dtype
 
 
-def mode(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> tuple[Any, ...]:
-    """What backends.select() asks about a parameter: device, dtypes of what is stepped and of the moments, options."""
-    master = has_master(param, group)
-    stepped = torch.float32 if master else param.dtype
-    return param.device, stepped, moment_dtype(param, group, state), master, is_stochastic(param, group)
+def mode(
+    param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]
+) -> tuple[torch.device, torch.dtype, torch.dtype]:
+    """What backends.select() is asked about a parameter: device, dtypes of what is stepped and of the moments."""
+    stepped = torch.float32 if has_master(param, group) else param.dtype
+    return param.device, stepped, moment_dtype(param, group, state)
 
 
 def make_state(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
 from typing import Any
 
+import torch
+
 from .. import backends
 from ..groups.masking import Masking, masking_of
 from ..groups.owner import Owner
-from ..groups.param_state import mode
+from ..groups.param_state import has_master, is_stochastic, mode
 from ..policies import Policy
 
 _HEADER = ("group", "blocks", "tensors", "parameters", "lr", "weight decay", "active now", "dropped", "policy")
@@ -137,21 +139,26 @@ def _by_group(what: str, texts: list[tuple[int, str]]) -> list[str]:
 def _backends(owner: Owner) -> list[str]:
     """A line for each kind of tensor: the backend that would step it, or why none can."""
     kinds = Counter(
-        (param.dtype, mode(param, group, owner.state.get(param, {})))
+        (param.dtype, _rounding(param, group), mode(param, group, owner.state.get(param, {})))
         for group in owner.param_groups
         for param in group["params"]
     )
     lines = []
-    for (dtype, asked), tensors in kinds.items():
-        device, _, moment_dtype, masters, stochastic = asked
+    for (dtype, rounding, asked), tensors in kinds.items():
+        device, _, moment_dtype = asked
         try:
             chosen = backends.select(owner.backend, *asked).name
         except (TypeError, ValueError, RuntimeError) as error:
             chosen = f"none: {error}"
-        extra = ", master weights" if masters else ", stochastic rounding" if stochastic else ""
-        dtypes = f"{dtype}, moments {moment_dtype}{extra}".replace("torch.", "")
+        dtypes = f"{dtype}, moments {moment_dtype}{rounding}".replace("torch.", "")
         lines.append(f"backend ({tensors} tensors on {device}, {dtypes}): {chosen}")
     return lines
+
+
+def _rounding(param: torch.Tensor, group: dict[str, Any]) -> str:
+    if has_master(param, group):
+        return ", master weights"
+    return ", stochastic rounding" if is_stochastic(param, group) else ""
 
 
 def _join_names(blocks: list[str]) -> str:

@@ -27,9 +27,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from graddrop_kernels import FusedGradDropAdamW, available_backends, param_groups
+from graddrop_kernels import ExponentialAnneal, FusedGradDropAdamW, LinearAnneal, available_backends, param_groups
 from graddrop_kernels.policies import FixedMask, GaussianGradDrop, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop
-from graddrop_kernels import ExponentialAnneal, LinearAnneal
 
 EPOCHS = (0, 0, 1, 1, 4)  # of each step; the last is past the end of every policy below
 WITHOUT = ((1, "head.bias"), (2, "layers.1.weight"))  # (step, parameter): it has no gradient there

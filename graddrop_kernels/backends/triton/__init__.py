@@ -1,6 +1,44 @@
-"""The triton backend. Its kernels are imported at the first launch: they need triton."""
+"""The triton backend: CUDA and ROCm tensors; CPU tensors in the interpreter.
 
-from .launch import bucket_planes, keep_mask, masked_adamw_, sum_of_squares
+Its kernels need triton, and are imported at the first call.
+"""
+
+import torch
+
+from ...masks.plan import MaskPlan
+from ...masks.row_block import RowBlock
+from ..batch import TensorBatch
 from .probe import DEVICES, interpreted, unavailable
 
 __all__ = ["DEVICES", "bucket_planes", "interpreted", "keep_mask", "masked_adamw_", "sum_of_squares", "unavailable"]
+
+
+def masked_adamw_(batch: TensorBatch) -> None:
+    """See update.py."""
+    from . import update
+
+    update.masked_adamw_(batch)
+
+
+def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
+    """See norm.py."""
+    from . import norm
+
+    return norm.sum_of_squares(batch, masked)
+
+
+def keep_mask(
+    plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, numel: int, mask_words: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:  # fmt: skip
+    """See masks.py."""
+    from . import masks
+
+    return masks.keep_mask(plan, key, completed_steps, layout, numel, mask_words, device)
+
+
+def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int, device: torch.device) -> torch.Tensor:
+    """See masks.py."""
+    from . import masks
+
+    return masks.bucket_planes(key, buckets, layout, numel, device)

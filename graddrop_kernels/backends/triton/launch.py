@@ -1,65 +1,21 @@
-"""The triton backend: update.py launched on a batch. CUDA and ROCm tensors; CPU tensors in the interpreter."""
+"""What every launch needs: the batch's tables, the prologue, block sizes, what is compiled into a kernel."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
 import torch
+import triton.language as tl
 
-from ...masks.plan import MaskPlan
-from ...masks.row_block import RowBlock
 from ..batch import TensorBatch
 from ..device_tables import CHUNK, DeviceTables
 from ..launches import Launch
+from ..tensor_table import MASK_KINDS
 from .probe import interpreted
+from .prologue import prologue_kernel
 
 ELEMENTS, WARPS = 8, 4  # of a thread, of a program; 16 elements need 200 registers, 4 double the cost of what is shared
 INTERPRETED_BLOCK = 65536  # the interpreter's cost is per program
-
-
-def masked_adamw_(batch: TensorBatch, exact: bool = True) -> None:
-    """One masked AdamW step on the batch, in place: a launch for the scalars, then one a mask kind and alignment."""
-    from .update import masked_adamw_kernel
-
-    tables = tables_of(batch)
-    block = block_of(batch.device)
-    compiled: dict[str, Any] = {
-        "param_dtype": batch.param_dtype, "moment_dtype": batch.moment_dtype, "grad_dtype": batch.grad_dtype,
-        "copies": tables.has_copies, "stochastic": batch.stochastic, "grad_scale": batch.grad_scale is not None,
-        "clip": batch.clip_factor is not None, "exact": exact,
-    }  # fmt: skip
-    with on_device(batch.device):
-        prologue(tables, batch.found_inf, ages=tables.age_stride > 0, advance=True)
-        for launch in tables.launches:
-            masked_adamw_kernel[(launch.chunks.numel(),)](
-                tables.rows, tables.step_rows, tables.by_age, launch.chunks, batch.grad_scale, batch.clip_factor,
-                tables.age_stride, **constants(launch, **compiled),
-                BLOCK=block, BLOCKS=tables.chunk // block, num_warps=WARPS, enable_fp_fusion=not exact,
-            )  # fmt: skip
-
-
-def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
-    """See norm.py, which needs triton."""
-    from . import norm
-
-    return norm.sum_of_squares(batch, masked)
-
-
-def keep_mask(
-    plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, numel: int, mask_words: torch.Tensor | None,
-    device: torch.device,
-) -> torch.Tensor:  # fmt: skip
-    """See masks.py, which needs triton."""
-    from . import masks
-
-    return masks.keep_mask(plan, key, completed_steps, layout, numel, mask_words, device)
-
-
-def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int, device: torch.device) -> torch.Tensor:
-    """See masks.py, which needs triton."""
-    from . import masks
-
-    return masks.bucket_planes(key, buckets, layout, numel, device)
 
 
 def tables_of(batch: TensorBatch, for_norm: bool = False) -> DeviceTables:
@@ -73,8 +29,6 @@ def tables_of(batch: TensorBatch, for_norm: bool = False) -> DeviceTables:
 
 def prologue(tables: DeviceTables, found_inf: torch.Tensor | None, ages: bool, advance: bool) -> None:
     """Writes the step rows, on the current device; with ``ages`` the table by age, with ``advance`` the step counts."""
-    from .prologue import prologue_kernel
-
     prologue_kernel[(tables.num_rows,)](
         tables.rows, tables.hypers, tables.step_rows, tables.by_age, found_inf, tables.age_stride,
         FOUND_INF=found_inf is not None, AGES_=ages, ADVANCE=advance, LANES=32, num_warps=1, enable_fp_fusion=False,
@@ -91,13 +45,9 @@ def block_of(device: torch.device) -> int:
 
 def constants(
     launch: Launch, param_dtype: torch.dtype, moment_dtype: torch.dtype, grad_dtype: torch.dtype | None = None,
-    copies: bool = False, stochastic: bool = False, grad_scale: bool = False, clip: bool = False, exact: bool = True,
+    copies: bool = False, stochastic: bool = False, grad_scale: bool = False, clip: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """What of a launch is compiled into the kernel."""
-    import triton.language as tl
-
-    from ..tensor_table import MASK_KINDS
-
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     grad_dtype = grad_dtype or param_dtype
     vector = 4 if torch.float32 in (param_dtype, grad_dtype, moment_dtype) else 8
@@ -105,10 +55,10 @@ def constants(
         "P": types[param_dtype], "G": types[grad_dtype], "M": types[moment_dtype], "KIND_": MASK_KINDS[launch.kind],
         "PLANES": launch.planes, "VEC": vector if launch.aligned else 1, "ROWS": launch.rows,
         "AMSGRAD": launch.amsgrad, "FROZEN_": launch.frozen, "AGES_": launch.ages, "COPY_": copies,
-        "STOCHASTIC": stochastic, "GRAD_SCALE": grad_scale, "CLIP": clip, "EXACT": exact, "INTERPRETED": interpreted(),
+        "STOCHASTIC": stochastic, "GRAD_SCALE": grad_scale, "CLIP": clip, "INTERPRETED": interpreted(),
     }  # fmt: skip
 
 
 def on_device(device: torch.device) -> AbstractContextManager[None]:
     """The device as the current one, for the launch and its stream."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -24,7 +24,7 @@ def unavailable() -> str | None:
     if not interpreted() and not torch.cuda.is_available():
         return "torch sees no GPU; with TRITON_INTERPRET=1 the kernels run on CPU tensors, slowly, for tests"
     try:
-        from . import update  # noqa: F401
+        import triton  # noqa: F401
     except ImportError as error:
         return f"triton cannot be imported: {error}"
     return None

@@ -1,7 +1,7 @@
 """The Triton kernels of a step: one program a tensor for the scalars, one program a chunk of elements for the update.
 
 They read the tables of csrc/tensor_table.h (backends/device_tables.py puts them on the device) and compute what
-csrc/adamw.h, philox.h, mask.h and gaussian.h compute, bit for bit in the exact mode. Every fused multiply-add is
+csrc/adamw.h, philox.h, mask.h and gaussian.h compute, bit for bit. Every fused multiply-add is
 written out. Nothing that changes from step to step is a constant of the compilation.
 
 Formulation, measured on the compiled code (tests/backends/test_triton_contract.py):
@@ -16,8 +16,10 @@ Formulation, measured on the compiled code (tests/backends/test_triton_contract.
 import triton
 import triton.language as tl
 
+from ..batch import TensorBatch
 from .arithmetic import new_moments, new_parameter, stochastic_bfloat16, store, to_float32, to_storage
 from .gradient import KEEP, load_gradient, masked_gradient
+from .launch import WARPS, block_of, constants, on_device, prologue, tables_of
 from .random import DOMAIN_ROUNDING, words32
 from .row import (
     DECAY_FLAG,
@@ -38,7 +40,7 @@ def update_block(
     row, by_age, divisor, clip, block_start,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, KIND_: tl.constexpr, PLANES: tl.constexpr, VEC: tl.constexpr,
     ROWS: tl.constexpr, AMSGRAD: tl.constexpr, FROZEN_: tl.constexpr, AGES_: tl.constexpr, COPY_: tl.constexpr,
-    STOCHASTIC: tl.constexpr, GRAD_SCALE: tl.constexpr, CLIP: tl.constexpr, EXACT: tl.constexpr,
+    STOCHASTIC: tl.constexpr, GRAD_SCALE: tl.constexpr, CLIP: tl.constexpr,
     INTERPRETED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Masks, scales and updates the elements [block_start, block_start + BLOCK) of a tensor; FULL: all are in it."""
@@ -93,7 +95,7 @@ def update_block(
         step_size, bc2_sqrt, bc2_sqrt_reciprocal = tl.load(at), tl.load(at + 1), tl.load(at + 2)
     p = new_parameter(
         to_float32(p_old, INTERPRETED), m, vmax if AMSGRAD else v, row.lr_weight_decay, row.eps,
-        step_size, bc2_sqrt, bc2_sqrt_reciprocal, (flags & DECAY_FLAG) != 0, EXACT, INTERPRETED,
+        step_size, bc2_sqrt, bc2_sqrt_reciprocal, (flags & DECAY_FLAG) != 0, INTERPRETED,
     )  # fmt: skip
     if STOCHASTIC:
         start = block_start + tl.arange(0, BLOCK // VEC) * VEC
@@ -108,7 +110,7 @@ def masked_adamw_kernel(
     rows, step_rows, by_age_table, chunks, grad_scale, clip_factor, age_stride,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, KIND_: tl.constexpr, PLANES: tl.constexpr, VEC: tl.constexpr,
     ROWS: tl.constexpr, AMSGRAD: tl.constexpr, FROZEN_: tl.constexpr, AGES_: tl.constexpr, COPY_: tl.constexpr,
-    STOCHASTIC: tl.constexpr, GRAD_SCALE: tl.constexpr, CLIP: tl.constexpr, EXACT: tl.constexpr,
+    STOCHASTIC: tl.constexpr, GRAD_SCALE: tl.constexpr, CLIP: tl.constexpr,
     INTERPRETED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One masked AdamW step on one chunk: BLOCKS blocks of BLOCK elements of one tensor."""
@@ -125,12 +127,30 @@ def masked_adamw_kernel(
         while start + BLOCK <= end:
             start = tl.multiple_of(start, BLOCK)
             update_block(row, by_age, divisor, clip, start, P, G, M, KIND_, PLANES, VEC, ROWS, AMSGRAD, FROZEN_, AGES_,
-                         COPY_, STOCHASTIC, GRAD_SCALE, CLIP, EXACT, INTERPRETED, BLOCK, True)  # fmt: skip
+                         COPY_, STOCHASTIC, GRAD_SCALE, CLIP, INTERPRETED, BLOCK, True)  # fmt: skip
             start += BLOCK
         if start < end:
             start = tl.multiple_of(start, BLOCK)
             update_block(row, by_age, divisor, clip, start, P, G, M, KIND_, PLANES, VEC, ROWS, AMSGRAD, FROZEN_, AGES_,
-                         COPY_, STOCHASTIC, GRAD_SCALE, CLIP, EXACT, INTERPRETED, BLOCK, False)  # fmt: skip
+                         COPY_, STOCHASTIC, GRAD_SCALE, CLIP, INTERPRETED, BLOCK, False)  # fmt: skip
 
 
 # --- the scalars of a step --------------------------------------------------------------------------------------------
+
+
+def masked_adamw_(batch: TensorBatch) -> None:
+    """One masked AdamW step on the batch, in place: a launch for the scalars, then one per mask kind and alignment."""
+    tables, block = tables_of(batch), block_of(batch.device)
+    compiled = {
+        "param_dtype": batch.param_dtype, "moment_dtype": batch.moment_dtype, "grad_dtype": batch.grad_dtype,
+        "copies": tables.has_copies, "stochastic": batch.stochastic, "grad_scale": batch.grad_scale is not None,
+        "clip": batch.clip_factor is not None,
+    }  # fmt: skip
+    with on_device(batch.device):
+        prologue(tables, batch.found_inf, ages=tables.age_stride > 0, advance=True)
+        for launch in tables.launches:
+            masked_adamw_kernel[(launch.chunks.numel(),)](
+                tables.rows, tables.step_rows, tables.by_age, launch.chunks, batch.grad_scale, batch.clip_factor,
+                tables.age_stride, **constants(launch, **compiled),
+                BLOCK=block, BLOCKS=tables.chunk // block, num_warps=WARPS, enable_fp_fusion=False,
+            )  # fmt: skip

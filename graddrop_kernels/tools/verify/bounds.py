@@ -28,10 +28,6 @@ BOUNDS = {
     # Two roundings where exact has one in each fma, and torch.sqrt. Over 25 seeds of `verify --quick` at most 4, 1 and
     # 9 were measured (torch 2.13, CPU).
     "reference": Bound(param=8, moments=2, gaussian=16),
-    # The same moments. Square root and division are approximate (1 and 2 ulp: CUDA C++ Programming Guide, table of
-    # intrinsics), the two roundings after them may be contracted into one, and so may those of a Gaussian factor.
-    # Not yet measured on a GPU.
-    "triton-fast": Bound(param=4, moments=0, gaussian=16),
 }
 EXACT = Bound(0, 0, 0)
 # The share of stochastically rounded parameters that may be an ulp off. An error in float32 tips a rounding at odds of

@@ -25,7 +25,7 @@ class Dtypes(NamedTuple):
     @property
     def mode(self) -> tuple[Any, ...]:
         """What Backend.misfit() asks about it beside the device; of master weights the masters are stepped."""
-        return F32 if self.masters else self.params, self.moments, self.masters, self.stochastic
+        return F32 if self.masters else self.params, self.moments
 
 
 # Parameters/moments, and the mode; float64 belongs to the reference alone.
