@@ -71,7 +71,7 @@ class FlatBuffers:
 
 def _may_be_flat(tensor: torch.Tensor) -> bool:
     """Whether it could be a buffer of an engine: those of DeepSpeed are vectors and no nn.Parameters."""
-    return tensor.dim() == 1 and not isinstance(tensor, nn.Parameter) and not hasattr(tensor, "placements")
+    return not isinstance(tensor, nn.Parameter) and tensor.dim() == 1 and not hasattr(tensor, "placements")
 
 
 def check_pieces(buffer: torch.Tensor, pieces: Sequence[FlatPiece]) -> None:
