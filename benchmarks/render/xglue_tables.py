@@ -10,13 +10,15 @@ NAME = "xglue"
 def section(results: Path) -> str:
     """What belongs between the markers. results: the folder of the other benchmarks' results."""
     folder = results / "xglue"
-    if not any(folder.glob("*/*/*.json")):
-        return "\n*No results yet.*\n\n"
-    from ..xglue.collect import collect  # only here: they load torch
-    from ..xglue.report import ran_on, side_by_side
+    from ..xglue.report.collect import collect  # only here: they load torch
+    from ..xglue.report.tables import ran_on, side_by_side
 
+    try:
+        found = collect(folder)
+    except FileNotFoundError:
+        return "\n*No results yet.*\n\n"
     parts = []
-    for groups in side_by_side(collect(folder)):
+    for groups in side_by_side(found):
         main = [group for group in groups if group.main]
         parts += [f"*Model: {groups[0].result['model']}. {ran_on(groups)}*", _data(groups), _methods(main)]
         parts.append(_claims(groups, main))
@@ -24,7 +26,7 @@ def section(results: Path) -> str:
 
 
 def _data(groups) -> str:
-    from ..xglue.report import METRICS
+    from ..xglue.report.tables import METRICS
 
     rows = []
     for group in groups:
@@ -49,7 +51,7 @@ def _range(numbers: list[int]) -> str:
 
 def _methods(groups) -> str:
     """Means over languages and seeds; differences to SFT paired by data set."""
-    from ..xglue.report import marked, over_tasks, pairwise, ranks
+    from ..xglue.report.tables import marked, over_tasks, pairwise, ranks
     from ..xglue.titles import MISSING, TITLES
 
     methods = [method for method in TITLES if any(method in group.runs for group in groups)]
@@ -71,7 +73,7 @@ def _methods(groups) -> str:
 
 
 def _claims(groups, main) -> str:
-    from ..xglue.paper_claims import claims, over_data_sets, verdict
+    from ..xglue.report.claims import claims, over_data_sets, verdict
     from ..xglue.titles import MISSING
 
     columns = {group.name: {claim: test for claim, _, test in claims(group)} for group in groups}

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.xglue run | sweep | study | report | compare | score`, from the root of the checkout."""
+"""The commands of `python -m benchmarks.xglue`, from the root of the checkout; arguments.py lists them."""
 
 import contextlib
 import json
@@ -26,9 +26,9 @@ def _run(options) -> int:
     import torch
 
     from .arguments import seeds_of, settings_of
-    from .claims import claim
-    from .prepare import check
-    from .run import check_devices, run_one
+    from .runs.lock import claim
+    from .runs.prepare import check
+    from .runs.run import check_devices, run_one
 
     runs = [settings_of(options, method=options.method, seed=seed) for seed in seeds_of(options.seeds)]
     for settings in runs:
@@ -52,7 +52,7 @@ def _run(options) -> int:
 
 def _sweep(options) -> int:
     from .arguments import methods_of, seeds_of, settings_of
-    from .sweep import Plan
+    from .runs.sweep import Plan
 
     methods = methods_of(options.methods)
     base = settings_of(options, method=methods[0], seed=0)
@@ -61,9 +61,9 @@ def _sweep(options) -> int:
 
 
 def _do(plan, options) -> int:
-    from .methods import policy_of
-    from .prepare import check
-    from .sweep import sweep
+    from .runs.methods import policy_of
+    from .runs.prepare import check
+    from .runs.sweep import sweep
 
     if options.workers < 1:
         raise ValueError(f"--workers {options.workers}: must be 1 or more")
@@ -77,9 +77,9 @@ def _do(plan, options) -> int:
 
 
 def _study(options) -> int:
-    from .compare import compare
-    from .report import report
-    from .study import plans
+    from .report.compare import compare
+    from .report.tables import report
+    from .runs.study import plans
 
     found = plans(options.file)
     code = max([_do(plan, options) for plan in found])
@@ -90,22 +90,37 @@ def _study(options) -> int:
 
 
 def _compare(options) -> int:
-    from .compare import COMMITTED, compare
+    from .report.compare import COMMITTED, compare
 
     print(*compare(options.results, options.other or COMMITTED), sep="\n")
     return 0
 
 
 def _report(options) -> int:
-    from .report import report
+    from .report.tables import report
 
     report(options.results, options.output)
     print(options.output / "report.md")
     return 0
 
 
+def _pack(options) -> int:
+    from .runs.results import TABLE, pack
+
+    table = options.table or options.results.with_name(options.results.name + TABLE)
+    print(f"{pack(options.results, table)} runs in {table}")
+    return 0
+
+
+def _unpack(options) -> int:
+    from .runs.results import unpack
+
+    print(f"{unpack(options.table, options.results)} runs in {options.results}")
+    return 0
+
+
 def _score(options) -> int:
-    from .score import score_folder
+    from .scores.score import score_folder
 
     print(json.dumps(score_folder(options.predictions, options.tasks, options.split, options.data), indent=1))
     return 0
@@ -123,7 +138,10 @@ def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-_COMMANDS = {"run": _run, "sweep": _sweep, "study": _study, "report": _report, "compare": _compare, "score": _score}
+_COMMANDS = {
+    "run": _run, "sweep": _sweep, "study": _study, "report": _report, "compare": _compare, "pack": _pack,
+    "unpack": _unpack, "score": _score,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,7 +12,7 @@ from .titles import TITLES
 DESCRIPTION = """\
 The GradDrop paper's experiments: fine-tune a multilingual encoder on English with each of its methods, test it in every
 language without further training, and make the paper's tables and figures. For XGLUE's nine tasks bring the data (its
-licence forbids passing it on): --data xglue_full_dataset, or --data hub. The other tasks' data is in this folder."""
+licence forbids passing it on): --data xglue_full_dataset. The other tasks' data is in this folder."""
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,6 +49,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     other.add_argument("results", type=Path)
     other.add_argument("other", type=Path, nargs="?", help="(default: the committed ones, benchmarks/results/xglue)")
 
+    packed = commands.add_parser("pack", help="a folder of results as one table file, which all commands here read")
+    packed.add_argument("results", type=Path)
+    packed.add_argument("table", type=Path, nargs="?", help="(default: RESULTS.jsonl.gz)")
+
+    unpacked = commands.add_parser("unpack", help="a table as a folder with a JSON file per run, for a sweep to go on")
+    unpacked.add_argument("table", type=Path)
+    unpacked.add_argument("results", type=Path)
+
     score = commands.add_parser("score", help="official scores of a folder of prediction files")
     score.add_argument("predictions", type=Path, help="folder with {TASK}/{language}.prediction")
     score.add_argument("--tasks", nargs="+", help="(default: those that have a folder)")
@@ -62,7 +70,7 @@ def _seeds(parser, name: str, default: str, text: str) -> None:
 
 
 def _data(parser) -> None:
-    parser.add_argument("--data", metavar="FOLDER", help="xglue_full_dataset, or hub for Hugging Face datasets")
+    parser.add_argument("--data", metavar="FOLDER", help="xglue_full_dataset, for XGLUE's tasks")
 
 
 def _workers(parser) -> None:
@@ -72,7 +80,7 @@ def _workers(parser) -> None:
 def _running(parser) -> None:
     add = parser.add_argument_group("running").add_argument
     add("--results", type=Path, default=Path("xglue-results"), help="folder of the JSON files (default: %(default)s)")
-    add("--data", metavar="FOLDER", help="xglue_full_dataset, or hub for Hugging Face datasets")
+    add("--data", metavar="FOLDER", help="xglue_full_dataset, for XGLUE's tasks")
     add("--device", choices=("cpu",), help="(default: a GPU if there is one)")
     add("--threads", type=int, help="of PyTorch, in each process (default: the cores shared out)")
     add("--eval-batch-size", type=int, default=64, help="of a process (default: %(default)s)")
@@ -87,8 +95,8 @@ def _settings(parser) -> None:
     add("--model", default=LARGE, help=f"name or folder for transformers, or {SMALL}, {TINY} (default: %(default)s)")
     add("--languages", nargs="+", help="to test in, en first (default: all of the task)")
     add("--epochs", type=int)
-    add("--batch-size", type=int, help="examples an optimizer step, over processes and micro-batches")
-    add("--gradient-accumulation", type=int, dest="accumulation", help="micro-batches a step (default: 1)")
+    add("--batch-size", type=int, help="examples per optimizer step, over processes and micro-batches")
+    add("--gradient-accumulation", type=int, dest="accumulation", help="micro-batches per step (default: 1)")
     add("--max-length", type=int, help="sub-words of an input")
     add("--stride", type=int, help="sub-words that windows of a long context share")
     add("--head-lr-factor", type=float, help="the head's learning rate over the body's")

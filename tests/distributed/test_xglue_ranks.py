@@ -15,9 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from benchmarks.xglue.run import run_one  # noqa: E402
+from benchmarks.xglue.runs.run import run_one  # noqa: E402
+from benchmarks.xglue.runs.trainer import last_checkpoint  # noqa: E402
 from benchmarks.xglue.settings import settings_for  # noqa: E402
-from benchmarks.xglue.trainer import last_checkpoint  # noqa: E402
 
 GIVEN = {
     "task": "sib200", "model": "tiny", "languages": ("en", "de"), "train_examples": 40, "eval_examples": 8,

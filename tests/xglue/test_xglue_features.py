@@ -9,10 +9,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.xglue import metrics, predictions
-from benchmarks.xglue.data import load
-from benchmarks.xglue.examples import SpanExample, TextExample, WordsExample
-from benchmarks.xglue.features import IGNORED, collator, decode, encode
+from benchmarks.xglue.examples.kinds import SpanExample, TextExample, WordsExample
+from benchmarks.xglue.examples.load import load
+from benchmarks.xglue.models.features import IGNORED, collator, decode, encode
+from benchmarks.xglue.scores import metrics, predictions
 from benchmarks.xglue.tasks import TASKS
 
 NER, POS, MLQA, QAM, SIB200 = (TASKS[name] for name in ("ner", "pos", "mlqa", "qam", "sib200"))

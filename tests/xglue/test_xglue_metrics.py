@@ -12,10 +12,11 @@ import sklearn.metrics
 from seqeval.metrics import f1_score as seqeval_f1
 from seqeval.metrics import precision_score as seqeval_precision
 
-from benchmarks.xglue import metrics, predictions, standins
-from benchmarks.xglue.data import load
-from benchmarks.xglue.examples import SpanExample, TextExample, WordsExample
-from benchmarks.xglue.pack import unpack
+from benchmarks.xglue.examples import standins
+from benchmarks.xglue.examples.kinds import SpanExample, TextExample, WordsExample
+from benchmarks.xglue.examples.load import load
+from benchmarks.xglue.examples.pack import unpack
+from benchmarks.xglue.scores import metrics, predictions
 from benchmarks.xglue.tasks import TASKS
 
 UD_POS, NER, WPR, MLQA, NC, PAWSX = (TASKS[name] for name in ("ud-pos", "ner", "wpr", "mlqa", "nc", "pawsx"))

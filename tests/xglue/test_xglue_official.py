@@ -6,8 +6,8 @@ import official_xglue
 import pytest
 from official_xglue import names, sentence, text
 
-from benchmarks.xglue.data import load
-from benchmarks.xglue.examples import SpanExample, TextExample, WordsExample
+from benchmarks.xglue.examples.kinds import SpanExample, TextExample, WordsExample
+from benchmarks.xglue.examples.load import load
 from benchmarks.xglue.tasks import TASKS, languages
 
 OFFICIAL = [name for name, task in TASKS.items() if task.official]

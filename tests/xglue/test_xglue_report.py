@@ -11,13 +11,14 @@ from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.xglue import figures  # noqa: E402
 from benchmarks.xglue.__main__ import main  # noqa: E402
-from benchmarks.xglue.choice import best_lr  # noqa: E402
-from benchmarks.xglue.collect import collect  # noqa: E402
-from benchmarks.xglue.compare import compare  # noqa: E402
-from benchmarks.xglue.paper_claims import claims, over_data_sets, table, verdict  # noqa: E402
-from benchmarks.xglue.report import against_sft, pairwise, ranks, report  # noqa: E402
+from benchmarks.xglue.report import figures  # noqa: E402
+from benchmarks.xglue.report.claims import claims, over_data_sets, table, verdict  # noqa: E402
+from benchmarks.xglue.report.collect import collect  # noqa: E402
+from benchmarks.xglue.report.compare import COMMITTED, compare  # noqa: E402
+from benchmarks.xglue.report.tables import against_sft, pairwise, ranks, report  # noqa: E402
+from benchmarks.xglue.runs.learning_rate import best_lr  # noqa: E402
+from benchmarks.xglue.runs.results import pack, read_all  # noqa: E402
 from benchmarks.xglue.settings import settings_for  # noqa: E402
 
 
@@ -297,6 +298,52 @@ def test_what_is_no_result(tmp_path):
     path.write_text(path.read_text()[:-20])
     with pytest.raises(ValueError, match="sft-lr0.0001-seed0.json is no result"):
         collect(tmp_path)
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.glob("*/*/*.json")}
+
+
+def test_a_table_is_as_good_as_the_files_and_gives_them_back(made, tmp_path, capsys):
+    for path in made.glob("*/*/*.json"):  # as a run leaves them
+        path.write_text(json.dumps({**json.loads(path.read_text()), "weights_sha256": path.stem}, indent=1) + "\n")
+    (made / "sib200" / "notes.txt").write_text("not a result")
+    tables, again = tmp_path / "tables", tmp_path / "again"
+    tables.mkdir()
+    assert main(["pack", str(made), str(tables / "made.jsonl.gz")]) == 0
+    assert capsys.readouterr().out.startswith(f"{len(files(made))} runs in ")
+    assert collect(tables) == collect(tables / "made.jsonl.gz") == collect(made)
+    assert compare(made, tables)[-1].startswith("12 of 12 runs are in tables: 12 with the same bits")
+    assert main(["unpack", str(tables / "made.jsonl.gz"), str(again)]) == 0
+    assert files(again) == files(made)
+    pack(tables, tmp_path / "other.jsonl.gz")
+    assert (tmp_path / "other.jsonl.gz").read_bytes() == (tables / "made.jsonl.gz").read_bytes()
+    assert main(["pack", str(made)]) == 0 and read_all(tmp_path / "results.jsonl.gz") == read_all(tables)
+
+
+def test_a_table_and_files_together_but_no_run_twice(made, tmp_path, capsys):
+    pack(made, made / "some.jsonl.gz")
+    with pytest.raises(ValueError, match="seed0.json and .*some.jsonl.gz:1 are the same run"):
+        read_all(made)
+    for path in made.glob("*/*/*.json"):
+        path.unlink()
+    write(made, "sib200", "graddrop-epoch", 0, {"en": 0.5, "de": 0.5})
+    assert len(read_all(made)) == 13
+    packed = (made / "some.jsonl.gz").read_bytes()
+    for wrong in (packed[:-20], packed[:100] + b"?" + packed[101:], b"{}"):
+        (made / "some.jsonl.gz").write_bytes(wrong)
+        with pytest.raises(ValueError, match="some.jsonl.gz is no table of results"):
+            collect(made)
+    nothing = str(tmp_path / "no")
+    for words in (["pack", str(made), "x.json"], ["pack", nothing], ["unpack", nothing, nothing]):
+        assert main(words) == 1 and capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_committed_tables_give_the_committed_report(tmp_path):
+    report(COMMITTED, tmp_path)
+    assert (tmp_path / "report.md").read_text() == (COMMITTED / "report" / "report.md").read_text()
+    committed = {path.name for path in (COMMITTED / "report").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} - {"report.html"} == committed
 
 
 def test_compare(tmp_path):

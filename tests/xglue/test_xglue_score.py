@@ -6,9 +6,9 @@ import random
 import official_xglue
 import pytest
 
-from benchmarks.xglue import predictions
-from benchmarks.xglue.data import load
-from benchmarks.xglue.score import score_folder
+from benchmarks.xglue.examples.load import load
+from benchmarks.xglue.scores import predictions
+from benchmarks.xglue.scores.score import score_folder
 from benchmarks.xglue.tasks import TASKS
 
 OFFICIAL = [name for name, task in TASKS.items() if task.official]

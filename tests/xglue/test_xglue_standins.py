@@ -7,9 +7,9 @@ from collections import Counter
 import official_xglue  # noqa: F401  (makes benchmarks importable)
 import pytest
 
-from benchmarks.xglue import standins
-from benchmarks.xglue.data import load
-from benchmarks.xglue.pack import pack, unpack
+from benchmarks.xglue.examples import standins
+from benchmarks.xglue.examples.load import load
+from benchmarks.xglue.examples.pack import pack, unpack
 from benchmarks.xglue.tasks import TASKS, languages
 
 STAND_INS = {name: task for name, task in TASKS.items() if not task.official}

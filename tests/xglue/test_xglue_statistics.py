@@ -10,7 +10,7 @@ from scipy import stats
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.xglue import statistics  # noqa: E402
+from benchmarks.xglue.scores import statistics  # noqa: E402
 
 
 @pytest.mark.parametrize("n", [2, 3, 16, 200])

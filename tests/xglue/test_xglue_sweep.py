@@ -14,12 +14,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from benchmarks.xglue import run, study  # noqa: E402
 from benchmarks.xglue.__main__ import main  # noqa: E402
 from benchmarks.xglue.arguments import methods_of, seeds_of  # noqa: E402
-from benchmarks.xglue.claims import claim  # noqa: E402
+from benchmarks.xglue.runs import run, study  # noqa: E402
+from benchmarks.xglue.runs.lock import claim  # noqa: E402
+from benchmarks.xglue.runs.sweep import Plan, deal_gpus, work  # noqa: E402
 from benchmarks.xglue.settings import settings_for  # noqa: E402
-from benchmarks.xglue.sweep import Plan, deal_gpus, work  # noqa: E402
 from benchmarks.xglue.titles import TITLES  # noqa: E402
 
 OPTIONS = {"device": "cpu", "checkpoints": False, "progress": False}
@@ -121,7 +121,7 @@ def test_a_run_that_another_sweep_does_is_left_to_it(counted, tmp_path):
 def test_a_claim_ends_with_its_process(tmp_path):
     path = tmp_path / "a.lock"
     code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\n"
-    code += f"from benchmarks.xglue.claims import claim\nwith claim(Path({str(path)!r})):\n print(1, flush=True)\n"
+    code += f"from benchmarks.xglue.runs.lock import claim\nwith claim(Path({str(path)!r})):\n print(1, flush=True)\n"
     process = subprocess.Popen([sys.executable, "-c", code + " time.sleep(60)"], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"1\n"
     with claim(path) as mine:

@@ -1,0 +1,1 @@
+"""The GradDrop paper's experiments, as commands: `python -m benchmarks.xglue`."""

@@ -1,0 +1,1 @@
+"""The examples of every task: official XGLUE data, and the stand-ins in ../data."""

@@ -1,0 +1,1 @@
+"""Training runs: one, sweeps of many, and the studies that files describe."""

@@ -1,0 +1,27 @@
+"""The optimizer that transformers' Trainer makes of a run's settings."""
+
+from transformers import TrainingArguments
+
+from graddrop_kernels import FusedGradDropAdamW
+from graddrop_kernels.demo.methods import with_head_lr
+from graddrop_kernels.integrations.transformers import GradDropFactory, trainer_optimizer
+
+from ..settings import Settings
+from .methods import policy_of
+
+
+class WithHeadRate(GradDropFactory):
+    """What Trainer calls for its optimizer: blocks masked, embeddings and head dense, the head at its own rate."""
+
+    def __call__(self, model, *, head_lr_factor: float, **arguments) -> FusedGradDropAdamW:
+        self.head_lr_factor = head_lr_factor
+        return super().__call__(model, **arguments)
+
+    def adapt(self, groups, model, args):
+        return with_head_lr(groups, model, self.head_lr_factor * args.learning_rate)
+
+
+def optimizer_of(settings: Settings, args: TrainingArguments) -> tuple[type[WithHeadRate], dict]:
+    """For ``Trainer(optimizer_cls_and_kwargs=...)``: FusedGradDropAdamW in the paper's scope."""
+    _, arguments = trainer_optimizer(args, mask=policy_of(settings))
+    return WithHeadRate, {**arguments, "head_lr_factor": settings.head_lr_factor}

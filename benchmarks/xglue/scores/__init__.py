@@ -1,0 +1,1 @@
+"""Official scores of predictions, and statistics over scores."""

@@ -1,0 +1,98 @@
+"""Official prediction files, {TASK}/{language}.prediction.
+
+The n-th line is the label of the n-th example; for words a tag per line with a blank line after each sentence; for
+spans one JSON object, id -> answer.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..examples.kinds import Example
+from ..examples.official import lines
+from ..examples.official import read as read_text
+from ..tasks import Task
+
+
+def path(folder: str | Path, task: Task, language: str) -> Path:
+    """Where the file is."""
+    return Path(folder) / task.folder / f"{language}.prediction"
+
+
+def write(folder: str | Path, task: Task, language: str, predicted) -> Path:
+    """Writes the file whole or not at all, and returns its path; predicted as features.decode's."""
+    target = path(folder, task, language)
+    if task.kind == "span":
+        text = json.dumps(predicted, ensure_ascii=False, indent=0) + "\n"
+    elif task.kind == "token":
+        # An empty sentence would be no sentence to the evaluator, and shift all that follow; "O" is what it fills with.
+        text = "".join("".join(f"{tag}\n" for tag in tags or ["O"]) + "\n" for tags in predicted)
+    else:
+        text = "".join(f"{label}\n" for label in predicted)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_suffix(".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, target)
+    return target
+
+
+def read(folder: str | Path, task: Task, language: str, examples: Sequence[Example]):
+    """The predictions of a file, as features.decode gives them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: other than one prediction for each example, or a label that the task does not have; names file and
+            line. Fewer tags than words are a sentence that was cut; more are refused.
+    """
+    source = path(folder, task, language)
+    text = read_text(source)
+    if task.kind == "span":
+        return _answers(source, text, examples)
+    if task.kind == "token":
+        return _sentences(source, text, task, examples)
+    labels = [line.strip() for line in lines(text)]
+    for number, label in enumerate(labels, 1):
+        _check(task, label, f"{source}:{number}")
+    _check_count(source, len(labels), len(examples), "labels")
+    return labels
+
+
+def _sentences(source: Path, text: str, task: Task, examples: Sequence[Example]) -> list[list[str]]:
+    sentences, tags = [], []
+    for number, line in enumerate([*lines(text), ""], 1):
+        if tag := line.strip():
+            tags.append(_check(task, tag, f"{source}:{number}", "O"))
+            continue
+        if not tags and number <= len(lines(text)):
+            raise ValueError(f"{source}:{number}: a second blank line; the evaluator would read it as a tag")
+        if tags:
+            if len(sentences) < len(examples) and len(tags) > (length := len(examples[len(sentences)].words)):
+                raise ValueError(f"{source}:{number}: {len(tags)} tags end here, of a sentence of {length} words")
+            sentences.append(tags)
+        tags = []
+    _check_count(source, len(sentences), len(examples), "sentences")
+    return sentences
+
+
+def _answers(source: Path, text: str, examples: Sequence[Example]) -> dict[str, str]:
+    try:
+        answers = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source}:{error.lineno}: not JSON, or cut off: {error.msg}") from error
+    if not isinstance(answers, dict) or not all(isinstance(answer, str) for answer in answers.values()):
+        raise ValueError(f"{source}: one JSON object of ids and texts is expected")
+    if missing := [example.guid for example in examples if example.guid not in answers]:
+        raise ValueError(f"{source}: {len(missing)} of {len(examples)} questions have no answer, as {missing[0]!r}")
+    return answers
+
+
+def _check(task: Task, label: str, where: str, *others: str) -> str:
+    if label not in task.labels and label not in others:
+        raise ValueError(f"{where}: label {label!r}: {task.name} has {', '.join(task.labels)}")
+    return label
+
+
+def _check_count(source: Path, found: int, wanted: int, what: str) -> None:
+    if found != wanted:
+        raise ValueError(f"{source}: {found} {what} for {wanted} examples; one for each is expected, in their order")
