@@ -290,6 +290,22 @@ def test_tables_are_rendered_once_and_checked(folder, readme, capsys):
     assert readme.read_text() == text
 
 
+def test_a_machine_has_a_page_of_every_table(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "results")
+    arguments = ("--results", str(copy), "--machine", "some-machine")
+    assert render.main(["--check", *arguments]) == 1 and not list(copy.rglob("*.md"))
+    render_well(*arguments)
+    path = copy / "some-machine" / "tables.md"
+    text = path.read_text()
+    wanted = [name for name in cpu_tables.TABLES if name not in ("modes", "precision", "skip-backward")]
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == wanted and "No results yet" not in text
+    render_well("--check", *arguments)
+    path.write_text(text.replace("## memory", "## my memory"))
+    assert render.main(["--check", *arguments]) == 1
+    with pytest.raises(SystemExit, match="no results of machine 'another'"):
+        render.main([*arguments[:-1], "another"])
+
+
 def test_a_table_shows_the_figures_of_the_results(folder, results):
     text = render.section("step", None, files.load(folder))
     (run,) = results["step_cpu_bfloat16"]["runs"]
