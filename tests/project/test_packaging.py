@@ -98,7 +98,7 @@ def test_a_compiler_that_is_missing_or_fails_is_one_line_and_no_error(source, co
     result, libraries = build_ext(source, CXX=compiler, GRADDROP_NO_CUDA="1")
     assert result.returncode == 0, result.stderr
     assert libraries == []
-    lines = our_lines(result)
+    lines = [line for line in our_lines(result) if "compiling" not in line]
     assert len(lines) == 1
     assert (
         "graddrop_kernels._cpu not built" in lines[0]
