@@ -97,7 +97,8 @@ def unavailable() -> str | None:
 def architectures() -> list[str]:
     """What the library holds code for: "sm_90" for machine code, "compute_90" for PTX. Empty without a library."""
     library, _ = _load()
-    return library.graddrop_cuda_architectures().decode().split("+") if library else []
+    told: bytes = library.graddrop_cuda_architectures() if library else b""
+    return told.decode().split("+") if told else []
 
 
 def _call(name: str, device: torch.device, *arguments: object) -> None:
