@@ -63,7 +63,7 @@ gpu: $(VENV)/ready
 
 # What the demo needs. The C++ library is compiled while pip fetches and unpacks; --no-compile leaves the thousands of
 # modules that nothing imports uncompiled. Constraints pin torch: the newest would come with gigabytes of CUDA libraries.
-INSTALL = GRADDROP_NO_EXT=1 $(BIN)/pip install --no-compile --prefer-binary --no-build-isolation -c constraints.txt -e
+INSTALL = GRADDROP_NO_EXT=1 $(BIN)/pip install --no-compile --prefer-binary -c constraints.txt
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*/*)
 
 $(VENV)/demo-ready: $(SOURCES)
@@ -71,14 +71,14 @@ $(VENV)/demo-ready: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt setuptools
 	$(BIN)/python setup.py build_ext --inplace & \
-	$(INSTALL) '.[demo]'; installed=$$?; wait $$! && exit $$installed
+	$(INSTALL) --no-build-isolation -e '.[demo]'; installed=$$?; wait $$! && exit $$installed
 	touch $@
 
 # What everything else needs besides, and CUDA code for the tests, which read it and run it on the host: 80 and 90.
 $(VENV)/ready: $(VENV)/demo-ready
 	@echo "== Setting up $(VENV): packages for the tests, and CUDA code where there is nvcc; 2 minutes on two cores"
 	GRADDROP_CUDA_ARCHS="native;80;90" $(BIN)/python setup.py build_ext --inplace & \
-	$(INSTALL) '.[test]'; installed=$$?; wait $$! && exit $$installed
+	$(INSTALL) -e '.[test]'; installed=$$?; wait $$! && exit $$installed
 	touch $@
 
 clean:
