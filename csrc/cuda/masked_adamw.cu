@@ -102,6 +102,11 @@ using namespace graddrop;
 
 GRADDROP_EXPORT int32_t graddrop_cuda_table_version() { return kTableVersion; }
 
+// What the library holds code for, as setup.py asked nvcc: "sm_80+sm_90+compute_90", the last of these as PTX.
+#define GRADDROP_TEXT(tokens) #tokens
+#define GRADDROP_TEXT_OF(macro) GRADDROP_TEXT(macro)
+GRADDROP_EXPORT const char* graddrop_cuda_architectures() { return GRADDROP_TEXT_OF(GRADDROP_CUDA_ARCHITECTURES); }
+
 GRADDROP_EXPORT const char* graddrop_cuda_error(int32_t error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }

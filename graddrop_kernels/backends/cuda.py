@@ -62,8 +62,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """(library, None), or (None, why not): tried once."""
     if not _LIBRARY.exists():
         return None, (
-            "csrc/cuda was not compiled; install the CUDA toolkit and run pip install again "
-            "(GRADDROP_FORCE_CUDA=1 says what is missing)"
+            "csrc/cuda was not compiled, for lack of nvcc or a GPU; install the CUDA toolkit and run pip install "
+            "again, without a GPU with GRADDROP_CUDA_ARCHS=all (GRADDROP_FORCE_CUDA=1 says what is missing)"
         )
     try:
         library = ctypes.CDLL(str(_LIBRARY))
@@ -71,7 +71,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         for name, arguments in _FUNCTIONS.items():
             for form in (f"graddrop_cuda_{name}", f"graddrop_cuda_emulate_{name}"):
                 getattr(library, form).argtypes = [*arguments, c_void_p]
-        library.graddrop_cuda_error.restype = c_char_p
+        library.graddrop_cuda_error.restype = library.graddrop_cuda_architectures.restype = c_char_p
     except (OSError, AttributeError) as error:
         return None, f"{_LIBRARY.name} cannot be used: {error}; run pip install again"
     if version != TABLE_VERSION:
@@ -92,6 +92,13 @@ def unavailable() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device; check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
     return None
+
+
+def architectures() -> list[str]:
+    """What the library holds code for: "sm_90" for machine code, "compute_90" for PTX. Empty without a library."""
+    library, _ = _load()
+    told: bytes = library.graddrop_cuda_architectures() if library else b""
+    return told.decode().split("+") if told else []
 
 
 def _call(name: str, device: torch.device, *arguments: object) -> None:
