@@ -1,4 +1,4 @@
-"""`python -m graddrop_kernels info | verify | bench`; `info`: what is installed, what runs here, what a step uses."""
+"""`python -m graddrop_kernels info`: what is installed, what runs here, what a step uses."""
 
 import os
 import platform
@@ -17,9 +17,6 @@ from ..backends import cpu, cuda
 _OPTIONAL = ("triton", "transformers", "numpy")  # looked up, never imported: transformers takes seconds
 _DRIVER_FACTS = Path("/proc/driver/nvidia/version")  # Linux
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-# Imported when asked for: `info` has to work where something of these is broken.
 
 
 def info() -> int:

@@ -109,7 +109,7 @@ def test_another_state_tensor_in_the_memory_of_an_old_one_is_seen(backend, same_
     optimizer = stepped("plain", backend, seed)
     state = optimizer.state[optimizer.param_groups[0]["params"][0]]
     memory, shape = state["exp_avg"].untyped_storage(), state["exp_avg"].shape
-    others, old_id = [], id(state.pop("exp_avg"))
+    others, old_id = [state["exp_avg"]] * (not same_id), id(state.pop("exp_avg"))
     for _ in range(1000):
         half = torch.empty(0, dtype=torch.float16).set_(memory, 0, shape)
         if (id(half) == old_id) is same_id:
