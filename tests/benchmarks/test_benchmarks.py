@@ -234,7 +234,7 @@ def test_rounds_have_the_baseline_and_no_warm_up():
     rounds.interleave(variants, HostTimer(), time.monotonic() - 1, 10, 1000, 5)
     base, slow = variants
     assert list(base.samples) == list(range(10)) and calls["base"] == 12
-    assert slow.samples.keys() <= base.samples.keys() and len(slow.samples) == calls["slow"] - 2 == 2
+    assert slow.samples.keys() <= base.samples.keys() and len(slow.samples) == calls["slow"] - 2 >= 2
     assert all(len(variant.shares) == len(variant.bytes_of) == len(variant.samples) for variant in variants)
 
 
@@ -297,7 +297,8 @@ def test_a_machine_has_a_page_of_every_table(folder, tmp_path):
     render_well(*arguments)
     path = copy / "some-machine" / "tables.md"
     text = path.read_text()
-    wanted = [name for name in cpu_tables.TABLES if name not in ("modes", "precision", "skip-backward")]
+    left_out = ("modes", "precision", "skip-backward", *cpu_tables.EXTRACTS)  # without results here; parts of "step"
+    wanted = [name for name in cpu_tables.TABLES if name not in left_out]
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == wanted and "No results yet" not in text
     render_well("--check", *arguments)
     path.write_text(text.replace("## memory", "## my memory"))
