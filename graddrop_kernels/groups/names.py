@@ -25,7 +25,7 @@ def canonical_module_name(fqn: str) -> str:
 
 
 def block_of(name: str, block_names: Collection[str]) -> str | None:
-    """Return the block that holds the parameter of this canonical name, or None. ``block_names``: best a set or dict."""
+    """Return the one of ``block_names`` (best a set or dict) that holds the parameter of this canonical name."""
     return next((prefix for prefix in _prefixes(name) if prefix in block_names), None)
 
 
