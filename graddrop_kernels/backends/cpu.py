@@ -126,7 +126,7 @@ def processor() -> str:
 
 
 def masked_adamw_(batch: TensorBatch) -> None:
-    """Makes one masked AdamW step on the batch, in place: one call for all tensors, on torch.get_num_threads() threads."""
+    """Makes one masked AdamW step on the batch, in place. One call, on torch.get_num_threads() threads, steps all."""
     if batch.found_inf is not None and batch.found_inf != 0:
         return
     table, hypers = _tables(batch, for_norm=False)

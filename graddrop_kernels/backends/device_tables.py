@@ -129,7 +129,7 @@ class DeviceTables:
         return room > self.age_room or buckets > self.age_stride
 
     def _make_room(self, hypers: list[Hyper]) -> None:
-        """Makes the tables as large as these hyper-parameters need. Ages grow with the epochs, at most to one per bucket."""
+        """Makes the tables as large as these hyper-parameters need. Ages grow with the epochs, up to one per bucket."""
         buckets, room = _age_sizes(hypers)
         if self.upload is None or room > self.age_room:
             self.age_room = room
