@@ -1,15 +1,20 @@
-"""Builds csrc into plain shared libraries beside the Python files; all metadata is in pyproject.toml.
+"""Builds csrc into plain shared libraries beside the Python files. All metadata is in pyproject.toml.
 
-csrc includes no header of torch or Python, so one library serves every torch >= 2.10 and every Python, and a C++
-compiler is all that a build needs. No compiler, or one that fails, is not an error: the package installs, runs on the
-PyTorch reference, and `python -m graddrop_kernels info` says so.
+csrc includes no header of torch or Python. So one library serves every torch >= 2.10 and every Python, and a build
+needs only a C++ compiler. A missing or failing compiler is not an error: the package installs, runs on the PyTorch
+reference, and `python -m graddrop_kernels info` says so.
 
-Environment: CXX, NVCC name the compilers; GRADDROP_NO_EXT=1 builds nothing; GRADDROP_NO_CUDA=1 leaves the CUDA library
-out; GRADDROP_FORCE_CUDA=1 turns a missing or failing nvcc into an error, and builds for every GPU where there is none.
-GRADDROP_CUDA_ARCHS lists the architectures, "80;90" for example; PTX of the last one is added. "native" in it is those
-of the GPUs that are here. "all" is one of each generation that torch is built for and nvcc knows: code for 80 runs on
-86 and 89 too, code for 100 on 103, for 120 on 121, the PTX on what is still to come. The default is "native": without a
-GPU no CUDA code is compiled. In a wheel it is "all", since a wheel may travel; pip install without -e makes one.
+Environment variables:
+  CXX, NVCC: the compilers.
+  GRADDROP_NO_EXT=1: builds nothing.
+  GRADDROP_NO_CUDA=1: leaves the CUDA library out.
+  GRADDROP_FORCE_CUDA=1: turns a missing or failing nvcc into an error. Without a GPU it builds for every GPU.
+  GRADDROP_CUDA_ARCHS: lists the architectures, "80;90" for example. PTX of the last one is added.
+
+In this list "native" stands for the GPUs that are here, and "all" for one architecture of each generation that torch is
+built for and nvcc knows. Code for 80 also runs on 86 and 89, code for 100 on 103, code for 120 on 121, and the PTX on
+later GPUs. The default is "native", so without a GPU no CUDA code is compiled. In a wheel it is "all", since a wheel
+may travel; pip install without -e makes one.
 """
 
 import os
@@ -28,8 +33,8 @@ from setuptools.modified import newer_group
 
 ROOT = Path(__file__).resolve().parent
 HEADERS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))]
-# Every fma is written out, so contraction is off:
-# the same source gives the same bits with every compiler and instruction set.
+# Every fma is written out, so contraction is off. The same source then gives the same bits with every compiler and
+# instruction set.
 CXX_FLAGS = [
     "-O3",
     "-std=c++17",
@@ -40,8 +45,8 @@ CXX_FLAGS = [
     "-fno-trapping-math",
     "-w",
 ]
-# Device code is optimised fully without being told; -O1 is for the host, where the emulation for the tests is large.
-# --threads=0: as many architectures at the same time as there are cores.
+# Device code is fully optimised by default. -O1 is for the host code, where the emulation for the tests is large.
+# --threads=0 compiles as many architectures at the same time as there are cores.
 NVCC_FLAGS = [
     "-std=c++17",
     "-fmad=false",
@@ -76,7 +81,7 @@ def find_nvcc() -> str | None:
 
 
 def gpu_archs() -> set[str]:
-    """The compute capabilities of the GPUs that are here, "90" for 9.0; none without a driver."""
+    """The compute capabilities of the GPUs that are here, as "90" for 9.0. Empty without a driver."""
     try:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
@@ -86,7 +91,7 @@ def gpu_archs() -> set[str]:
 
 
 def cuda_options(asked: str) -> list[str]:
-    """nvcc's options for the architectures of a list as GRADDROP_CUDA_ARCHS has it; [] for no architecture."""
+    """nvcc's options for a list of architectures written as in GRADDROP_CUDA_ARCHS; [] if there is no architecture."""
     entries = {entry.strip() for entry in asked.split(";")} - {""}
     archs = entries - {"all", "native"} | (gpu_archs() if "native" in entries else set())
     if not archs and "all" not in entries:
@@ -105,7 +110,7 @@ def cuda_options(asked: str) -> list[str]:
     codes += [(arch, f"compute_{arch}") for arch in sorted(portable, key=generation)]
     if not codes:
         return []
-    # No comma, blank or quotation mark, which nvcc would take for its own.
+    # Without commas, blanks and quotation marks, which nvcc would interpret itself.
     told = "-DGRADDROP_CUDA_ARCHITECTURES=" + "+".join(code for _, code in codes)
     return [told, *(f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes)]
 
@@ -115,13 +120,13 @@ def generation(arch: str) -> int:
 
 
 def say(line: str) -> None:
-    """pip shows it with -v only; flushed, for what comes next can take minutes."""
+    """Prints a line, which pip shows only with -v. It is flushed, since the next action can take minutes."""
     print(f"graddrop_kernels: {line}", flush=True)
 
 
 class BuildLibraries(build_ext):
-    """Calls the compilers directly, one process a source:
-    setuptools knows no flags per source, torch's own build_ext refuses nvcc beside a CPU-only torch.
+    """Calls the compilers directly, with one process per source. setuptools knows no flags per source, and torch's own
+    build_ext refuses nvcc beside a CPU-only torch.
     """
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -188,7 +193,7 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-# optional: one that was not built is not copied to its place either.
+# optional: an extension that was not built is not copied to its place either.
 SHARED = {"depends": [*HEADERS, "setup.py"], "optional": True}
 extensions = [Extension("graddrop_kernels._cpu", CPU_SOURCES, **SHARED)]
 if CUDA_SOURCES and not switched_on("GRADDROP_NO_CUDA") and (find_nvcc() or switched_on("GRADDROP_FORCE_CUDA")):

@@ -1,7 +1,8 @@
 """The cuda backend: csrc/cuda through its C functions, on CUDA tensors.
 
-Each function has an emulation in the same library, which runs the same text thread after thread on the host: on CPU
-tensors the functions below call that. It proves the kernels' logic where there is no GPU; it is no backend for CPUs.
+Each function has an emulation in the same library, which runs the same source thread after thread on the host. On CPU
+tensors the functions below call it. It shows where there is no GPU that the kernels' logic is right. It is no backend
+for CPUs.
 """
 
 import ctypes
@@ -59,7 +60,7 @@ assert ctypes.sizeof(LaunchSpec) == 104 and ctypes.sizeof(MaskSpec) == 48
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """(library, None), or (None, why not): tried once."""
+    """(library, None), or (None, the reason why there is none). Tried once."""
     if not _LIBRARY.exists():
         return None, (
             "csrc/cuda was not compiled, for lack of nvcc or a GPU; install the CUDA toolkit and run pip install "
@@ -102,7 +103,7 @@ def architectures() -> list[str]:
 
 
 def _call(name: str, device: torch.device, *arguments: object) -> None:
-    """Runs a C function on the current stream of a device; its emulation on the CPU.
+    """Runs a C function on the current stream of a device, or its emulation on the CPU.
 
     Raises:
         RuntimeError: no library, or the launch failed.
@@ -123,7 +124,9 @@ def _call(name: str, device: torch.device, *arguments: object) -> None:
 
 
 def masked_adamw_(batch: TensorBatch) -> None:
-    """One masked AdamW step on the batch, in place: a launch for the scalars, then one a mask kind and alignment."""
+    """Makes one masked AdamW step on the batch, in place. One launch computes the scalars. Then there is one launch per
+    mask kind and alignment.
+    """
     tables = _tables_of(batch)
     _prologue(tables, tables.age_stride, batch.found_inf, advance=True)
     for launch in tables.launches:
@@ -132,10 +135,11 @@ def masked_adamw_(batch: TensorBatch) -> None:
 
 
 def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
-    """The sum over all gradients of the batch: float64 of shape (), on its device, without waiting for it.
+    """The sum of the squares of all gradients of the batch: float64 of shape (), on its device. The host does not wait.
 
-    Neither ``grad_scale`` nor ``clip_factor`` is applied. ``masked``: as the step that comes next masks them: dropped
-    ones count as 0, kept ones times their scale. The step counts stay. The same gradients give the same bits.
+    Neither ``grad_scale`` nor ``clip_factor`` is applied. ``masked``: the gradients are masked as in the next step, so
+    dropped ones count as 0 and kept ones are multiplied by their scale. The step counts do not change. The same
+    gradients give the same bits.
     """
     tables = _tables_of(batch, for_norm=True)
     launches = tables.launches if masked else tables.launches_of_all()
@@ -164,7 +168,7 @@ def _tables_of(batch: TensorBatch, for_norm: bool = False) -> DeviceTables:
 
 
 def _prologue(tables: DeviceTables, age_stride: int, found_inf: torch.Tensor | None, advance: bool) -> None:
-    """Writes the step rows; unless age_stride is 0 the table by age, with ``advance`` the step counts."""
+    """Writes the step rows, unless age_stride is 0 the table by age, and with ``advance`` the step counts."""
     _call(
         "prologue", tables.device,
         tables.rows.data_ptr(), tables.num_rows, tables.hypers.data_ptr(), tables.step_rows.data_ptr(),
@@ -203,7 +207,7 @@ def keep_mask(
     plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, numel: int, mask_words: torch.Tensor | None,
     device: torch.device,
 ) -> torch.Tensor:  # fmt: skip
-    """What a plan keeps of a layout's elements in local order, as rule.keep_and_bucket: bool tensor (numel,).
+    """The keep mask of a layout's elements in local order, as in rule.keep_and_bucket: bool tensor (numel,).
 
     ``mask_words``: bit-planes or the bits of a fixed mask, on the device.
     """
