@@ -15,12 +15,10 @@ from cases import (
     BF16,
     DTYPES,
     ENGINES,
-    EPOCH_OF_STEP,
     EXACT,
     F16,
     F32,
     F64,
-    HYPERS,
     ISAS,
     LONG_CASES,
     MASKINGS,
@@ -42,178 +40,40 @@ from graddrop_kernels.backends import cpu
 from graddrop_kernels.backends.reference.rounding import EXACT as EXACT_ROUNDING
 from graddrop_kernels.backends.reference.rounding import PLAIN as PLAIN_ROUNDING
 from graddrop_kernels.masks.row_block import RowBlock
+from graddrop_kernels.tools.verify import cases as verify_cases
 
 pytestmark = pytest.mark.filterwarnings(PAST_THE_LAST_EPOCH)
 
 
-class Gradients:
-    """Gradients that show whether they were used: each pushes against its element's first moment.
-
-    The scales span 1e-20 .. 1e2 in float32 and bfloat16 (squares underflow, eps decides), 1e-3 .. 3 in float16.
-    """
-
-    def __init__(self, values, dtype: torch.dtype, generator: torch.Generator):
-        low, high = (-3.0, 0.5) if dtype is F16 else (-20.0, 2.0)
-        self.dtype, self.generator = dtype, generator
-        self.scales = [10 ** (low + (high - low) * torch.rand(value.shape, generator=generator)) for _, value in values]
-
-    def next(self, training: Training) -> list[torch.Tensor]:
-        grads = []
-        descent = -1.0 if training.optimizer.param_groups[0]["maximize"] else 1.0
-        for param, scale in zip(training.params, self.scales):
-            against = (
-                -torch.sign(training.optimizer.state[param].get("exp_avg", torch.zeros_like(param)).float()) * descent
-            )
-            coin = torch.randint(2, scale.shape, generator=self.generator) * 2 - 1.0
-            sizes = scale * (0.5 + torch.rand(scale.shape, generator=self.generator))
-            grads.append((torch.where(against == 0, coin, against) * sizes).to(self.dtype))
-        return grads
-
-
-def kept_by_effect(before: dict, after: dict, name: str, beta1: float, frozen: bool) -> torch.Tensor:
-    """Which elements a step trained, from what it did to them.
-
-    Against-the-moment gradients make every use of one show.
-    """
-    moment, old = f"exp_avg of {name}", before.get(f"exp_avg of {name}")
-    old = torch.zeros_like(after[moment]) if old is None else old
-    if not frozen:  # a dropped element's moment decays
-        working = F64 if old.dtype is F64 else F32
-        return after[moment] != (torch.tensor(beta1, dtype=working) * old.to(working)).to(old.dtype)
-    kept = after[moment] != old
-    for key in ("", "exp_avg_sq of ", "max_exp_avg_sq of ", "master_param of "):
-        if key + name in before:
-            assert_same_bits(after[key + name][~kept], before[key + name][~kept], f"{key}{name} of frozen elements")
-    return kept
-
-
-def run_in_step(case: Case, seed: int, engines, steps: int, compare, start: int = 0) -> None:
-    """Steps EXACT and the engines on the same gradients; after each step checks the masks against what it did, and
-    calls ``compare``.
-    """
-    generator = generator_of(seed, case)
-    values = named_values(case.sizes, case.dtypes[0], generator)
-    gradients = Gradients(values, case.dtypes[0], generator)
-    exact = Training.of(case, values, EXACT, seed)
-    others = [Training.of(case, values, engine, seed) for engine in engines]
-    group = exact.optimizer.param_groups[0]
-    policy = MASKINGS[case.masking].policy(values)
-    frozen = policy is not None and (group["masked"] or policy.masked) == "frozen"
-    for step, epoch in enumerate(EPOCH_OF_STEP[start : start + steps]):
-        for training in (exact, *others):
-            training.optimizer.set_epoch(epoch)
-        grads, before, masks = gradients.next(exact), exact.tensors(), exact.masks()
-        for training in others[: step == 1]:  # mask() itself knows no backend: once is enough
-            for (name, _), mask, other in zip(values, masks, training.masks()):
-                assert_same_bits(other, mask, f"mask of {name} by {training.engine} before step {step}")
-        exact.step(grads)
-        after = exact.tensors()
-        if case.masking != "gaussian":
-            for (name, _), mask in zip(values, masks):
-                effect = kept_by_effect(before, after, name, group["betas"][0], frozen)
-                assert_same_bits(effect, mask, f"elements of {name} trained in step {step} against its mask")
-        compare(step, before, grads, after, others)
-
-
-def assert_bits(step, before, grads, after, others):
-    for training in others:
-        training.step(grads)
-        assert_same_tensors(training.tensors(), after, f"{training.engine} after step {step}")
-
-
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
 def test_fused_backends_have_the_exact_bits(case, seed):
-    """20 steps over several epochs, one visited twice, one left out, one past the last; parameters, moments, step
-    counts and masks after each.
-    """
-    run_in_step(case, seed, case.engines(), len(EPOCH_OF_STEP), assert_bits)
+    """Parameters, moments, step counts and masks after each step."""
+    case.run(seed)
 
 
 @pytest.mark.parametrize("case", LONG_CASES, ids=str)
 def test_fused_backends_have_the_exact_bits_on_long_tensors(case, seed):
-    run_in_step(case, seed, case.engines(), 3, assert_bits, start=8)
+    case.run(seed)
 
 
 @pytest.mark.parametrize("case", MODE_CASES, ids=str)
 def test_fused_backends_have_the_exact_bits_in_every_mode(case, seed):
-    """Master weights and stochastic rounding: parameters, masters, moments, step counts and masks after each step."""
-    run_in_step(case, seed, case.engines(), 5, assert_bits, start=3)
-
-
-# --- plain "reference" ------------------------------------------------------------------------------------------------
-
-U = 2.0**-24  # unit roundoff of float32
-
-
-def spacing(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """One ulp of ``dtype`` at x, float64."""
-    finfo = torch.finfo(dtype)
-    ulp = torch.frexp(x.abs().double())[1].double().exp2() * finfo.eps / 2
-    return torch.where(x == 0, 0.0, ulp).clamp(min=finfo.smallest_normal * finfo.eps)  # frexp(0) has exponent 0
-
-
-def rounding_bounds(case: Case, before: dict, grad: torch.Tensor, after: dict, name: str) -> dict[str, torch.Tensor]:
-    """How far one step of the plain reference may be from the exact one, from the same state, float64: {tensor: bound}.
-
-    An fma rounds once where the plain form rounds twice, so either errs by a few units roundoff u of the *operands*:
-    |dm| <= 4 u (|m| + |g|), |dv| <= 4 u (v + g^2) (measured: 1.5 and 1.1). It is not a few u of the result: (1 -
-    beta2) g^2 is the difference of g^2 and beta2 g^2, and a moment may cancel against its gradient. Both go into the
-    parameter by its update, besides 2 u (|p| + |p'|) of its own.
-    """
-    hyper = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2} | HYPERS[case.hyper]
-    zeros = torch.zeros_like(after[f"exp_avg of {name}"])
-    m, v = (before.get(f"{key} of {name}", zeros).double() for key in ("exp_avg", "exp_avg_sq"))
-    p, p_new = before[name].double(), after[name].double()
-    v_new = after.get(f"max_exp_avg_sq of {name}", after[f"exp_avg_sq of {name}"]).double()
-    # The largest factor any mask here puts on a gradient: 1/(1 - p), or 1 + 5.42 standard deviations of the Gaussian
-    # one.
-    g = grad.double().abs() * {"gaussian": 4.6, "graddrop-0.9": 10.01, "graddrop-anneal": 5.01}.get(case.masking, 2.51)
-    tiny = torch.finfo(F32).smallest_normal * 2.0**-23
-    m_bound, v_bound = 4 * U * (m.abs() + g) + tiny, 4 * U * (v + g * g) + tiny
-    # The update, its first moment uncancelled and its bias corrections as large as any: 1 - beta1 and 1.
-    update = hyper["lr"] / (1 - hyper["betas"][0]) / (v_new.sqrt() + hyper["eps"])
-    relative = 6 * U + (v_bound / v_new.clamp(min=tiny) / 2).clamp(max=1)
-    p_bound = 2 * U * (p.abs() + p_new.abs()) + update * (m_bound + m.abs().maximum(g) * relative)
-    bounds = {
-        name: p_bound,
-        f"exp_avg of {name}": m_bound,
-        f"exp_avg_sq of {name}": v_bound,
-        f"max_exp_avg_sq of {name}": v_bound,
-    }
-    # A store to 16 bits may round the other way: one ulp of what is stored.
-    return {
-        key: bound + (after[key].dtype != F32) * spacing(after[key], after[key].dtype)
-        for key, bound in bounds.items()
-        if key in after
-    }
+    """Master weights and stochastic rounding: the masters too."""
+    case.run(seed)
 
 
 @pytest.mark.parametrize("case", ALL_CASES[::5], ids=str)
 def test_plain_reference_is_close_to_exact(case, seed):
     """Step by step from the same state."""
-
-    def compare(step, before, grads, after, others):
-        (plain,) = others
-        plain.load(before)
-        plain.step(grads)
-        stepped = plain.tensors()
-        for grad, (name, _) in zip(grads, plain.named):
-            for key, bound in rounding_bounds(case, before, grad, after, name).items():
-                off = (stepped[key].double() - after[key].double()).abs()
-                assert (off <= bound).all(), (
-                    f"{key} after step {step}: {off[off > bound][0]:.3g} apart where "
-                    f"{bound[off > bound][0]:.3g} is allowed, in {int((off > bound).sum())} of {off.numel()} elements"
-                )
-
-    run_in_step(case, seed, [PLAIN], 8, compare, start=3)
+    dataclasses.replace(case, steps=8, start=3).run(seed, [PLAIN])
 
 
 @pytest.mark.parametrize("masking", [name for name in MASKINGS if name != "gaussian"])
-def test_float64_has_the_same_masks_and_is_exact_as_it_is(masking, seed):
-    """In float64 both references are the same operations (but for the Gaussian numbers, which are float32 in both);
-    masks show in their effects.
-    """
-    run_in_step(Case(masking, "all", (F64, F64), (0, 1, 33, 130)), seed, [PLAIN], 12, assert_bits, start=3)
+def test_float64_has_the_same_masks_and_is_exact_as_it_is(masking, seed, monkeypatch):
+    """In float64 both references are the same operations (but for the Gaussian numbers, which are float32 in both)."""
+    monkeypatch.setitem(verify_cases.DTYPES, "f64", verify_cases.Dtypes(F64, F64))
+    (found,) = Case.of(masking, "all", (F64, F64), (0, 1, 33, 130), steps=12, start=3).run(seed, [PLAIN])
+    assert found.differing == 0
 
 
 # --- any memory -------------------------------------------------------------------------------------------------------
@@ -269,7 +129,7 @@ def test_strides_do_not_matter(masking, dtypes, seed):
     """Views step as their contiguous copies do, element for element in contiguous order, and what lies between and
     around them stays.
     """
-    case = Case(masking, "amsgrad", dtypes, ())
+    case = Case.of(masking, "amsgrad", dtypes)
     for engine in [*fused_engines(dtypes), PLAIN]:
         generator = generator_of(seed, case)
         views = strided_views(dtypes[0], generator)
@@ -303,7 +163,7 @@ def test_strides_do_not_matter(masking, dtypes, seed):
 )
 def test_alignment_does_not_matter(dtypes, masters, stochastic, seed):
     """Parameter, gradient, master and every moment each at its own odd offset in memory."""
-    case = Case("buckets", "amsgrad", dtypes, (1031, 15, 64), masters, stochastic)
+    case = Case.of("buckets", "amsgrad", dtypes, (1031, 15, 64), masters, stochastic)
     for engine in case.engines():
         generator = generator_of(seed, case)
         values = named_values(case.sizes, dtypes[0], generator)
@@ -354,7 +214,7 @@ def test_clip_factors_have_the_exact_bits(name, mode, seed):
     batch.clip_factor, batch.grad_scale = torch.tensor(0.37), torch.tensor(3.7) if scaled else None
     expected = copy_of(batch)
     backends._BY_NAME["exact"].masked_adamw_(expected)
-    for engine in fused_engines(dtypes, masters, stochastic):
+    for engine in fused_engines((F32, F32) if masters else dtypes):
         stepped = copy_of(batch, engine.device)
         with cpu.using_isa(engine.isa):
             backends._BY_NAME[engine.backend].masked_adamw_(stepped)
@@ -415,9 +275,9 @@ def test_thread_counts_give_the_same_bits(masking, seed):
     """One tensor far longer than a thread's share, small ones before and after it; bit planes are made under each
     count, too.
     """
-    case = Case(masking, "amsgrad", (F32, F32), (33, 200_003, 5, 0, 70_001))
+    case = Case.of(masking, "amsgrad", (F32, F32), (33, 200_003, 5, 0, 70_001))
     used = torch.get_num_threads()
-    for engine in fused_engines(case.dtypes):
+    for engine in case.engines():
         values = named_values(case.sizes, F32, generator_of(seed, case))
         results = {}
         try:
@@ -444,7 +304,7 @@ def test_infinities_and_nans_of_dropped_gradients_are_dropped(masking, dtypes, s
     """Masked by selection: what stands in a dropped gradient is never seen, neither by the moments nor by the
     parameter.
     """
-    case = Case(masking, "all", dtypes, (5, 33, 1031, 64))
+    case = Case.of(masking, "all", dtypes, (5, 33, 1031, 64))
     for engine in [*fused_engines(dtypes), EXACT, PLAIN]:
         generator = generator_of(seed, case)
         values = named_values(case.sizes, dtypes[0], generator)

@@ -30,7 +30,6 @@ from cases import (
     assert_same_bits,
     require,
 )
-from test_backends_agree import assert_bits, run_in_step
 from test_gradient_norm import finite, masked_gradients
 
 from graddrop_kernels import FusedGradDropAdamW, GradDrop, backends
@@ -140,8 +139,8 @@ def test_policies_have_the_exact_bits(masking, mode, emulation, seed):
     modes = MODES if mode else [(dtypes, False, False) for dtypes in DTYPES]
     dtypes, masters, stochastic = modes[place % len(modes)]
     hyper = list(HYPERS)[place // len(modes) % len(HYPERS)]
-    case = Case(masking, hyper, dtypes, (0, 1, 3, 33, 1031, CHUNK + 1), masters, stochastic)
-    run_in_step(case, seed, [Engine(emulation)], 6, assert_bits, start=3)
+    sizes = (0, 1, 3, 33, 1031, CHUNK + 1)
+    Case.of(masking, hyper, dtypes, sizes, masters, stochastic, steps=6, start=3).run(seed, [Engine(emulation)])
 
 
 # --- loss scaling -----------------------------------------------------------------------------------------------------

@@ -2,8 +2,9 @@
 
 import itertools
 import os
+import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pytest
@@ -22,6 +23,9 @@ from graddrop_kernels import (
     available_backends,
 )
 from graddrop_kernels.backends import BACKENDS, cpu
+from graddrop_kernels.tools.verify import cases as verify_cases
+from graddrop_kernels.tools.verify import run_case
+from graddrop_kernels.tools.verify.run_case import Findings
 
 # --- engines ----------------------------------------------------------------------------------------------------------
 
@@ -165,28 +169,73 @@ MASKINGS = {
 }  # fmt: skip
 
 
+_FOUR_BLOCKS = [(f"layers.{i}.weight", torch.ones(3)) for i in range(4)]
+# of verify's table: {(parameter dtype, moment dtype, master weights, stochastic rounding): name}
+_DTYPE_NAMES = {tuple(row): name for name, row in verify_cases.DTYPES.items()}
+
+
 @dataclass(frozen=True)
-class Case:
-    masking: str
-    hyper: str
-    dtypes: tuple[torch.dtype, torch.dtype]
-    sizes: tuple[int, ...]
-    masters: bool = False
-    stochastic: bool = False
+class Case(verify_cases.Case):
+    """A case of `verify` with a policy of MASKINGS, hyper-parameters of HYPERS and the epochs of EPOCH_OF_STEP."""
+
+    hyper: str = "default"
+    start: int = 0
+
+    @classmethod
+    def of(
+        cls, masking: str, hyper: str, dtypes: tuple[torch.dtype, torch.dtype], sizes: tuple[int, ...] = (),
+        masters: bool = False, stochastic: bool = False, steps: int = 1, start: int = 0,
+    ) -> "Case":  # fmt: skip
+        """``steps`` from the place ``start`` of EPOCH_OF_STEP on."""
+        how = MASKINGS[masking]
+        policy = how.policy(_FOUR_BLOCKS)
+        frozen = policy is not None and (how.arguments.get("masked") or policy.masked) == "frozen"
+        switches = ("frozen",) * frozen + tuple(name for name in ("amsgrad", "maximize") if HYPERS[hyper].get(name))
+        names = {**_DTYPE_NAMES, (F64, F64, False, False): "f64"}
+        return cls(masking, names[(*dtypes, masters, stochastic)], switches, sizes, steps, "", hyper=hyper, start=start)
 
     def __str__(self):
-        param, moments = (str(dtype).removeprefix("torch.") for dtype in self.dtypes)
-        mode = "-masters" * self.masters + "-stochastic" * self.stochastic
-        return f"{self.masking}-{self.hyper}-{param}-{moments}{mode}"
+        return f"{self.policy}-{self.hyper}-{self.dtypes.replace(' ', '-').replace('/', '-')}"
+
+    @property
+    def gaussian(self) -> bool:
+        return self.policy == "gaussian"
+
+    def epochs(self, rng) -> list[int]:
+        return list(EPOCH_OF_STEP[self.start : self.start + self.steps])
+
+    def arguments(self, rng, named, norm) -> dict:
+        _, moments, masters, stochastic = verify_cases.DTYPES[self.dtypes]
+        masking = MASKINGS[self.policy]
+        return {
+            "mask": masking.policy(named), "seed": rng.getrandbits(64), "betas": (0.9, 0.999), "weight_decay": 1e-2,
+            "amsgrad": False, "moment_dtype": F32 if moments is F32 else None, "master_weights": masters,
+            "stochastic_rounding": stochastic, **HYPERS[self.hyper], **masking.arguments,
+        }  # fmt: skip
 
     def engines(self) -> list[Engine]:
         """The fused engines that can step it."""
-        return fused_engines((F32, F32) if self.masters else self.dtypes)
+        return fused_engines(verify_cases.DTYPES[self.dtypes].mode)
+
+    def run(self, seed: int, engines: Iterable[Engine] | None = None) -> list[Findings]:
+        """Steps it side by side on "exact" and on the engines, or on all fused ones; fails with what is found."""
+        engines = self.engines() if engines is None else engines
+        devices = [torch.device(engine.device) for engine in engines]
+        rows = [
+            run_case.Engine(_ROWS[engine.backend], device, engine.isa) for engine, device in zip(engines, devices)
+        ]
+        findings = {row: Findings() for row in rows}
+        run_case.run_case(replace(self, seed=f"{seed} {self} {self.sizes}"), rows, findings)
+        failures = [failure for found in findings.values() for failure in found.failures]
+        assert not failures, "\n".join(failures)
+        assert all(found.elements for found in findings.values()), "nothing was compared"
+        return list(findings.values())
 
 
-# Every policy under all hyper-parameters in float32; under each of them once in the other dtypes together.
+# Every policy under all hyper-parameters in float32; under each of them once in the other dtypes together. Over several
+# epochs, one visited twice, one left out, one past the last.
 ALL_CASES = [
-    Case(masking, hyper, dtypes, SMALL_SIZES)
+    Case.of(masking, hyper, dtypes, SMALL_SIZES, steps=len(EPOCH_OF_STEP))
     for (i, masking), (h, hyper), (j, dtypes) in itertools.product(
         enumerate(MASKINGS), enumerate(HYPERS), enumerate(DTYPES)
     )
@@ -194,24 +243,24 @@ ALL_CASES = [
 ]
 # Long tensors, every policy and dtype, the hyper-parameters in turn.
 LONG_CASES = [
-    Case(masking, list(HYPERS)[(i + j) % len(HYPERS)], dtypes, SIZES)
+    Case.of(masking, list(HYPERS)[(i + j) % len(HYPERS)], dtypes, SIZES, steps=3, start=8)
     for (i, masking), (j, dtypes) in itertools.product(enumerate(MASKINGS), enumerate(DTYPES))
 ]
 # (parameter and moment dtype, master weights, stochastic rounding)
 MODES = (((BF16, F32), True, False), ((F16, F32), True, False), ((BF16, BF16), False, True), ((BF16, F32), False, True))
 # Every policy in every mode, the hyper-parameters in turn; both short tensors and one of many units.
 MODE_CASES = [
-    Case(masking, list(HYPERS)[(i + j) % len(HYPERS)], dtypes, (*SMALL_SIZES, 9000), masters, stochastic)
-    for (i, masking), (j, (dtypes, masters, stochastic)) in itertools.product(enumerate(MASKINGS), enumerate(MODES))
+    Case.of(masking, list(HYPERS)[(i + j) % len(HYPERS)], *mode, steps=5, start=3)
+    for (i, masking), (j, mode) in itertools.product(
+        enumerate(MASKINGS), enumerate((dtypes, (*SMALL_SIZES, 9000), *flags) for dtypes, *flags in MODES)
+    )
 ]
 
 
 def named_values(sizes: Iterable, dtype: torch.dtype, generator: torch.Generator) -> list[tuple[str, torch.Tensor]]:
-    """(name, start value) of one parameter a size (or shape), spread over four blocks."""
-    shapes = [(size,) if isinstance(size, int) else size for size in sizes]
+    """(name, start value) of one parameter a size, spread over four blocks."""
     return [
-        (f"layers.{i % 4}.weight{i}", torch.randn(shape, generator=generator).to(dtype))
-        for i, shape in enumerate(shapes)
+        (f"layers.{i % 4}.weight{i}", torch.randn(size, generator=generator).to(dtype)) for i, size in enumerate(sizes)
     ]
 
 
@@ -225,12 +274,7 @@ class Training:
 
     @classmethod
     def of(cls, case: Case, values, engine: Engine, seed: int) -> "Training":
-        masking = MASKINGS[case.masking]
-        wide = {"moment_dtype": F32} if case.dtypes[1] is not case.dtypes[0] else {}
-        mode = {"master_weights": case.masters, "stochastic_rounding": case.stochastic}
-        return cls(
-            values, engine, seed, mask=masking.policy(values), **HYPERS[case.hyper], **masking.arguments, **wide, **mode
-        )
+        return cls(values, engine, **{**case.arguments(random.Random(seed), values, 0.0), "seed": seed})
 
     @property
     def params(self) -> list[torch.Tensor]:

@@ -353,6 +353,20 @@ def test_a_norm_that_rounds_otherwise_is_let_pass_for_its_step(capsys, plant, on
         assert any(re.search(rf" {policy} +7 +7/7 .* {norms} of \d+ +PASS$", line) for line in lines), lines
 
 
+def test_a_frozen_element_that_moves_is_seen_where_exact_moves_it_too(plant, seed):
+    def step(batch):
+        before = [moment.clone() for moment in batch.exp_avgs]
+        EXACT.masked_adamw_(batch)
+        for param, moment, old in zip(batch.params, batch.exp_avgs, before):
+            param.detach()[moment == old] *= 0.99
+
+    plant(step, "exact")
+    engine, found = Engine(plant(step), CPU), Findings()
+    case = Case("FixedMask", "f32", ("frozen",), (1031,) * 4, 1, str(seed))
+    side_by_side.run_case(case, [engine], {engine: found})
+    assert "param: a frozen element moved, layers." in found.failures[0]
+
+
 def test_a_backend_without_a_dtype_is_not_asked_for_it(seed):
     cases = make_cases(seed, True, [])
     assert {case.column for case in cases if verify._takes(Engine(EXACT, CPU), case)} == {*COLUMNS}

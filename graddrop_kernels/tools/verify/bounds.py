@@ -46,8 +46,8 @@ def norm_limit(gaussian: bool) -> float:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bit patterns of a float32 or 16-bit tensor, as integers."""
-    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+    """The bit patterns of a floating-point tensor, as integers."""
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 def in_dtype(bound: float, dtype: torch.dtype) -> float:

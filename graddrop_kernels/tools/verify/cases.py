@@ -96,9 +96,9 @@ class Case:
         return ", ".join((self.policy, self.dtypes, *self.switches, *["misaligned"] * self.misaligned))
 
     @property
-    def shows_masks(self) -> bool:
-        """Whether a step shows which elements it dropped; a Gaussian factor drops none."""
-        return self.policy == "mask=None" or self.policy not in _DROPS_NOTHING
+    def gaussian(self) -> bool:
+        """Whether gradients have Gaussian factors, which drop none: no step shows a mask."""
+        return self.policy == "GaussianGradDrop"
 
     @property
     def frozen(self) -> bool:
@@ -108,6 +108,10 @@ class Case:
     def column(self) -> str:
         """That of COLUMNS."""
         return self.dtypes.split()[-1]
+
+    def epochs(self, rng: random.Random) -> list[int]:
+        """The epoch of each step."""
+        return rng.choices(range(5), k=self.steps)
 
     def arguments(self, rng: random.Random, named: list[tuple[str, torch.Tensor]], norm: float) -> dict[str, Any]:
         """The optimizer's arguments, random where the case does not say; ``norm``: about that of its gradients."""

@@ -135,12 +135,12 @@ def run_case(case: Case, engines: list[Engine], findings: dict[Engine, Findings]
 
     for engine in engines:
         findings[engine].cases += 1
-        findings[engine].masks += case.shows_masks
+        findings[engine].masks += not case.gaussian
         begin = lambda engine=engine: running.update({engine: Training(case, named, engine, arguments)})
         attempt(engine, "at construction", begin)
     exact = Training(case, named, Engine(_exact(), case.reference), arguments)
     before = exact.tensors()
-    for step, epoch in enumerate(rng.choices(range(5), k=case.steps)):
+    for step, epoch in enumerate(case.epochs(rng)):
         for training in (exact, *running.values()):
             training.optimizer.set_epoch(epoch)
         grads = _gradients(case, before["exp_avg"], scales, generator)
@@ -175,7 +175,7 @@ def _gradients(
 def _check_step(case: Case, arguments: dict[str, Any], truth: Truth, training: Training, found: Findings) -> None:
     """Steps ``training`` and compares its masks and tensors with those of "exact"; raises Mismatch."""
     mask, before, after = truth.mask, truth.before, truth.after
-    bound, gaussian = BOUNDS.get(training.engine.backend.name, EXACT), case.policy == "GaussianGradDrop"
+    bound, gaussian = BOUNDS.get(training.engine.backend.name, EXACT), case.gaussian
     beta1 = arguments["betas"][0]
     sizes = {}
     if bound != EXACT:
@@ -185,14 +185,19 @@ def _check_step(case: Case, arguments: dict[str, Any], truth: Truth, training: T
         sizes = operand_sizes(before, after, beta1, lr_weight_decay, exact_moments, grad)
     said = training.mask() if truth.ask_mask else mask
     stepped = training.step(truth.grads)
-    if case.shows_masks:
+    if not gaussian:
         moment, old = stepped["exp_avg"], before["exp_avg"]
-        decayed = (torch.tensor(beta1) * old.float()).to(old.dtype)
+        wide = torch.promote_types(old.dtype, torch.float32)
+        decayed = (torch.tensor(beta1, dtype=wide) * old.to(wide)).to(old.dtype)
         trained = bits(moment) != bits(old) if case.frozen else moment != decayed
         for what, actual in (("optimizer.mask", said), ("what it did", trained)):
             if not torch.equal(actual, mask):
                 found.wrong_masks += 1
                 raise _wrong_mask(case, what, actual, mask)
+        for key in before if case.frozen else ():  # by itself, and not only as "exact" has it
+            moved = (bits(stepped[key]) != bits(before[key])) & ~mask if key != "step" else mask[:0]
+            if moved.any():
+                raise Mismatch(f"{key}: a frozen element moved, {_place(case, int(moved.nonzero()[0]))}")
     if truth.norm is not None:
         norm: Any = training.norm()
         limit = norm_limit(gaussian and arguments["norm_after_mask"])
