@@ -62,10 +62,9 @@ class Engine(NamedTuple):
         devices = _ROWS[self.backend].devices
         return "cpu" if devices is None or "cpu" in devices else devices[0]
 
-    def takes(self, dtypes: tuple[torch.dtype, torch.dtype], masters: bool = False, stochastic: bool = False) -> bool:
-        row = _ROWS[self.backend]
-        stepped = (F32, F32) if masters else dtypes
-        return stepped in row.dtypes
+    def takes(self, dtypes: tuple[torch.dtype, torch.dtype]) -> bool:
+        """``dtypes``: of what is stepped, with master weights the masters, and of the moments."""
+        return dtypes in _ROWS[self.backend].dtypes
 
 
 EXACT, PLAIN = Engine("exact"), Engine("reference")
@@ -78,19 +77,16 @@ _COMPILED = tuple(
 ENGINES = (*_COMPILED, EXACT, PLAIN)
 # GRADDROP_TEST_BACKENDS="triton" leaves the others out: for runs in Triton's interpreter.
 _CHOSEN = os.environ.get("GRADDROP_TEST_BACKENDS", "").split() or available_backends()
-# The engines that must have the bits of "exact": "triton-fast" has a bound of its own (verify.py).
-FUSED = tuple(engine for engine in _COMPILED if engine.backend != "triton-fast" and engine.backend in _CHOSEN)
+FUSED = tuple(engine for engine in _COMPILED if engine.backend in _CHOSEN)  # they must have the bits of "exact"
 
 
-def fused_engines(
-    dtypes: tuple[torch.dtype, torch.dtype], masters: bool = False, stochastic: bool = False
-) -> list[Engine]:
-    """The fused engines that take (parameter dtype, moment dtype), and the modes asked for.
+def fused_engines(dtypes: tuple[torch.dtype, torch.dtype]) -> list[Engine]:
+    """The fused engines that take (dtype of what is stepped, moment dtype).
 
     Fails where a table of the cpu's dtypes would leave the test empty.
     """
     require("cpu")
-    return [engine for engine in FUSED if engine.takes(dtypes, masters, stochastic)]
+    return [engine for engine in FUSED if engine.takes(dtypes)]
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -185,7 +181,7 @@ class Case:
 
     def engines(self) -> list[Engine]:
         """The fused engines that can step it."""
-        return fused_engines(self.dtypes, self.masters, self.stochastic)
+        return fused_engines((F32, F32) if self.masters else self.dtypes)
 
 
 # Every policy under all hyper-parameters in float32; under each of them once in the other dtypes together.
