@@ -35,7 +35,7 @@ void adamw(ARGS) {
 """
 # Plain stores, also in copy, which would become memcpy.
 FLAGS = ("-O3", "-march=native", "-fno-tree-loop-distribute-patterns", "-shared", "-fPIC")
-# Bytes an element: as STREAM counts them, and with the line that a store to other memory than was read fetches first.
+# Bytes per element: as STREAM counts them, and with the line that a store to other memory than was read fetches first.
 BYTES = {"copy": (8, 12), "triad": (12, 16), "adamw": (28, 28)}
 
 

@@ -8,6 +8,7 @@ import torch
 
 import graddrop_kernels as gk
 from graddrop_kernels.backends import BACKENDS
+from graddrop_kernels.policies.paper import METHODS, Method
 
 from .shapes import LAYERS
 from .tensors import MODES, Tensors
@@ -46,7 +47,7 @@ class Case:
         return gk.FusedGradDropAdamW(groups, mask=self.policy(tensors.named), masked=self.masked, **HYPERS, **options)
 
     def enter_last_epoch(self, optimizer: gk.FusedGradDropAdamW) -> None:
-        """One step an epoch, so that buckets of different ages are measured."""
+        """One step per epoch, so that buckets of different ages are measured."""
         for epoch in self.epochs:
             optimizer.set_epoch(epoch)
             optimizer.step()
@@ -61,20 +62,27 @@ def _half(named) -> gk.FixedMask:
     return _fixed_half(tuple((name, tuple(param.shape)) for name, param in named))
 
 
-_epoch = functools.partial(gk.GradDropEpoch, EPOCHS)
 _MIDDLE = tuple(range(EPOCHS // 2 + 1))
 _FROZEN_BLOCKS = {"dropped_streams": 0, "needs_blocks": True}
+# What a row of the paper's table is measured with beside p; the names are those of the results.
+_MEASURED = {
+    "gradfreeze-topdown": {"name": "GradFreeze, half frozen", "of_epochs": 2},
+    "graddrop-epoch": {"name": "GradDropEpoch, recomputed", "epochs": _MIDDLE},
+    "graddrop-epoch-bitpacked": {"epochs": _MIDDLE, "mask_bits": 3},
+    "graddrop-epoch-toggle": {"epochs": _MIDDLE},
+}
+
+
+def _case(method: Method, name: str | None = None, of_epochs: int = EPOCHS, **more) -> Case:
+    policy = method(of_epochs, P)
+    if method.needs_blocks:
+        more = {"dropped_streams": 0 if method.masked == "frozen" else NO_GRAD_STREAMS, "needs_blocks": True, **more}
+    return Case(name or method.name, lambda named: policy, **more)
+
+
 CASES = (
-    Case("mask=None", lambda named: None),
-    Case("GradDrop", lambda named: gk.GradDrop(P)),
-    Case("GradDrop, every epoch", lambda named: gk.GradDrop(P, every="epoch")),
+    *(_case(method, **_MEASURED.get(key, {})) for key, method in METHODS.items() if method.timed),
     Case("GradDrop, frozen", lambda named: gk.GradDrop(P), masked="frozen"),
-    Case("GaussianGradDrop", lambda named: gk.GaussianGradDrop(P)),
-    Case("GradDropEpoch, bit-packed", lambda named: _epoch(storage="bitpacked"), _MIDDLE, mask_bits=3),
-    Case("GradDropEpoch, recomputed", lambda named: _epoch(storage="recompute"), _MIDDLE),
-    Case("GradDropEpoch, toggle", lambda named: _epoch(storage="recompute", toggle=True), _MIDDLE),
-    Case("LayerGradDrop", lambda named: gk.LayerGradDrop(P), dropped_streams=NO_GRAD_STREAMS, needs_blocks=True),
-    Case("GradFreeze, half frozen", lambda named: gk.GradFreeze(2), **_FROZEN_BLOCKS),
     Case("FixedMask, 50 %", _half, mask_bits=1),
 )
 CASE = {case.name: case for case in CASES}

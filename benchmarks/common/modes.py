@@ -23,7 +23,7 @@ NO_LIMIT = math.inf  # a norm that is never reached: torch multiplies by 1 all t
 
 @dataclass(frozen=True)
 class Ours:
-    """``moved``: bytes a parameter that a step has to move."""
+    """``moved``: bytes per parameter that a step has to move."""
 
     name: str
     moved: int

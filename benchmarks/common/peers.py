@@ -71,7 +71,7 @@ rand_mask = eager(lambda grad: torch.rand_like(grad) >= P)
 
 
 def foreach_mask(tensors, hypers: dict) -> Made:
-    """The masks of all tensors at once: a draw a tensor, two multi-tensor launches, then torch's fused step."""
+    """The masks of all tensors at once: a draw per tensor, two multi-tensor launches, then torch's fused step."""
     update = torch_adamw(tensors, hypers, fused=True).step
     tensors.keep_grads()
 

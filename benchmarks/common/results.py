@@ -1,4 +1,4 @@
-"""Files of results, results/<machine>/<benchmark>.json: written one measurement a line, and read."""
+"""Files of results, results/<machine>/<benchmark>.json: written with a line per measurement, and read."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ CONTRACT = "compile_contract.json"  # counts of a compiler, in the folder of one
 
 
 def text_of(result: dict) -> str:
-    """JSON with a line for each measurement: only what holds lists of objects is spread over lines."""
+    """JSON with a line per measurement: only what holds lists of objects is spread over lines."""
     return _text(result, "") + "\n"
 
 

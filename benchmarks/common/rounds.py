@@ -36,7 +36,7 @@ class Variant:
     by: str | None = None
     before: Callable[[], object] = nothing  # not timed, like ``after``
     after: Callable[[], object] = nothing
-    moved: Callable[[], float] = lambda: 0.0  # bytes a parameter that the next step has to move
+    moved: Callable[[], float] = lambda: 0.0  # bytes per parameter that the next step has to move
     active: Callable[[], float] = lambda: 1.0  # share of the parameters that the next step trains
     kept_bytes: int = 0  # that it holds beside AdamW's moments
     peak_bytes: int = 0  # that a step takes for itself
@@ -136,7 +136,7 @@ def summarize(
     variants: list[Variant], percentiles: dict[str, int], figures: Callable[[Variant, dict], dict],
     by: str | None = None,
 ) -> list[dict]:  # fmt: skip
-    """One row a variant; one that failed has its error and no figure.
+    """One row per variant; one that failed has its error and no figure.
 
     ``figures``: what else is said of a variant, beside its row so far. ``by``: what the rows call the variant's.
     """

@@ -65,7 +65,7 @@ def _traffic(variant: Variant, row: dict, numel: int) -> dict:
 
 
 def cpu_rows(variants: list[Variant], numel: int) -> list[dict]:
-    """One row a variant and instruction set: medians, 20th and 80th percentiles."""
+    """One row per variant and instruction set: medians, 20th and 80th percentiles."""
 
     def figures(variant: Variant, row: dict) -> dict:
         of_threads = statistics.median(sample.host_seconds for sample in variant.samples.values())
@@ -76,7 +76,7 @@ def cpu_rows(variants: list[Variant], numel: int) -> list[dict]:
 
 
 def gpu_rows(variants: list[Variant], numel: int, copy_gb_per_s: float) -> list[dict]:
-    """One row a variant and backend: medians and quartiles."""
+    """One row per variant and backend: medians and quartiles."""
     unmasked = {variant.by: variant for variant in variants if variant.name == "mask=None" and not variant.error}
 
     def figures(variant: Variant, row: dict) -> dict:

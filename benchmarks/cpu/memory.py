@@ -1,6 +1,6 @@
 """Memory of the optimizers: what they keep between steps, counted and computed, and what a step takes for itself.
 
-Kept are AdamW's two moments and a step count a tensor, and of the policies only the bits of stored masks: counted in
+Kept are AdamW's two moments and a step count per tensor, and of the policies only the bits of stored masks: counted in
 tensor storages that the optimizer keeps alive, beside tables of addresses. A step's own memory is the growth of the
 process's resident memory at its peak (Linux). Exits with 1 when an optimizer keeps other bytes than are computed.
 """
@@ -34,7 +34,7 @@ MODES = (
 )
 TORCH = {"torch fused": {"fused": True}, "torch foreach": {"foreach": True}, "torch for-loop": {"foreach": False}}
 OPTIONS = {"stochastic_rounding": ", rounded stochastically", "master_weights": " and masters"}
-TABLE = 1024  # bytes a tensor for addresses and keys; more would be a mask in disguise
+TABLE = 1024  # bytes per tensor for addresses and keys; more would be a mask in disguise
 
 
 def kept_bytes(optimizer: torch.optim.Optimizer, tensors: Tensors) -> tuple[int, int]:
@@ -64,7 +64,7 @@ def kept_bytes(optimizer: torch.optim.Optimizer, tensors: Tensors) -> tuple[int,
 
 
 def computed_bytes(tensors: Tensors, moments: torch.dtype, mask_bits: int, masters: bool = False) -> int:
-    """Two moments, a float32 step count a tensor, mask bits in words of 32, and float32 masters."""
+    """Two moments, a float32 step count per tensor, mask bits in words of 32, and float32 masters."""
     sizes, kept = [param.numel() for _, param in tensors.named], 2 * moments.itemsize + 4 * masters
     return sum(kept * numel + 4 + 4 * mask_bits * num_words(numel) for numel in sizes)
 

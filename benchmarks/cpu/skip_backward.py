@@ -145,7 +145,7 @@ def variants_of(work: Work) -> list[TrainingStep]:
 
 
 def rows_of(variants: list[TrainingStep]) -> list[dict]:
-    """One row a variant: medians, 20th and 80th percentiles."""
+    """One row per variant: medians, 20th and 80th percentiles."""
     flops_in_rounds = lambda variant: [variant.flops_of[number] for number in variant.samples]
     dense = statistics.median(flops_in_rounds(variants[0]))
 

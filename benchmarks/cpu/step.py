@@ -1,6 +1,6 @@
 """Time of a whole optimizer step on the CPU: every policy and instruction set, beside torch's steps and eager masks.
 
-One process a thread count. In it all variants step the same parameters, gradients and moments in turn, in a random
+One process per thread count. In it all variants step the same parameters, gradients and moments in turn, in a random
 order each round, so that whatever else the machine does meets all alike. A variant's ratio is the median over rounds
 of its time over that of torch's unmasked fused step in the same round.
 """

@@ -20,7 +20,7 @@ ISA_STYLE = {
 
 
 def step_ratios(result: dict, folder: Path) -> Path:
-    """A panel a layout and thread count: time over torch fused, a row a variant, a marker an instruction set."""
+    """A panel per layout and thread count: time over torch fused, a row per variant, a marker per instruction set."""
     runs, layouts = result["runs"], ("layers", "one tensor")
     names = {layout: names_of([config_of(run, layout) for run in runs], "ours", "peer") for layout in layouts}
     heights = [len(names[layout]) for layout in layouts]
@@ -115,7 +115,7 @@ def host_overhead(result: dict, folder: Path) -> Path:
 
 
 def memory(result: dict, folder: Path) -> Path:
-    """Bytes a parameter that each optimizer keeps, and what a step takes for itself; a panel a pair of dtypes."""
+    """Bytes per parameter that each optimizer keeps, and what a step takes for itself; a panel per pair of dtypes."""
     kinds = list(dict.fromkeys((row["dtype"], row["moment_dtype"]) for row in result["rows"]))
     names = list(dict.fromkeys(row["name"] for row in result["rows"]))
     size = (3 + 3.4 * len(kinds), 1.9 + 0.32 * len(names))
@@ -146,7 +146,7 @@ def memory(result: dict, folder: Path) -> Path:
 
 
 def precision(result: dict, folder: Path) -> Path:
-    """Training loss by step, a line a way of keeping the weights: mean over the seeds, and the band of all of them."""
+    """Training loss by step, a line per way of keeping the weights: mean over the seeds, and all of them as a band."""
     figure, axis = plt.subplots(figsize=(9, 5.2))
     for number, weights in enumerate(dict.fromkeys(row["weights"] for row in result["rows"])):
         curves = [report.smooth(row["losses"]) for row in result["rows"] if row["weights"] == weights]

@@ -205,7 +205,7 @@ def _precision(results: dict) -> str:
 
 
 def _policy_costs(results: dict) -> str:
-    """One line a policy: memory beyond plain AdamW's, and the range of its time over all runs of step_cpu."""
+    """One line per policy: memory beyond plain AdamW's, and the range of its time over all runs of step_cpu."""
     configs = [config_of(run, "layers") for _, run in _runs(results)]
     if not configs:
         return "*No results yet.*"

@@ -14,7 +14,7 @@ SCHEDULERS = 4  # of a multiprocessor, each issuing one instruction of a warp a 
 
 
 def style_of(names) -> dict[str, dict]:
-    """One colour and marker a name: torch is the target."""
+    """One colour and marker per name: torch is the target."""
     styles, number = {}, 0
     for name in dict.fromkeys(names):
         if name == "torch fused":
@@ -27,7 +27,7 @@ def style_of(names) -> dict[str, dict]:
 
 
 def step_ratios(result: dict, path: Path) -> Path:
-    """A panel a mode: time over torch fused, a row a variant, a marker a backend; quartiles as bars."""
+    """A panel per mode: time over torch fused, a row per variant, a marker per backend; quartiles as bars."""
     configs = result["configs"]
     kinds = ("ours", "peer", "check")
     rows = [row for kind in kinds for config in configs for row in measured(config["rows"], kind=kind)]
@@ -57,8 +57,8 @@ def step_ratios(result: dict, path: Path) -> Path:
 
 
 def roofline(result: dict, contract: list[dict], path: Path) -> Path:
-    """Parameters a second against bytes a parameter. Bounds: the copy's bandwidth, and by instructions where the
-    compile contract counts them: what the multiprocessors can issue, over instructions a parameter.
+    """Parameters per second against bytes per parameter. Bounds: the copy's bandwidth, and by instructions where the
+    compile contract counts them: what the multiprocessors can issue, over instructions per parameter.
     """
     figure, axis = plt.subplots(figsize=(7.6, 5.4))
     configs, gpu = result["configs"], result["machine"]["gpu"]
@@ -97,7 +97,7 @@ def roofline(result: dict, contract: list[dict], path: Path) -> Path:
 
 
 def sweep(result: dict, rows: list[dict], key: str, x_label: str, text: str, path: Path) -> Path:
-    """Time of a step, both axes logarithmic; a panel a mode (and, of tensors, a total)."""
+    """Time of a step, both axes logarithmic; a panel per mode (and, of tensors, a total)."""
     panels = list(dict.fromkeys((row["mode"], row.get("total")) for row in rows))
     size = (1.5 + 4.6 * len(panels), 4.8)
     figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
@@ -134,7 +134,7 @@ def frozen(result: dict, path: Path) -> Path:
 
 
 def host(result: dict, path: Path) -> Path:
-    """Host time of step(): a pair of points a variant."""
+    """Host time of step(): a pair of points per variant."""
     rows = measured(result["host"])
     names = list(dict.fromkeys(label(row) for row in rows))
     figure, axis = plt.subplots(figsize=(9, 1.8 + 0.3 * len(names)))

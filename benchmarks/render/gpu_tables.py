@@ -20,7 +20,7 @@ def _labels(configs: dict[str, dict]) -> list[str]:
 
 
 def _grid(configs: dict[str, dict], head: str, cell) -> str:
-    """A row a variant, a column a mode; variants without any figure are left out (see the table of peers)."""
+    """A row per variant, a column per mode; variants without any figure are left out (see the table of peers)."""
     rows = []
     for name in _labels(configs):
         found = [next((row for row in config["rows"] if label(row) == name), {}) for config in configs.values()]
@@ -98,7 +98,7 @@ def _frozen(results: dict) -> str:
 
 
 def _sweep(rows: list[dict], key: str, head: str) -> str:
-    """A row a variant and mode, a column a value of ``key``: microseconds."""
+    """A row per variant and mode, a column per value of ``key``: microseconds."""
     values = sorted({row[key] for row in rows})
     found = {(label(row), row["mode"], row[key]): row["seconds"] * 1e6 for row in rows}
     table = []

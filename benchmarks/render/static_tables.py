@@ -6,9 +6,9 @@ from pathlib import Path
 from .markdown import markdown, number
 
 NONE = "\n*No results yet.*\n\n"
-# thread-instructions a second of an H200: multiprocessors, schedulers, lanes, boost clock
+# thread-instructions per second of an H200: multiprocessors, schedulers, lanes, boost clock
 ISSUED = 132 * 4 * 32 * 1.98e9
-BANDWIDTH = 4.8e12  # bytes a second, H200 data sheet
+BANDWIDTH = 4.8e12  # bytes per second, H200 data sheet
 BYTES = {"float32": 28, "bfloat16, float32 moments": 22, "bfloat16": 14}  # a parameter
 VERSIONS = ("python", "torch", "triton", "transformers", "numpy")
 

@@ -149,5 +149,5 @@ def seeds_of(words: list[str]) -> tuple[int, ...]:
 
 
 def methods_of(words: list[str]) -> tuple[str, ...]:
-    """The methods, or all eleven for "all"."""
+    """The methods, or all of them for "all"."""
     return tuple(TITLES) if words == ["all"] else tuple(dict.fromkeys(words))

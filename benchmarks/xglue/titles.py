@@ -1,18 +1,8 @@
 """How methods are called in tables."""
 
+from graddrop_kernels.demo.methods import METHODS
+
 MISSING = "–"
 
-# The rows of the paper's tables, in their order; then what it describes or names besides.
-TITLES = {
-    "sft": "SFT",
-    "gradfreeze-topdown": "GradFreeze-TopDown",
-    "gradfreeze-bottomup": "GradFreeze-BottomUp",
-    "graddrop": "GradDrop",
-    "anneal-graddrop": "Anneal-GradDrop",
-    "anneal-layer-graddrop": "Anneal-Layer-GradDrop",
-    "layer-graddrop": "Layer-GradDrop",
-    "graddrop-epoch": "GradDrop-Epoch",
-    "graddrop-epoch-toggle": "GradDrop-Epoch-Toggle",
-    "graddrop-redrawn-each-epoch": "GradDrop, redrawn each epoch",
-    "gaussian-graddrop": "Gaussian GradDrop",
-}
+# In their order: the rows of the paper's tables first.
+TITLES = {name: method.title for name, method in METHODS.items()}

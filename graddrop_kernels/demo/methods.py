@@ -1,29 +1,14 @@
 """The rows of the paper by name, and the optimizer for one of them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .. import FusedGradDropAdamW, param_groups
-from ..policies import GaussianGradDrop, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, Policy
-from ..policies.schedules import LinearAnneal
+from ..policies import Policy, paper
 
-# (epochs, p) -> policy, None for plain AdamW. What anneals starts at the paper's 0.9; it and what freezes take no p.
-METHODS: dict[str, Callable[[int, float], Policy | None]] = {
-    "sft": lambda epochs, p: None,
-    "graddrop": lambda epochs, p: GradDrop(p),
-    "graddrop-redrawn-each-epoch": lambda epochs, p: GradDrop(p, every="epoch"),
-    "anneal-graddrop": lambda epochs, p: GradDrop(LinearAnneal(epochs)),
-    "gaussian-graddrop": lambda epochs, p: GaussianGradDrop(p),
-    "layer-graddrop": lambda epochs, p: LayerGradDrop(p),
-    "anneal-layer-graddrop": lambda epochs, p: LayerGradDrop(LinearAnneal(epochs)),
-    "graddrop-epoch": lambda epochs, p: GradDropEpoch(epochs),
-    "graddrop-epoch-toggle": lambda epochs, p: GradDropEpoch(epochs, toggle=True),
-    "gradfreeze-topdown": lambda epochs, p: GradFreeze(epochs, direction="top_down"),
-    "gradfreeze-bottomup": lambda epochs, p: GradFreeze(epochs, direction="bottom_up"),
-}
+METHODS = {name: method for name, method in paper.METHODS.items() if method.studied}
 
 # How the pretrained body's weights are kept: (their dtype, the optimizer's arguments). Moments have their dtype, but
 # beside masters, where they are float32.

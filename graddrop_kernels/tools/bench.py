@@ -20,7 +20,8 @@ import torch
 from .. import __version__, backends
 from ..backends import cpu
 from ..optimizer import FusedGradDropAdamW
-from ..policies import FixedMask, GaussianGradDrop, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, Policy
+from ..policies import FixedMask, Policy
+from ..policies.paper import METHODS
 
 _MODES = {  # dtypes of parameters and gradients, of moments
     "float32": (torch.float32, torch.float32),
@@ -35,6 +36,7 @@ _EAGER = "mask drawn by torch, torch fused"
 # Small, so that the parameters hardly move over many steps.
 _HYPERS: dict[str, Any] = {"lr": 1e-6, "weight_decay": 0.01}
 _P = 0.2
+_IN_EPOCH_0 = {"gradfreeze-topdown": ("GradFreeze, half frozen", 2)}  # (name, epochs), where the epoch makes the cost
 
 
 def bench(device: str | torch.device | None = None, out: str | Path | None = None, quick: bool = False) -> int:
@@ -122,16 +124,12 @@ class _Entry:
 
 def _policies(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, Policy | None]:
     half = FixedMask({name: torch.randint(0, 2, param.shape, dtype=torch.bool) for name, param in named})
-    return {
-        "mask=None": None,
-        "GradDrop": GradDrop(_P),
-        "GradDrop, every epoch": GradDrop(_P, every="epoch"),
-        "GaussianGradDrop": GaussianGradDrop(_P),
-        "LayerGradDrop": LayerGradDrop(_P),
-        "GradDropEpoch": GradDropEpoch(5),
-        "GradFreeze, half frozen": GradFreeze(2),
-        "FixedMask, 50 %": half,
-    }
+    found: dict[str, Policy | None] = {}
+    for key, method in METHODS.items():
+        if method.timed:
+            name, epochs = _IN_EPOCH_0.get(key, (method.name, 5))
+            found[name] = method(epochs, _P)
+    return found | {"FixedMask, 50 %": half}
 
 
 def _entries(tensors: _Tensors, mode: str, backend: str) -> list[_Entry]:

@@ -43,6 +43,9 @@ def _device(text: str) -> str:
     return text
 
 
+# Imported when asked for: `info` has to work where something of these is broken.
+
+
 def _verify(device: str | None, backend: str | None, seed: int | None, quick: bool) -> int:
     from .verify.command import verify
 

@@ -501,7 +501,7 @@ import sys
 sys.modules["transformers"] = None
 from torch import nn
 from graddrop_kernels.groups.blocks import find_blocks
-from graddrop_kernels.groups import param_groups
+from graddrop_kernels import param_groups
 model = nn.Transformer(4, 2, 2, 2, 4, batch_first=True)
 assert len(find_blocks(model)) == 4 and len(param_groups(model)) == 3
 """

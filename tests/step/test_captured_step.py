@@ -9,35 +9,22 @@ import pytest
 import torch
 from toy import Encoder, bits, random_grads
 
-from graddrop_kernels import (
-    FusedGradDropAdamW,
-    GaussianGradDrop,
-    GradDrop,
-    GradDropEpoch,
-    GradFreeze,
-    LayerGradDrop,
-    LinearAnneal,
-    backends,
-    param_groups,
-)
+from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradFreeze, backends, param_groups
 from graddrop_kernels.backends import cuda, device_tables
 from graddrop_kernels.backends.upload import Upload
+from graddrop_kernels.policies.paper import METHODS
 from graddrop_kernels.step import stepper
 
 pytestmark = pytest.mark.skipif(
     cuda._load()[0] is None, reason="no CUDA library: nvcc was not there when the package was built"
 )
+# Of every row but those that freeze blocks, which launch one block less or more from epoch to epoch.
 POLICIES = {
-    "plain": (None, {}),
-    "graddrop": (GradDrop(0.3), {}),
-    "annealed": (GradDrop(LinearAnneal(epochs=6)), {}),
-    "every epoch": (GradDrop(0.4, every="epoch"), {}),
-    "frozen": (GradDrop(0.4), {"masked": "frozen"}),
-    "gaussian": (GaussianGradDrop(0.3), {}),
-    "layer": (LayerGradDrop(0.5), {}),
-    "epoch": (GradDropEpoch(7), {}),
-    "bit-packed": (GradDropEpoch(7, storage="bitpacked"), {}),
+    name: (method(7, 0.5 if method.needs_blocks else 0.3), {})
+    for name, method in METHODS.items()
+    if not (method.needs_blocks and method.masked == "frozen")
 }
+POLICIES["frozen"] = (GradDrop(0.4), {"masked": "frozen"})
 
 
 class Graph:

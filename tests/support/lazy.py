@@ -10,6 +10,8 @@ class Lazy:
         self._module = module
 
     def __getattr__(self, name: str):
+        if name.startswith("_"):  # what pytest and pickle ask any object for
+            raise AttributeError(name)
         return getattr(importlib.import_module(self._module), name)
 
 

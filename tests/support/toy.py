@@ -5,6 +5,7 @@ import copy
 import io
 import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,15 +15,11 @@ from graddrop_kernels import (
     ExponentialAnneal,
     FixedMask,
     FusedGradDropAdamW,
-    GaussianGradDrop,
     GradDrop,
-    GradDropEpoch,
-    GradFreeze,
-    LayerGradDrop,
-    LinearAnneal,
     backends,
     param_groups,
 )
+from graddrop_kernels.policies.paper import METHODS
 
 # The one of the best backends whose every operation is rounded once.
 ROUNDED_ONCE = "cpu" if "cpu" in backends.available_backends() else "exact"
@@ -118,21 +115,24 @@ def keep_some(model):
     }
 
 
-# One of every policy, for what must hold for each: (policy for a model, the optimizer's own arguments).
+# The tests' short names of rows; another row has its own name.
+SHORT = {
+    "sft": "plain", "graddrop-redrawn-each-epoch": "graddrop-epoch", "anneal-graddrop": "graddrop-anneal",
+    "gaussian-graddrop": "gaussian", "layer-graddrop": "layer", "layer-graddrop-redrawn-each-epoch": "layer-epoch",
+    "anneal-layer-graddrop": "layer-anneal", "graddrop-epoch": "epoch", "graddrop-epoch-bitpacked": "epoch-bitpacked",
+    "graddrop-epoch-toggle": "toggle", "gradfreeze-topdown": "freeze", "gradfreeze-bottomup": "freeze-up",
+}  # fmt: skip
+_SCHEDULES = {"gaussian": ExponentialAnneal(0.6, 0.8), "layer": 0.4, "layer-epoch": half}  # else p is 0.3
+_EPOCHS = {"epoch-bitpacked": 5}  # else 4
+_FROM_ROWS = {
+    SHORT.get(key, key): method(_EPOCHS.get(SHORT.get(key), 4), _SCHEDULES.get(SHORT.get(key), 0.3))
+    for key, method in METHODS.items()
+}
+# One of every policy, for what must hold for each: name -> policy for a model.
 POLICIES = {
-    "plain": lambda model: None,
-    "graddrop": lambda model: GradDrop(p=0.3),
-    "graddrop-epoch": lambda model: GradDrop(p=0.3, every="epoch"),
-    "graddrop-anneal": lambda model: GradDrop(p=LinearAnneal(epochs=4)),
+    **{name: lambda model, policy=policy: policy for name, policy in _FROM_ROWS.items()},
     "graddrop-callable": lambda model: GradDrop(p=half),
-    "gaussian": lambda model: GaussianGradDrop(p=ExponentialAnneal(0.6, 0.8)),
-    "layer": lambda model: LayerGradDrop(p=0.4),
-    "layer-epoch": lambda model: LayerGradDrop(p=half, every="epoch"),
-    "epoch": lambda model: GradDropEpoch(epochs=4),
-    "epoch-bitpacked": lambda model: GradDropEpoch(epochs=5, storage="bitpacked"),
-    "toggle": lambda model: GradDropEpoch(epochs=4, toggle=True),
-    "freeze": lambda model: GradFreeze(epochs=4),
-    "freeze-up": lambda model: GradFreeze(epochs=4, direction="bottom_up", blocks_per_epoch=1),
+    "freeze-up": lambda model: replace(_FROM_ROWS["freeze-up"], blocks_per_epoch=1),
     "fixed": lambda model: FixedMask(keep_some(model), scale=1.25),
 }
 every_policy = pytest.mark.parametrize("policy", POLICIES)

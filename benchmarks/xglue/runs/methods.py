@@ -11,10 +11,8 @@ from ..settings import Settings
 
 def policy_of(settings: Settings) -> Policy | None:
     """The optimizer's mask; None for plain AdamW. Raises ValueError, as policies do, for values that cannot be."""
-    policy = METHODS[settings.method](settings.epochs, settings.p)
-    if isinstance(getattr(policy, "p", None), LinearAnneal):
-        anneal = LinearAnneal(settings.epochs, settings.anneal_start, settings.anneal_end)
-        return dataclasses.replace(policy, p=anneal)
+    anneal = LinearAnneal(settings.epochs, settings.anneal_start, settings.anneal_end)
+    policy = METHODS[settings.method](settings.epochs, settings.p, anneal)
     if isinstance(policy, GradFreeze) and settings.blocks_per_epoch is not None:
         return dataclasses.replace(policy, blocks_per_epoch=settings.blocks_per_epoch)
     return policy

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...policies import FixedMask, GaussianGradDrop, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, Policy
+from ...policies import FixedMask, Policy
+from ...policies.paper import METHODS, Method
 from ...policies.schedules import LinearAnneal
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -49,13 +50,20 @@ SMALL_SIZES = (0, 1, 3, 4, 5, 31, 33, 1031)
 SIZES = (*SMALL_SIZES, 65537)  # the last is more than two threads' shares
 LARGE_SIZES = (2**22 + 3, 33)  # for a GPU: more blocks than run at a time
 
-_BLOCKS = ("layers.*",)
-_p: Callable[[random.Random], float] = lambda rng: rng.uniform(0.05, 0.95)
-_anneal: Callable[[random.Random], LinearAnneal] = lambda rng: LinearAnneal(
-    epochs=4, start=rng.uniform(0.5, 0.9), end=rng.choice(("paper", "zero"))
-)
-# Ages of up to 8, 16 and more buckets are looked up in different ways.
-_epochs: Callable[[random.Random], int] = lambda rng: rng.choice((2, 5, 12, 20))
+_Maker = Callable[[random.Random, list[tuple[str, torch.Tensor]]], Policy | None]
+
+
+def _of_row(method: Method) -> _Maker:
+    """Makes the row's policy, with what it does not say drawn at random."""
+
+    def make(rng: random.Random, named: list[tuple[str, torch.Tensor]]) -> Policy | None:
+        # Ages of up to 8, 16 and more buckets are looked up in different ways. Four blocks wake in four epochs.
+        epochs = 4 if method.needs_blocks else rng.choice((2, 5, 12, 20))
+        p = 0.5 if method.needs_blocks else rng.uniform(0.05, 0.95)
+        anneal = LinearAnneal(epochs=4, start=rng.uniform(0.5, 0.9), end=rng.choice(("paper", "zero")))
+        return method(epochs, p, anneal, layers=("layers.*",))
+
+    return make
 
 
 def _fixed_mask(rng: random.Random, named: list[tuple[str, torch.Tensor]]) -> FixedMask:
@@ -65,24 +73,10 @@ def _fixed_mask(rng: random.Random, named: list[tuple[str, torch.Tensor]]) -> Fi
     return FixedMask({name: mask for i, (name, mask) in enumerate(masks.items()) if i % 3 != 1}, rng.uniform(0.5, 2))
 
 
-# The rows of the README's table, and the buckets' other storage: (random numbers, named values) -> policy.
-POLICIES: dict[str, Callable[[random.Random, list[tuple[str, torch.Tensor]]], Policy | None]] = {
-    "mask=None": lambda rng, named: None,
-    "GradDrop": lambda rng, named: GradDrop(_p(rng)),
-    "GradDrop every epoch": lambda rng, named: GradDrop(_p(rng), every="epoch"),
-    "GradDrop annealed": lambda rng, named: GradDrop(_anneal(rng)),
-    "GaussianGradDrop": lambda rng, named: GaussianGradDrop(_p(rng)),
-    "LayerGradDrop": lambda rng, named: LayerGradDrop(0.5, layers=_BLOCKS),
-    "LayerGradDrop every epoch": lambda rng, named: LayerGradDrop(0.5, every="epoch", layers=_BLOCKS),
-    "LayerGradDrop annealed": lambda rng, named: LayerGradDrop(_anneal(rng), layers=_BLOCKS),
-    "GradDropEpoch": lambda rng, named: GradDropEpoch(_epochs(rng)),
-    "GradDropEpoch bit-packed": lambda rng, named: GradDropEpoch(_epochs(rng), storage="bitpacked"),
-    "GradDropEpoch toggle": lambda rng, named: GradDropEpoch(_epochs(rng), toggle=True),
-    "GradFreeze top down": lambda rng, named: GradFreeze(4, layers=_BLOCKS),
-    "GradFreeze bottom up": lambda rng, named: GradFreeze(4, direction="bottom_up", layers=_BLOCKS),
-    "FixedMask": _fixed_mask,
-}
-_DROPS_NOTHING = ("mask=None", "GaussianGradDrop")
+# (random numbers, named values) -> policy, by the names of the output.
+POLICIES: dict[str, _Maker] = {method.name.replace(",", ""): _of_row(method) for method in METHODS.values()}
+POLICIES["FixedMask"] = _fixed_mask
+_DROPS_NOTHING = {method.name.replace(",", "") for method in METHODS.values() if method.masked is None}
 
 
 @dataclass(frozen=True)
@@ -104,7 +98,7 @@ class Case:
     @property
     def shows_masks(self) -> bool:
         """Whether a step shows which elements it dropped; a Gaussian factor drops none."""
-        return self.policy != "GaussianGradDrop"
+        return self.policy == "mask=None" or self.policy not in _DROPS_NOTHING
 
     @property
     def frozen(self) -> bool:

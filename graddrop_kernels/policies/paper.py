@@ -1,0 +1,88 @@
+"""The paper's methods, one row each: what the demo, `bench`, `verify`, the benchmarks, the study and the tests go by.
+
+FixedMask cannot be a row, since it needs tensors. Each of those readers that steps it adds it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .blocks import GradFreeze, LayerGradDrop
+from .elements import GaussianGradDrop, GradDrop, GradDropEpoch
+from .policy import Policy
+from .schedules import LinearAnneal, Schedule
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of METHODS. Call it to make the policy.
+
+    Args:
+        title: the paper's name for it.
+        name: that of `verify` and of the benchmarks, by which results are kept.
+        make: (epochs, p) -> policy, None for plain AdamW.
+        anneals: p follows a LinearAnneal in place of the one given.
+        studied: the demo and the study of transfer train with it.
+        timed: the benchmarks time it. A step of the others costs what that of a timed row does.
+    """
+
+    title: str
+    name: str
+    make: Callable[[int, Schedule], Policy | None]
+    anneals: bool = False
+    studied: bool = True
+    timed: bool = True
+
+    def __call__(
+        self, epochs: int, p: Schedule = 0.2, anneal: LinearAnneal | None = None, layers: tuple[str, ...] | None = None
+    ) -> Policy | None:
+        """The policy. ``anneal``: the schedule if it anneals; ``layers``: of a policy of blocks."""
+        policy = self.make(epochs, (anneal or LinearAnneal(epochs)) if self.anneals else p)
+        if layers is None or policy is None or not policy.needs_blocks:
+            return policy
+        return replace(policy, layers=layers)  # type: ignore[type-var]  # dataclasses all
+
+    @property
+    def needs_blocks(self) -> bool:
+        """Whether it masks whole blocks."""
+        return getattr(self(1), "needs_blocks", False)
+
+    @property
+    def masked(self) -> str | None:
+        """What dropping means by default; None if nothing is dropped."""
+        return getattr(self(1), "masked", None)
+
+
+# By their names on command lines and in files of results. The first eight are the rows of the paper's tables, in their
+# order; then what it describes or names besides.
+METHODS = {
+    "sft": Method("SFT", "mask=None", lambda epochs, p: None),
+    "gradfreeze-topdown": Method("GradFreeze-TopDown", "GradFreeze, top down", lambda epochs, p: GradFreeze(epochs)),
+    "gradfreeze-bottomup": Method(
+        "GradFreeze-BottomUp", "GradFreeze, bottom up", lambda epochs, p: GradFreeze(epochs, "bottom_up"), timed=False
+    ),
+    "graddrop": Method("GradDrop", "GradDrop", lambda epochs, p: GradDrop(p)),
+    "anneal-graddrop": Method(
+        "Anneal-GradDrop", "GradDrop, annealed", lambda epochs, p: GradDrop(p), anneals=True, timed=False
+    ),
+    "anneal-layer-graddrop": Method(
+        "Anneal-Layer-GradDrop", "LayerGradDrop, annealed", lambda epochs, p: LayerGradDrop(p), anneals=True,
+        timed=False,
+    ),
+    "layer-graddrop": Method("Layer-GradDrop", "LayerGradDrop", lambda epochs, p: LayerGradDrop(p)),
+    "graddrop-epoch": Method("GradDrop-Epoch", "GradDropEpoch", lambda epochs, p: GradDropEpoch(epochs)),
+    "graddrop-epoch-toggle": Method(
+        "GradDrop-Epoch-Toggle", "GradDropEpoch, toggle", lambda epochs, p: GradDropEpoch(epochs, toggle=True)
+    ),
+    "graddrop-redrawn-each-epoch": Method(
+        "GradDrop, redrawn each epoch", "GradDrop, every epoch", lambda epochs, p: GradDrop(p, every="epoch")
+    ),
+    "gaussian-graddrop": Method("Gaussian GradDrop", "GaussianGradDrop", lambda epochs, p: GaussianGradDrop(p)),
+    "layer-graddrop-redrawn-each-epoch": Method(
+        "Layer-GradDrop, redrawn each epoch", "LayerGradDrop, every epoch",
+        lambda epochs, p: LayerGradDrop(p, every="epoch"), studied=False, timed=False,
+    ),
+    "graddrop-epoch-bitpacked": Method(
+        "GradDrop-Epoch, bit-packed", "GradDropEpoch, bit-packed",
+        lambda epochs, p: GradDropEpoch(epochs, storage="bitpacked"), studied=False,
+    ),
+}  # fmt: skip
