@@ -115,9 +115,9 @@ _WITH_MASTERS = Peer("TransformerEngine FusedAdam, master_weights", "transformer
                               master_weights=True), ALL, "no amsgrad, no maximize")  # fmt: skip
 _STOCHASTIC = Peer("torchao _AdamW, bf16_stochastic_round", "torchao.optim", "torchao",
                    imported("torchao.optim", "_AdamW", bf16_stochastic_round=True), ALL,
-                   "one compiled call a tensor", slow_start=True)  # fmt: skip
+                   "one compiled call per tensor", slow_start=True)  # fmt: skip
 _KAHAN = Peer("optimi AdamW, Kahan summation", "optimi", "torch-optimi", kahan, ALL,
-              "keeps what rounding loses in 16 bits more; on the GPU a launch a tensor")  # fmt: skip
+              "keeps what rounding loses in 16 bits more; on the GPU a launch per tensor")  # fmt: skip
 _NORM = {"max_grad_norm": NO_LIMIT}
 _MASTERS, _STOCHASTICALLY = {"master_weights": True}, {"stochastic_rounding": True}
 

@@ -143,7 +143,7 @@ def memory(result: dict, folder: Path) -> Path:
         axis.set_title(f"{kind[0]}, moments {kind[1]}")
     axes[0, 0].set_yticks([-place for place in range(len(names))], names)
     axes[0, 0].set_xlim(0, 1.18 * widest)
-    axes[0, len(kinds) // 2].set_xlabel("bytes a parameter, beside parameter and gradient (line: AdamW's state)")
+    axes[0, len(kinds) // 2].set_xlabel("bytes per parameter, beside parameter and gradient (line: AdamW's state)")
     figure.suptitle(title("Memory of the optimizer", result))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return save(figure, folder / "memory.png")

@@ -145,7 +145,7 @@ def _host_overhead(results: dict) -> str:
     seconds = {(row["name"], row["tensors"]): row["seconds"] for row in rows}
     names = dict.fromkeys(row["name"] for row in rows)
     table = [[name, *(number(seconds[name, count] * 1e3) for count in counts)] for name in names]
-    return markdown(["ms a step, by tensors of one element", *map(str, counts)], table)
+    return markdown(["ms per step, by tensors of one element", *map(str, counts)], table)
 
 
 def _memory(results: dict) -> str:
@@ -159,7 +159,7 @@ def _memory(results: dict) -> str:
         bits = next(row["mask_bits"] for row in own if row)
         table.append([name, str(bits), *cells])
     labels = [f"{dtype}, moments {moments}" for dtype, moments in kinds]
-    return markdown(["bytes a parameter: kept + during a step", "mask bits", *labels], table)
+    return markdown(["bytes per parameter: kept + during a step", "mask bits", *labels], table)
 
 
 def _modes(results: dict) -> str:
@@ -223,7 +223,7 @@ def _policy_costs(results: dict) -> str:
         more = number(kept[name] - kept["mask=None"], 3) if {name, "mask=None"} <= kept.keys() else "–"
         skipped = saved.get(f"{name}(0.2), skip_dropped()")
         rows.append([name, more, times, f"{number(statistics.mean(skipped), 1)} %" if skipped else "–"])
-    header = ["policy", "bytes a parameter beyond AdamW's", "time of a step / torch fused without a mask"]
+    header = ["policy", "bytes per parameter beyond AdamW's", "time of a step / torch fused without a mask"]
     return markdown([*header, "FLOPs of a training step saved by skip_dropped()"], rows)
 
 

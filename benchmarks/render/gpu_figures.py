@@ -85,8 +85,8 @@ def roofline(result: dict, contract: list[dict], path: Path) -> Path:
             color = styles.get(label({"name": entry["case"], "backend": entry["backend"]}), {}).get("color", "#4D4D4D")
             text = "bound by instructions\n(static, in the point's colour)" if number == 0 else None
             axis.plot([place * 0.94, place * 1.06], [bound, bound], color=color, linewidth=2.2, label=text)
-    axis.set(xscale="log", yscale="log", xlabel="bytes a parameter that a step has to move")
-    axis.set_ylabel("parameters a second, 1e9")
+    axis.set(xscale="log", yscale="log", xlabel="bytes per parameter that a step has to move")
+    axis.set_ylabel("parameters per second, 1e9")
     axis.set_xticks([14, 22, 28], ["14", "22", "28"])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(PLAIN)

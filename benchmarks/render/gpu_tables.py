@@ -70,7 +70,7 @@ def _detail(results: dict) -> str:
 def _memory(results: dict) -> str:
     configs = _by_mode(results, STEPS["XLM-R-large"])
     cell = lambda row, config: f"{row['kept_bytes'] / config['numel']:.3f} + {row['peak_bytes'] / config['numel']:.3f}"
-    return _grid(configs, "bytes a parameter: kept beside shared moments + during a step", cell)
+    return _grid(configs, "bytes per parameter: kept beside shared moments + during a step", cell)
 
 
 def _first_steps(results: dict) -> str:
@@ -110,7 +110,7 @@ def _sweep(rows: list[dict], key: str, head: str) -> str:
 
 
 def _sizes(results: dict) -> str:
-    return _sweep(measured(results["sweeps_gpu"]["sizes"]), "numel", "us a step, one tensor of so many elements")
+    return _sweep(measured(results["sweeps_gpu"]["sizes"]), "numel", "us per step, one tensor of this many elements")
 
 
 def _counts(results: dict) -> str:
@@ -118,7 +118,7 @@ def _counts(results: dict) -> str:
     tables = []
     for total in dict.fromkeys(row["total"] for row in rows):
         of_total = [row for row in rows if row["total"] == total]
-        tables.append(_sweep(of_total, "tensors", f"us a step, {total / 1e6:g}M elements in tensors"))
+        tables.append(_sweep(of_total, "tensors", f"us per step, {total / 1e6:g}M elements in tensors"))
     return "\n\n".join(tables)
 
 

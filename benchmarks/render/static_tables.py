@@ -21,7 +21,7 @@ def compile_contract(results: Path) -> str:
     if not path.exists():
         return NONE
     contract = json.loads(path.read_text())
-    head = ["kernel", "tensors", "registers", "instructions an element", "time to issue them / time to move the bytes"]
+    head = ["kernel", "tensors", "registers", "instructions per element", "time to issue them / time to move the bytes"]
     rows = [
         [
             f"{row['case']} [{row['backend']}]", row["mode"], str(row["registers"]),

@@ -41,7 +41,7 @@ def _data(groups) -> str:
             f"{examples['train']:,} x {given['epochs']}", _range(tested), str(len(every)), f"{seconds:.0f}",
         ])  # fmt: skip
     header = ["data set", "metric", "languages", "methods", "seeds", "learning rates"]
-    header += ["trained on x epochs", "tested on, a language", "runs, all rates", "seconds a run"]
+    header += ["trained on x epochs", "tested on, per language", "runs, all rates", "seconds per run"]
     return markdown(header, rows)
 
 

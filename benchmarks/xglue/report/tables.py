@@ -61,7 +61,7 @@ def caption(group: Group) -> str:
     examples = facts["data"]["examples"]
     tested = sorted({count for name, count in examples.items() if name.startswith("test ")})
     train = f"{examples['train']:,} English examples to train on"
-    test = f"{tested[0]:,}" + (f" to {tested[-1]:,}" if len(tested) > 1 else "") + " a language to test"
+    test = f"{tested[0]:,}" + (f" to {tested[-1]:,}" if len(tested) > 1 else "") + " per language to test"
     best = "English dev" if given["select"] == "en" else "the mean of all languages' dev (not zero-shot)"
     kind = "official data of XGLUE" if group.task.official else "a stand-in, not a task of XGLUE"
     parts = [
