@@ -51,7 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     packed = commands.add_parser("pack", help="a folder of results as one table file, which all commands here read")
     packed.add_argument("results", type=Path)
-    packed.add_argument("table", type=Path, nargs="?", help="(default: RESULTS.jsonl.gz)")
+    packed.add_argument("table", type=Path, nargs="?", help="(default: RESULTS.jsonl.xz)")
 
     unpacked = commands.add_parser("unpack", help="a table as a folder with a JSON file per run, for a sweep to go on")
     unpacked.add_argument("table", type=Path)
