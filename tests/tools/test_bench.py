@@ -13,8 +13,9 @@ from cases import require
 from graddrop_kernels import FusedGradDropAdamW
 from graddrop_kernels.tools import bench
 
-POLICIES = ("mask=None", "GradDrop", "GradDrop, every epoch", "GaussianGradDrop", "LayerGradDrop", "GradDropEpoch",
-            "GradFreeze, half frozen", "FixedMask, 50 %")  # fmt: skip
+POLICIES = ("mask=None", "GradFreeze, half frozen", "GradDrop", "LayerGradDrop", "GradDropEpoch",
+            "GradDropEpoch, toggle", "GradDrop, every epoch", "GaussianGradDrop", "GradDropEpoch, bit-packed",
+            "FixedMask, 50 %")  # fmt: skip
 
 
 @pytest.fixture
