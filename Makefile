@@ -1,4 +1,5 @@
-# make demo, make test: each sets up everything on a fresh machine (virtual environment, pinned packages, csrc) and then does its job.
+# make demo, make test: each sets up what it needs on a fresh machine (virtual environment, pinned packages, csrc) and
+# then does its job.
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -6,7 +7,8 @@ BIN = $(VENV)/bin
 
 .PHONY: demo test test-all study wheel-test deepspeed docs lint bench gpu clean
 
-demo: $(VENV)/ready
+demo: $(VENV)/demo-ready
+	@echo "== The demo: it trains for 3 minutes on two cores and writes demo-output/demo.png"
 	$(BIN)/python -m graddrop_kernels.demo $(ARGS)
 
 # A sample of the suite, another one every run, on two cores; a file's tests stay together, as they share what is slow to
@@ -59,11 +61,24 @@ bench: $(VENV)/ready
 gpu: $(VENV)/ready
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
-# torch first: an unpinned one would be the newest, with gigabytes of CUDA libraries.
-$(VENV)/ready: setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*/*)
+# What the demo needs. The C++ library is compiled while pip fetches and unpacks; --no-compile leaves the thousands of
+# modules that nothing imports uncompiled. Constraints pin torch: the newest would come with gigabytes of CUDA libraries.
+INSTALL = GRADDROP_NO_EXT=1 $(BIN)/pip install --no-compile --prefer-binary -c constraints.txt
+SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.h csrc/*/*)
+
+$(VENV)/demo-ready: $(SOURCES)
+	@echo "== Setting up $(VENV): packages for the demo, and the C++ library beside; 1 to 2 minutes on two cores"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -c constraints.txt torch
-	$(BIN)/pip install -c constraints.txt -e '.[test]'
+	$(BIN)/pip install --quiet -c constraints.txt setuptools
+	$(BIN)/python setup.py build_ext --inplace & \
+	$(INSTALL) --no-build-isolation -e '.[demo]'; installed=$$?; wait $$! && exit $$installed
+	touch $@
+
+# What everything else needs besides, and CUDA code for the tests, which read it and run it on the host: 80 and 90.
+$(VENV)/ready: $(VENV)/demo-ready
+	@echo "== Setting up $(VENV): packages for the tests, and CUDA code where there is nvcc; 2 minutes on two cores"
+	GRADDROP_CUDA_ARCHS="native;80;90" $(BIN)/python setup.py build_ext --inplace & \
+	$(INSTALL) -e '.[test]'; installed=$$?; wait $$! && exit $$installed
 	touch $@
 
 clean:

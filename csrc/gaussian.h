@@ -1,8 +1,8 @@
-// Standard normal numbers from 32-bit words: sqrt(2) erfinv(x), x uniform in (-1, 1),
-// in operations that repeat bit for bit everywhere.
-// Polynomials: M. Giles, "Approximating the erfinv function" (GPU Computing Gems, 2011); logarithm: Cephes logf.
-// The same as graddrop_kernels/backends/reference/gaussian.py.
-// Templates over the float type F: float here and on the GPU, a vector of floats in csrc/cpu.
+// Standard normal numbers from 32-bit words: sqrt(2) erfinv(x), x uniform in (-1, 1). The operations give the same bits
+// everywhere.
+// Polynomials: M. Giles, "Approximating the erfinv function" (GPU Computing Gems, 2011). Logarithm: Cephes logf.
+// Computes the same as graddrop_kernels/backends/reference/gaussian.py.
+// The functions are templates over F: float here and on the GPU, a vector of floats in csrc/cpu.
 #pragma once
 #include "host_device.h"
 

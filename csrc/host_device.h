@@ -6,8 +6,8 @@
 #if defined(__CUDACC__)
 #define GRADDROP_FN static __host__ __device__ __forceinline__
 #else
-// Internal linkage matters: the same header is compiled for several instruction sets,
-// and the linker must not merge them.
+// Internal linkage matters: the same header is compiled for several instruction sets, and the linker must not merge the
+// results.
 #define GRADDROP_FN static inline __attribute__((always_inline, unused))
 #endif
 

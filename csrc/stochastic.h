@@ -1,13 +1,13 @@
-// Stochastic rounding of a float32 to bfloat16: up or down at the odds of where it lies between its two neighbours.
-// The same as stochastic_bfloat16 in graddrop_kernels/backends/reference/rounding.py.
-// csrc/cpu/simd_*.h have it for a register of floats.
+// Stochastic rounding of a float32 to bfloat16, up or down at odds that make the mean exact.
+// Computes the same as stochastic_bfloat16 in graddrop_kernels/backends/reference/rounding.py.
+// csrc/cpu/simd_*.h do so for a register of floats.
 #pragma once
 #include "host_device.h"
 
 namespace graddrop {
 
-// One of the two bfloat16 around x, as a float; x itself where it is infinite or NaN, which are rounded as usual.
-// The upper half of a random word is added to the half that a bfloat16 lacks, and the sum cut off.
+// Returns one of the two bfloat16 around x, as a float. Infinity and NaN are returned as they are, to be rounded as
+// usual. The upper half of a random word is added to the half that a bfloat16 lacks, and the sum is truncated.
 GRADDROP_FN float round_stochastically(float x, uint32_t word) {
   union {
     float f;

@@ -1,6 +1,7 @@
-// The tables that every compiled backend walks: one TensorRow a parameter, one HyperRow for the parameters that share
-// hyper-parameters and a mask plan.
-// Plain C layout: graddrop_kernels/backends/tensor_table.py mirrors it field by field. Change both, and kTableVersion.
+// The tables that every compiled backend walks. There is one TensorRow per parameter, and one HyperRow for the
+// parameters that share hyper-parameters and a mask plan.
+// The layout is plain C. graddrop_kernels/backends/tensor_table.py mirrors it field by field: change both, and
+// kTableVersion.
 #pragma once
 #include <cstdint>
 
@@ -12,7 +13,7 @@ enum DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
 struct TensorRow {
   void* param;
-  const void* grad;  // param's dtype, or with master weights the copy's
+  const void* grad;  // of param's dtype, or with master weights of the copy's
   void* exp_avg;     // moments: float32 or param's dtype
   void* exp_avg_sq;
   void* max_exp_avg_sq;        // null without amsgrad
@@ -22,7 +23,7 @@ struct TensorRow {
   int64_t base, local_inner, global_inner;  // RowBlock: global index of local element i
   uint64_t key;                             // Philox key of the parameter's stream
   int64_t hyper;                            // index of its HyperRow
-  void* copy;                               // param is a float32 master, and this gets it rounded; null: it is none
+  void* copy;                               // receives param, a float32 master, rounded; null: no master
 };
 
 struct HyperRow {
@@ -30,7 +31,7 @@ struct HyperRow {
   double scale;
   double age_rate;      // bias corrections see step 1 + (t - 1) * age_rate, t the parameter's own step ...
   int64_t global_step;  // ... unless this is not 0 ...
-  const int64_t* ages;  // ... or there is one age a bucket, num_ages of them
+  const int64_t* ages;  // ... or there is one age per bucket, num_ages in all
   int64_t num_ages;
   int64_t draw;  // the Philox draw; -1: the parameter's own completed steps
   int32_t kind;  // MaskKind
@@ -40,13 +41,13 @@ struct HyperRow {
   int32_t num_planes;  // -1: recompute buckets
   int32_t amsgrad;
   int32_t maximize;
-  int32_t lr_at;  // Triton: 1, 2: in the place of lr is the device address of a float, a double. Elsewhere 0
+  int32_t lr_at;  // Triton: with 1 or 2, lr holds the device address of a float or double. Elsewhere 0
 };
 
 static_assert(sizeof(TensorRow) == 112 && sizeof(HyperRow) == 128, "tensor_table.py has the same sizes");
 
-// What the prologue on a GPU makes of a TensorRow and its HyperRow for one step. A launch holds rows of one mask kind;
-// rows with kind keep or off may be among them, and have values here that make that kind keep or drop everything.
+// The values that the prologue on a GPU derives from a TensorRow and its HyperRow for one step. A launch holds rows of
+// one mask kind. Rows of kind keep or off may be among them; their values make that kind keep or drop everything.
 struct StepRow {
   float lr_weight_decay, beta1, beta2, eps;
   float step_size, bias_correction2_sqrt, bias_correction2_sqrt_reciprocal;
@@ -55,7 +56,7 @@ struct StepRow {
   uint32_t threshold, draw;  // draw: resolved, never -1; 0 for buckets
   uint32_t buckets, first_bucket, last_bucket;
   uint32_t flags;     // StepFlag
-  uint32_t num_ages;  // entries of by_age in use, one a bucket; 0: the scalars above hold
+  uint32_t num_ages;  // entries of by_age in use, one per bucket; 0: use the scalars above
 };
 
 enum StepFlag : uint32_t {
@@ -65,7 +66,7 @@ enum StepFlag : uint32_t {
   kDecayFlag = 8,   // weight_decay is not 0
 };
 
-constexpr int kChunk = 4096;    // elements of one tensor that one block of a GPU updates
+constexpr int kChunk = 4096;    // elements of one tensor per block of a GPU
 constexpr int kChunkBits = 40;  // an entry of a chunk list: tensor << kChunkBits | chunk number within the tensor
 
 // One launch on a GPU. The pointers are device addresses. backends/cuda.py mirrors it.
@@ -77,11 +78,11 @@ struct LaunchSpec {
   const float* grad_scale;   // gradients are divided by it, and the quotients stored; null: they are not
   const float* clip_factor;  // and then multiplied by it; null: they are not
   int64_t num_chunks, age_stride;
-  int32_t param_dtype, grad_dtype, moment_dtype;  // DType; grad_dtype not param_dtype: these are masters with copies
+  int32_t param_dtype, grad_dtype, moment_dtype;  // DType; params are masters with copies if grad_dtype is another
   int32_t stochastic;                             // bfloat16 parameters are rounded up or down at random
-  int32_t kind;    // MaskKind of its rows, but for those that keep or drop everything
+  int32_t kind;    // MaskKind of its rows, except of those that keep or drop everything
   int32_t planes;  // kBucket: read from bit-planes, else drawn
-  int32_t aligned;  // every address is a multiple of 16; eight elements from a multiple of 8 on are one Philox call
+  int32_t aligned;  // addresses are multiples of 16; eight elements from a multiple of 8 on share a Philox call
   int32_t amsgrad;
   int32_t frozen;  // some rows have kFrozenFlag
   int32_t ages;    // some rows have num_ages

@@ -26,47 +26,44 @@ _Loss = TypeVar("_Loss")
 
 
 class FusedGradDropAdamW(torch.optim.AdamW):
-    """AdamW that masks the gradients as GradDrop and its variants do (O'Neill & Dutta),
-    at the cost of a plain fused AdamW step.
+    """AdamW with the gradient masks of GradDrop and its variants (O'Neill & Dutta), at the cost of a plain fused step.
 
-    A drop-in for ``torch.optim.AdamW(..., fused=True)``: same arguments, same state (exp_avg, exp_avg_sq, step), state
-    dicts load both ways. Masks act on the gradient once a step, after accumulation and clipping. They are a pure
-    function of (seed, parameter name, step or epoch, element index in the whole parameter): equal on every backend,
-    sharding and thread count and after a resume; no generator is consumed. DTensor parameters are stepped where they
-    lie; for engines that flatten parameters see ``attach_fsdp1`` and ``attach_deepspeed``.
+    A drop-in for ``torch.optim.AdamW(..., fused=True)``: same arguments, same state (exp_avg, exp_avg_sq, step). State
+    dicts load both ways. Masks act on the gradient once per step, after accumulation and clipping. They are a pure
+    function of (seed, parameter name, step or epoch, element index in the whole parameter), hence equal on every
+    backend, sharding and thread count and after a resume. No generator is consumed. DTensor parameters are stepped in
+    place. For engines that flatten parameters see ``attach_fsdp1`` and ``attach_deepspeed``.
 
     Args:
-        params: tensors, (name, tensor) pairs such as ``model.named_parameters()``, group dicts (each may have its own
-            ``"mask"``), or ``graddrop_kernels.param_groups(model)``, which gives the paper's scope: blocks masked,
-            embeddings and head dense. Floating point.
+        params: floating-point tensors, (name, tensor) pairs such as ``model.named_parameters()``, group dicts (each may
+            have its own ``"mask"``), or ``graddrop_kernels.param_groups(model)`` for the paper's scope: blocks masked,
+            embeddings and head dense.
         lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW.
-        foreach: accepted, and without effect: the step is always one fused pass.
-        fused: True lets ``torch.amp.GradScaler`` hand its scale to the step, which then unscales the gradients and
-            skips itself when they are not finite, on the device, as torch's fused AdamW does. Without it the scaler
-            unscales and skips before the step: the same training, in more passes over the gradients.
-        capturable: accepted for parameters on a GPU, and without effect: a step there can always be captured in a CUDA
+        foreach: accepted without effect. The step is always one fused pass.
+        fused: True lets ``torch.amp.GradScaler`` pass its scale to the step, as to torch's fused AdamW. The step then
+            unscales the gradients and skips itself if they are not finite, all on the device. Otherwise the scaler does
+            so before the step: the same training, in more passes over the gradients.
+        capturable: accepted for parameters on a GPU, without effect. A step there can always be captured in a CUDA
             graph, see ``advance_captured_step``.
-        differentiable: record the step for autograd, as torch does, so that a loss after it can be differentiated by
-            the gradients, the parameters before it, the moments and a tensor lr. Slow: it runs on the reference.
+        differentiable: record the step for autograd, as torch does: a later loss can be differentiated with respect to
+            the gradients, the previous parameters, the moments and a tensor lr. Slow, because it runs on the reference.
         mask: a policy of ``graddrop_kernels`` (default ``GradDrop(p=0.2)``), or None for plain AdamW.
         seed: int in [0, 2^64).
-        masked: what dropping means: ``"gradient"``: the gradient is 0 (moments decay, momentum and weight decay still
-            move the weight); ``"frozen"``: parameter and moments stay bit for bit. None: the policy's own, see the
-            README's table.
-        bias_correction: ``"active"`` counts the steps in which a frozen unit was active, so that it starts with steps
-            of the size of lr; ``"global"`` counts all steps: the literal form, in which a late unit starts with 3 to 6
-            times lr.
+        masked: what happens to dropped elements. ``"gradient"``: their gradient is 0; moments decay, momentum and
+            weight decay still move the weight. ``"frozen"``: parameter and moments stay bit for bit. None: the policy's
+            own choice, see the README's table.
+        bias_correction: ``"active"`` counts the steps in which a frozen unit was active: its first steps have the size
+            of lr. ``"global"``, the literal form, counts all steps: a late unit starts with 3 to 6 times lr.
         moment_dtype: None for moments in the parameter's dtype (as torch), or torch.float32.
-        master_weights: step a float32 copy of each bfloat16 or float16 parameter, kept in its state as
-            ``master_param`` with float32 moments; the parameter is that copy rounded. The copy is the truth: load new
-            weights before the first step.
-        stochastic_rounding: round bfloat16 parameters up or down at random, so that updates smaller than half their
-            last digit are kept on average; needs no memory.
-        max_grad_norm: scale the gradients of all groups together so that their norm is at most this, as
-            ``torch.nn.utils.clip_grad_norm_`` before the step, but inside it: gradients are read once more for the
-            norm, and not written. ``optimizer.grad_norm`` is the norm of the last step, a 0-d tensor on the device.
-        norm_after_mask: take the norm of what the masks leave of the gradients, scaled by 1/(1-p) where the policy
-            does, instead of the norm of the gradients as they come.
+        master_weights: step a float32 copy of each bfloat16 or float16 parameter, with float32 moments; the parameter
+            is that copy rounded. The state keeps it as ``master_param``. It overrides the parameter: load new weights
+            before the first step.
+        stochastic_rounding: round bfloat16 parameters up or down at random, which keeps updates below half their last
+            digit on average. Needs no memory.
+        max_grad_norm: scale the gradients of all groups together to a norm of at most this, as
+            ``torch.nn.utils.clip_grad_norm_`` does, but inside the step. The step reads the gradients once more and
+            does not write them. ``optimizer.grad_norm`` is the last step's norm, a 0-d tensor on the device.
+        norm_after_mask: take the norm after the masks, and their scale 1/(1-p) where the policy has one, not before.
         backend: ``"auto"``, or one of ``available_backends()``.
 
     Raises:
@@ -138,7 +135,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         check_groups(self._masking)
 
     def _assemble(self, policies: PolicyBook) -> None:
-        """Makes the objects that do the work. They hold this one weakly."""
+        """Makes the objects that do the work. They hold this optimizer weakly."""
         self._masking = Masking(self, policies)
         self._stepper = Stepper(self, self._masking)
         self._in_backward = StepInBackward(self._stepper)
@@ -149,14 +146,13 @@ class FusedGradDropAdamW(torch.optim.AdamW):
     @overload
     def step(self, closure: Callable[[], _Loss]) -> _Loss: ...
     def step(self, closure: Callable[[], _Loss] | None = None) -> _Loss | None:
-        """One masked AdamW step of every parameter that has a gradient. Returns the closure's loss, or None.
+        """Makes one masked AdamW step of every parameter that has a gradient. Returns the closure's loss, or None.
 
         Args:
             closure: computes the loss and the gradients anew, as in torch.
 
         Raises:
-            ValueError, TypeError, RuntimeError: a hyper-parameter or gradient that cannot be used.
-                Nothing has changed then.
+            ValueError, TypeError, RuntimeError: an unusable hyper-parameter or gradient. Nothing has changed then.
         """
         if torch.compiler.is_compiling():
             grad_enabled = torch.is_grad_enabled()
@@ -183,18 +179,18 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         return loss
 
     def advance_captured_step(self) -> None:
-        """Call it before each replay of a CUDA graph in which ``step()`` was captured: it brings lr, p, the epoch and
-        the masks of blocks up to date, without waiting for the GPU, and counts the step. Element masks, step counts and
-        bias corrections advance on the GPU by themselves.
+        """Prepares a replay of a CUDA graph in which ``step()`` was captured; call it before each one. Updates lr, p,
+        the epoch and the masks of blocks without waiting for the GPU, and counts the step. Element masks, step counts
+        and bias corrections advance on the GPU by themselves.
 
         Raises:
-            RuntimeError: no step was captured; or this one needs other launches than the captured one, as when other
-                blocks are frozen: capture it again.
+            RuntimeError: no step was captured, or the captured launches do not fit this step (other blocks are frozen,
+                for example): capture it again.
         """
         self._stepper.advance_captured()
 
     def step_in_backward(self) -> StepInBackward:
-        """From now on steps each parameter in the backward pass, as its gradient arrives, and frees the gradient.
+        """Steps each parameter in the backward pass from now on, as its gradient arrives, and frees the gradient.
         ``step()`` stays in the loop and ends the step. Masks and results are those of a normal step.
 
         Returns:
@@ -202,45 +198,43 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
         Raises:
             ValueError, RuntimeError: what needs all gradients at once: ``max_grad_norm``, a GradScaler
-                (``fused=True``), more than one process; and in the backward pass accumulation.
+                (``fused=True``), more than one process; accumulation too, which shows in the backward pass.
         """
         self._skip_dropped.check_outside("step_in_backward()")
         return self._in_backward.start()
 
     def skip_dropped(self, model: torch.nn.Module | None = None) -> AbstractContextManager[None]:
-        """A context manager for the forward and backward passes of one optimizer step, accumulation included: the
-        weight gradients of the blocks that the step will drop (LayerGradDrop, GradFreeze) are not computed. The
-        training is the same bit for bit; other policies drop no whole blocks, and nothing changes for them.
+        """Leaves out the weight gradients of the blocks that the coming step will drop (LayerGradDrop, GradFreeze): a
+        context manager for the forward and backward passes of one optimizer step, accumulation included. The training
+        is the same bit for bit. Other policies drop no whole blocks, and nothing changes for them.
 
-        Inside of it the parameters of those blocks have ``requires_grad`` False. A parameter's first step is run in
-        full: it shows whether the parameter has a gradient at all. One that has a gradient in some steps only counts as
-        used in all that drop it.
+        Inside, the parameters of those blocks have ``requires_grad`` False. A parameter's first step is run in full: it
+        shows whether the parameter has a gradient at all. A parameter that has a gradient only in some steps counts as
+        used in every step that drops it.
 
         Args:
             model: as it is called, with its wrappers. Needed with more than one process, unless all parameters are
-                DTensors (``fully_shard``); DistributedDataParallel needs ``find_unused_parameters=True``.
+                DTensors (``fully_shard``). DistributedDataParallel needs ``find_unused_parameters=True``.
 
         Raises:
-            RuntimeError, ValueError: what cannot be combined with it, and what to do: nested use; ``step()``,
-                ``set_epoch()``, ``state_dict()`` or ``load_state_dict()`` inside of it; a step whose plan is no longer
-                that of the backward pass; ``max_grad_norm`` without ``norm_after_mask``; ``differentiable``; a
-                captured or compiled step; DistributedDataParallel without ``find_unused_parameters`` or with
-                ``static_graph``; FSDP1; reentrant checkpointing, as far as the modules of ``model`` show it.
+            RuntimeError, ValueError: what cannot be combined with it, and the remedy: nested use; ``step()``,
+                ``set_epoch()``, ``state_dict()`` or ``load_state_dict()`` inside; a plan that has changed between
+                backward pass and step; ``max_grad_norm`` without ``norm_after_mask``; ``differentiable``; a captured or
+                compiled step; DistributedDataParallel without ``find_unused_parameters`` or with ``static_graph``;
+                FSDP1; reentrant checkpointing, as far as the modules of ``model`` show it.
         """
         return self._skip_dropped.around(model)
 
     @_disable_dynamo
     def set_epoch(self, epoch: int) -> None:
-        """Tells the policies that an epoch begins.
-
-        Call it at the start of every epoch, 0 first. Resuming restores the epoch by itself.
+        """Sets the epoch that policies follow. Call it at the start of each, 0 first. A resume restores it by itself.
 
         Args:
             epoch: its number, at least 0.
 
         Raises:
-            ValueError: no such number, or a schedule has no usable p at this epoch.
-            RuntimeError: inside of ``skip_dropped()``.
+            ValueError: no such number, or a schedule without a usable p at this epoch.
+            RuntimeError: inside ``skip_dropped()``.
         """
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"set_epoch(epoch) needs the number of the epoch, an int >= 0, got {epoch!r}")
@@ -256,22 +250,21 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     @property
     def masking(self) -> Masking:
-        """What each group masks and when, for describe(), the plots and the integrations. The groups' counts are right
-        when it is handed out: steps that a GradScaler made no-ops have been taken out.
+        """The masks and clocks of the groups, for describe(), the plots and the integrations. Steps that a GradScaler
+        made no-ops are taken out of the groups' counts first.
         """
         self._stepper.settle()
         return self._masking
 
     def mask(self, param: torch.Tensor | str, step: int | None = None) -> torch.Tensor:
-        """The bool keep mask of a parameter, True where its elements are trained; shape and device of the parameter,
-        a DTensor sharded like it beside a DTensor. Of a parameter in a flat buffer, by name: of its part in this
-        process, flat.
+        """Returns a parameter's keep mask: bool, True where elements are trained, with the parameter's shape and
+        device. For a DTensor it is a DTensor of the same sharding. For the name of a parameter in a flat buffer it is
+        flat, and covers the part in this process.
 
         Args:
             param: the parameter, or its name.
-            step: completed steps before the step in question (0 for the first): of the parameter for element masks,
-                of its group for block masks. Default: the next step.
-                Masks that follow epochs are those of the current epoch.
+            step: completed steps before the step in question (0 for the first): the parameter's for element masks, its
+                group's for block masks. Default: the next step. The epoch is always the current one.
 
         Raises:
             KeyError: no such parameter.
@@ -279,22 +272,21 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         return self.masking.keep(param, step)
 
     def active_fraction(self) -> list[float]:
-        """The share of elements kept at the next step, one number in [0, 1] a group: exact for blocks and fixed masks,
-        the keep probability for random elements.
+        """Returns the share of elements that the next step keeps, in [0, 1] per group. Exact for blocks and fixed
+        masks, the keep probability for random elements.
         """
         masking = self.masking
         return list(map(masking.active_fraction, masking.indices()))
 
     def describe(self) -> str:
-        """What the next step would mask, as a table of text: see ``graddrop_kernels.describe``."""
+        """Returns a text table of what the next step would mask, see ``graddrop_kernels.describe``."""
         return describe.describe(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; the group may have its own ``"mask"`` (a policy or None), ``"seed"``, ``"masked"``,
-        ``"bias_correction"``.
+        """As torch's. The group may have its own ``"mask"``, ``"seed"``, ``"masked"``, ``"bias_correction"``.
 
         Args:
-            param_group: ``{"params": [...], ...}``.
+            param_group: ``{"params": [...], ...}``; its ``"mask"`` is a policy or None.
 
         Raises:
             ValueError, TypeError: an option out of range, or a policy of blocks without blocks. Nothing has changed.
@@ -322,18 +314,16 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         last: Iterable[torch.Tensor] = (),
         has_gradients: Callable[[int], bool] | None = None,
     ) -> None:
-        """Says which parameters lie where in the flat buffers among this optimizer's parameters, so that their masks
-        are those of the whole parameters. For engines that make such buffers: see ``attach_fsdp1`` and
-        ``attach_deepspeed``.
+        """Describes the flat buffers among this optimizer's parameters, so that their masks are those of the whole
+        parameters. For engines that make such buffers, see ``attach_fsdp1`` and ``attach_deepspeed``.
 
         Args:
-            pieces: of each buffer, its pieces in order. Elements between them are padding and are left as they are.
-            shapes: of all parameters of the model, by name, of which this process may have some only: a FixedMask is
-                checked against them.
-            last: where an engine steps the buffers of a group one after the other, by a ``step()`` for each: the last
-                buffer of every group. Its step ends the group's.
-            has_gradients: of the number of a group, whether it has gradients in this step in any process. Needed where
-                a process may have no element of a group, whose steps it would not count.
+            pieces: the pieces of each buffer, in order. Elements between them are padding and stay as they are.
+            shapes: all parameters of the model by name, even those held by other processes only: to check a FixedMask.
+            last: the last buffer of each group, where an engine steps the buffers of a group one after the other, with
+                a ``step()`` for each. Its step ends the group's.
+            has_gradients: group index -> whether any process has gradients of the group in this step. Needed where a
+                process may have no element of a group, whose steps it would not count.
 
         Raises:
             KeyError: a tensor that is not a parameter of this optimizer.
@@ -347,32 +337,28 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         check_groups(self._masking)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's: the state of every parameter, and the groups with the policies and counts of ours."""
+        """As torch's; the groups also hold the policies and our counts."""
         self._skip_dropped.check_outside("state_dict()")
         self._stepper.settle()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
-        """Loads a state dict of this class or of torch.optim.AdamW; moments keep the dtype they were saved with.
+        """Loads a state dict of this class or of torch.optim.AdamW. Moments keep the dtype they were saved in.
 
         Args:
-            state_dict: from ``state_dict()``. Names, blocks and policies stay this optimizer's own;
-                state is matched by name where both have names.
-            strict: refuse a state dict that was saved under another mask policy, seed or meaning of masked,
-                which could not continue bit for bit.
+            state_dict: from ``state_dict()``. Names, blocks and policies stay this optimizer's own. State is matched by
+                name where both have names.
+            strict: refuse a state dict of another mask policy, seed or ``masked``: it could not continue bit for bit.
 
         Raises:
-            ValueError: other groups or parameters than this optimizer's, or, if strict, another policy.
-                Nothing has changed then.
+            ValueError: other groups or parameters, or, if strict, another policy. Nothing has changed then.
         """
         self._skip_dropped.check_outside("load_state_dict()")
         load_state.load(self, super().load_state_dict, state_dict, strict)
         self.reloaded()
 
     def reloaded(self) -> None:
-        """For engines that write the values of a checkpoint into the groups past ``load_state_dict()``: call it then.
-        Nothing that was derived from the old ones survives.
-        """
+        """Forgets what was derived from the groups. For engines that load a checkpoint past ``load_state_dict()``."""
         self._stepper.reloaded()
 
     @_disable_dynamo
@@ -390,7 +376,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        copied = "policies" in state  # else from load_state_dict, which comes by here too
+        copied = "policies" in state  # else called by load_state_dict
         if copied:
             self._assemble(state.pop("policies"))
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's

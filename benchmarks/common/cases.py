@@ -47,7 +47,7 @@ class Case:
         return gk.FusedGradDropAdamW(groups, mask=self.policy(tensors.named), masked=self.masked, **HYPERS, **options)
 
     def enter_last_epoch(self, optimizer: gk.FusedGradDropAdamW) -> None:
-        """One step an epoch, so that buckets of different ages are measured."""
+        """One step per epoch, so that buckets of different ages are measured."""
         for epoch in self.epochs:
             optimizer.set_epoch(epoch)
             optimizer.step()

@@ -1,4 +1,4 @@
-// The mask of a block, from draws, bit-planes, the bits of a fixed mask or as factors; what it makes of a gradient.
+// The mask of a block, from draws, bit-planes or the bits of a fixed mask, or as factors. Applies it to gradients.
 #pragma once
 #include "draws.h"
 
@@ -12,15 +12,15 @@ GRADDROP_FN V load(const T* source) {
   return value;
 }
 
-// What a block's update needs to know of its mask; entry 0 is the block's first element.
+// The mask of a block as its update needs it. Entry 0 is the block's first element.
 struct BlockMask {
   Keep keep;
-  const uint16_t* buckets = nullptr;  // of each element, for the ages
+  const uint16_t* buckets = nullptr;  // of each element, to look up its age
   const float* factors = nullptr;     // kGaussian
   const uint32_t* rounding = nullptr;  // random words: stochastic rounding
 };
 
-// What an update does with the mask; one instance of the update loop each.
+// The ways in which an update uses the mask. There is one instance of the update loop per way.
 enum Variant { kPlain, kZeroGradient, kMaskedGradient, kFactor, kFrozen, kFrozenByAge };
 
 constexpr bool selects(Variant variant) {
@@ -28,7 +28,7 @@ constexpr bool selects(Variant variant) {
 }
 constexpr bool freezes(Variant variant) { return variant == kFrozen || variant == kFrozenByAge; }
 
-// Bits [first, first + 64) of a bit array of numel bits; those past its end are undefined.
+// Bits [first, first + 64) of a bit array of numel bits. Bits past its end are undefined.
 GRADDROP_FN uint64_t bits_at(const uint32_t* words, int64_t numel, int64_t first) {
   const int64_t num_words = (numel + 31) / 32, word = first / 32;
   const int shift = static_cast<int>(first % 32);
@@ -38,7 +38,8 @@ GRADDROP_FN uint64_t bits_at(const uint32_t* words, int64_t numel, int64_t first
   return bits;
 }
 
-// The mask of a block of bit-planes: first <= bucket <= last, compared bit by bit from the top, 64 elements at once.
+// The mask of a block from bit-planes. first <= bucket <= last is compared bit by bit from the top, 64 elements at
+// once.
 GRADDROP_FN void mask_from_planes(const PreparedRow& row, int64_t local, uint16_t* buckets, BlockMask& block) {
   const MaskSpec& mask = row.mask;
   const int64_t numel = row.tensor.numel, plane_words = (numel + 31) / 32;
@@ -89,21 +90,21 @@ GRADDROP_FN void make_mask(const PreparedRow& row, const PhiloxKeys& keys, int64
   } else if (selects(kVariant) && row.mask.kind == kBucket && row.mask.num_planes >= 0) {
     mask_from_planes(row, local, u16, part.mask);
   } else if (selects(kVariant)) {
-    // Draws begin at a whole call; the first `lead` of them belong to the elements before.
+    // Draws begin at a whole call. The first `lead` = global & 7 of them belong to the elements before;
     // lead + count <= 64, see part_of.
     philox_8_calls(static_cast<uint64_t>(global) >> 3, row.mask.draw, domain_of(row.mask), keys, part.words);
     mask_from_draws(row.mask, u16 + (global & 7), part.mask);
   }
 }
 
-// Whether a row's masks depend on where its elements lie in the whole parameter.
+// Whether a row's masks depend on the positions of its elements in the whole parameter.
 template <Variant kVariant>
 GRADDROP_FN bool is_drawn(const MaskSpec& mask) {
   return kVariant == kFactor ||
          (selects(kVariant) && (mask.kind == kBernoulli || (mask.kind == kBucket && mask.num_planes < 0)));
 }
 
-// What the mask makes of a vector of gradients.
+// Masks and scales a vector of gradients.
 template <Variant kVariant, typename V>
 GRADDROP_FN V masked_gradient(V g, V factor, const typename V::LaneMask& keep, const BlockMask& mask, int i) {
   g = kVariant == kZeroGradient ? V(0.0f) : g * factor;

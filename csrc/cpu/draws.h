@@ -1,6 +1,6 @@
-// The random numbers of blocks: Philox words at once or beside other work, and what is made of them. A block is 64
-// elements of one contiguous run. For the Vec of whichever simd_*.h was included before. Every function here and in the
-// three files that include it has internal linkage: the instruction sets share their text.
+// The random numbers of blocks: Philox words, made at once or beside other work, and numbers derived from them. A block
+// is 64 elements of one contiguous run. Vec comes from the simd_*.h that was included before. Every function here and
+// in the three files that include it has internal linkage, since the instruction sets share the source.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -23,7 +23,7 @@ GRADDROP_FN void philox_8_calls(uint64_t first, uint32_t draw, uint32_t domain, 
   philox_finish(calls, words);
 }
 
-// The Philox calls of one block after the other, kEights * 8 a block: those of the next block are made round by round
+// The Philox calls of consecutive blocks, kEights * 8 per block. The calls of the next block are made round by round
 // beside the work on this one.
 template <int kEights>
 struct CallsAhead {
@@ -31,7 +31,7 @@ struct CallsAhead {
   uint32_t draw, domain;
   Philox8 next[kEights];
 };
-// This block's, at once: for the first one of a run. Not inlined: it is seldom called.
+// Makes the calls of this block at once, for the first block of a run. Not inlined: it is seldom called.
 template <int kEights>
 static __attribute__((noinline)) void make_calls(uint64_t call, uint32_t draw, uint32_t domain, const PhiloxKeys& keys,
                                                  uint32_t* words) {
@@ -61,7 +61,7 @@ GRADDROP_FN void finish_next(const CallsAhead<kEights>& calls, uint32_t* words) 
   for (int e = 0; e < kEights; ++e) philox_finish(calls.next[e], words + 32 * e);
 }
 
-// A row's local elements [begin, end) as contiguous runs of global indices: visit(local, global, count).
+// Calls visit(local, global, count) for the contiguous runs of global indices of a row's local elements [begin, end).
 template <typename Visit>
 GRADDROP_FN void for_each_run(const TensorRow& row, int64_t begin, int64_t end, Visit visit) {
   int64_t line = begin / row.local_inner, column = begin % row.local_inner;
@@ -74,12 +74,13 @@ GRADDROP_FN void for_each_run(const TensorRow& row, int64_t begin, int64_t end, 
   }
 }
 
-// How many of the elements left from a global index on make a part: up to 64, and up to a multiple of 8 in the global
-// index, so that only a run's first part begins in the middle of a Philox call.
+// The number of elements in the next part of a run, given those left from a global index on. It is at most 64, and the
+// part ends at a multiple of 8 in the global index, so that only a run's first part begins in the middle of a Philox
+// call.
 GRADDROP_FN int64_t part_of(int64_t left, int64_t global) { return std::min<int64_t>(left, kBlock - (global & 7)); }
 
-// Local elements [begin, end) of a row: whole(local, global, blocks) for blocks that begin at a global index that is a
-// multiple of 8, part(local, global, count) for what is between them.
+// Walks the local elements [begin, end) of a row. Calls whole(local, global, blocks) for blocks that begin at a
+// multiple of 8 in the global index, and part(local, global, count) for the elements between them.
 template <typename Whole, typename Part>
 GRADDROP_FN void for_each_part(const TensorRow& row, int64_t begin, int64_t end, Whole whole, Part part) {
   for_each_run(row, begin, end, [&](int64_t local, int64_t global, int64_t left) {
@@ -98,11 +99,11 @@ GRADDROP_FN void for_each_part(const TensorRow& row, int64_t begin, int64_t end,
   });
 }
 
-// Random words of 32 bits, four a call, of up to 64 elements from any global index on.
+// Random words of 32 bits, four per call, for up to 64 elements from any global index on.
 struct Words {
   alignas(64) uint32_t word[kBlock + 32 + Vec::kWidth];
 };
-// Those of count elements: the result is the first one's. The last vector may read some of what comes after them.
+// Makes the words of count elements and returns the first one's. The last vector may read some words after them.
 GRADDROP_FN const uint32_t* make_words(uint32_t draw, uint32_t domain, const PhiloxKeys& keys, int64_t global,
                                        int count, Words& words) {
   const int lead = static_cast<int>(global & 3);
@@ -111,13 +112,13 @@ GRADDROP_FN const uint32_t* make_words(uint32_t draw, uint32_t domain, const Phi
   return words.word + lead;
 }
 
-// Those of stochastic rounding; one copy of the code, which is called once a block.
+// The words of stochastic rounding. One copy of the code, called once per block.
 static __attribute__((noinline)) const uint32_t* make_rounding(const PreparedRow& row, const PhiloxKeys& keys,
                                                                int64_t global, int count, Words& words) {
   return make_words(row.rounding_draw, kDomainRounding, keys, global, count, words);
 }
 
-// Factors 1 + scale * z of count <= 64 elements from a global index on.
+// Makes the factors 1 + scale * z of count <= 64 elements from a global index on.
 GRADDROP_FN void make_factors(const MaskSpec& mask, const PhiloxKeys& keys, int64_t global, int count, float* factors) {
   Words words;
   const uint32_t* first = make_words(mask.draw, kDomainGaussian, keys, global, count, words);

@@ -1,4 +1,4 @@
-// What one instruction set offers to masked_adamw.cpp: a table of functions, one table a translation unit.
+// The functions that one instruction set offers to masked_adamw.cpp: one table per translation unit.
 #pragma once
 #include "../adamw.h"
 #include "../mask.h"
@@ -6,12 +6,12 @@
 
 namespace graddrop {
 
-// The scalars that depend on the age of a bucket: one entry a bucket, in room for at least 64.
+// The scalars that depend on the age of a bucket. There is one entry per bucket, and memory for at least 64.
 struct AgeTables {
   const float *step_size, *bias_correction2_sqrt, *bias_correction2_sqrt_reciprocal;
 };
 
-// What all rows of a call share.
+// The values that all rows of a call share.
 struct Mode {
   DType param_dtype, grad_dtype, moment_dtype;
   bool stochastic;           // bfloat16 parameters are rounded up or down at random
@@ -19,12 +19,12 @@ struct Mode {
   const float* clip_factor;  // and then multiplied by it; null: they are not
 };
 
-// A TensorRow with everything that does not change from element to element worked out.
+// A TensorRow with all values computed that do not change from element to element.
 struct PreparedRow {
   TensorRow tensor;
   MaskSpec mask;
   AdamWScalars<float> scalars;
-  AgeTables by_age;  // num_ages entries, or num_ages = 0: then the scalars above count
+  AgeTables by_age;  // num_ages entries; with num_ages = 0 the scalars above are used
   int64_t num_ages;
   Mode mode;
   uint32_t rounding_draw;  // third counter word of stochastic rounding
@@ -36,7 +36,7 @@ struct Kernels {
   const char* isa;
   // One step on the elements [begin, end) of a row, local flat indices.
   void (*masked_adamw)(const PreparedRow& row, int64_t begin, int64_t end);
-  // The sum of the squares of the gradients [begin, end) in float64; masked: of what the mask makes of them.
+  // The sum of the squares of the gradients [begin, end) in float64, with masked after their mask.
   double (*sum_of_squares)(const PreparedRow& row, bool masked, int64_t begin, int64_t end);
   // The 16-bit draws of elements first .. first + count of a stream.
   void (*uniform16)(uint64_t key, uint32_t draw, uint32_t domain, int64_t first, int64_t count, uint16_t* out);

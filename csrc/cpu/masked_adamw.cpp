@@ -1,7 +1,7 @@
 // The C functions that graddrop_kernels/backends/cpu.py calls: the choice of instruction set, the scalars of each row,
 // the division among threads.
-// No torch header and no Python: the address of torch_parallel_for (torch's stable C ABI, torch >= 2.10) is handed in
-// at load time, so that one library serves every torch and every Python, and our threads are torch's own.
+// It includes no header of torch or Python. Python passes the address of torch_parallel_for (torch's stable C ABI,
+// torch >= 2.10) at load time. So one library serves every torch and every Python, and our threads are torch's own.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -14,9 +14,9 @@
 namespace graddrop {
 namespace {
 
-// elements that a thread takes at once: 64 KB of float32 streams, so that thread ends and tails are rare
+// elements that a thread takes at a time: 64 KB of float32 streams, so that thread ends and tails are rare
 constexpr int64_t kUnit = 4096;
-constexpr int64_t kGrainUnits = 8;  // 32768 elements: below this one thread is quicker than waking two
+constexpr int64_t kGrainUnits = 8;  // 32768 elements: below that, one thread is faster than waking two
 
 using Range = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Range range, void* context);
@@ -48,8 +48,8 @@ const Kernels* best() {
 }
 const Kernels* chosen = best();
 
-// What depends on the step: float64 from the float32-rounded betas, rounded once;
-// the rest in float32 as torch's kernel has it.
+// The scalars that depend on the step. Bias corrections are computed in float64 from the float32-rounded betas and
+// rounded once; the rest is float32 as in torch's kernel.
 struct StepScalars {
   float step_size, bias_correction2_sqrt, bias_correction2_sqrt_reciprocal;
 };
@@ -60,7 +60,7 @@ StepScalars step_scalars(const HyperRow& hyper, double age) {
   return {static_cast<float>(hyper.lr) / bias_correction1, bias_correction2_sqrt, 1.0f / bias_correction2_sqrt};
 }
 
-// Everything of a row but its bias corrections.
+// Computes everything of a row except its bias corrections.
 PreparedRow prepare(const TensorRow& row, const HyperRow& hyper, int64_t completed_steps, const Mode& mode) {
   PreparedRow prepared = {};
   const int64_t draw = hyper.kind == kBucket ? 0 : hyper.draw < 0 ? completed_steps : hyper.draw;
@@ -89,7 +89,7 @@ PreparedRow prepare(const TensorRow& row, const HyperRow& hyper, int64_t complet
 
 struct Work {
   std::vector<PreparedRow> rows;
-  std::vector<int64_t> first_unit = {0};  // of each row, and where the next one's will be
+  std::vector<int64_t> first_unit = {0};  // of each row, and of the row that is added next
   const Kernels* kernels = chosen;
 
   explicit Work(int64_t num_rows) {
@@ -120,7 +120,7 @@ void run_units(int64_t begin, int64_t end, void* context) {
 struct SquaresWork : Work {
   using Work::Work;
   bool masked;
-  std::vector<double> sums;  // of each unit
+  std::vector<double> sums;  // one per unit
 };
 
 void sum_units(int64_t begin, int64_t end, void* context) {
@@ -149,8 +149,8 @@ GRADDROP_EXPORT void graddrop_cpu_set_parallel_for(void* function) {
   parallel_for = reinterpret_cast<ParallelFor>(function);
 }
 
-// The instruction set in use; select by name ("" for the best), which returns 0,
-// or -1 when this processor or this build has no such kernels.
+// The instruction set in use. select_isa takes its name, or "" for the best. It returns 0, or -1 if this processor or
+// this build has no such kernels.
 GRADDROP_EXPORT const char* graddrop_cpu_isa() { return chosen->isa; }
 GRADDROP_EXPORT int32_t graddrop_cpu_select_isa(const char* name) {
   for (const Kernels* kernels : kAllKernels)
@@ -161,27 +161,27 @@ GRADDROP_EXPORT int32_t graddrop_cpu_select_isa(const char* name) {
   return -1;
 }
 
-// One masked AdamW step on every row; advances the step counts.
+// Makes one masked AdamW step on every row and advances the step counts.
 // Each row is divided into units, and all units among the threads of torch's pool. grad_scale and clip_factor may be
-// null. Where the gradients' dtype is not the parameters', these are masters, and all rows have copies.
+// null. If the gradients' dtype is not the parameters', the parameters are masters, and all rows have copies.
 GRADDROP_EXPORT void graddrop_cpu_masked_adamw(const TensorRow* rows, int64_t num_rows, const HyperRow* hypers,
                                                int32_t param_dtype, int32_t grad_dtype, int32_t moment_dtype,
                                                int32_t stochastic, const float* grad_scale, const float* clip_factor) {
   const Mode mode = {static_cast<DType>(param_dtype), static_cast<DType>(grad_dtype), static_cast<DType>(moment_dtype),
                      stochastic != 0, grad_scale, clip_factor};
   Work work(num_rows);
-  // per-bucket scalars; inner buffers stay where they are when the outer vector grows
+  // per-bucket scalars; the inner buffers do not move when the outer vector grows
   std::vector<std::vector<float>> tables;
   int64_t last_steps = -1, last_hyper = -1;
   for (int64_t i = 0; i < num_rows; ++i) {
     const HyperRow& hyper = hypers[rows[i].hyper];
-    if (hyper.kind == kOff && hyper.frozen) continue;  // nothing moves, nor its step count
+    if (hyper.kind == kOff && hyper.frozen) continue;  // nothing changes, nor does its step count
     const int64_t completed_steps = static_cast<int64_t>(*rows[i].step);
     *rows[i].step += 1.0f;
     work.add(prepare(rows[i], hyper, completed_steps, mode));
     PreparedRow& row = work.rows.back();
     if (completed_steps == last_steps && rows[i].hyper == last_hyper) {
-      // as in the row before: two pow() and a table saved
+      // as in the row before: saves two pow() and a table
       const PreparedRow& before = work.rows[work.rows.size() - 2];
       row.scalars = before.scalars;
       row.by_age = before.by_age;
@@ -212,9 +212,10 @@ GRADDROP_EXPORT void graddrop_cpu_masked_adamw(const TensorRow* rows, int64_t nu
   run(work.units(), kGrainUnits, run_units, &work);
 }
 
-// The sum of the squares of all gradients as they are, or with masked of what the next step's masks make of them.
-// float64 throughout, of exact squares: 16 sums a unit, added, and the units' sums in their order, so that the number
-// of threads does not matter. Its relative error is at most (number of units + 272) 2^-53: 3e-11 for 10^9 elements.
+// The sum of the squares of all gradients as they are, or with masked after the masks of the next step.
+// It is float64 throughout, of exact squares. Each unit has 16 sums, which are added; the sums of the units are added
+// in order, so that the number of threads does not matter. The relative error is at most (number of units + 272) 2^-53,
+// which is 3e-11 for 10^9 elements.
 GRADDROP_EXPORT double graddrop_cpu_sum_of_squares(const TensorRow* rows, int64_t num_rows, const HyperRow* hypers,
                                                    int32_t grad_dtype, int32_t masked) {
   Mode mode = {};
@@ -265,7 +266,7 @@ GRADDROP_EXPORT void graddrop_cpu_bucket_planes(const TensorRow* row, int64_t bu
       &context);
 }
 
-// One Philox call a row, from counters and keys as given: for tests against other implementations.
+// One Philox call per row, from counters and keys as given. For tests against other implementations.
 GRADDROP_EXPORT void graddrop_cpu_philox(const uint32_t* counters, const uint64_t* keys, int64_t count, uint32_t* out) {
   for (int64_t i = 0; i < count; ++i) {
     const PhiloxWords words =

@@ -1,4 +1,4 @@
-// 8 floats in an AVX2 register, and the mask-making that goes with them. Included by kernels_avx2.cpp.
+// 8 floats in an AVX2 register, and the masks made in it. Included by kernels_avx2.cpp.
 #pragma once
 #include <immintrin.h>
 
@@ -49,7 +49,7 @@ GRADDROP_FN Vec symmetric_uniform(const uint32_t* words) {
   return Vec(_mm256_mul_ps(_mm256_add_ps(_mm256_cvtepi32_ps(top), _mm256_set1_ps(0.5f)), _mm256_set1_ps(0x1p-23f)));
 }
 
-// As in csrc/stochastic.h, of 8 floats and the random words beside them.
+// As in csrc/stochastic.h, for 8 floats and their random words.
 GRADDROP_FN Vec round_stochastically(Vec a, __m256i words) {
   const __m256i u = _mm256_castps_si256(a.x), exponent = _mm256_set1_epi32(0x7f800000);
   const __m256i special = _mm256_cmpeq_epi32(_mm256_and_si256(u, exponent), exponent);
@@ -64,7 +64,7 @@ GRADDROP_FN Vec round_stochastically(Vec a, const uint32_t* words) {
   return round_stochastically(a, load_words(words));
 }
 
-// Sums of squares in float64, one a lane. The square of a float32 is exact there.
+// Sums of squares in float64, one per lane. The square of a float32 is exact there.
 struct Squares {
   __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
 };
@@ -89,7 +89,7 @@ GRADDROP_FN void store_half_kept(uint16_t* target, Lanes keep, __m128i a) {
 
 GRADDROP_FN void load(const float* source, Vec& a) { a.x = _mm256_loadu_ps(source); }
 GRADDROP_FN void store(float* target, Vec a) { _mm256_storeu_ps(target, a.x); }
-// A whole store of old and new bits blended: masked stores are many times slower on AMD processors.
+// Stores old and new bits blended, all at once: masked stores are many times slower on AMD processors.
 GRADDROP_FN void store_kept(float* target, Lanes keep, Vec a) {
   store(target, select(keep, a, Vec(_mm256_loadu_ps(target))));
 }
@@ -131,8 +131,8 @@ GRADDROP_FN __m128i to_float16(Vec a) { return _mm256_cvtps_ph(a.x, _MM_FROUND_T
 GRADDROP_FN void store(Float16* target, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(target), to_float16(a)); }
 GRADDROP_FN void store_kept(Float16* target, Lanes keep, Vec a) { store_half_kept(&target->bits, keep, to_float16(a)); }
 
-// table[index] for 8 indices. Tables of up to 8 and 16 entries (allocated as such) are shuffled from registers,
-// longer ones gathered.
+// table[index] for 8 indices. Tables of up to 8 and 16 entries (allocated as such) are shuffled from registers. Longer
+// ones are gathered.
 GRADDROP_FN void lookup(const float* table, int64_t size, __m256i index, Vec& a) {
   if (size > 16) {
     a.x = _mm256_i32gather_ps(table, index, 4);
@@ -147,7 +147,7 @@ GRADDROP_FN void lookup(const float* table, int64_t size, const uint16_t* index,
   lookup(table, size, _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index))), a);
 }
 
-// Eight Philox calls in the making: as in simd_avx512.h, with 4 calls a register.
+// Eight Philox calls in progress, as in simd_avx512.h, with 4 calls per register.
 struct Philox8 {
   __m256i a[2], b[2], c[2], d[2];
 };
@@ -184,8 +184,8 @@ GRADDROP_FN __m256i load_u16(const uint16_t* u16) { return _mm256_loadu_si256(re
 
 GRADDROP_FN void store_u16(uint16_t* u16, __m256i a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(u16), a); }
 
-// The keep mask of a block of 64 elements, made from draws, buckets or bits: 16 ones or zeros an element,
-// which one instruction widens to 32.
+// The keep mask of a block of 64 elements, made from draws, buckets or bits. It has 16 ones or zeros per element, which
+// one instruction widens to 32.
 struct Keep {
   alignas(32) uint16_t lanes[64];
 };
@@ -215,13 +215,13 @@ GRADDROP_FN void keep_in_range(const uint16_t* u16, uint16_t first, uint16_t las
   }
 }
 
-// u16[i] = (u16[i] * buckets) >> 16, of 64 elements.
+// u16[i] = (u16[i] * buckets) >> 16 for 64 elements.
 GRADDROP_FN void to_buckets(uint16_t* u16, uint32_t buckets) {
   for (int i = 0; i < 64; i += 16)
     store_u16(u16 + i, _mm256_mulhi_epu16(load_u16(u16 + i), _mm256_set1_epi16(static_cast<int16_t>(buckets))));
 }
 
-// u16[i] |= bit i << plane, of 64 elements.
+// u16[i] |= bit i << plane for 64 elements.
 GRADDROP_FN void add_plane(uint64_t bits, int plane, uint16_t* u16) {
   const __m256i each = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
   const __m256i value = _mm256_set1_epi16(static_cast<int16_t>(1 << plane));
@@ -232,12 +232,12 @@ GRADDROP_FN void add_plane(uint64_t bits, int plane, uint16_t* u16) {
   }
 }
 
-// Two registers, for rows whose tensors all hold 16 bits an element: a whole register of memory at a time. a holds the
-// elements 0, 2, 4, ..., b the elements 1, 3, 5, ...: the lower and the upper halves of 32-bit lanes, so that widening
-// costs one instruction each.
+// Two registers, for rows whose tensors all hold 16 bits per element, so that a whole register of memory is used at a
+// time. a holds the elements 0, 2, 4, ..., b the elements 1, 3, 5, .... These are the lower and the upper halves of
+// 32-bit lanes, so that widening costs one instruction each.
 struct Lanes2 {
   Lanes a, b;
-  __m256i both;  // 16 bits an element, in order
+  __m256i both;  // 16 bits per element, in order
 };
 struct Vec2 {
   using LaneMask = Lanes2;
@@ -266,7 +266,7 @@ GRADDROP_FN void load(const float* source, Vec2& x) {
   x.b.x = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xD8));
 }
 GRADDROP_FN Vec2 round_stochastically(Vec2 x, const uint32_t* words) {
-  // the upper halves of 16 words, which is all that counts of them, in memory's order: even ones low, odd ones high
+  // the upper halves of 16 words, as only they are used, in memory's order: even ones low, odd ones high
   const __m256i low = _mm256_srli_epi32(load_words(words), 16), high = _mm256_srli_epi32(load_words(words + 8), 16);
   const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xD8);
   return {round_stochastically(x.a, _mm256_slli_epi32(halves, 16)), round_stochastically(x.b, halves)};

@@ -1,4 +1,4 @@
-// 16 floats in an AVX-512 register, and the mask-making that goes with them.
+// 16 floats in an AVX-512 register, and the masks made in it.
 // Included by kernels_avx512.cpp and kernels_avx512_bf16.cpp.
 #pragma once
 #include <immintrin.h>
@@ -48,7 +48,7 @@ GRADDROP_FN Vec symmetric_uniform(const uint32_t* words) {
 
 GRADDROP_FN void load(const float* source, Vec& a) { a.x = _mm512_loadu_ps(source); }
 GRADDROP_FN void store(float* target, Vec a) { _mm512_storeu_ps(target, a.x); }
-// Whole stores of old and new bits blended: masked stores are several times slower on AMD processors.
+// Stores old and new bits blended, all at once: masked stores are several times slower on AMD processors.
 GRADDROP_FN void store_kept(float* target, Lanes keep, Vec a) {
   _mm512_storeu_ps(target, _mm512_mask_mov_ps(_mm512_loadu_ps(target), keep, a.x));
 }
@@ -89,7 +89,7 @@ GRADDROP_FN void store(Float16* target, Vec a) {
 }
 GRADDROP_FN void store_kept(Float16* target, Lanes keep, Vec a) { store_kept(&target->bits, keep, to_float16(a)); }
 
-// As in csrc/stochastic.h, of 16 floats and the random words beside them.
+// As in csrc/stochastic.h, for 16 floats and their random words.
 GRADDROP_FN Vec round_stochastically(Vec a, const uint32_t* words) {
   const __m512i u = _mm512_castps_si512(a.x), exponent = _mm512_set1_epi32(0x7f800000);
   const Lanes finite = _mm512_cmpneq_epi32_mask(_mm512_and_si512(u, exponent), exponent);
@@ -98,7 +98,7 @@ GRADDROP_FN Vec round_stochastically(Vec a, const uint32_t* words) {
       _mm512_mask_and_epi32(u, finite, sum, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))));
 }
 
-// Sums of squares in float64, one a lane. The square of a float32 is exact there.
+// Sums of squares in float64, one per lane. The square of a float32 is exact there.
 struct Squares {
   __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
 };
@@ -113,8 +113,8 @@ GRADDROP_FN void store(double* target, const Squares& sums) {
   _mm512_storeu_pd(target + 8, sums.high);
 }
 
-// table[index] for 16 indices. Tables of up to 16, 32 and 64 entries (allocated as such) are shuffled from registers,
-// longer ones gathered.
+// table[index] for 16 indices. Tables of up to 16, 32 and 64 entries (allocated as such) are shuffled from registers.
+// Longer ones are gathered.
 GRADDROP_FN void lookup(const float* table, int64_t size, const uint16_t* index, Vec& a) {
   const __m512i i = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)));
   if (size > 64) {
@@ -129,8 +129,8 @@ GRADDROP_FN void lookup(const float* table, int64_t size, const uint16_t* index,
   }
 }
 
-// Eight Philox calls in the making. The four state words of a call lie in the low halves of 64-bit lanes, 8 calls a
-// register; vpmuludq reads only the low halves, so that what the products leave in the high halves does no harm.
+// Eight Philox calls in progress. The four state words of a call are in the low halves of 64-bit lanes, 8 calls per
+// register. vpmuludq reads only the low halves, so that the high halves of the products do no harm.
 struct Philox8 {
   __m512i a, b, c, d;
 };
@@ -180,14 +180,14 @@ GRADDROP_FN void keep_in_range(const uint16_t* u16, uint16_t first, uint16_t las
   keep.bits = low | high << 32;
 }
 
-// u16[i] = (u16[i] * buckets) >> 16, of 64 elements.
+// u16[i] = (u16[i] * buckets) >> 16 for 64 elements.
 GRADDROP_FN void to_buckets(uint16_t* u16, uint32_t buckets) {
   for (int i = 0; i < 64; i += 32)
     _mm512_storeu_si512(
         u16 + i, _mm512_mulhi_epu16(_mm512_loadu_si512(u16 + i), _mm512_set1_epi16(static_cast<int16_t>(buckets))));
 }
 
-// u16[i] |= bit i << plane, of 64 elements.
+// u16[i] |= bit i << plane for 64 elements.
 GRADDROP_FN void add_plane(uint64_t bits, int plane, uint16_t* u16) {
   for (int i = 0; i < 64; i += 32) {
     const __m512i plane_bits =
@@ -196,8 +196,8 @@ GRADDROP_FN void add_plane(uint64_t bits, int plane, uint16_t* u16) {
   }
 }
 
-// Two registers, for rows whose tensors all hold 16 bits an element: a whole register of memory at a time.
-// a holds elements 0 .. 15, b 16 .. 31.
+// Two registers, for rows whose tensors all hold 16 bits per element, so that a whole register of memory is used at a
+// time. a holds elements 0 .. 15, b 16 .. 31.
 struct Lanes2 {
   Lanes a, b;
 };
@@ -238,7 +238,7 @@ GRADDROP_FN void load(const BFloat16* source, Vec2& x) {
 }
 GRADDROP_FN __m512i to_bfloat16(Vec2 x) {
 #if defined(__AVX512BF16__)
-  // The processor's own conversion flushes denormals and keeps NaN payloads: both are rare enough to branch around it.
+  // The processor's own conversion flushes denormals and keeps NaN payloads. Both are so rare that a branch avoids it.
   constexpr int kDenormalOrNaN = 0x20 | 0x80 | 0x01;
   if (__builtin_expect(
           (_mm512_fpclass_ps_mask(x.a.x, kDenormalOrNaN) | _mm512_fpclass_ps_mask(x.b.x, kDenormalOrNaN)) == 0, 1))

@@ -52,7 +52,7 @@ GRADDROP_FN Vec round_stochastically(Vec a, const uint32_t* words) {
   return Vec(graddrop::round_stochastically(a.x, *words));
 }
 
-// Sums of squares in float64, one a lane. The square of a float32 is exact there.
+// Sums of squares in float64, one per lane. The square of a float32 is exact there.
 struct Squares {
   double x = 0;
 };
@@ -75,7 +75,7 @@ GRADDROP_FN void load(const Float16* source, Vec& a) {
   const uint32_t sign = (source->bits & 0x8000u) << 16, magnitude = source->bits & 0x7fffu;
   if (magnitude >= 0x7c00)  // infinity or NaN
     a.x = float_of(sign | 0x7f800000u | (magnitude & 0x3ff) << 13 | (magnitude > 0x7c00) << 22);
-  else  // exponent and mantissa moved into place; the factor 2^112 mends the bias and makes denormals normal
+  else  // exponent and mantissa moved into place; the factor 2^112 corrects the bias and normalises denormals
     a.x = float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));
 }
 GRADDROP_FN void store(Float16* target, Vec a) {  // round to nearest even
@@ -97,7 +97,7 @@ GRADDROP_FN void store_kept(T* target, Lanes keep, Vec a) {
 
 GRADDROP_FN void lookup(const float* table, int64_t, const uint16_t* index, Vec& a) { a.x = table[*index]; }
 
-// Eight Philox calls, made at the end: there is nothing to gain from making them round by round.
+// Eight Philox calls, all made at the end, since making them round by round would gain nothing.
 struct Philox8 {
   uint64_t first;
   uint32_t draw, domain;

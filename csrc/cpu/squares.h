@@ -5,7 +5,8 @@
 namespace graddrop {
 namespace {
 
-// Element i of a part is added to sum i % 16, whatever the width of a vector: all instruction sets give the same bits.
+// Element i of a part is added to sum i % 16 for any width of a vector, so that all instruction sets give the same
+// bits.
 constexpr int kSums = 16;
 
 struct BlockSums {  // in registers
@@ -17,7 +18,7 @@ GRADDROP_FN void add_squares(BlockSums& sums, int i, Masked masked) {
   for (int j = 0; j < kSums; j += Vec::kWidth) add_square(sums.sums[j / Vec::kWidth], masked(i + j));
 }
 
-// One vector of gradients as the mask leaves it.
+// One vector of gradients after the mask.
 template <Variant kVariant, typename G>
 GRADDROP_FN Vec masked_vector(const G* grad, Vec factor, const BlockMask& mask, int i) {
   Lanes keep{};
@@ -25,10 +26,10 @@ GRADDROP_FN Vec masked_vector(const G* grad, Vec factor, const BlockMask& mask, 
   return masked_gradient<kVariant>(load<Vec>(grad + i), factor, keep, mask, i);
 }
 
-// Whole blocks, one after the other. With draws beside the squares it takes 0.77 of draws before them. Without a mask
-// it is as fast as one core reads: 4 bytes an element at 25 GB/s, while the update moves its 28 at 42 GB/s, since it
-// writes while it reads; so the norm costs a quarter of an update, not a seventh. Reading at two or four places at
-// once, megabytes apart, takes 0.92 of it, prefetching what comes later 1.1 and more.
+// Whole blocks, one after the other. Draws beside the squares take 0.77 of the time of draws before them. Without a
+// mask it is as fast as one core reads: 4 bytes per element at 25 GB/s. The update moves its 28 bytes per element at 42
+// GB/s, since it writes while it reads. So the norm costs a quarter of an update, not a seventh. Reading at two or four
+// places at once, megabytes apart, takes 0.92 of the time; prefetching takes 1.1 and more.
 template <Variant kVariant, bool kDrawn, typename G>
 GRADDROP_FN void sum_whole_blocks(const PreparedRow& row, const PhiloxKeys& keys, Vec factor, int64_t local,
                                   int64_t global, int64_t blocks, BlockSums& total) {

@@ -1,13 +1,13 @@
-// The block loop of the step, for the Vec and Vec2 of whichever simd_*.h was included before.
+// The block loop of the step. Vec and Vec2 come from the simd_*.h that was included before.
 //
-// A block is 64 elements of one contiguous run: eight Philox calls. For every vector of a block the loop does three
-// independent pieces of work: some rounds of the random numbers of the next block, the moments of this vector, and the
-// parameters of the vector kLag before, whose square roots are then ready. Done one after the other, each waits for its
-// own square root, division or chain of multiplications; in this order the memory, the divider and the integer units
-// work at the same time.
-// Measured (Zen 4, one thread, 24M float32, ratio to torch's unmasked fused step): random numbers for 256 elements
-// first and then their update 1.20, with software prefetch 1.54, whole blocks of the three in turn 1.00 to 1.10; vector
-// by vector (this order) takes 0.97 of that with AVX-512 and 0.93 with AVX2, from the cache.
+// A block is 64 elements of one contiguous run, hence eight Philox calls. For every vector of a block the loop does
+// three independent pieces of work: some rounds of the random numbers of the next block, the moments of this vector,
+// and the parameters of the vector kLag before, whose square roots are then ready. Done one after the other, each would
+// wait for its own square root, division or chain of multiplications. In this order the memory, the divider and the
+// integer units work at the same time.
+// Measured on Zen 4, one thread, 24M float32, as ratios to torch's unmasked fused step. Random numbers for 256 elements
+// and then their update: 1.20, with software prefetch 1.54. The three in turn by whole blocks: 1.00 to 1.10. Vector by
+// vector, as here, takes 0.97 of that with AVX-512 and 0.93 with AVX2, from the cache.
 #pragma once
 #include <type_traits>
 
@@ -16,20 +16,20 @@
 namespace graddrop {
 namespace {
 
-// The elements of a row's parameters, gradients and moments, and the register they are computed in.
+// The element types of a row's parameters, gradients and moments, and the register in which they are computed.
 template <typename Param, typename Grad, typename Moment, bool kRoundsStochastically = false>
 struct Types {
   using P = Param;
   using G = Grad;
   using M = Moment;
   using V = typename VectorFor<P, M>::Type;
-  // the parameters are masters, and copies of the gradients' type get them rounded
+  // the parameters are masters, which are rounded into copies of the gradients' type
   static constexpr bool kMaster = !std::is_same<P, G>::value;
   static constexpr bool kStochastic = kRoundsStochastically;
 };
 
-// What all vectors of a row share, to be kept in registers: copy it into the loop that uses it,
-// so that no store can alias it.
+// The values that all vectors of a row share. Copy it into the loop that uses it, so that no store can alias it and it
+// stays in registers.
 template <typename V>
 struct Update {
   AdamWScalars<V> scalars;
@@ -38,7 +38,7 @@ struct Update {
   int64_t num_ages;
   V grad_scale, clip_factor;
   bool decay, amsgrad, unscale;
-  bool rescale;  // by any of the two
+  bool rescale;  // by either of the two
 };
 template <typename V>
 GRADDROP_FN Update<V> make_update(const PreparedRow& row) {
@@ -130,7 +130,7 @@ GRADDROP_FN void update_param(const Update<V>& u, const BlockMask& mask, int i, 
   if (T::kMaster) store_result<kVariant>(copy + i, keep, updated);
 }
 
-// Vectors whose moments are done and whose parameters are not: the last kLag of the block before.
+// The number of vectors whose moments are done and whose parameters are not: the last kLag of the block before.
 constexpr int kLag = 2;
 template <typename T>
 struct Pending {
@@ -149,7 +149,7 @@ GRADDROP_FN void finish(const Update<V>& u, const Pending<T>& pending) {
                               pending.direction[j]);
 }
 
-// The moments of a whole block, and the parameters of its vectors kLag later, so that their square roots are ready.
+// The moments of a whole block, and the parameters of its vectors, kLag vectors later so that square roots are ready.
 template <Variant kVariant, typename T, typename V, typename Between>
 GRADDROP_FN void update_block(const Update<V>& u, const BlockMask& mask, const Streams<T>& s, Pending<T>& pending,
                               Between between) {
@@ -201,8 +201,7 @@ GRADDROP_FN void update_part(const Update<V>& u, const BlockMask& mask, const St
   if (u.amsgrad) std::memcpy(s.max_exp_avg_sq + i, max_exp_avg_sq, rest * sizeof(M));
 }
 
-// Up to 64 elements whose mask is made on the spot:
-// where blocks do not follow each other in step with the Philox calls.
+// Up to 64 elements whose mask is made on the spot: parts that are no whole blocks in step with the Philox calls.
 template <Variant kVariant, typename T>
 static __attribute__((noinline)) void masked_part(const PreparedRow& row, const PhiloxKeys& keys, int64_t local,
                                                   int64_t global, int count) {
@@ -213,10 +212,10 @@ static __attribute__((noinline)) void masked_part(const PreparedRow& row, const 
   update_part<kVariant>(make_update<typename T::V>(row), part.mask, streams_at<T>(row, local), count);
 }
 
-// Whole blocks, one after the other; what is drawn begins at a global index that is a multiple of 8. The random words
-// of stochastic rounding are made beside the work as those of the mask are: the step takes 0.91 (AVX-512) and 0.88
-// (AVX2) of its time with all of them made before the block. What is left over rounding to nearest is their 16 Philox
-// calls a block, 120 of 500 instructions with AVX-512: from the cache the step takes as long as from memory.
+// Whole blocks, one after the other. Drawn masks begin at a global index that is a multiple of 8. The random words of
+// stochastic rounding are made beside the work, like those of the mask. The step then takes 0.91 (AVX-512) and 0.88
+// (AVX2) of its time with all of them made before the block. The cost that remains over rounding to nearest is their 16
+// Philox calls per block, 120 of 500 instructions with AVX-512: from the cache the step takes as long as from memory.
 template <Variant kVariant, bool kDrawn, typename T>
 GRADDROP_FN void whole_blocks(const PreparedRow& row, const PhiloxKeys& keys, int64_t local, int64_t global,
                               int64_t blocks) {

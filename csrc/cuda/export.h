@@ -1,3 +1,3 @@
-// The mark of the C functions: the only symbols that the library shows.
+// Marks the C functions, which are the only symbols that the library exports.
 #pragma once
 #define GRADDROP_EXPORT extern "C" __attribute__((visibility("default")))

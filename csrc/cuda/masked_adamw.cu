@@ -1,12 +1,12 @@
-// The kernels of a step and the C functions that graddrop_kernels/backends/cuda.py calls. Each function comes in two
-// forms: on the device, and as an emulation on the host, which runs the same text thread after thread on host memory.
+// The kernels of a step and the C functions that graddrop_kernels/backends/cuda.py calls. Each function has two forms.
+// One runs on the device. The other emulates it: it runs the same source thread after thread on host memory.
 #include "export.h"
 #include "masked_adamw.h"
 #include "step_row.h"
 
 namespace graddrop {
 
-// Blocks that a multiprocessor shall hold: bounds the registers to 80 a thread, or 128.
+// The number of blocks that a multiprocessor must hold. It bounds the registers to 80 per thread, or 128.
 constexpr int min_blocks(Variant variant, bool amsgrad) { return amsgrad || by_age(variant) ? 2 : 3; }
 
 template <Variant kVariant, bool kAmsgrad, typename T>
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads) general_kernel(const __grid_constant
 
 constexpr int kPrologueThreads = 32;
 
-// One block a tensor.
+// One block per tensor.
 __global__ void __launch_bounds__(kPrologueThreads)
     prologue_kernel(const TensorRow* rows, const HyperRow* hypers, StepRow* step_rows, float* by_age,
                     int64_t age_stride, const float* found_inf, bool advance) {
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kPrologueThreads)
   float* const counter = rows[tensor].step;
   const HyperRow& hyper = hypers[rows[tensor].hyper];
   const int64_t completed_steps = static_cast<int64_t>(*counter);
-  __syncthreads();  // all have read the counter before it moves
+  __syncthreads();  // all have read the counter before it advances
   const StepRow step = step_row_of(hyper, completed_steps, moves(hyper, found_inf), age_stride);
   for (int64_t bucket = threadIdx.x; bucket < step.num_ages; bucket += kPrologueThreads)
     write_age(hyper, completed_steps, bucket, by_age + (tensor * age_stride + bucket) * 4);
@@ -52,7 +52,7 @@ static void emulate_prologue(const TensorRow* rows, int64_t num_rows, const Hype
   }
 }
 
-// A kernel, and what one of its threads does on the host.
+// A kernel, and the work of one of its threads on the host.
 struct Kernel {
   void (*on_device)(LaunchSpec spec);
   void (*on_host)(const LaunchSpec& spec, int block, int num_blocks, int thread);
@@ -102,12 +102,18 @@ using namespace graddrop;
 
 GRADDROP_EXPORT int32_t graddrop_cuda_table_version() { return kTableVersion; }
 
+// The architectures that the library has code for, as setup.py asked nvcc: "sm_80+sm_90+compute_90", the last of these
+// as PTX.
+#define GRADDROP_TEXT(tokens) #tokens
+#define GRADDROP_TEXT_OF(macro) GRADDROP_TEXT(macro)
+GRADDROP_EXPORT const char* graddrop_cuda_architectures() { return GRADDROP_TEXT_OF(GRADDROP_CUDA_ARCHITECTURES); }
+
 GRADDROP_EXPORT const char* graddrop_cuda_error(int32_t error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
-// Fills step_rows for one step, by_age unless age_stride is 0, and with advance counts the step in the step counters.
-// Returns a cudaError_t, as all of these do.
+// Fills step_rows for one step, and by_age unless age_stride is 0. With advance it also counts the step in the step
+// counters. Returns a cudaError_t, as all of these functions do.
 GRADDROP_EXPORT int32_t graddrop_cuda_prologue(const TensorRow* rows, int64_t num_rows, const HyperRow* hypers,
                                                StepRow* step_rows, float* by_age, int64_t age_stride,
                                                const float* found_inf, int32_t advance, void* stream) {
@@ -124,7 +130,7 @@ GRADDROP_EXPORT int32_t graddrop_cuda_emulate_prologue(const TensorRow* rows, in
   return cudaSuccess;
 }
 
-// One launch: a masked AdamW step on its chunks.
+// Makes a masked AdamW step on the chunks of one launch.
 GRADDROP_EXPORT int32_t graddrop_cuda_masked_adamw(const LaunchSpec* spec, void* stream) {
   if (spec->num_chunks == 0) return cudaSuccess;
   kernel_of(*spec).on_device<<<static_cast<unsigned>(spec->num_chunks), kThreads, 0,

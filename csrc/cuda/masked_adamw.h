@@ -1,6 +1,6 @@
-// What one thread of one block does: loads of 16 bytes, the mask, the update, stores; and the same for a tensor of any
-// layout and alignment, an element at a time. No shared memory and no barrier, so that the host can run it in a loop,
-// thread after thread (masked_adamw.cu): the tests do.
+// The work of one thread of one block: loads of 16 bytes, the mask, the update, stores. A tensor of any layout and
+// alignment is done one element at a time. There is no shared memory and no barrier, so that the host can run it in a
+// loop, thread after thread (masked_adamw.cu), as the tests do.
 #pragma once
 #include "../adamw.h"
 #include "../stochastic.h"
@@ -26,23 +26,23 @@ GRADDROP_FN void look_up_age(const float* ages, const StepRow& step, uint32_t bu
   scalars.bias_correction2_sqrt_reciprocal = entry.reciprocal;
 }
 
-// The update of one element in registers. g: kept, scaled and signed.
+// The update of one element in registers. g is masked, scaled and signed.
 GRADDROP_LONG_FN void update(float& param, AdamWElement<float>& e, float g, const AdamWScalars<float>& scalars, bool decay,
                         bool amsgrad) {
   const AdamWDirection<float> direction = adamw_moments(e, g, scalars, amsgrad);
   param = adamw_param(param, direction, scalars, decay);
 }
 
-// The elements of a launch's parameters, gradients and moments.
+// The element types of a launch's parameters, gradients and moments.
 template <typename Param, typename Grad, typename Moment, bool kRoundsStochastically = false>
 struct Types {
   using P = Param;
   using G = Grad;
   using M = Moment;
-  // the parameters are masters, and copies of the gradients' type get them rounded
+  // the parameters are masters, which are rounded into copies of the gradients' type
   static constexpr bool kMaster = sizeof(P) != sizeof(G);
   static constexpr bool kStochastic = kRoundsStochastically;
-  // Side by side in one thread: eight elements, or four where that keeps a warp's accesses in a row (thread_mask.h).
+  // Neighbouring elements in one thread: eight, or four where that keeps a warp's accesses contiguous (thread_mask.h).
   static constexpr int kVector = sizeof(P) == 2 && sizeof(M) == 2 ? 8 : 4;
 };
 
@@ -77,8 +77,8 @@ struct Registers {
 // Third counter word of stochastic rounding: the steps completed before this one, which the prologue has counted.
 GRADDROP_FN uint32_t rounding_draw(const TensorRow& row) { return static_cast<uint32_t>(*row.step) - 1; }
 
-// One turn of one lane; s: its first group. All lanes of a warp come here together. Groups that do not fit into the
-// tensor are left out.
+// One turn of one lane, whose first group is s. All lanes of a warp must call it together. Groups that do not fit into
+// the tensor are left out.
 template <Variant kVariant, bool kAmsgrad, typename T>
 GRADDROP_LONG_FN void update_turn(const LaunchSpec& spec, const TensorRow& row, const StepRow& step, const float* ages,
                              const Turn& turn, const Streams<T>& s) {
@@ -99,11 +99,11 @@ GRADDROP_LONG_FN void update_turn(const LaunchSpec& spec, const TensorRow& row, 
       write[e] = !freezes(kVariant) || mask.keep[e] || !(step.flags & kFrozenFlag);
       any_write |= write[e];
     }
-    // Where a whole group is frozen, it is neither read nor written.
+    // A group that is frozen as a whole is neither read nor written.
     active[group] = group_offset<kVector>(turn.lane, group) + kVector <= turn.left && any_write;
   }
 
-  Registers<T> r[kGroups];  // of a group that is not active: undefined, computed with and not stored
+  Registers<T> r[kGroups];  // undefined for a group that is not active: computed with, but not stored
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     const int i = group * kStride;
@@ -121,7 +121,7 @@ GRADDROP_LONG_FN void update_turn(const LaunchSpec& spec, const TensorRow& row, 
 #pragma unroll
   for (int e = 0; e < kElements; e += 2)
     unpack(&r[e / kVector].grad.word[e % kVector / 2 * Group<G, kVector>::kWordsAPair], g[e], g[e + 1], G{});
-  if (spec.grad_scale) {  // also of a dropped block: its gradients are written back like others
+  if (spec.grad_scale) {  // also for a dropped block, whose gradients are written back like others
     const float scale = *spec.grad_scale;
 #pragma unroll
     for (int e = 0; e < kElements; e += 2) {
@@ -187,7 +187,7 @@ GRADDROP_LONG_FN void update_turn(const LaunchSpec& spec, const TensorRow& row, 
   }
 }
 
-// How a launch masks, for one element: known when an aligned kernel is compiled; the general one reads it.
+// The masking of a launch, for one element. An aligned kernel is compiled for it; the general one reads it.
 struct ElementSpec {
   int32_t kind;
   bool planes, amsgrad, ages;
@@ -227,14 +227,14 @@ GRADDROP_LONG_FN void update_element(const ElementSpec& how, const LaunchSpec& s
   if (how.amsgrad) narrow(e.max_exp_avg_sq, *s.max_exp_avg_sq);
 }
 
-// One block a chunk: then the compiler sees that what it reads of a row is the same for all threads, and keeps it in
-// uniform registers. Or, to measure: fewer blocks (masked_adamw.cu), which walk the chunk list together.
+// One block per chunk. The compiler then sees that the values of a row are the same for all threads, and keeps them in
+// uniform registers. With false, for measurements, fewer blocks (masked_adamw.cu) walk the chunk list together.
 constexpr bool kOneBlockAChunk = true;
 GRADDROP_FN int64_t next_chunk(const LaunchSpec& spec, int64_t c, int num_blocks) {
   return kOneBlockAChunk ? spec.num_chunks : c + num_blocks;
 }
 
-// What one thread of one block does.
+// The work of one thread of one block.
 template <Variant kVariant, bool kAmsgrad, typename T>
 GRADDROP_FN void aligned_thread(const LaunchSpec& spec, int block, int num_blocks, int thread) {
   constexpr int kVector = T::kVector;
@@ -245,7 +245,7 @@ GRADDROP_FN void aligned_thread(const LaunchSpec& spec, int block, int num_block
     const TensorRow row = spec.rows[chunk.tensor];  // a copy: no store can alias it
     const float* const ages = spec.by_age + chunk.tensor * spec.age_stride * 4;
 
-    const int64_t end_of_groups = row.numel / kVector * kVector;  // the few elements after it: one by one
+    const int64_t end_of_groups = row.numel / kVector * kVector;  // the few elements after it are done one by one
     if (chunk.first + kChunk > end_of_groups && end_of_groups + thread < row.numel)
       update_element<T>({kind_of(kVariant), reads_bits(kVariant), kAmsgrad, by_age(kVariant)}, spec, row, step, ages,
                         end_of_groups + thread);

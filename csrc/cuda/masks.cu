@@ -1,4 +1,4 @@
-// The kernels that write masks and bit-planes, and their C functions; each also as an emulation on the host.
+// The kernels that write masks and bit-planes, and their C functions. Each has an emulation on the host.
 #include "export.h"
 #include "masks.h"
 
@@ -24,10 +24,10 @@ static unsigned blocks_for(int64_t threads) {
 
 using namespace graddrop;
 
-// All of these: row and mask are in host memory, and copied; out, and what row points to, in the device's. They return
-// a cudaError_t.
+// In all of these functions row and mask are in host memory and are copied. out, and the memory that row points to, are
+// on the device. They return a cudaError_t.
 
-// One byte an element, 0 or 1, as torch.bool; out begins at a multiple of 16.
+// One byte per element, 0 or 1, as torch.bool. The address out is a multiple of 16.
 GRADDROP_EXPORT int32_t graddrop_cuda_keep_mask(const TensorRow* row, const MaskSpec* mask, uint8_t* out,
                                                 void* stream) {
   if (row->numel == 0) return cudaSuccess;

@@ -1,4 +1,4 @@
-// Masks of a whole tensor: keep bits, and the bit-planes of buckets. What one thread does, as in masked_adamw.h.
+// Masks of a whole tensor: keep bits, and the bit-planes of buckets. The work of one thread, as in masked_adamw.h.
 #pragma once
 #include "thread_mask.h"
 
@@ -6,14 +6,14 @@ namespace graddrop {
 
 constexpr int kMaxPlanes = 12;  // 4096 buckets
 
-// Whether eight elements from a multiple of eight on are one Philox call.
+// Whether eight elements from a multiple of eight on always share one Philox call.
 GRADDROP_FN bool whole_calls(const TensorRow& row) { return row.local_inner >= row.numel && row.base % 8 == 0; }
 
 GRADDROP_FN bool keeps(const MaskSpec& mask, uint32_t u16) {
   return mask.kind == kBucket ? bucket_active(bucket_of(u16, mask.buckets), mask) : u16 >= mask.threshold;
 }
 
-// Keep bits of local elements first .. first + 16; first is a multiple of 16. Zero tail.
+// The keep bits of local elements first .. first + 16. first is a multiple of 16. The tail is zero.
 GRADDROP_FN uint32_t keep_bits(const TensorRow& row, const MaskSpec& mask, int64_t first) {
   const int64_t left = row.numel - first;
   const uint32_t in_bounds = left < 16 ? (1u << left) - 1 : 0xffffu;
@@ -48,7 +48,7 @@ GRADDROP_FN uint32_t keep_bits(const TensorRow& row, const MaskSpec& mask, int64
   return bits & in_bounds;
 }
 
-// Thread t writes bytes 16 t .. 16 t + 16, the last one fewer.
+// Thread t writes bytes 16 t .. 16 t + 16; the last thread writes fewer.
 GRADDROP_FN void write_bytes(const TensorRow& row, const MaskSpec& mask, int64_t t, uint8_t* out) {
   const int64_t first = t * 16;
   if (first >= row.numel) return;
@@ -65,7 +65,7 @@ GRADDROP_FN void write_bytes(const TensorRow& row, const MaskSpec& mask, int64_t
 
 GRADDROP_FN int64_t words_of(const TensorRow& row) { return (row.numel + 31) / 32; }
 
-// Word t of each bit-plane of the tensor's buckets.
+// Writes word t of each bit-plane of the tensor's buckets.
 GRADDROP_FN void write_planes(const TensorRow& row, uint32_t buckets, int num_planes, int64_t t, uint32_t* planes) {
   const int64_t first = t * 32, num_words = words_of(row);
   if (t >= num_words) return;

@@ -4,7 +4,7 @@
 
 namespace graddrop {
 
-// One sum of the block's, for thread 0; sums: kThreads of them in shared memory.
+// The sum over the block, for thread 0. sums: kThreads numbers in shared memory.
 __device__ double block_sum(double* sums, double mine) {
   sums[threadIdx.x] = mine;
   for (int adders = kAdded; adders; adders /= kAdded) {
@@ -14,16 +14,17 @@ __device__ double block_sum(double* sums, double mine) {
   return sums[0];
 }
 
-// Counts a block as arrived, and returns how many have. Releases what this thread has written, and acquires what those
-// before it have released: one instruction, where two __threadfence() would each wait for more.
+// Counts a block as arrived, and returns the number of blocks that have. Releases the writes of this thread, and
+// acquires those that earlier blocks have released. It is one instruction; two __threadfence() would each wait for
+// more.
 __device__ unsigned arrive(unsigned* arrived) {
   unsigned before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrived) : "memory");
   return before + 1;
 }
 
-// Leaves the block's sum in its place. The last block to do so finds all of them there; which block that is does not
-// show in the total.
+// Writes the block's sum to its slot. The last block to do so adds up the slots in order, so that the total does not
+// depend on which block is last.
 __device__ void add_to_places(const Places& places, double mine) {
   __shared__ double sums[kThreads];
   const double sum = block_sum(sums, mine);
@@ -57,7 +58,7 @@ static double emulate_block_sum(double* sums) {
   return sums[0];
 }
 
-// A kernel, and what one of its threads adds up on the host.
+// A kernel, and the sum of one of its threads on the host.
 struct NormKernel {
   void (*on_device)(LaunchSpec spec, bool masked, Places places);
   double (*on_host)(const LaunchSpec& spec, bool masked, int block, int thread);
@@ -68,7 +69,7 @@ static NormKernel aligned() {
   return {aligned_norm_kernel<kVariant, G>, aligned_squares<kVariant, G>};
 }
 
-// What is frozen counts as what is dropped, and ages do not matter.
+// Frozen elements count as dropped, and ages do not matter.
 template <typename G>
 static NormKernel norm_kernel_for(const LaunchSpec& spec) {
   if (!spec.aligned) return {general_norm_kernel<G>, general_squares<G>};
@@ -93,10 +94,11 @@ static NormKernel norm_kernel_of(const LaunchSpec& spec) {
 
 using namespace graddrop;
 
-// The squares of one launch's chunks. Of all launches, which have `total` chunks together, the last block writes *out;
-// first: how many chunks the launches before this one have. Not masked: all gradients as they are, spec->kind is kKeep.
-// The relative error is at most (78 + ceil(total / 256)) 2^-53: 16 or 17 squares a thread, 15 + 15 additions a block,
-// the places of a thread of the last one, 15 + 15 additions. Returns a cudaError_t.
+// Adds up the squares of one launch's chunks. All launches together have `total` chunks; the last block of all writes
+// *out. `first` is the number of chunks in the launches before this one. If not masked, gradients count as they are and
+// spec->kind is kKeep.
+// The relative error is at most (78 + ceil(total / 256)) 2^-53: 16 or 17 squares per thread, 15 + 15 additions per
+// block, the slots of a thread of the last block, 15 + 15 additions. Returns a cudaError_t.
 GRADDROP_EXPORT int32_t graddrop_cuda_sum_of_squares(const LaunchSpec* spec, int32_t masked, double* sums,
                                                      unsigned* arrived, double* out, int64_t first, int64_t total,
                                                      void* stream) {

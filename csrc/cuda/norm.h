@@ -1,6 +1,6 @@
-// The sum of the squares of a launch's gradients, before or after their masks, in float64: what one thread adds up of a
-// chunk, and how the sums of threads, and then of blocks, are added up. Always in one order, so that the same gradients
-// give the same bits. The host can run it thread after thread, barrier by barrier (norm.cu): the tests do.
+// The sum of the squares of a launch's gradients in float64, before or after their masks. Each thread adds up its part
+// of a chunk; then the sums of threads are added up, and then those of blocks. The order is fixed, so that the same
+// gradients give the same bits. The host can run it thread after thread, barrier by barrier (norm.cu), as the tests do.
 #pragma once
 #include "chunks.h"
 #include "storage.h"
@@ -11,12 +11,12 @@ constexpr int kTurns = kChunk / kTurn;
 constexpr int kAdded = 16;  // sums that a thread adds up between two barriers
 static_assert(kAdded * kAdded == kThreads, "two rounds make one sum of a block's");
 
-// Where blocks leave their sums, and where the last of all launches of one norm leaves the total.
+// The slots to which blocks write their sums, and the address to which the last block of a norm writes the total.
 struct Places {
-  double* sums;       // one a block
-  unsigned* arrived;  // blocks that have left their sum; 0 before the first launch and after the last
+  double* sums;       // one per block
+  unsigned* arrived;  // blocks that have written their sum; 0 before the first launch and after the last
   double* out;
-  int64_t first, total;  // place of this launch's first block; blocks of all launches
+  int64_t first, total;  // slot of this launch's first block; number of blocks of all launches
 };
 
 GRADDROP_FN double add_square(double sum, float g) {  // the square of a float32 is exact in float64
@@ -27,7 +27,7 @@ GRADDROP_FN double add_square(double sum, float g) {  // the square of a float32
 #endif
 }
 
-// As the prologue made it for the step to come; before the mask it may have made none, and every element counts.
+// The StepRow that the prologue made for the next step. Before the mask there may be none, and every element counts.
 GRADDROP_FN StepRow step_of(const LaunchSpec& spec, bool masked, int64_t tensor) {
   if (masked) return spec.step_rows[tensor];
   StepRow step = {};
@@ -48,8 +48,8 @@ GRADDROP_FN double add_element(double squares, int32_t kind, bool planes, const 
   return mask.keep ? add_square(squares, masked_gradient(widen(gradients_of<G>(row)[i]), step, mask)) : squares;
 }
 
-// The squares of a thread's elements of chunk number `block`. All loads come before the first mask, so that a thread
-// waits for memory once.
+// The sum of the squares of a thread's elements in chunk number `block`. All loads come before the first mask, so that
+// a thread waits for memory once.
 template <Variant kVariant, typename G>
 GRADDROP_FN double aligned_squares(const LaunchSpec& spec, bool masked, int block, int thread) {
   constexpr int kVector = 16 / sizeof(G), kGroups = kElements / kVector;
@@ -86,7 +86,7 @@ GRADDROP_FN double aligned_squares(const LaunchSpec& spec, bool masked, int bloc
     }
   }
 
-  const int64_t end_of_groups = row.numel / kVector * kVector;  // the few elements after it: one by one
+  const int64_t end_of_groups = row.numel / kVector * kVector;  // the few elements after it are done one by one
   if (chunk.first + kChunk > end_of_groups && end_of_groups + thread < row.numel)
     squares = add_element<G>(squares, kind_of(kVariant), reads_bits(kVariant), row, step, end_of_groups + thread);
   return squares;
@@ -107,7 +107,7 @@ GRADDROP_FN double general_squares(const LaunchSpec& spec, bool masked, int bloc
   return squares;
 }
 
-// A round of adding up: of the first kAdded * adders sums each adder takes those that are `adders` apart.
+// One round of additions. Of the first kAdded * adders sums each adder takes those that are `adders` apart.
 GRADDROP_FN void add_up(double* sums, int adders, int thread) {
   if (thread >= adders) return;
   double sum = sums[thread];
@@ -118,13 +118,13 @@ GRADDROP_FN void add_up(double* sums, int adders, int thread) {
 
 GRADDROP_FN double sum_at(const double* place) {
 #if defined(__CUDA_ARCH__)
-  return __ldcg(place);  // another multiprocessor's: past L1, which may hold what was there before
+  return __ldcg(place);  // written by another multiprocessor: bypass L1, which may hold an older value
 #else
   return *place;
 #endif
 }
 
-// What a thread of the last block adds up of all blocks' sums: eight loads at a time.
+// The part of all blocks' sums that one thread of the last block adds up, with eight loads at a time.
 GRADDROP_FN double sum_of_places(const Places& places, int thread) {
   double sum = 0.0;
 #pragma unroll 1

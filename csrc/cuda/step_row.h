@@ -1,5 +1,5 @@
-// The prologue: what a step needs of a tensor, worked out on the device, so that no number comes back to the host. The
-// same as prepare() and step_scalars() of csrc/cpu/masked_adamw.cpp.
+// The prologue: computes the values that a step needs of a tensor on the device, so that no number comes back to the
+// host. Computes the same as prepare() and step_scalars() of csrc/cpu/masked_adamw.cpp.
 #pragma once
 #include <cmath>
 
@@ -40,7 +40,7 @@ GRADDROP_FN StepRow step_row_of(const HyperRow& hyper, int64_t completed_steps, 
   step.deviation = hyper.kind == kGaussian ? static_cast<float>(hyper.scale) : 0.0f;
   step.threshold = hyper.kind == kBernoulli ? hyper.threshold : off ? 65536 : 0;
   step.draw = static_cast<uint32_t>(hyper.kind == kBucket ? 0 : hyper.draw < 0 ? completed_steps : hyper.draw);
-  // One bucket for all, inside the range or outside of it; a fixed mask is a bit-plane of two buckets.
+  // One bucket for all, inside of the range or outside of it. A fixed mask is a bit-plane of two buckets.
   step.buckets = 1;
   step.first_bucket = off ? 1 : 0;
   step.last_bucket = off ? 0 : 4096;
@@ -67,7 +67,7 @@ GRADDROP_FN StepRow step_row_of(const HyperRow& hyper, int64_t completed_steps, 
   return step;
 }
 
-// The entry of one bucket. Buckets past the last age are not active yet; 1 keeps what they compute finite.
+// Writes the entry of one bucket. Buckets past the last age are not active yet; age 1 keeps their results finite.
 GRADDROP_FN void write_age(const HyperRow& hyper, int64_t completed_steps, int64_t bucket, float* entry) {
   AgeScalars s = {1.0f, 1.0f, 1.0f};
   if (bucket < hyper.num_ages) {

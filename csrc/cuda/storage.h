@@ -1,5 +1,5 @@
-// How float32, bfloat16 and float16 lie in memory: 32-bit words of one or two elements, read and written up to four
-// words at a time. Rounding is to nearest even, a NaN stays one; the host and the device give the same bits.
+// float32, bfloat16 and float16 in memory: 32-bit words of one or two elements, read and written up to four words at a
+// time. Rounding is to nearest even, and a NaN stays a NaN. The host and the device give the same bits.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -36,7 +36,7 @@ GRADDROP_FN void narrow(float x, float& out) { out = x; }
 GRADDROP_FN void narrow(float x, BFloat16& out) { out.bits = __nv_bfloat16_raw(__float2bfloat16_rn(x)).x; }
 GRADDROP_FN void narrow(float x, Float16& out) { out.bits = __half_raw(__float2half_rn(x)).x; }
 
-// Two elements in the words of their group: one word, or for float32 two.
+// Reads two elements from the words of their group: one word, or two for float32.
 GRADDROP_FN void unpack(const uint32_t* word, float& a, float& b, float) {
   a = float_of(word[0]), b = float_of(word[1]);
 }
@@ -56,7 +56,7 @@ GRADDROP_FN uint32_t pack(float a, float b, Float16) {
   return pair.x | static_cast<uint32_t>(pair.y) << 16;
 }
 
-// Puts those of two elements that are to be written into the words of their group.
+// Puts the ones of two elements that are to be written into the words of their group.
 GRADDROP_FN void merge(uint32_t* word, float a, float b, bool write_a, bool write_b, float) {
   if (write_a) word[0] = bits_of(a);
   if (write_b) word[1] = bits_of(b);
@@ -74,8 +74,8 @@ struct Group {
   uint32_t word[sizeof(T) * kCount / 4];
 };
 
-// In assembly, because nvcc takes stores of several words apart, and does not know that an address that was read from a
-// table is one of global memory.
+// In assembly, because nvcc splits stores of several words, and does not know that an address read from a table is one
+// of global memory.
 GRADDROP_FN uint4 load_words(const uint4* source) {
 #if defined(__CUDA_ARCH__)
   uint4 words;

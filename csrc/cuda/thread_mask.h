@@ -1,16 +1,16 @@
-// The masks of the eight elements that a thread updates in one turn, and of one element of any layout; what they make
-// of a gradient.
+// The masks of the eight elements that a thread updates in one turn, and of one element of any layout. Applies them to
+// gradients.
 //
-// The 16-bit draws of eight elements are one Philox call. Where all tensors are 16-bit, a thread's eight elements lie
-// side by side: its own call. Beside float32 they are two groups of four, 128 elements apart, so that the 32 lanes of a
-// warp read 512 bytes in a row with each load. Lanes 2k and 2k + 1 then share call k in their first groups and call
-// 16 + k in their second ones: each makes one of the two, and they exchange halves.
+// The 16-bit draws of eight elements are one Philox call. If all tensors are 16-bit, a thread's eight elements are
+// neighbours, and the thread makes its own call. With float32 tensors they are two groups of four, 128 elements apart,
+// so that the 32 lanes of a warp read 512 contiguous bytes with each load. Lanes 2k and 2k + 1 then share call k in
+// their first groups and call 16 + k in their second ones. Each makes one of the two calls, and they exchange halves.
 #pragma once
 #include "../gaussian.h"
 #include "../mask.h"
 #include "../tensor_table.h"
 
-// For what is long: inlined on the device, and out of line on the host, where it would make the build slow.
+// For long functions: inlined on the device, out of line on the host, where inlining would make the build slow.
 #if defined(__CUDA_ARCH__)
 #define GRADDROP_LONG_FN GRADDROP_FN
 #else
@@ -20,10 +20,10 @@
 namespace graddrop {
 
 constexpr int kWarp = 32;
-constexpr int kElements = 8;  // of a thread in one turn
+constexpr int kElements = 8;  // per thread and turn
 constexpr int kWarpElements = kWarp * kElements;
 
-// How a launch masks: one instance of the kernel each. Buckets and bits may freeze or not, by their rows' flags.
+// The ways in which a launch masks, with one instance of the kernel each. Buckets and bits freeze by their rows' flags.
 enum Variant : int32_t { kPlain, kFactor, kDraws, kDrawsFrozen, kBuckets, kBucketsByAge, kBits, kBitsByAge };
 
 GRADDROP_FN constexpr bool draws_buckets(Variant v) { return v == kBuckets || v == kBucketsByAge; }
@@ -41,26 +41,26 @@ GRADDROP_FN uint64_t global_index(const TensorRow& row, int64_t i) {
   return static_cast<uint64_t>(row.base + i / row.local_inner * row.global_inner + i % row.local_inner);
 }
 
-// Where a lane is in an aligned row: eight elements from a multiple of eight on are one Philox call.
+// The position of a lane in an aligned row, where eight elements from a multiple of eight on share one Philox call.
 struct Turn {
   int64_t first;  // local index of the warp's first element
   int left;       // elements from there to the end of the tensor, or of the chunk
   int lane;
 };
 
-struct ThreadMask {  // what a variant does not use is never computed
+struct ThreadMask {  // fields that a variant does not use are never computed
   bool keep[kElements];
   uint32_t bucket[kElements];
   float factor[kElements];
 };
 
-// First element of a lane's group, counted from the warp's first.
+// The first element of a lane's group, counted from the warp's first.
 template <int kVector>
 GRADDROP_FN int group_offset(int lane, int group) {
   return group * kWarp * kVector + lane * kVector;
 }
 
-// The draws of a lane's eight elements. All lanes of a warp come here together.
+// The draws of a lane's eight elements. All lanes of a warp must call it together.
 template <int kVector>
 GRADDROP_LONG_FN PhiloxWords lane_draws(const TensorRow& row, const Turn& turn, uint32_t draw, uint32_t domain) {
   const int64_t first_groups = turn.first + turn.lane * kVector / kElements * kElements;
@@ -102,7 +102,7 @@ GRADDROP_FN int planes_of(uint32_t buckets) {  // ceil(log2 buckets)
 #endif
 }
 
-// Which of up to 32 elements have first <= bucket <= last: compared bit by bit from the top plane, all at once.
+// Finds which of up to 32 elements have first <= bucket <= last. Compares bit by bit from the top plane, all at once.
 struct BucketRange {
   uint32_t above_first = 0, equals_first = ~0u, below_last = 0, equals_last = ~0u;
 };
@@ -157,7 +157,7 @@ GRADDROP_LONG_FN void make_mask(const TensorRow& row, const StepRow& step, const
   if (reads_bits(kVariant)) mask_from_bits<kVariant, kVector>(row, step, turn, mask);
   if (kVariant == kFactor) {
 #pragma unroll
-    for (int four = 0; four < kElements; four += 4) {  // 32 bits an element: a call makes four
+    for (int four = 0; four < kElements; four += 4) {  // 32 bits per element: a call makes four
       const int64_t i = turn.first + group_offset<kVector>(turn.lane, four / kVector) + four % kVector;
       const PhiloxWords words = philox_call(global_index(row, i) / 4, step.draw, kDomainGaussian, row.key);
 #pragma unroll
@@ -167,7 +167,7 @@ GRADDROP_LONG_FN void make_mask(const TensorRow& row, const StepRow& step, const
   }
 }
 
-// Element e's gradient kept, scaled and signed. Selected, not multiplied: a dropped inf or NaN is dropped.
+// Element e's gradient, masked, scaled and signed. It is selected, not multiplied: a dropped inf or NaN is dropped.
 template <Variant kVariant>
 GRADDROP_FN float masked_gradient(float g, const StepRow& step, const ThreadMask& mask, int e) {
   g *= step.factor;
@@ -175,7 +175,7 @@ GRADDROP_FN float masked_gradient(float g, const StepRow& step, const ThreadMask
   return !selects(kVariant) || mask.keep[e] ? g : 0.0f;
 }
 
-// The mask of local element i of any row: a Philox call each.
+// The mask of local element i of any row. It makes one Philox call per element.
 struct ElementMask {
   bool keep;
   uint32_t bucket;

@@ -1,4 +1,4 @@
-"""The backends in one table: name, devices, dtypes, how to tell whether it runs here.
+"""The backends in one table: name, devices, dtypes, and whether each can run here.
 
 Add a backend: one file, one row.
 """
@@ -46,8 +46,8 @@ class Backend:
         unavailable: () -> None when it can run on this machine, else the reason and the remedy.
         masked_adamw_: the step on a TensorBatch, in place.
         sum_of_squares: (batch, masked) -> float64 tensor (), the sum of the gradients' squares.
-        keep_mask: what ``keep_mask`` below asks of it for drawn and fixed masks; None: it makes none by themselves.
-        bucket_planes: what ``bucket_planes`` below asks of it; None likewise.
+        keep_mask: makes a drawn or fixed mask for ``keep_mask`` below; None if it makes masks only inside of a step.
+        bucket_planes: makes bit-planes for ``bucket_planes`` below; None if it makes none.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Backend:
     bucket_planes: BucketPlanes | None = None
 
     def misfit(self, device: torch.device, param_dtype: torch.dtype, moment_dtype: torch.dtype) -> str | None:
-        """Why it cannot step such a tensor; None when it can."""
+        """The reason why it cannot step such a tensor, or None."""
         if self.devices is not None and device.type not in self.devices:
             return f"works on {' and '.join(self.devices)} tensors, not on {device.type}"
         if (param_dtype, moment_dtype) not in self.dtypes:
@@ -115,15 +115,15 @@ _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names of the backends that can run on this machine, the preferred first; ``"reference"`` and ``"exact"`` always
-    can. Which one a tensor gets depends on its device and dtypes too: ``python -m graddrop_kernels info``.
+    """Names of the backends that can run on this machine, the preferred first. ``"reference"`` and ``"exact"`` always
+    can. Which one steps a tensor depends on its device and dtypes too, see ``python -m graddrop_kernels info``.
     """
     return tuple(backend.name for backend in BACKENDS if backend.unavailable() is None)
 
 
 def check_name(name: str, given_as: str = "backend") -> str:
-    """Raises ValueError for a name that is neither a backend's nor "auto"; RuntimeError for one that cannot run here,
-    with the remedy. ``given_as``: the argument or environment variable that the name comes from.
+    """Returns the name. Raises ValueError for one that is neither a backend's nor "auto", and RuntimeError, with the
+    remedy, for one that cannot run here. ``given_as``: the argument or environment variable that the name comes from.
     """
     if name != "auto":
         if name not in _BY_NAME:
@@ -138,7 +138,7 @@ def check_name(name: str, given_as: str = "backend") -> str:
 def select(name: str, device: torch.device, param_dtype: torch.dtype, moment_dtype: torch.dtype) -> Backend:
     """The backend for one batch.
 
-    ``"auto"`` takes the first that fits, GRADDROP_BACKEND overrides ``"auto"``; a named one that does not fit raises.
+    ``"auto"`` takes the first that fits. GRADDROP_BACKEND overrides ``"auto"``. A named one that does not fit raises.
     """
     mode = device, param_dtype, moment_dtype
     given_as = "backend"
@@ -167,8 +167,8 @@ def _running_on(device: torch.device) -> Iterator[Backend]:
 
 
 def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int, device: torch.device) -> torch.Tensor:
-    """The bit-planes of a parameter's buckets (bitmask.pack_buckets),
-    made by the fastest code at hand for its device.
+    """The bit-planes of a parameter's buckets (bitmask.pack_buckets), made by the fastest backend that can run on the
+    device.
     """
     make = next(backend.bucket_planes for backend in _running_on(device) if backend.bucket_planes)
     return make(key, buckets, layout, numel, device)
@@ -178,7 +178,7 @@ def keep_mask(
     plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, numel: int, mask_words: torch.Tensor | None,
     device: torch.device,
 ) -> torch.Tensor:  # fmt: skip
-    """The bool keep mask of a plan, shape (numel,), made by the fastest code at hand for its device."""
+    """The bool keep mask of a plan, shape (numel,), made by the fastest backend that can run on the device."""
     if plan.kind not in ("bernoulli", "bucket", "fixed"):
         return torch.full((numel,), plan.kind != "off", dtype=torch.bool, device=device)
     make = next(backend.keep_mask for backend in _running_on(device) if backend.keep_mask)

@@ -12,9 +12,9 @@ from ..masks.row_block import RowBlock
 
 @dataclass(frozen=True)
 class Hyper:
-    """One row of hyper-parameters: what the parameters of one group under one plan share."""
+    """One row of hyper-parameters, which the parameters of one group under one plan share."""
 
-    lr: float | torch.Tensor  # a tensor where it lies on a GPU, from which nothing is to be fetched
+    lr: float | torch.Tensor  # a tensor on a GPU stays one, so that the host does not wait for its value
     beta1: float
     beta2: float
     eps: float
@@ -26,17 +26,17 @@ class Hyper:
 
 @dataclass
 class TensorBatch:
-    """Parallel lists, one entry a parameter: contiguous, on one device, with the same dtypes.
+    """Parallel lists with one entry per parameter. All tensors are contiguous, on one device, and of the same dtypes.
 
-    It knows nothing of groups or policies. ``steps`` are advanced by the backend call; ``max_exp_avg_sqs`` has None
-    without amsgrad; ``hyper_rows`` are indices into ``hypers``, which, like ``grads``, is filled anew for every step.
-    Everything else stays as long as no tensor moves, so that a backend may keep what it derives from it in ``table``.
+    It knows nothing of groups or policies. The backend call advances ``steps``. ``max_exp_avg_sqs`` holds None where
+    there is no amsgrad. ``hyper_rows`` are indices into ``hypers``. ``hypers`` and ``grads`` are new in every step.
+    Everything else stays as long as no tensor moves, so that a backend may keep in ``table`` what it derives from it.
 
-    With master weights ``params`` are the masters, in float32, and ``copies`` the parameters themselves, which have the
-    gradients' dtype and get the masters rounded.
+    With master weights ``params`` are the float32 masters. ``copies`` are then the parameters themselves, which have
+    the gradients' dtype and receive the rounded masters.
 
-    Complex tensors are here as pairs of real numbers (``param_dtype`` stays complex), of which a mask keeps or drops
-    both.
+    Complex tensors are given as pairs of real numbers, while ``param_dtype`` stays complex. A mask keeps or drops both
+    numbers of a pair.
     """
 
     device: torch.device
@@ -57,21 +57,22 @@ class TensorBatch:
     found_inf: torch.Tensor | None = None  # one float32: not 0 makes the step a no-op
     clip_factor: torch.Tensor | None = None  # one float32: gradients are multiplied by it after that, in registers
     grad_dtype: torch.dtype | None = None  # None: param_dtype
-    stochastic: bool = False  # params (bfloat16) are rounded up or down at random, with the odds of where they lie
-    sharded_over: tuple[Any, ...] = ()  # process groups over which a sum over all elements is still to be added up
+    stochastic: bool = False  # params (bfloat16) are rounded up or down at random, so that the mean is exact
+    sharded_over: tuple[Any, ...] = ()  # process groups over which a sum over all elements must still be added up
     copies: list[torch.Tensor] = field(default_factory=list)
     staged: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # (tensor, its contiguous copy)
     table: Any = None  # of a type of the backend's own
-    version: int = 0  # another one for each step's gradients and hyper-parameters
+    version: int = 0  # changes with each step's gradients and hyper-parameters
 
     @property
     def parts(self) -> int:
-        """Numbers an element of a mask."""
+        """Numbers per element of a mask."""
         return 2 if self.param_dtype.is_complex else 1
 
     def step_with(self, masked_adamw_: Callable[["TensorBatch"], None]) -> None:
-        """Steps it, through contiguous copies where a tensor has other strides: slower, and right where torch's fused
-        CPU kernel silently is not. Copied now: a batch before it may have stepped the same memory.
+        """Steps the batch. A tensor with other strides is stepped through a contiguous copy. That is slower, and right
+        where torch's fused CPU kernel is silently wrong. It is copied now, as an earlier batch may have stepped the
+        same memory.
         """
         for tensor, copy in self.staged:
             copy.copy_(tensor)
@@ -88,7 +89,7 @@ class TensorBatch:
         self.table.refresh_captured(hypers)
 
     def release(self, but_grads: bool = False) -> None:
-        """Lets go of the tensors; what a backend has noted in ``table`` stays."""
+        """Drops the references to the tensors. The ``table`` of a backend stays."""
         self.params, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs = [], [], [], []
         self.steps, self.copies, self.staged = [], [], []
         if not but_grads:

@@ -4,5 +4,5 @@ import torch
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is launched now is recorded in a CUDA graph instead of run."""
+    """Whether launches on the device are being recorded in a CUDA graph instead of run."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -23,7 +23,7 @@ _LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """(library, None), or (None, why not): tried once."""
+    """(library, None), or (None, the reason why there is none). Tried once."""
     if not _LIBRARY.exists():
         return None, "csrc was not compiled; install a C++ compiler and run pip install again (without GRADDROP_NO_EXT)"
     try:
@@ -85,7 +85,7 @@ def isa() -> str:
 
 
 def select_isa(name: str) -> None:
-    """Switches the instruction set, "" for the best. The results are the same bit for bit; for tests and benchmarks.
+    """Switches the instruction set; "" takes the best. All give the same bits. For tests and benchmarks.
 
     Raises:
         ValueError: this processor or this build does not have it.
@@ -110,7 +110,7 @@ def using_isa(name: str | None) -> Iterator[None]:
 
 
 def available_isas() -> tuple[str, ...]:
-    """Those of ISAS that this processor and this build have; () where the library cannot run."""
+    """The members of ISAS that this processor and this build have; () if the library cannot run."""
     found = []
     for name in ISAS if unavailable() is None else ():
         with contextlib.suppress(ValueError), using_isa(name):
@@ -126,7 +126,7 @@ def processor() -> str:
 
 
 def masked_adamw_(batch: TensorBatch) -> None:
-    """One masked AdamW step on the batch, in place: one call for all tensors, threads as torch.get_num_threads()."""
+    """Makes one masked AdamW step on the batch, in place. One call, on torch.get_num_threads() threads, steps all."""
     if batch.found_inf is not None and batch.found_inf != 0:
         return
     table, hypers = _tables(batch, for_norm=False)
@@ -141,7 +141,7 @@ def masked_adamw_(batch: TensorBatch) -> None:
 
 
 def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
-    """As reference.sum_of_squares: float64 tensor () on the CPU. The same bits for any number of threads and any
+    """As reference.sum_of_squares: float64 tensor () on the CPU. The bits do not depend on the number of threads or the
     instruction set.
     """
     table, hypers = _tables(batch, for_norm=True)
@@ -158,11 +158,11 @@ class _Tables:
     def __init__(self, batch: TensorBatch):
         self.rows = tensor_table(batch)
         self.hypers: Any = None
-        self.left_by_norm: int | None = None  # the version of the batch whose update will need the same
+        self.left_by_norm: int | None = None  # batch version: its update reuses the tables of its norm
 
 
 def _tables(batch: TensorBatch, for_norm: bool) -> tuple[Any, Any]:
-    """Those of this step: (TensorRows, HyperRows)."""
+    """The tables of this step: (TensorRows, HyperRows). The update reuses those that the norm of its step has built."""
     if batch.table is None:
         batch.table = _Tables(batch)
     tables = batch.table
@@ -174,14 +174,14 @@ def _tables(batch: TensorBatch, for_norm: bool) -> tuple[Any, Any]:
 
 
 def uniform16(key: int, draw: int, domain: int, first: int, count: int) -> torch.Tensor:
-    """As philox.uniform16, by the kernels: uint16 tensor of shape (count,)."""
+    """As philox.uniform16, made by the kernels: uint16 tensor of shape (count,)."""
     out = torch.empty(count, dtype=torch.uint16, device="cpu")
     library().graddrop_cpu_uniform16(key, draw & 0xFFFFFFFF, domain, first, count, out.data_ptr())
     return out
 
 
 def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int) -> torch.Tensor:
-    """The buckets of a layout's elements as bit-planes (bitmask.pack_buckets), by the kernels:
+    """The buckets of a layout's elements as bit-planes (bitmask.pack_buckets), made by the kernels:
     int32 tensor of shape (num_planes(buckets), num_words(numel)).
     """
     planes = torch.zeros(num_planes(buckets), num_words(numel), dtype=torch.int32, device="cpu")
@@ -193,7 +193,7 @@ def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int) -> torch
 
 
 def philox(counters: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """One Philox4x32-10 call a row, by csrc/philox.h: counters uint32 (n, 4), keys uint64 (n,) -> uint32 (n, 4).
+    """One Philox4x32-10 call per row, made by csrc/philox.h: counters uint32 (n, 4), keys uint64 (n,) -> uint32 (n, 4).
 
     For tests.
     """

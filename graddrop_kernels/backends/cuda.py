@@ -1,7 +1,8 @@
 """The cuda backend: csrc/cuda through its C functions, on CUDA tensors.
 
-Each function has an emulation in the same library, which runs the same text thread after thread on the host: on CPU
-tensors the functions below call that. It proves the kernels' logic where there is no GPU; it is no backend for CPUs.
+Each function has an emulation in the same library, which runs the same source thread after thread on the host. On CPU
+tensors the functions below call it. It shows where there is no GPU that the kernels' logic is right. It is no backend
+for CPUs.
 """
 
 import ctypes
@@ -59,11 +60,11 @@ assert ctypes.sizeof(LaunchSpec) == 104 and ctypes.sizeof(MaskSpec) == 48
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """(library, None), or (None, why not): tried once."""
+    """(library, None), or (None, the reason why there is none). Tried once."""
     if not _LIBRARY.exists():
         return None, (
-            "csrc/cuda was not compiled; install the CUDA toolkit and run pip install again "
-            "(GRADDROP_FORCE_CUDA=1 says what is missing)"
+            "csrc/cuda was not compiled, for lack of nvcc or a GPU; install the CUDA toolkit and run pip install "
+            "again, without a GPU with GRADDROP_CUDA_ARCHS=all (GRADDROP_FORCE_CUDA=1 says what is missing)"
         )
     try:
         library = ctypes.CDLL(str(_LIBRARY))
@@ -71,7 +72,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         for name, arguments in _FUNCTIONS.items():
             for form in (f"graddrop_cuda_{name}", f"graddrop_cuda_emulate_{name}"):
                 getattr(library, form).argtypes = [*arguments, c_void_p]
-        library.graddrop_cuda_error.restype = c_char_p
+        library.graddrop_cuda_error.restype = library.graddrop_cuda_architectures.restype = c_char_p
     except (OSError, AttributeError) as error:
         return None, f"{_LIBRARY.name} cannot be used: {error}; run pip install again"
     if version != TABLE_VERSION:
@@ -94,8 +95,15 @@ def unavailable() -> str | None:
     return None
 
 
+def architectures() -> list[str]:
+    """What the library holds code for: "sm_90" for machine code, "compute_90" for PTX. Empty without a library."""
+    library, _ = _load()
+    told: bytes = library.graddrop_cuda_architectures() if library else b""
+    return told.decode().split("+") if told else []
+
+
 def _call(name: str, device: torch.device, *arguments: object) -> None:
-    """Runs a C function on the current stream of a device; its emulation on the CPU.
+    """Runs a C function on the current stream of a device, or its emulation on the CPU.
 
     Raises:
         RuntimeError: no library, or the launch failed.
@@ -116,7 +124,9 @@ def _call(name: str, device: torch.device, *arguments: object) -> None:
 
 
 def masked_adamw_(batch: TensorBatch) -> None:
-    """One masked AdamW step on the batch, in place: a launch for the scalars, then one a mask kind and alignment."""
+    """Makes one masked AdamW step on the batch, in place. One launch computes the scalars. Then there is one launch per
+    mask kind and alignment.
+    """
     tables = _tables_of(batch)
     _prologue(tables, tables.age_stride, batch.found_inf, advance=True)
     for launch in tables.launches:
@@ -125,10 +135,11 @@ def masked_adamw_(batch: TensorBatch) -> None:
 
 
 def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
-    """The sum over all gradients of the batch: float64 of shape (), on its device, without waiting for it.
+    """The sum of the squares of all gradients of the batch: float64 of shape (), on its device. The host does not wait.
 
-    Neither ``grad_scale`` nor ``clip_factor`` is applied. ``masked``: as the step that comes next masks them: dropped
-    ones count as 0, kept ones times their scale. The step counts stay. The same gradients give the same bits.
+    Neither ``grad_scale`` nor ``clip_factor`` is applied. ``masked``: the gradients are masked as in the next step, so
+    dropped ones count as 0 and kept ones are multiplied by their scale. The step counts do not change. The same
+    gradients give the same bits.
     """
     tables = _tables_of(batch, for_norm=True)
     launches = tables.launches if masked else tables.launches_of_all()
@@ -157,7 +168,7 @@ def _tables_of(batch: TensorBatch, for_norm: bool = False) -> DeviceTables:
 
 
 def _prologue(tables: DeviceTables, age_stride: int, found_inf: torch.Tensor | None, advance: bool) -> None:
-    """Writes the step rows; unless age_stride is 0 the table by age, with ``advance`` the step counts."""
+    """Writes the step rows, unless age_stride is 0 the table by age, and with ``advance`` the step counts."""
     _call(
         "prologue", tables.device,
         tables.rows.data_ptr(), tables.num_rows, tables.hypers.data_ptr(), tables.step_rows.data_ptr(),
@@ -196,7 +207,7 @@ def keep_mask(
     plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, numel: int, mask_words: torch.Tensor | None,
     device: torch.device,
 ) -> torch.Tensor:  # fmt: skip
-    """What a plan keeps of a layout's elements in local order, as rule.keep_and_bucket: bool tensor (numel,).
+    """The keep mask of a layout's elements in local order, as in rule.keep_and_bucket: bool tensor (numel,).
 
     ``mask_words``: bit-planes or the bits of a fixed mask, on the device.
     """

@@ -1,4 +1,4 @@
-"""DeviceTables: what the kernels on a device read in one step, kept up to date with copies that nobody waits for."""
+"""DeviceTables: the tables that the kernels on a device read in one step. The host does not wait for their copies."""
 
 from typing import Any
 
@@ -11,25 +11,25 @@ from .launches import Launch, _Kind, _kind_of, in_eights
 from .tensor_table import hyper_table, tensor_table
 from .upload import Upload
 
-CHUNK = 4096  # elements that one program or block of the update takes
+CHUNK = 4096  # elements per program or block of the update
 ALIGNMENT = 16  # bytes of the widest access
 _HYPER_BYTES, _STEP_ROW_BYTES = 128, 64
-_KEPT_LAUNCHES = 8  # sets of launches remembered: LayerGradDrop with masked="frozen" has another one every step
+_KEPT_LAUNCHES = 8  # sets of launches remembered: LayerGradDrop with masked="frozen" has another set in every step
 _STREAMS = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "copy")
 
 
 class DeviceTables:
     """The tables of csrc/tensor_table.h for one batch, in its device's memory.
 
-    ``rows`` (int64 [tensors, 14]) and ``hypers`` (int64 [hyper rows, 16]) are views of one tensor, which ages follow.
-    ``step_rows`` and ``by_age`` are written by the prologue kernel. ``launches`` is what to launch in this step.
+    ``rows`` (int64 [tensors, 14]) and ``hypers`` (int64 [hyper rows, 16]) are views of one tensor, in which the ages
+    follow. The prologue kernel writes ``step_rows`` and ``by_age``. ``launches`` are the launches of this step.
 
-    In a CUDA graph the addresses of the gradients are copied by the graph, since it may have gradients of its own, and
-    the hyper-parameters before each replay, by ``refresh_captured``.
+    A CUDA graph copies the addresses of the gradients itself, since it may have gradients of its own.
+    ``refresh_captured`` copies the hyper-parameters before each replay.
     """
 
     def __init__(self, batch: TensorBatch, chunk: int = CHUNK, reads_lr: bool = False):
-        """``reads_lr``: whether the prologue finds an lr in a tensor on the device by its address."""
+        """``reads_lr``: whether the prologue can read an lr from a tensor on the device, by its address."""
         self.chunk = chunk
         self.lr_on = batch.device if reads_lr else None
         self.device = batch.device
@@ -50,12 +50,12 @@ class DeviceTables:
         self.arrived = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._launches: dict[tuple[Any, ...], tuple[Launch, ...]] = {}
         self.captured_kinds: tuple[Any, ...] | None = None
-        self._left_by_norm: int | None = None  # the version of the batch whose update will need the same
+        self._left_by_norm: int | None = None  # version of the batch whose norm has built these tables
 
     def refresh(self, batch: TensorBatch, for_norm: bool = False) -> None:
-        """Brings the tables up to the batch's gradients and hyper-parameters; copies only what has changed.
+        """Brings the tables up to date with the batch's gradients and hyper-parameters. Copies only what has changed.
 
-        ``for_norm``: for the norm of a step, whose update then finds them as they must be.
+        ``for_norm``: the call is for the norm of a step, and the update of the same step reuses the tables.
         """
         left_by_norm, self._left_by_norm = self._left_by_norm, batch.version if for_norm else None
         if not for_norm and left_by_norm == batch.version:
@@ -93,7 +93,7 @@ class DeviceTables:
             self.hyper_image = hyper_image
 
     def _capture(self, addresses: list[int], hypers: list[Hyper]) -> None:
-        """Records the copy of the gradients' addresses; whatever else the step needs must be on the device already."""
+        """Records the copy of the gradients' addresses. All else that the step needs must be on the device already."""
         if self.upload is not None:
             self.host["grad"] = addresses
             self.aligned = self._aligned()
@@ -104,7 +104,7 @@ class DeviceTables:
                 "gradients, policies and epoch of the step to capture"
             )
         self.upload.write_captured(self.host.tobytes())
-        self.addresses = []  # what the next step outside of the graph finds on the device is the graph's
+        self.addresses = []  # from now on the device has the graph's; the next step outside of it copies its own
         self.launches, (self.captured_kinds, _) = self._launches[signature], signature
 
     def _hyper_image(self, hypers: list[Hyper]) -> bytes:
@@ -113,12 +113,12 @@ class DeviceTables:
         return bytes(table) + b"".join(bytes(array) for array in table.age_arrays)
 
     def launches_of_all(self) -> tuple[Launch, ...]:
-        """Launches over every row, dropped or not, as though each kept everything."""
+        """Launches over all rows, dropped or not, as though each kept everything."""
         return self._launches_of([_Kind("keep")] * len(self.hypers))
 
     def places(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(float64 [count or more], int32 [1] that is 0 between launches): where programs leave what they have added
-        up, and count themselves.
+        """Scratch space for a norm: one float64 slot per program (``count`` or more) for its partial sum, and an int32
+        counter of finished programs, which is 0 between launches.
         """
         if self.sums.numel() < count:
             self.sums = torch.zeros(count, dtype=torch.float64, device=self.device)
@@ -129,7 +129,7 @@ class DeviceTables:
         return room > self.age_room or buckets > self.age_stride
 
     def _make_room(self, hypers: list[Hyper]) -> None:
-        """Tables as large as these hyper-parameters need: ages grow with the epochs, up to the number of buckets."""
+        """Makes the tables as large as these hyper-parameters need. Ages grow with the epochs, up to one per bucket."""
         buckets, room = _age_sizes(hypers)
         if self.upload is None or room > self.age_room:
             self.age_room = room
@@ -157,7 +157,7 @@ class DeviceTables:
         return aligned
 
     def _launches_of(self, kinds: list[Any]) -> tuple[Launch, ...]:
-        """By the _Kind of each hyper row, or None where nothing is touched."""
+        """The launches for the _Kind of each hyper row, which is None if its plan touches nothing."""
         signature = self._signature(kinds)
         if signature not in self._launches:
             while len(self._launches) >= _KEPT_LAUNCHES:
@@ -166,13 +166,15 @@ class DeviceTables:
         return self._launches[signature]
 
     def _signature(self, kinds: list[Any]) -> tuple[Any, ...]:
-        """What the launches depend on. Where nothing is drawn, dropped blocks go with those that keep everything."""
+        """The values that the launches depend on. If nothing is drawn, dropped blocks share the launch of blocks that
+        keep everything.
+        """
         if not any(kind is not None and kind.is_drawn for kind in kinds):
             kinds = [_Kind("keep") if kind == _Kind("off") else kind for kind in kinds]
         return tuple(kinds), self.aligned.tobytes()
 
     def _make_launches(self, kinds: list[Any]) -> tuple[Launch, ...]:
-        """Rows that can share a launch do: one a mask kind, alignment and use of amsgrad, for any number of tensors."""
+        """Makes one launch per mask kind, layout, alignment and use of amsgrad, for any number of tensors."""
         drawn = next((kind for kind in kinds if kind is not None and kind.is_drawn), None)
         members: dict[tuple[str, int, bool, bool, bool], list[tuple[int, _Kind]]] = {}
         for row, (numel, layout) in enumerate(zip(self.host["numel"], self.layouts)):

@@ -1,4 +1,4 @@
-"""The rows of csrc/tensor_table.h as ctypes structures, field by field, and the filling of them from a TensorBatch."""
+"""The rows of csrc/tensor_table.h as ctypes structures, field by field. Fills them from a TensorBatch."""
 
 import ctypes
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class TensorRow(ctypes.Structure):
     ]
 
 
-TENSOR_ROW = np.dtype(TensorRow)  # a column is filled from a list in 5 us for 400 tensors, field by field in 300
+TENSOR_ROW = np.dtype(TensorRow)  # for 400 tensors a column is filled from a list in 5 us, field by field in 300 us
 
 
 class HyperRow(ctypes.Structure):
@@ -52,7 +52,7 @@ assert ctypes.sizeof(TensorRow) == 112 and ctypes.sizeof(HyperRow) == 128  # as 
 
 
 def tensor_table(batch: TensorBatch) -> np.ndarray[Any, Any]:
-    """One TensorRow a parameter, all but its gradient's address, which every step brings anew."""
+    """Returns one TensorRow per parameter, without the address of its gradient, which is new in every step."""
     table = np.zeros(len(batch.params), TENSOR_ROW)
     columns: tuple[tuple[str, Sequence[torch.Tensor | None]], ...] = (
         ("param", batch.params), ("exp_avg", batch.exp_avgs), ("exp_avg_sq", batch.exp_avg_sqs),
@@ -70,10 +70,10 @@ def tensor_table(batch: TensorBatch) -> np.ndarray[Any, Any]:
 
 
 def hyper_table(hypers: list[Hyper], lr_on: torch.device | None = None) -> Any:
-    """One HyperRow a Hyper; the age arrays stay alive with the table.
+    """Returns one HyperRow per Hyper. The table keeps the age arrays alive.
 
-    ``lr_on``: an lr that is a tensor on this device goes in by its address. Any other goes in by its value, for which
-    the host may wait for a device.
+    ``lr_on``: an lr that is a tensor on this device is stored as its address. Any other is stored as its value, for
+    which the host may have to wait for a device.
     """
     table: Any = (HyperRow * len(hypers))()
     table.age_arrays = []

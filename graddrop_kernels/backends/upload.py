@@ -6,14 +6,14 @@ import torch
 class Upload:
     """A uint8 tensor on a device that is written from the host without waiting.
 
-    A copy may still be reading its pinned buffer when the next step writes: buffers are used in turn, and one that is
-    still being read is left alone and another made.
+    A copy may still be reading its pinned buffer when the next step writes. So buffers are used in turn, and if the
+    next one is still being read, another is made.
     """
 
     def __init__(self, size: int, device: torch.device):
         self.device: torch.Tensor = torch.zeros(-(-size // 16) * 16, dtype=torch.uint8, device=device)
         self.buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
-        # Nothing can be allocated while a graph is captured; what a graph copies from is kept as it is for ever.
+        # Nothing can be allocated while a graph is captured. A buffer that a graph copies from is never written again.
         self.spare: torch.Tensor | None = self._pinned()
         self.captured: list[torch.Tensor] = []
 
@@ -21,14 +21,14 @@ class Upload:
         return torch.empty(self.device.numel(), dtype=torch.uint8, pin_memory=self.device.is_cuda)
 
     def write_captured(self, data: bytes) -> None:
-        """Records a copy of ``data`` to the beginning in the graph that is being captured.
+        """Records in the graph that is being captured a copy of ``data`` to the beginning of the tensor.
 
         Raises:
             RuntimeError: another graph was captured since the last ``write``.
         """
         if self.spare is None:
             if bytes(self.captured[-1][: len(data)].numpy()) == data:
-                return  # by the norm of this very step
+                return  # the norm of the same step has recorded it
             raise RuntimeError("call step() once between the captures of two CUDA graphs")
         buffer, self.spare = self.spare, None
         self.captured.append(buffer)

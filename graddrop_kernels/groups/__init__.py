@@ -1,1 +1,1 @@
-"""From a model to parameter groups; what a group holds and masks."""
+"""Makes parameter groups of a model; defines what a group holds and what it masks."""

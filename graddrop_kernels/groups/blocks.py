@@ -8,15 +8,12 @@ from torch import nn
 from .names import (
     SAY_LAYERS,
     WRAPPERS,
-    block_of,
     canonical_module_name,
     canonical_name,
     forward_order,
     in_decoder,
     match_layers,
 )
-
-__all__ = ["block_of", "find_blocks", "match_layers", "parameter_blocks"]
 
 _CHECKPOINTING_LAYER = "transformers.modeling_layers.GradientCheckpointingLayer"
 _SHARED = (
@@ -37,8 +34,9 @@ def find_blocks(model: nn.Module, layers: Layers | None = None) -> Blocks:
     1. ``layers``: block modules and/or patterns (see ``match_layers``). Modules alone keep the order given.
     2. The outermost ``transformers.modeling_layers.GradientCheckpointingLayer``s.
     3. The outermost ``nn.ModuleList``s of two or more children of one class. Lists of single layers (heads, embedding
-       tables) count only where no list has composite children. A list of one is never taken, and two lists of one
-       parent only as encoder and decoder (XLM keeps each half of its blocks in a list of its own): use ``layers``.
+       tables) count only where no list has composite children. A list of one is never taken. Two lists of one parent
+       are taken only as encoder and decoder; XLM, which keeps each half of its blocks in a list of its own, needs
+       ``layers``.
 
     Args:
         model: any module; it is not changed.
@@ -47,8 +45,8 @@ def find_blocks(model: nn.Module, layers: Layers | None = None) -> Blocks:
     Raises:
         TypeError: an argument of a wrong type.
         ValueError: nothing is found (the candidates are listed), ``layers`` names what the model does not have, or
-            blocks share weights: ALBERT, tied, nested or repeated blocks. That a forward() runs a block several times
-            does not show in the modules and is not refused; ALBERT's config tells.
+            blocks share weights: ALBERT, tied, nested or repeated blocks. A forward() that runs a block several
+            times cannot be seen in the modules and is not refused; ALBERT is recognised by its config.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -136,7 +134,7 @@ def _is_checkpointing_layer(module: nn.Module) -> bool:
 
 
 def _class(module: nn.Module) -> type[nn.Module]:
-    """The class, seen through what a compiled or checkpointed child is wrapped in."""
+    """The class of a module, or of the module inside if a compiled or checkpointed child is wrapped."""
     inner = next((child for key, child in module._modules.items() if key in WRAPPERS and key != "module"), None)
     return type(module) if inner is None else _class(inner)
 
@@ -148,7 +146,9 @@ def _outermost(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> Blocks:
 def _walk(
     module: nn.Module, stop: Callable[[nn.Module], bool], name: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (canonical name, module), not looking into ``stop`` modules; those come at every place, others once."""
+    """Yield (canonical name, module) without looking into ``stop`` modules. Those are yielded wherever they are found,
+    others once.
+    """
     seen = set() if seen is None else seen
     if stop(module):
         yield name, module

@@ -1,4 +1,4 @@
-"""What is refused before anything has changed: groups, parameters, gradients and masks that no step could use."""
+"""Checks made before anything changes. They refuse groups, parameters, gradients and masks that no step could use."""
 
 import difflib
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ def check_groups(masking: Masking) -> None:
 
 
 def check_named(group: dict[str, Any], param: torch.Tensor, record: ParamRecord) -> None:
-    """Raises ValueError for a DTensor without a name; a wrapper may also have put it into its place later."""
+    """Raises ValueError for a DTensor without a name. A wrapper may have put it there after the group was made."""
     if group["mask"] is not None and "param_names" not in group and not record.flat and is_dtensor(param):
         raise ValueError(
             f"parameter {record.name!r} is sharded and has no name: its place in the optimizer is no key for masks "
@@ -46,8 +46,9 @@ def check_named(group: dict[str, Any], param: torch.Tensor, record: ParamRecord)
 
 
 def check_fixed_masks(masking: Masking, wait: bool = False) -> None:
-    """Raises ValueError for a FixedMask of no parameter. ``wait``: pieces may still be attached to what has no name in
-    this process.
+    """Raises ValueError for a FixedMask with a mask of an unknown parameter or of another shape than its parameter.
+
+    With ``wait`` it raises nothing while pieces may still be attached to parameters without a name in this process.
     """
     buffers = masking.buffers
     fixed: dict[FixedMask, dict[str, tuple[int, ...] | None]] = {}
@@ -68,7 +69,7 @@ def check_fixed_masks(masking: Masking, wait: bool = False) -> None:
 
 
 def check_fixed_mask(policy: FixedMask, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
-    """Raises ValueError unless every mask has a parameter of its name and shape (None: in a flat buffer)."""
+    """Raises ValueError unless every mask has a parameter of its name and shape. The shape is None in a flat buffer."""
     for name, shape in policy.shapes.items():
         if name not in shapes:
             near = difflib.get_close_matches(name, shapes, n=3, cutoff=0.0)
@@ -80,8 +81,8 @@ def check_fixed_mask(policy: FixedMask, shapes: Mapping[str, tuple[int, ...] | N
 def check_row(
     owner: Owner, masking: Masking, group: dict[str, Any], param: torch.Tensor, record: ParamRecord, grad: torch.Tensor
 ) -> None:
-    """Raises ValueError, TypeError or RuntimeError for a parameter, its gradient (local) or its state that no kernel
-    may be given.
+    """Raises ValueError, TypeError or RuntimeError if a kernel cannot take the parameter, its local gradient or its
+    state.
     """
     tensor = local(param)
     check_param(record.name, param)

@@ -1,4 +1,4 @@
-"""FlatBuffers: what engines have said of the flat tensors among an optimizer's parameters."""
+"""FlatBuffers: the pieces of parameters in the flat tensors that engines put among an optimizer's parameters."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,21 +22,21 @@ Flat = Mapping[torch.Tensor, Sequence[FlatPiece]]  # what was attached to the fl
 
 
 class FlatBuffers:
-    """The flat buffers of an optimizer, and what `attach_pieces()` was told of them."""
+    """The flat buffers of an optimizer, with everything that `attach_pieces()` was given about them."""
 
     def __init__(self) -> None:
         self.pieces: dict[torch.Tensor, tuple[FlatPiece, ...]] = {}
         self.shapes: dict[str, tuple[int, ...]] | None = None  # of all parameters, where this process has only some
         self.last: frozenset[torch.Tensor] = frozenset()  # see attach_pieces(last=)
         self.has_gradients: Callable[[int], bool] = lambda index: False  # see attach_pieces(has_gradients=)
-        # Of the tensors that groups were made of, those that look like a buffer of an engine; None: all of them.
+        # The tensors given by the user that look like a buffer of an engine. None before note(): all count as given.
         self._given: list[torch.Tensor] | None = None
 
     def attach(
         self, pieces: Mapping[torch.Tensor, Sequence[FlatPiece]], shapes: Mapping[str, Sequence[int]] | None,
         last: Iterable[torch.Tensor], has_gradients: Callable[[int], bool] | None,
     ) -> None:  # fmt: skip
-        """Notes pieces that were checked (check_pieces)."""
+        """Keeps pieces that check_pieces() has checked."""
         self.pieces.update((tensor, tuple(map(FlatPiece._make, own))) for tensor, own in pieces.items())
         self.last |= frozenset(last)
         self.has_gradients = has_gradients or self.has_gradients
@@ -44,13 +44,14 @@ class FlatBuffers:
             self.shapes = {canonical_name(name): tuple(shape) for name, shape in shapes.items()}
 
     def note(self, groups: list[dict[str, Any]]) -> None:
-        """Notes that the user has given the tensors of the last group: what comes into a group later is an engine's."""
+        """Notes the last group's tensors as given by the user. Tensors that come into a group later are an engine's."""
         new = groups if self._given is None else groups[-1:]
         self._given = (self._given or []) + [param for group in new for param in filter(_may_be_flat, group["params"])]
 
     def reason(self, param: torch.Tensor) -> str | None:
-        """Why a parameter must not be stepped before ``attach_pieces``, since it is a flat buffer of unknown parameters
-        and a mask drawn for it would depend on the sharding. None: there is no reason.
+        """The reason why a parameter must not be stepped before ``attach_pieces``, or None.
+
+        It is a flat buffer of unknown parameters, and a mask drawn for it would depend on the sharding.
         """
         if param in self.pieces:
             return None
@@ -65,17 +66,17 @@ class FlatBuffers:
         return None
 
     def completes_step(self, group: dict[str, Any]) -> bool:
-        """Whether a step of what is in the group now is the group's last call of ``step()`` in a step."""
+        """Whether stepping the group's present parameters is the group's last call of ``step()`` in a training step."""
         return not self.last or any(param in self.last for param in group["params"])
 
 
 def _may_be_flat(tensor: torch.Tensor) -> bool:
-    """Whether it could be a buffer of an engine: those of DeepSpeed are vectors and no nn.Parameters."""
-    return tensor.dim() == 1 and not isinstance(tensor, nn.Parameter) and not hasattr(tensor, "placements")
+    """Whether it could be a buffer of an engine. DeepSpeed's buffers are vectors and no nn.Parameters."""
+    return not isinstance(tensor, nn.Parameter) and tensor.dim() == 1 and not hasattr(tensor, "placements")
 
 
 def check_pieces(buffer: torch.Tensor, pieces: Sequence[FlatPiece]) -> None:
-    """Raises ValueError for pieces that overlap, or are not in the buffer."""
+    """Raises ValueError for pieces that overlap, are out of order, or are not in the buffer."""
     end = 0
     for piece in map(FlatPiece._make, pieces):
         if not end <= piece.local_start <= piece.local_start + piece.numel <= buffer.numel() or piece.global_start < 0:

@@ -1,4 +1,4 @@
-"""Loading state dicts: what is taken from the file and what stays this optimizer's own."""
+"""Loads state dicts. Decides which values come from the file and which stay the optimizer's own."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ _STRUCTURE = (
     "param_names", "blocks", "block", "param_blocks", "name", "capturable", "differentiable", "master_weights",
     "stochastic_rounding",
 )  # fmt: skip
-# A run continues bit for bit only under the same ones.
+# A run continues bit for bit only if these are the same.
 _MASKING = ("mask", "seed", "masked", "bias_correction")
 
 
@@ -21,7 +21,7 @@ def load(
     optimizer: torch.optim.Optimizer, torchs_load: Callable[[dict[str, Any]], None], state_dict: dict[str, Any],
     strict: bool,
 ) -> None:  # fmt: skip
-    """What load_state_dict() does: ``torchs_load`` with a state dict made fit for the optimizer's groups."""
+    """Does what load_state_dict() does: calls ``torchs_load`` with a state dict adapted to the optimizer's groups."""
     prepared: dict[str, Any] = {}
 
     def fit(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -37,11 +37,11 @@ def load(
 
 
 def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]], strict: bool) -> dict[str, Any]:
-    """A copy of ``state_dict`` fit for ``groups``: our keys that it lacks are filled in,
-    parameters are brought into our order by name.
+    """Returns a copy of ``state_dict`` adapted to ``groups``. Keys of ours that it lacks are filled in, and parameters
+    are brought into our order by name.
 
     Raises:
-        ValueError: names that differ, or, if strict, another policy, seed or meaning of masked.
+        ValueError: names or shapes differ; with strict also another policy, seed, masked or bias_correction.
     """
     saved_groups = [dict(group) for group in state_dict["param_groups"]]
     if len(saved_groups) != len(groups):
@@ -86,8 +86,8 @@ def _check_saved_state(index: int, state: dict[str, Any] | None, param: torch.Te
 
 
 def _in_our_order(index: int, saved: dict[str, Any], group: dict[str, Any]) -> list[Any]:
-    """The saved parameter ids of a group, reordered by name; unchanged where they are names themselves
-    (torch.distributed.checkpoint has ordered them).
+    """The saved parameter ids of a group, reordered by name. Ids that are names themselves stay as they are:
+    torch.distributed.checkpoint has ordered them.
     """
     params: list[Any] = saved["params"]
     if params and isinstance(params[0], str):
@@ -106,10 +106,10 @@ def _in_our_order(index: int, saved: dict[str, Any], group: dict[str, Any]) -> l
 
 
 def restore_moment_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Undoes torch's cast of float32 moments and masters to the parameter's dtype, makes step counts float32, which the
-    kernels count in, and leaves out masters where none are wanted.
+    """Undoes torch's cast of float32 moments and masters to the parameter's dtype. Makes step counts float32, in which
+    the kernels count. Removes masters where none are wanted.
 
-    Moments of any other dtype are those of a model of that dtype, and the cast is right for them.
+    Moments of any other dtype come from a model of that dtype, and for them the cast is right.
     """
     ids = (saved for group in state_dict["param_groups"] for saved in group["params"])
     rows = ((group, param) for group in optimizer.param_groups for param in group["params"])

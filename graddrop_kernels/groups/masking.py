@@ -1,4 +1,4 @@
-"""Masking: what each parameter group of an optimizer masks, and when: policies, random streams, plans, masks."""
+"""Masking: policies, random streams, plans and masks of an optimizer's parameter groups."""
 
 import weakref
 from collections.abc import Hashable, Sequence
@@ -21,8 +21,8 @@ from .records import ParamRecord, Span, make_records, spans_of
 
 
 class Masking:
-    """A view of an optimizer's ``param_groups``. What it keeps beside the policies and the flat buffers can be made
-    again from them; ``forget()`` drops it, after a load or a new group.
+    """A view of an optimizer's ``param_groups``. Everything that it keeps beside the policies and the flat buffers is a
+    cache, which ``forget()`` drops after a load or a new group.
     """
 
     def __init__(self, owner: Owner, policies: PolicyBook):
@@ -48,7 +48,7 @@ class Masking:
         return range(len(self._owner.param_groups))
 
     def facts(self) -> list[tuple[Any, ...]]:
-        """What of the groups a prepared step depends on."""
+        """The values of the groups that a prepared step depends on."""
         return [
             (
                 group["mask"], group["seed"], group["amsgrad"], group["master_weights"], group["stochastic_rounding"],
@@ -63,7 +63,7 @@ class Masking:
         return self.policies.get(self[index]["mask"])
 
     def is_frozen(self, index: int) -> bool:
-        """Whether dropped elements stay as they are, instead of having a gradient of 0. Of a group with a policy."""
+        """Whether dropped elements stay as they are, rather than have a gradient of 0. The group must have a policy."""
         policy: Any = self.policy(index)
         masked: str = self[index]["masked"] or policy.masked
         return masked == "frozen"
@@ -82,7 +82,7 @@ class Masking:
         return list(map(self.clock, self.indices()))
 
     def plan(self, index: int, unit: Hashable, clock: Clock | None = None) -> MaskPlan:
-        """What the policy does to one unit of a group at a time (default: in the next step)."""
+        """The plan of one unit of a group at the time ``clock``, by default in the next step."""
         policy, group = self.policy(index), self[index]
         if policy is None:
             return KEEP
@@ -104,8 +104,9 @@ class Masking:
         )  # fmt: skip
 
     def active_fraction(self, index: int, clock: Clock | None = None) -> float:
-        """The share of a group's elements kept at a time (default: in the next step): exact for blocks and fixed masks.
-        Of sharded parameters as a whole, of flat buffers what is in this process.
+        """The share of a group's elements kept at the time ``clock``, by default in the next step. It is exact for
+        blocks and fixed masks. It counts the whole of a sharded parameter, but only this process's part of a flat
+        buffer.
         """
         plans: dict[Hashable, MaskPlan] = {}
         active, total = 0.0, 0
@@ -131,7 +132,7 @@ class Masking:
         return self._records_and_blocks(index)[0]
 
     def blocks(self, index: int) -> tuple[str, ...]:
-        """The model's blocks in forward order; empty where the policy needs none."""
+        """The model's blocks in forward order; empty if the policy needs none."""
         return self._records_and_blocks(index)[1]
 
     def _records_and_blocks(self, index: int) -> tuple[list[ParamRecord], tuple[str, ...]]:
@@ -146,7 +147,9 @@ class Masking:
         return cached[1]
 
     def find(self, param: torch.Tensor | str) -> tuple[int, int]:
-        """(group, position) of a parameter or of its name; of the flat buffer that it is in. Raises KeyError."""
+        """(group, position) of a parameter given as a tensor or by name, or of the flat buffer that holds it. Raises
+        KeyError for an unknown one.
+        """
         wanted = canonical_name(param) if isinstance(param, str) else None
         for index, group in enumerate(self.groups):
             for position, (tensor, record) in enumerate(zip(group["params"], self.records(index))):
@@ -160,12 +163,12 @@ class Masking:
         )
 
     def record_of(self, param: torch.Tensor | str) -> ParamRecord:
-        """The record of a parameter. Raises KeyError."""
+        """The record of a parameter. Raises KeyError for an unknown one."""
         index, position = self.find(param)
         return self.records(index)[position]
 
     def check_flat(self, record: ParamRecord, param: torch.Tensor) -> None:
-        """Raises TypeError for a flat buffer of which nobody said what is in it."""
+        """Raises TypeError for a flat buffer whose pieces were not attached."""
         if reason := self.buffers.reason(param):
             raise TypeError(
                 f"parameter {record.name!r} is a flat buffer of a wrapper, and a mask drawn for it would depend on the "
@@ -175,8 +178,8 @@ class Masking:
     # Masks.
 
     def words(self, index: int, param: torch.Tensor, record: ParamRecord) -> list[torch.Tensor | None]:
-        """Bit-planes of the buckets or the bits of a fixed mask, of each span, made once a parameter and kept on its
-        device; None where the policy stores none.
+        """Per span, the bit-planes of the buckets or the bits of a fixed mask; None where the policy stores none. They
+        are made once per parameter and kept on its device.
         """
         policy, spans = self.policy(index), spans_of(param, record)
         if not isinstance(policy, FixedMask) and getattr(policy, "storage", None) != "bitpacked":
@@ -210,7 +213,7 @@ class Masking:
         return as_sharded(keep, tensor)
 
     def step_of(self, param: torch.Tensor) -> int:
-        """The steps that a parameter has completed."""
+        """The number of steps that a parameter has completed."""
         return int(self._owner.state.get(param, {}).get("step", 0))
 
 

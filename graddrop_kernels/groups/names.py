@@ -1,4 +1,4 @@
-"""Names without their modules: canonical parameter names, and which blocks a parameter name or a pattern speaks of."""
+"""Canonical parameter names, and the blocks that a parameter name or a pattern means. Works on names only."""
 
 import difflib
 import re
@@ -20,12 +20,12 @@ def canonical_name(fqn: str) -> str:
 
 
 def canonical_module_name(fqn: str) -> str:
-    """As ``canonical_name``, for a module: here the last component may be a wrapper (``layer.0._orig_mod``)."""
+    """As ``canonical_name``, for a module. Its last component may be a wrapper too (``layer.0._orig_mod``)."""
     return canonical_name(f"{fqn}.").removesuffix(".")
 
 
 def block_of(name: str, block_names: Collection[str]) -> str | None:
-    """Return which of ``block_names`` (best a set or dict) holds the parameter of this canonical name, or None."""
+    """Return the one of ``block_names`` (best a set or dict) that holds the parameter of this canonical name."""
     return next((prefix for prefix in _prefixes(name) if prefix in block_names), None)
 
 
@@ -34,8 +34,8 @@ def match_layers(patterns: str | Iterable[str], names: Iterable[str]) -> list[st
 
     A pattern is a whole block name with shell wildcards inside its dotted components: ``*`` is exactly one component,
     and ``encoder.layer.*`` finds ``encoder.layer.0`` from ``encoder.layer.0.attention.weight``. One str is one pattern.
-    Forward order is that of first appearance, except that layer numbers decide within a stack (groups by learning rate
-    may list the top first) and an encoder comes before a decoder.
+    Forward order is the order of first appearance, with two exceptions. Within a stack the layer numbers decide, since
+    groups by learning rate may list the top first. An encoder comes before a decoder.
 
     Raises TypeError for anything but str, ValueError for a pattern that finds nothing and for blocks within blocks.
     """
@@ -63,7 +63,7 @@ def match_layers(patterns: str | Iterable[str], names: Iterable[str]) -> list[st
 
 
 def forward_order(names: Iterable[str]) -> Callable[[str], tuple[bool, int, list[int]]]:
-    """Return the sort key that puts block names, given in order of appearance, into forward order."""
+    """Return the sort key that puts block names into forward order. ``names`` are given in order of appearance."""
     stacks: dict[str, int] = {}
     for name in names:
         stacks.setdefault(_numbers_to_stars(name), len(stacks))

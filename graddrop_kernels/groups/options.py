@@ -1,4 +1,4 @@
-"""What a parameter group holds: our keys beside torch's, and which values are allowed."""
+"""Options of a parameter group: our keys beside torch's, and the values that are allowed."""
 
 import math
 from typing import Any
@@ -17,8 +17,8 @@ GROUP_DEFAULTS = {
     "master_weights": False,  # step a float32 copy of 16-bit parameters
     "stochastic_rounding": False,  # of bfloat16 parameters
     "epoch": 0,
-    "epoch_was_set": False,  # set_epoch() was called, once at least
-    "completed_steps": 0,  # steps of this group, the draw of its block masks
+    "epoch_was_set": False,  # set_epoch() was called at least once
+    "completed_steps": 0,  # steps that this group has made; the draw of its block masks
     "epoch_history": "",  # "epoch:first step,...", see policies.clock
 }
 
@@ -30,9 +30,9 @@ def moment_dtype_name(dtype: torch.dtype | str | None) -> str | None:
 
 
 def _number(name: str, index: int, value: Any) -> float:
-    """The value as a float. Raises ValueError for what is none: a string, None, a tensor of several elements.
+    """The value as a float. Raises ValueError for anything else: a string, None, a tensor of several elements.
 
-    An lr on a GPU counts as 0: nobody waits for its value.
+    An lr on a GPU counts as 0, so that the host does not wait for its value.
     """
     if name == "lr" and isinstance(value, torch.Tensor) and value.is_cuda and value.numel() == 1:
         return 0.0
@@ -44,7 +44,7 @@ def _number(name: str, index: int, value: Any) -> float:
 
 
 def check_options(index: int, group: dict[str, Any]) -> None:
-    """Raises ValueError that names the group's offending value. Comparisons are written so that NaN fails them."""
+    """Raises a ValueError that names the group's offending value. Comparisons are written so that NaN fails them."""
     for name in ("lr", "eps", "weight_decay"):
         if not 0 <= _number(name, index, group[name]) < math.inf:
             raise ValueError(f"{name} of parameter group {index} must be a finite number >= 0, got {group[name]!r}")
@@ -80,7 +80,7 @@ def check_options(index: int, group: dict[str, Any]) -> None:
 
 
 def check_max_grad_norm(max_grad_norm: float | None) -> float | None:
-    """Raises ValueError for one that cannot be used. Written so that NaN fails it."""
+    """Returns the limit. Raises ValueError for one that cannot be used. NaN fails the comparison."""
     if max_grad_norm is None:
         return None
     if isinstance(max_grad_norm, (bool, str)) or not 0 < max_grad_norm <= math.inf:

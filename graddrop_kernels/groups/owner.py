@@ -1,4 +1,4 @@
-"""Owner: what lower floors may read of an optimizer, public all."""
+"""Owner: the attributes of an optimizer that lower packages may read, all of them public."""
 
 from collections import defaultdict
 from typing import Any, Protocol
@@ -7,7 +7,7 @@ import torch
 
 
 class Owner(Protocol):
-    """FusedGradDropAdamW, as its step and the text about it see it. A compiled step has one of its own."""
+    """FusedGradDropAdamW as its step and the inspection see it. A compiled step may have an Owner of its own."""
 
     param_groups: list[dict[str, Any]]  # the truth: options, policy as JSON, epoch, completed steps
     state: defaultdict[torch.Tensor, Any]

@@ -25,21 +25,23 @@ def param_groups(
 
     Args:
         model: its trainable parameters are grouped, each once; frozen ones (``requires_grad=False``) are left out.
-        weight_decay: of the decaying groups, at least 0. Biases (any name with "bias" in it, T5's
+        weight_decay: the weight decay of the decaying groups, at least 0. Biases (any name with "bias" in it, T5's
             ``relative_attention_bias`` too) and normalisation layers get 0, as in transformers' Trainer.
-        exclude: shell patterns on whole canonical parameter names, for what shall be dense although it is inside a
-            block. ``*`` is any run of characters, dots too: ``"*.bias"``, ``"*LayerNorm*"``, ``"encoder.layer.1.*"``.
-        layers: the blocks, if ``find_blocks`` shall not look for them itself.
-        per_block: a group of its own for each block, for engines that make one flat tensor of a group (DeepSpeed) or
-            deal out its parameters (ZeroRedundancyOptimizer): policies of whole blocks need it there. Parameters then
-            come without names, which these engines do not take; ``attach_deepspeed`` and ``attach_zero`` give them.
+        exclude: shell patterns on whole canonical parameter names. Parameters that match are dense although they are
+            inside a block. ``*`` is any run of characters, dots too: ``"*.bias"``, ``"*LayerNorm*"``,
+            ``"encoder.layer.1.*"``.
+        layers: the blocks, if ``find_blocks`` is not to look for them itself.
+        per_block: makes a group of its own for each block. Policies of whole blocks need this with engines that make
+            one flat tensor of a group (DeepSpeed) or distribute its parameters (ZeroRedundancyOptimizer). Parameters
+            then have no names, since these engines take none; ``attach_deepspeed`` and ``attach_zero`` add the names.
 
     Embeddings, pooler, head and final norm are outside the blocks, hence dense, and so is a parameter that a block
-    shares with them. What one block holds for all of them (T5 keeps its ``relative_attention_bias`` in block 0) is
-    that block's. ALBERT-like models, whose layers share weights, are refused as in ``find_blocks``.
+    shares with them. A parameter that one block holds for all blocks belongs to that block; T5 keeps its
+    ``relative_attention_bias`` in block 0. ALBERT-like models, whose layers share weights, are refused as in
+    ``find_blocks``.
 
     Returns:
-        Those of these groups that are not empty, in this order, parameters as in ``model.named_parameters()``:
+        The non-empty ones of these groups, in this order, with parameters in the order of ``model.named_parameters()``:
         ``{"name": "blocks" or "blocks_no_decay", "params": [(canonical name, Parameter), ...], "weight_decay": float,
         "blocks": [name of every block, in forward order], "param_blocks": [block name of each of params]}``, and
         ``{"name": "dense" or "dense_no_decay", "params": ..., "weight_decay": ..., "mask": None}``.

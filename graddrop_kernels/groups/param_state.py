@@ -1,5 +1,4 @@
-"""What AdamW keeps for a parameter: step, exp_avg, exp_avg_sq, max_exp_avg_sq, master_param. Its dtypes, its making,
-and what of it must be refused.
+"""AdamW's state of a parameter (step, exp_avg, exp_avg_sq, max_exp_avg_sq, master_param): dtypes, creation, validation.
 """
 
 from typing import Any
@@ -12,17 +11,17 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def has_master(param: torch.Tensor, group: dict[str, Any]) -> bool:
-    """Whether a float32 copy of the parameter is stepped in its place."""
+    """Whether a float32 copy of the parameter is stepped in place of the parameter."""
     return group["master_weights"] and param.dtype in _HALF
 
 
 def is_stochastic(param: torch.Tensor, group: dict[str, Any]) -> bool:
-    """Whether the parameter is rounded stochastically; one of another dtype is rounded as usual."""
+    """Whether the parameter is rounded stochastically. Only bfloat16 parameters are; others are rounded as usual."""
     return group["stochastic_rounding"] and param.dtype == torch.bfloat16
 
 
 def moment_dtype(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> torch.dtype:
-    """That of the moments which are there, else the group's choice; float32 beside master weights."""
+    """The dtype of the moments: float32 with master weights, else that of existing moments, else the group's choice."""
     if has_master(param, group):
         return torch.float32
     if "exp_avg" in state:
@@ -34,18 +33,20 @@ def moment_dtype(param: torch.Tensor, group: dict[str, Any], state: dict[str, An
 def mode(
     param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]
 ) -> tuple[torch.device, torch.dtype, torch.dtype]:
-    """What backends.select() is asked about a parameter: device, dtypes of what is stepped and of the moments."""
+    """(device, stepped dtype, moment dtype) as backends.select() takes them. With master weights the float32 masters
+    are stepped.
+    """
     stepped = torch.float32 if has_master(param, group) else param.dtype
     return param.device, stepped, moment_dtype(param, group, state)
 
 
 def make_state(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
-    """Makes what ``state`` lacks, as torch does: zeros in the parameter's strides."""
+    """Adds the entries that ``state`` lacks. Moments are zeros in the parameter's strides, as torch makes them."""
     dtype = moment_dtype(param, group, state)
     for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + group["amsgrad"]]:
         if name not in state:
             state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        state[name] = state[name].to(dtype)  # another one's where master weights begin in the middle of a run
+        state[name] = state[name].to(dtype)  # another dtype if master weights begin in the middle of a run
     if has_master(param, group) and "master_param" not in state:
         state["master_param"] = param.detach().to(torch.float32)
     if "step" not in state:
@@ -55,8 +56,8 @@ def make_state(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]
 
 
 def check_state(name: str, param: torch.Tensor, state: dict[str, Any]) -> None:
-    """Raises ValueError or TypeError for state that does not fit its parameter: the kernels get addresses,
-    and would write past an end.
+    """Raises ValueError or TypeError for state that does not fit its parameter. Kernels get only addresses, and would
+    write past the end of a tensor that is too short.
     """
     remedy = "build a new optimizer, or delete optimizer.state[param]"
     step = state.get("step", 0)

@@ -1,6 +1,4 @@
-"""What the optimizer knows of each parameter besides its tensors: its name, its random stream, its block.
-And which parameters it must refuse.
-"""
+"""ParamRecord and Span: the name, random stream and unit of each parameter, and which of its elements are here."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -18,9 +16,11 @@ from .names import block_of, canonical_name, match_layers
 
 @dataclass(frozen=True, slots=True)
 class ParamRecord:
-    """``unit`` is what decides about the parameter together with others (Policy.unit): None, its block's name, ...
+    """The name, random stream and unit of one parameter.
 
-    ``flat``: (piece, random stream, unit) of each parameter that is in a flat buffer; empty for a parameter by itself.
+    ``unit``: parameters with the same unit share one MaskPlan (see Policy.unit). It is a block's name, for example.
+
+    ``flat``: (piece, random stream, unit) of each parameter in a flat buffer; empty if the tensor is one parameter.
     """
 
     name: str
@@ -30,8 +30,8 @@ class ParamRecord:
 
 
 def group_names(group: dict[str, Any], index: int, flat: Flat) -> list[str]:
-    """Canonical names of a group's parameters; "{group}.{position}" for parameters given without names, and where a
-    wrapper has put flat buffers in their place.
+    """Canonical names of a group's parameters. Parameters given without names, and flat buffers that a wrapper has put
+    in their place, are called "{group}.{position}".
 
     Raises:
         ValueError: fewer or more names than parameters, as when a wrapper has flattened them into one buffer.
@@ -50,7 +50,7 @@ def group_names(group: dict[str, Any], index: int, flat: Flat) -> list[str]:
 
 
 def _names_of_model(groups: list[dict[str, Any]], flat: Flat) -> list[str]:
-    """Canonical names of all parameters in all groups, flat buffers as what is in them."""
+    """Canonical names of all parameters in all groups, with those inside of flat buffers in place of the buffers."""
     return [
         each
         for index, group in enumerate(groups)
@@ -64,7 +64,7 @@ def group_blocks(
 ) -> tuple[tuple[str, ...], list[str | None]]:
     """(all blocks in forward order, the block of each parameter of group ``index``), for a policy that needs blocks.
 
-    They come from the policy's ``layers`` patterns, else from what ``param_groups`` has put into the group.
+    The blocks come from the policy's ``layers`` patterns, else from the keys that ``param_groups`` puts into a group.
 
     Raises:
         ValueError: neither is there.
@@ -79,12 +79,12 @@ def group_blocks(
             )
         blocks = match_layers(policy.layers, _names_of_model(groups, flat))
         return tuple(blocks), [block_of(name, blocks) for name in names]
-    if "block" in group:  # param_groups(..., per_block=True): of however many tensors an engine makes of the group
+    if "block" in group:  # param_groups(..., per_block=True), of which an engine may make any number of tensors
         return tuple(group["blocks"]), [group["block"]] * len(names)
     if "blocks" in group and len(group.get("param_blocks", ())) == len(names):
         return tuple(group["blocks"]), list(group["param_blocks"])
     if "blocks" in group and all(param in flat for param in group["params"]):
-        return tuple(group["blocks"]), [None] * len(names)  # the buffers' pieces know better
+        return tuple(group["blocks"]), [None] * len(names)  # the pieces of a buffer have blocks of their own
     raise ValueError(
         f"mask={kind}(...) drops whole transformer blocks and must know them: "
         "pass graddrop_kernels.param_groups(model) as the parameters, "
@@ -95,7 +95,7 @@ def group_blocks(
 def make_records(
     groups: list[dict[str, Any]], index: int, policy: Policy | None, flat: Flat
 ) -> tuple[list[ParamRecord], tuple[str, ...]]:
-    """The records of group ``index``, and the blocks of the model (empty where the policy needs none).
+    """The records of group ``index``, and the blocks of the model, which are empty if the policy needs none.
 
     Raises ValueError as the functions above do.
     """
@@ -120,7 +120,7 @@ def make_records(
 
 
 def _block_of_buffer(name: str, pieces: list[tuple[FlatPiece, int, Any]]) -> str | None:
-    """The block that everything in a flat buffer belongs to."""
+    """The one block that all parameters in a flat buffer belong to. Raises ValueError if there are several."""
     found = dict.fromkeys(unit for _, _, unit in pieces)
     if len(found) > 1:
         raise ValueError(
@@ -133,19 +133,19 @@ def _block_of_buffer(name: str, pieces: list[tuple[FlatPiece, int, Any]]) -> str
 
 
 class Span(NamedTuple):
-    """A contiguous range of a local tensor's flat elements that is one row of the kernels' tables."""
+    """A contiguous range of a local tensor's flat elements. It is one row of the kernels' tables."""
 
     start: int
     numel: int
     name: str  # of the parameter it belongs to
     key: int  # of the parameter's random stream
     unit: Hashable  # of the policy
-    layout: RowBlock  # where the elements lie in the whole parameter
+    layout: RowBlock  # which elements of the whole parameter these are
 
 
 def spans_of(param: torch.Tensor, record: ParamRecord) -> tuple[Span, ...]:
-    """The spans of a parameter's local tensor. One without elements for an empty shard: its steps count all the same,
-    so that they are equal in all processes.
+    """The spans of a parameter's local tensor. An empty shard gives one empty span, so that its step count advances
+    with the other ranks'.
     """
     if record.flat:
         spans = tuple(

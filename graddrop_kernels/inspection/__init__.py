@@ -1,1 +1,1 @@
-"""What an optimizer will do, as text and pictures."""
+"""Shows what an optimizer will do, as text and pictures."""

@@ -1,4 +1,4 @@
-"""describe(): what an optimizer's next step would mask, as a table of text. Changes nothing and draws nothing."""
+"""describe(): a text table of what an optimizer's next step would mask. Changes nothing and draws nothing."""
 
 import re
 from collections import Counter, defaultdict
@@ -18,15 +18,15 @@ _HEADER = ("group", "blocks", "tensors", "parameters", "lr", "weight decay", "ac
 
 
 def describe(optimizer: Owner) -> str:
-    """What the optimizer's next step would mask, as text: a table with a line a parameter group, and their total.
+    """Returns what the optimizer's next step would mask as a text table, with a line per parameter group and a total.
 
-    Columns: the group's index and name, in how many transformer blocks its tensors lie (``-``: nobody has named any),
-    tensors, parameters, learning rate, weight decay, the share of its elements that is active at the next step (see
-    ``active_fraction()``: exact for blocks and fixed masks, the keep probability for random elements), what dropping
-    means (``gradient``, ``frozen``, ``-``: nothing is dropped), and the policy. Below: epoch, completed steps and seed;
-    for policies of whole blocks which ones are active at the next step; the backend by device and dtypes, or why there
-    is none; notes on tensors without gradients and on epochs that nobody has told. Works at any time, before the first
-    step too.
+    Columns: the group's index and name; the number of transformer blocks that hold its tensors (``-``: no blocks are
+    named); tensors; parameters; learning rate; weight decay; the share of its elements that is active at the next step
+    (see ``active_fraction()``: exact for blocks and fixed masks, the keep probability for random elements); what
+    dropping means (``gradient``, ``frozen``, ``-``: nothing is dropped); the policy. Below: epoch, completed steps and
+    seed; for policies of whole blocks the blocks active at the next step; the backend by device and dtypes, or why
+    there is none; notes on tensors without gradients and on an epoch that was never set. Works at any time, before the
+    first step too.
 
     Args:
         optimizer: a FusedGradDropAdamW.
@@ -81,12 +81,12 @@ def policy_text(policy: Policy | None) -> str:
 
 
 def clock_text(group: dict[str, Any]) -> str:
-    """Where a parameter group is in the training."""
+    """Says where a parameter group is in the training."""
     return f"epoch {group['epoch']}, {group['completed_steps']} completed steps"
 
 
 def _blocks_of_group(masking: Masking, index: int) -> list[str]:
-    """The blocks in which the group's tensors lie, in forward order; [] where nobody has named any."""
+    """Names the blocks that hold the group's tensors, in forward order; [] if no blocks are named."""
     group, policy = masking[index], masking.policy(index)
     if policy is not None and policy.needs_blocks:
         known, own = masking.blocks(index), {record.unit for record in masking.records(index)}
@@ -121,7 +121,7 @@ def _percent(share: float, numel: int) -> str:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines of aligned columns: the first and the last two are text, the others figures."""
+    """Aligns the columns of a table: the first and the last two are text, the others figures."""
     widths = [max(map(len, column)) for column in zip(_HEADER, *rows)]
     figures = range(1, len(_HEADER) - 2)
     align: Callable[[int, str], str] = lambda i, cell: (cell.rjust if i in figures else cell.ljust)(widths[i])
@@ -129,7 +129,7 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _by_group(what: str, texts: list[tuple[int, str]]) -> list[str]:
-    """A line for each different text, with the groups that it holds for."""
+    """Returns a line per distinct text, with the groups that it holds for."""
     groups = defaultdict(list)
     for index, text in texts:
         groups[text].append(str(index))
@@ -137,7 +137,7 @@ def _by_group(what: str, texts: list[tuple[int, str]]) -> list[str]:
 
 
 def _backends(owner: Owner) -> list[str]:
-    """A line for each kind of tensor: the backend that would step it, or why none can."""
+    """Returns a line per kind of tensor: the backend that would step it, or why none can."""
     kinds = Counter(
         (param.dtype, _rounding(param, group), mode(param, group, owner.state.get(param, {})))
         for group in owner.param_groups

@@ -1,4 +1,4 @@
-"""What the pictures share. Nothing of pyplot: no window, no global state, no figure that would have to be closed."""
+"""Shared parts of the pictures. Uses no pyplot: no window, no global state, no figure to be closed."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -23,20 +23,20 @@ def new_figure(function: str, size: tuple[float, float]) -> "Figure":
 
 
 def picture(axis: "Axes", values: np.ndarray[Any, Any], origin: Literal["upper", "lower"] = "upper") -> "AxesImage":
-    """An image of shares in [0, 1], float [rows, columns]; NaN has a colour of its own."""
+    """Draws shares in [0, 1], float [rows, columns], as an image. NaN has a colour of its own."""
     image = axis.imshow(values, _SHARES, vmin=0, vmax=1, aspect="auto", origin=origin, interpolation="nearest")
     image.set_cmap(image.get_cmap().with_extremes(bad=_ABSENT))
     return image
 
 
 def label_ticks(set_ticks: Callable[..., Any], labels: Sequence[object], at_most: int = 64, **style: Any) -> None:
-    """Labels the places 0, 1, ..., every so manieth only where they are many."""
+    """Labels the places 0, 1, ...; only every n-th where there are more than ``at_most``."""
     every = max(1, -(-len(labels) // at_most))
     set_ticks(range(0, len(labels), every), [str(label) for label in labels[::every]], **style)
 
 
 def block_labels(names: Sequence[str]) -> tuple[list[str], str]:
-    """(labels, what is common): the numbers alone where the names differ in nothing else."""
+    """Returns (labels, their common part): the numbers alone if the names differ in nothing else."""
     parts = [name.rpartition(".") for name in names]
     if len({stem for stem, _, _ in parts}) == 1 and all(number.isdecimal() for _, _, number in parts):
         return [number for _, _, number in parts], parts[0][0]

@@ -22,30 +22,30 @@ from .figures import block_labels, finish, label_ticks, new_figure, picture
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SAMPLE = 4096  # elements of a tensor that are drawn of a random mask, at most
-CROP = 256  # rows and columns of a mask that are shown, at most
-_RUNS = 4  # contiguous runs that make the sample
+SAMPLE = 4096  # most elements per tensor that are drawn of a random mask
+CROP = 256  # most rows and columns of a mask that are shown
+_RUNS = 4  # contiguous runs that make up the sample
 
 
 def plot_mask(
     optimizer: Owner, path: str | os.PathLike[str] | None = None, *,
     param: torch.Tensor | str | None = None,
 ) -> "Figure":  # fmt: skip
-    """The masks of the next step: a figure of two pictures.
+    """Draws the masks of the next step: a figure of two pictures.
 
-    Left, the share of the elements that is kept: kinds of tensors (their names inside a block, numbers as ``*``) x
-    blocks, the column ``outside`` for tensors that are in none; another colour where there is no such tensor. Blocks
-    are those of ``param_groups`` or of a policy's ``layers``; where there are neither, the numbered parts of the names.
-    Tensors without names are one row a group.
+    Left, the share of elements kept: kinds of tensors (their names inside a block, numbers as ``*``) x blocks. The
+    column ``outside`` is for tensors in no block. Where there is no such tensor, the colour is another. Blocks are
+    those of ``param_groups`` or of a policy's ``layers``; without either, the numbered parts of the names. Tensors
+    without names share one row per group.
     Right, the keep mask of one parameter, from its first element on.
 
-    The masks of a whole model are never made: the shares are exact for blocks and fixed masks; of a random mask at most
-    4,096 elements of each tensor are drawn, in four runs spread over it (standard deviation of such a share: at most
-    0.8%); the picture on the right is 256 x 256 elements at most.
+    The masks of a whole model are never made. The shares are exact for blocks and fixed masks. Of a random mask at most
+    4,096 elements per tensor are drawn, in four runs spread over it (standard deviation of such a share: at most 0.8%).
+    The picture on the right shows at most 256 x 256 elements.
 
     Args:
         optimizer: a FusedGradDropAdamW. It is not changed.
-        path: where to save the figure too; its ending says the format.
+        path: where to save the figure too. The extension gives the format.
         param: the parameter on the right, or its name. Its first dimension is the rows, the others together are the
             columns; a vector is one row. Default: the largest tensor of the groups that have a policy, else of all.
 
@@ -97,11 +97,11 @@ def _largest(masking: Masking) -> tuple[int, int]:
 
 def _plan_of(masking: Masking, index: int, position: int) -> MaskPlan:
     plan = masking.plan(index, masking.records(index)[position].unit)
-    return replace(plan, bitpacked=False)  # the same masks, with nothing to be stored for the whole tensor
+    return replace(plan, bitpacked=False)  # the same masks, without storage for the whole tensor
 
 
 def _keep(masking: Masking, index: int, position: int, layout: RowBlock, numel: int) -> torch.Tensor:
-    """The keep mask of ``numel`` of a parameter's elements, bool, shape (numel,)."""
+    """Returns the keep mask of a parameter's elements in ``layout``: bool, shape (numel,)."""
     group, record = masking[index], masking.records(index)[position]
     param, plan = group["params"][position], _plan_of(masking, index, position)
     if plan.kind == "fixed":
@@ -134,7 +134,7 @@ def _crop(masking: Masking, index: int, position: int) -> torch.Tensor:
 
 
 def _share(masking: Masking, index: int, position: int) -> float:
-    """The share of a parameter's elements that the next step keeps; of a large random mask that of a sample."""
+    """Returns the share of a parameter's elements that the next step keeps; of a large random mask, a sample's."""
     numel: int = masking[index]["params"][position].numel()
     plan = _plan_of(masking, index, position)
     if plan.kind == "fixed":
@@ -147,7 +147,9 @@ def _share(masking: Masking, index: int, position: int) -> float:
 
 
 def _shares_by_kind(masking: Masking) -> tuple[np.ndarray[Any, Any], list[str], list[str | None]]:
-    """(share kept, float [kinds, blocks], NaN where there is no such tensor; kinds; blocks, None last: outside)."""
+    """Returns (share kept, float [kinds, blocks], NaN where there is no such tensor; kinds; blocks, the last None:
+    outside).
+    """
     groups = masking.groups
     known: dict[str, None] = {}
     for index, group in enumerate(groups):
@@ -169,7 +171,7 @@ def _shares_by_kind(masking: Masking) -> tuple[np.ndarray[Any, Any], list[str], 
 
 
 def _place(name: str, known: dict[str, None], named: bool) -> tuple[str | None, str]:
-    """(block, kind of tensor) of a parameter; one without a name is called "{group}.{position}"."""
+    """Returns (block, kind of tensor) of a parameter. A parameter without a name is called "{group}.{position}"."""
     if not named:
         return None, f"group {name.partition('.')[0]}"
     block = block_of(name, known)

@@ -1,4 +1,4 @@
-"""plot_schedule(): what a policy keeps in each epoch, as a picture. Needs matplotlib."""
+"""plot_schedule(): a picture of what a policy keeps in each epoch. Needs matplotlib."""
 
 import math
 import os
@@ -28,22 +28,21 @@ def plot_schedule(
     steps_per_epoch: int | None = None,
     seed: int = 0,
 ) -> "Figure":
-    """What a policy keeps in each epoch, before any model is trained (sections III and IV): a figure.
+    """Draws what a policy keeps in each epoch (sections III and IV of the paper). Needs no model.
 
-    For policies of elements: the share of the elements that is active and, where there is one, the drop probability p
-    (GaussianGradDrop, which drops nothing: also the standard deviation of its factor). For policies of blocks: a
-    picture of blocks x epochs, the first block at the bottom.
+    For policies of elements: the active share of the elements and, where there is one, the drop probability p.
+    GaussianGradDrop drops nothing: the standard deviation of its factor is drawn too. For policies of blocks: a picture
+    of blocks x epochs, the first block at the bottom.
 
     Args:
         policy: any policy, or None for plain AdamW.
         epochs: how many to show, 0 first; at least 1.
-        path: where to save the figure too; its ending says the format.
-        blocks: for policies of blocks: how many (at least 1), or their names in forward order,
-            ``[name for name, _ in find_blocks(model)]``. LayerGradDrop draws by name: with a number the picture shows
-            the keep probabilities.
+        path: where to save the figure too. The extension gives the format.
+        blocks: for policies of blocks: how many (at least 1), or their names in forward order, ``[name for name, _ in
+            find_blocks(model)]``. LayerGradDrop draws by name: with a number the picture shows the keep probabilities.
         steps_per_epoch: for LayerGradDrop with ``every="step"`` and names: shows the share of an epoch's steps in which
-            a block is active, for so many steps (at least 1) an epoch; about 10 us a block and step. None: the
-            probabilities.
+            a block is active, for this many steps (at least 1) per epoch. Takes about 10 us per block and step. None:
+            the probabilities.
         seed: the optimizer's, in [0, 2^64), for LayerGradDrop with names.
 
     Returns:
@@ -100,7 +99,7 @@ def _context(policy: Policy, epoch: int, step: int = 0, seed: int = 0, blocks: S
 
 
 def _element_curves(policy: Policy | None, epochs: int) -> dict[str, list[float]]:
-    """{label: a value an epoch}."""
+    """Returns {label: a value per epoch}."""
     if policy is None:
         return {"share active": [1.0] * epochs}
     if isinstance(policy, FixedMask):
@@ -119,7 +118,7 @@ def _element_curves(policy: Policy | None, epochs: int) -> dict[str, list[float]
 def _block_shares(
     policy: Any, blocks: int | Sequence[str], epochs: int, steps_per_epoch: int | None, seed: int
 ) -> tuple[np.ndarray[Any, Any], str]:
-    """(share kept, float [blocks, epochs]; what it means)."""
+    """Returns (share kept, float [blocks, epochs]; what it means)."""
     names, every_step = _names(blocks), getattr(policy, "every", None) == "step"
     if hasattr(policy, "p") and (isinstance(blocks, int) or every_step and steps_per_epoch is None):
         keep = [1 - quantize(drop_probability(policy.p, epoch)) / 65536 for epoch in range(epochs)]

@@ -1,1 +1,1 @@
-"""Other people's training loops; each module imports its own package only."""
+"""Adapters to other training loops. Each module imports its own package only."""

@@ -1,4 +1,4 @@
-"""Accelerate: what its wrapper hides of the optimizer, in one process and under DDP, FSDP2 and DeepSpeed.
+"""Access to the optimizer inside Accelerate's wrapper, in one process and under DDP, FSDP2 and DeepSpeed.
 
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     for epoch in range(epochs):
@@ -14,10 +14,10 @@ from .optimizer_of import describe_masks, unwrapped
 
 
 def graddrop_optimizer(optimizer: Optimizer) -> FusedGradDropAdamW:
-    """The FusedGradDropAdamW that ``accelerator.prepare()`` has wrapped, with all of its methods.
+    """Returns the FusedGradDropAdamW that ``accelerator.prepare()`` has wrapped, with all of its methods.
 
     Raises:
-        TypeError: there is none in it.
+        TypeError: no FusedGradDropAdamW in ``optimizer``.
     """
     found = unwrapped(optimizer)
     if found is None:
@@ -28,17 +28,18 @@ def graddrop_optimizer(optimizer: Optimizer) -> FusedGradDropAdamW:
 
 
 def set_epoch(optimizer: Optimizer, epoch: int) -> None:
-    """``FusedGradDropAdamW.set_epoch`` through Accelerate's wrapper: call it at the start of every epoch, 0 first.
+    """Calls the optimizer's ``set_epoch`` through Accelerate's wrapper. Call it at the start of every epoch, 0 first.
 
     Raises:
-        TypeError: no FusedGradDropAdamW in ``optimizer``. ValueError: ``epoch`` is no int >= 0.
+        TypeError: no FusedGradDropAdamW in ``optimizer``.
+        ValueError: ``epoch`` is no int >= 0.
     """
     graddrop_optimizer(optimizer).set_epoch(epoch)
 
 
 def mask_log(optimizer: Optimizer) -> dict[str, float]:
-    """What the masks of the last step did: ``graddrop_epoch``, ``graddrop_active_fraction`` in [0, 1] of the masked
-    groups and, where a policy has one, ``graddrop_p`` in [0, 1). Before the first step: what they will do.
+    """Returns what the masks of the last step did (before the first step: what they will do): ``graddrop_epoch``,
+    ``graddrop_active_fraction`` in [0, 1] of the masked groups and, where a policy has one, ``graddrop_p`` in [0, 1).
 
     Raises:
         TypeError: no FusedGradDropAdamW in ``optimizer``.

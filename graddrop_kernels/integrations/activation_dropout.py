@@ -1,4 +1,4 @@
-"""The warning of dropout on activations, which the paper turns off where gradients are masked."""
+"""Warns of dropout on activations, which the paper turns off where gradients are masked."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""DeepSpeed, ZeRO 1 to 3: which elements of which parameters its flat partitions hold."""
+"""DeepSpeed, ZeRO 1 to 3: describes to the optimizer which elements of which parameters its flat partitions hold."""
 
 from typing import Any
 
@@ -10,19 +10,19 @@ from .engines import Pieces, names_of, require
 
 
 def attach_deepspeed(engine: Any) -> None:
-    """Tells the optimizer inside a DeepSpeed engine what its flat partitions hold, under ZeRO 1, 2, 3. In float32
-    without ZeRO the parameters are whole, and there is nothing to tell; in 16 bits without ZeRO it cannot be told, as
-    DeepSpeed steps before it returns: stage 1 does the same.
+    """Describes to the optimizer inside a DeepSpeed engine what its flat partitions hold, under ZeRO 1, 2, 3. Without
+    ZeRO the parameters are whole in float32, and this does nothing. In 16 bits without ZeRO it is refused, as DeepSpeed
+    steps before ``initialize()`` returns. Stage 1 does the same.
 
     For policies of whole blocks make the optimizer from ``param_groups(model, per_block=True)``: DeepSpeed flattens
-    each group by itself. Call it before ``engine.load_checkpoint()``, so that a universal checkpoint, which may be of
+    each group by itself. Call it before ``engine.load_checkpoint()``, so that a universal checkpoint, perhaps of
     another number of ranks, is loaded in full.
 
     Args:
         engine: from ``deepspeed.initialize(model=..., optimizer=FusedGradDropAdamW(...), ...)``.
 
     Raises:
-        TypeError: no engine, another kind of optimizer inside, or a way to step it that is not known here.
+        TypeError: no engine, another kind of optimizer inside, or an unknown way to step it.
         ValueError: ``max_grad_norm``, as no process has all gradients (use DeepSpeed's ``gradient_clipping``);
             ``elastic_checkpoint``; a universal checkpoint was loaded already.
     """
@@ -37,7 +37,7 @@ def attach_deepspeed(engine: Any) -> None:
         optimizer.attach_pieces(pieces, shapes)
         deepspeed_universal.repair_loads(zero, optimizer)
         return
-    # The groups are empty but for a step of one sub-group after the other.
+    # The groups are empty except while a step runs, which takes one sub-group after the other.
     groups = list(zip(map(zero.sub_group_to_group_id.get, range(len(pieces))), pieces))
     zero._set_fp32_optimizer_param_groups()
     try:
@@ -61,7 +61,7 @@ def _check_checkpoints(engine: Any) -> None:
 
 
 def deepspeed_pieces(engine: Any) -> Pieces:
-    """What each flat partition of a DeepSpeed engine holds in this process."""
+    """Returns what each flat partition of a DeepSpeed engine holds in this process."""
     zero, names = engine.optimizer, names_of(engine.module)
     if _is_zero3(zero):
         return _zero3_pieces(zero, names)
@@ -84,8 +84,8 @@ def _is_zero3(zero: Any) -> bool:
 
 
 def _zero3_pieces(zero: Any, names: dict[int, str]) -> Pieces:
-    """Stage 3 puts the partitions of a sub-group's parameters side by side; a partition is the rank's share of the
-    parameter, padded where the parameter ends before it.
+    """Returns the pieces under stage 3, which puts the partitions of a sub-group's parameters side by side. A partition
+    is the rank's share of the parameter, padded where the parameter ends before it.
     """
     pieces: Pieces = {}
     for params, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat):

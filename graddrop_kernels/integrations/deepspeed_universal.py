@@ -1,8 +1,8 @@
-"""DeepSpeed's universal checkpoints (ds_to_universal), which a run on another number of ranks goes on from.
+"""Repairs loads of DeepSpeed's universal checkpoints (ds_to_universal), from which another number of ranks can resume.
 
 DeepSpeed loads them past the optimizer's load_state_dict(). In stage 3 it gives every parameter group the values of the
-file's first one, and all partitions one and the same step tensor, which then counts each of their steps; here both are
-put right.
+file's first one. It also gives all partitions the same step tensor, which then counts each of their steps. Both are put
+right here.
 """
 
 import os
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 _Found = tuple[list[dict[str, Any]], list[tuple[torch.Tensor, float]]]  # groups; flat partitions and their steps
 
-# What is said of DeepSpeed here is of 0.19, runtime/base_optimizer.py, load_hp_checkpoint_state_from_checkpoint_dir(),
-# and runtime/zero/stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3().
+# This describes DeepSpeed 0.19: runtime/base_optimizer.py, load_hp_checkpoint_state_from_checkpoint_dir(), and
+# runtime/zero/stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3().
 
 
 def repair_loads(zero: Any, optimizer: "FusedGradDropAdamW") -> None:
-    """Stages 1 and 2: from now on a load of a universal checkpoint leaves ``optimizer`` as its load_state_dict() would.
+    """Makes a load of a universal checkpoint leave ``optimizer`` as its load_state_dict() would, in stages 1 and 2.
 
-    ``zero`` is DeepSpeed's optimizer around it. Such a load raises ValueError, before anything has changed: another
-    policy, seed or meaning of masked than the file's; ``amsgrad``, of which the file has no maxima; a group of which
+    ``zero`` is DeepSpeed's optimizer around it. A load raises ValueError, before anything has changed, for another
+    policy, seed or ``masked`` than the file's; for ``amsgrad``, as the file has no maxima; and for a group of which
     some process has no element.
     """
 
     def read(folder: str, load_optimizer_states: bool) -> _Found:
-        # Loaded in either case. DeepSpeed keeps the groups' parameters under one of two names.
+        # Groups are loaded in either case. DeepSpeed keeps the groups' parameters under one of two names.
         params_of = getattr(zero, "bit16_groups", None) or zero.bf16_groups
         for index, group in enumerate(optimizer.param_groups):
             others = torch.distributed.get_world_size(zero.real_dp_process_group[index]) - 1
@@ -50,7 +50,7 @@ def repair_loads(zero: Any, optimizer: "FusedGradDropAdamW") -> None:
 def repair_stage3_loads(
     zero: Any, optimizer: "FusedGradDropAdamW", flats: list[tuple[int, torch.Tensor]]
 ) -> None:
-    """As ``repair_loads``; ``flats``: (parameter group, flat partition) of every partition of this process."""
+    """As ``repair_loads``, in stage 3. ``flats`` are (parameter group, flat partition) of every partition here."""
 
     def read(folder: str, load_optimizer_states: bool) -> _Found:
         if not load_optimizer_states:
@@ -88,7 +88,7 @@ def _file(folder: str) -> dict[str, Any]:
 
 
 def _groups_of(file: dict[str, Any], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The values of each group: the file's, ours where they describe the model."""
+    """Returns the values of each group: the file's, but ours where they describe the model."""
     if any(group["amsgrad"] for group in groups):
         raise ValueError(
             "amsgrad=True: DeepSpeed's universal checkpoints have no max_exp_avg_sq, which would begin again from 0; "
@@ -100,7 +100,7 @@ def _groups_of(file: dict[str, Any], groups: list[dict[str, Any]]) -> list[dict[
 
 
 def _steps_of(file: dict[str, Any]) -> list[float]:
-    """The steps that the parameters of each group have made."""
+    """Returns the number of steps that the parameters of each group have made."""
     states = file["optimizer_state_dict"]["state"]
     steps: list[float] = []
     for index, group in enumerate(file["param_groups"]):

@@ -1,7 +1,7 @@
-"""What every attach_...() needs. Each tells an optimizer which elements of which parameters the tensors of an engine
-hold, so that masks stay those of the whole parameters.
+"""Shared parts of the attach_...() functions. Each of these describes to an optimizer which elements of which
+parameters an engine's tensors hold, so that masks stay those of the whole parameters.
 
-DistributedDataParallel and FSDP2 need none of this: their tensors say it themselves.
+DistributedDataParallel and FSDP2 need none of this: their tensors carry this information themselves.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ Pieces = dict[torch.Tensor, list[FlatPiece]]
 
 
 def require(optimizer: Any, function: str, what: str) -> None:
-    """Raises TypeError unless the optimizer is ours, ValueError where it clips: no process has all gradients."""
+    """Raises TypeError unless the optimizer is ours, ValueError if it clips: no process has all gradients."""
     try:
         masking_of(function, optimizer)
     except TypeError:
@@ -30,7 +30,7 @@ def require(optimizer: Any, function: str, what: str) -> None:
 
 
 def names_of(model: nn.Module) -> dict[int, str]:
-    """{id of a parameter: its canonical name}."""
+    """Returns {id of a parameter: its canonical name}."""
     return {id(param): canonical_name(name) for name, param in model.named_parameters()}
 
 

@@ -1,4 +1,4 @@
-"""FullyShardedDataParallel (FSDP1): which elements of which parameters its tensors hold."""
+"""FullyShardedDataParallel (FSDP1): describes to the optimizer which elements of which parameters its tensors hold."""
 
 import weakref
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ from .engines import Pieces, require, tensors_of
 
 
 def attach_fsdp1(optimizer: "FusedGradDropAdamW", model: nn.Module) -> None:
-    """Tells the optimizer where FullyShardedDataParallel (FSDP1) has put the model's parameters, with either value of
-    ``use_orig_params``. For policies of whole blocks each block must be a unit of its own (``auto_wrap_policy``), or
-    ``use_orig_params=True``.
+    """Describes to the optimizer where FullyShardedDataParallel (FSDP1) has put the model's parameters, with either
+    value of ``use_orig_params``. For policies of whole blocks each block must be a unit of its own
+    (``auto_wrap_policy``), or ``use_orig_params=True``.
 
     Args:
         optimizer: made from the parameters of the wrapped model.
@@ -39,10 +39,10 @@ def attach_fsdp1(optimizer: "FusedGradDropAdamW", model: nn.Module) -> None:
         )
     shapes = {name: shape for names, flat in _fsdp1_units(model) for name, shape in zip(names, flat._shapes)}
     flat_of = {param: flat for _, flat in _fsdp1_units(model) for param in flat._params or ()}
-    own = weakref.proxy(optimizer)  # which holds the function below
+    own = weakref.proxy(optimizer)  # weak, because the optimizer holds the function below
 
     def has_gradients(index: int) -> bool:
-        # A slice without elements in this process has no gradient either; its unit has.
+        # A slice without elements in this process has no gradient, but its unit's flat parameter has one.
         params = (param for param in own.param_groups[index]["params"] if param.requires_grad)
         return any(param in flat_of and flat_of[param].grad is not None for param in params)
 
@@ -50,7 +50,7 @@ def attach_fsdp1(optimizer: "FusedGradDropAdamW", model: nn.Module) -> None:
 
 
 def fsdp1_pieces(model: nn.Module) -> Pieces:
-    """What each tensor of an FSDP1 model that an optimizer may step holds in this process."""
+    """Returns what each tensor of an FSDP1 model that an optimizer may step holds in this process."""
     pieces: Pieces = {}
     for names, flat in _fsdp1_units(model):
         ranges = [
@@ -63,13 +63,13 @@ def fsdp1_pieces(model: nn.Module) -> Pieces:
             pieces[flat] = sorted(filter(None, ranges), key=lambda piece: piece.local_start)
             continue
         for param, piece in zip(flat._params, ranges):
-            # Each is a slice of the flat parameter, which begins where the slice does.
+            # Each parameter is a slice of the flat one, so its piece begins at its own element 0.
             pieces[param] = [piece._replace(local_start=0)] if piece else []
     return pieces
 
 
 def _fsdp1_units(model: nn.Module) -> Iterator[tuple[list[str], Any]]:
-    """(the names of its parameters, its flat parameter) of every FSDP1 unit that has parameters."""
+    """Yields (names of its parameters, its flat parameter) of every FSDP1 unit that has parameters."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     for prefix, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Lightning 2 as ``import lightning``: the callback that tells the optimizer the epoch.
+"""Lightning 2 as ``import lightning``: the callback that sets the optimizer's epoch.
 
     trainer = lightning.Trainer(callbacks=[GradDropCallback()])
 """

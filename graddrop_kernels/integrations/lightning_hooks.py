@@ -1,4 +1,4 @@
-"""What GradDropCallback does in a Trainer of Lightning, whichever of its two packages that one is from."""
+"""Hooks of GradDropCallback in a Trainer of Lightning, for both of its packages."""
 
 import contextlib
 import warnings
@@ -10,20 +10,20 @@ from .optimizer_of import describe_masks, unwrapped
 
 
 class GradDropHooks:
-    """Tells every FusedGradDropAdamW of the trainer the epoch, also after a resume in mid-epoch, and logs what the
-    masks of each step did: ``graddrop_epoch``, ``graddrop_active_fraction`` and, where a policy has one,
-    ``graddrop_p`` (with ``_0``, ``_1`` ... at the end where there are several such optimizers).
+    """Sets the epoch of every FusedGradDropAdamW of the trainer, also after a resume in mid-epoch, and logs what the
+    masks of each step did: ``graddrop_epoch``, ``graddrop_active_fraction`` and, where a policy has one, ``graddrop_p``
+    (with ``_0``, ``_1`` ... at the end if there are several such optimizers).
 
-    Warns where the model drops out hidden activations, which the paper turns off. Other optimizers are left alone, with
-    a warning if there is none of ours.
+    Warns if the model drops out hidden activations, which the paper turns off. Leaves other optimizers alone, with a
+    warning if there is none of ours.
 
     Args:
         skip_dropped: leave out the weight gradients of the blocks that a step drops, see
             ``FusedGradDropAdamW.skip_dropped``. DistributedDataParallel needs ``find_unused_parameters``.
 
     Raises, when training begins:
-        ValueError: ``skip_dropped`` with manual optimization, where a batch may have any number of steps, or with
-            the trainer's ``gradient_clip_val``, whose norm would lack the gradients that were left out.
+        ValueError: ``skip_dropped`` with manual optimization, where a batch may have any number of steps, or with the
+            trainer's ``gradient_clip_val``, whose norm would lack the gradients that were left out.
     """
 
     def __init__(self, skip_dropped: bool = False) -> None:
@@ -32,7 +32,7 @@ class GradDropHooks:
         self._skipping = contextlib.ExitStack()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._skipping.close()  # a training that an exception has ended
+        self._skipping.close()  # open if an exception ended the last training
         self._optimizers = [found for found in map(unwrapped, trainer.optimizers) if found is not None]
         if not self._optimizers:
             warnings.warn(
@@ -56,10 +56,10 @@ class GradDropHooks:
                 self._skipping.enter_context(optimizer.skip_dropped(trainer.strategy.model))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        self._skipping.close()  # the backward pass is over, which Lightning runs inside of step()
+        self._skipping.close()  # the backward pass, which Lightning runs inside of step(), is over
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._skipping.close()  # a batch without a step, of which gradients accumulate
+        self._skipping.close()  # open after a batch without a step, whose gradients accumulate
         for number, optimizer in enumerate(self._optimizers):
             end = f"_{number}" if len(self._optimizers) > 1 else ""
             found = {name + end: float(value) for name, value in describe_masks(optimizer).items()}

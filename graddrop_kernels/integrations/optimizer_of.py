@@ -1,4 +1,4 @@
-"""What every training loop's callback asks of the optimizer it is given: which one it is, and what its masks do."""
+"""Finds our optimizer in a training loop's wrappers, and describes what its masks do."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,15 +7,17 @@ from ..optimizer import FusedGradDropAdamW
 
 
 def unwrapped(optimizer: Any) -> FusedGradDropAdamW | None:
-    """The FusedGradDropAdamW in a wrapper (Accelerate's, DeepSpeed's, one in the other); None if there is none."""
+    """Returns the FusedGradDropAdamW in a wrapper (Accelerate's, DeepSpeed's, one in the other); None if there is
+    none.
+    """
     while optimizer is not None and not isinstance(optimizer, FusedGradDropAdamW):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
 
 
 def describe_masks(optimizer: FusedGradDropAdamW) -> dict[str, float]:
-    """What a training log should have of the last step (before the first: of that one): epoch, share of active elements
-    of the masked groups, p.
+    """Returns what a training log should show of the last step: epoch, share of active elements of the masked groups,
+    p. Before the first step, it describes that one.
     """
     masking, epoch = optimizer.masking, optimizer.param_groups[0]["epoch"]
     found: dict[str, float] = {"graddrop_epoch": epoch}

@@ -1,4 +1,4 @@
-"""Lightning 2 as ``import pytorch_lightning``: the callback that tells the optimizer the epoch.
+"""Lightning 2 as ``import pytorch_lightning``: the callback that sets the optimizer's epoch.
 
     trainer = pytorch_lightning.Trainer(callbacks=[GradDropCallback()])
 """

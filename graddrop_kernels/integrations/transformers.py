@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: the optimizer that it makes, and the callback that tells it the epoch.
+"""Hugging Face Trainer: makes its optimizer, and the callback that sets the optimizer's epoch.
 
     trainer = Trainer(
         model, args, train_dataset=...,
@@ -29,10 +29,10 @@ from .optimizer_of import describe_masks, unwrapped
 
 
 class GradDropFactory:
-    """What Trainer calls for its optimizer, with the model, so that parameters have names and blocks are known.
+    """Makes the optimizer when Trainer calls it with the model, so that parameters have names and blocks are known.
 
-    transformers 5 makes an instance and calls it with the model. transformers 4 makes an instance of the parameters
-    that it has grouped itself, without names, or of what is called "model" in the arguments.
+    transformers 5 makes an instance and calls it with the model. transformers 4 makes an instance from the parameters
+    that it has grouped itself, without names, or from the entry "model" of the arguments.
     """
 
     def __new__(cls, model: Any = None, **arguments: Any) -> Any:
@@ -49,7 +49,7 @@ class GradDropFactory:
                 "this version of transformers hands the optimizer no model, hence neither names nor blocks: "
                 "trainer_optimizer(args, ..., model=model)"
             )
-        # DeepSpeed makes one flat tensor of a group, of which policies of blocks need one each.
+        # DeepSpeed makes one flat tensor per group, and policies of blocks need one per block.
         per_block = getattr(args, "hf_deepspeed_config", None) is not None
         groups = param_groups(model, arguments.pop("weight_decay", args.weight_decay), exclude, layers, per_block)
         groups = self.adapt(groups, model, args)
@@ -64,12 +64,12 @@ class GradDropFactory:
     def adapt(
         self, groups: list[dict[str, Any]], model: nn.Module, args: TrainingArguments
     ) -> list[dict[str, Any]]:
-        """For subclasses: the groups of the optimizer, as another learning rate for some parameters needs them."""
+        """Adapts the optimizer's groups, for subclasses: another learning rate for some parameters, for example."""
         return groups
 
 
 def _attach_to_deepspeed(optimizer: Any, model: nn.Module, args: TrainingArguments, state: Any) -> None:
-    """``optimizer`` as Trainer shows it: Accelerate's wrapper, in it DeepSpeed's, in it ours."""
+    """Attaches ``optimizer`` as Trainer shows it: Accelerate's wrapper around DeepSpeed's around ours."""
     inner = optimizer
     while not isinstance(inner, FusedGradDropAdamW):
         optimizer, inner = inner, inner.optimizer
@@ -87,14 +87,14 @@ def _attach_to_deepspeed(optimizer: Any, model: nn.Module, args: TrainingArgumen
 
 
 def _forget_that_epoch_was_set(optimizer: Any) -> None:
-    """A checkpoint's epoch is where it was saved: without the callback the resumed run would stay there."""
+    """Marks the epoch as not set: a checkpoint's epoch would hold for the whole resumed run without the callback."""
     for group in optimizer.param_groups:
         group["epoch_was_set"] = False
 
 
 def _require_epoch(optimizer: Any, *_: Any) -> None:
     if all(group["lr"] == 0 for group in optimizer.param_groups):
-        return  # torch.distributed.checkpoint makes the state by such a step, before training begins
+        return  # torch.distributed.checkpoint creates the state by such a step before training begins
     for index, group in enumerate(optimizer.param_groups):
         policy = optimizer.masking.policy(index)
         if policy is not None and policy.follows_epochs and not group["epoch_was_set"]:
@@ -113,20 +113,20 @@ def trainer_optimizer(
     model: nn.Module | None = None,
     **arguments: Any,
 ) -> tuple[type[GradDropFactory], dict[str, Any]]:
-    """For ``Trainer(optimizer_cls_and_kwargs=...)``: FusedGradDropAdamW in the paper's scope.
+    """Makes ``Trainer(optimizer_cls_and_kwargs=...)``: a FusedGradDropAdamW in the paper's scope.
 
     Args:
-        args: learning rate, betas, eps and weight decay are taken from here. Trainer clips gradients itself, by
+        args: gives learning rate, betas, eps and weight decay. Trainer clips gradients itself, by
             ``args.max_grad_norm``.
-        mask: a policy, or a function of the number of epochs that makes one: ``GradDropEpoch``,
-            ``lambda epochs: GradDrop(LinearAnneal(epochs))``.
+        mask: a policy, or a function of the number of epochs that makes one: ``GradDropEpoch``, ``lambda epochs:
+            GradDrop(LinearAnneal(epochs))``.
         exclude, layers: as in ``param_groups``.
-        model: what to train, if not the trainer's model: with sentence-transformers a loss that has parameters. With
-            transformers 4, which keeps the model to itself, the trainer's model.
+        model: the module to train, if not the trainer's model. With sentence-transformers this is a loss that has
+            parameters. With transformers 4, which does not pass its model on, it is the trainer's model.
         arguments: others of FusedGradDropAdamW, as ``seed`` (default: ``args.seed``), ``moment_dtype``.
 
     Returns:
-        What Trainer calls with the model, and the keyword arguments that it adds.
+        The callable that Trainer calls with the model, and the keyword arguments that it adds.
 
     Raises:
         ValueError: a function for ``mask``, and ``args.max_steps`` instead of a number of epochs.
@@ -143,22 +143,22 @@ def trainer_optimizer(
 
 
 class GradDropCallback(TrainerCallback):
-    """Tells the optimizer the epoch, also after a resume in mid-epoch, and logs what the masks of the last step did:
+    """Sets the optimizer's epoch, also after a resume in mid-epoch, and logs what the masks of the last step did:
     ``graddrop_epoch``, ``graddrop_active_fraction`` and, where a policy has one, ``graddrop_p``.
 
-    Warns where the model drops out hidden activations, which the paper turns off. Works under Accelerate's and
-    DeepSpeed's wrappers of the optimizer; tells it what DeepSpeed's flat partitions hold. Another optimizer is left
-    alone, with a warning. Trainer calls the trackers of ``args.report_to`` before its callbacks; one that shall have
-    these values comes after this callback: ``callbacks=[GradDropCallback(), TensorBoardCallback()]``.
+    Warns if the model drops out hidden activations, which the paper turns off. Works under Accelerate's and DeepSpeed's
+    wrappers of the optimizer, and attaches DeepSpeed's flat partitions. Leaves another optimizer alone, with a warning.
+    Trainer calls the trackers of ``args.report_to`` before its callbacks. A tracker that shall have these values must
+    come after this callback: ``callbacks=[GradDropCallback(), TensorBoardCallback()]``.
 
     Args:
         skip_dropped: leave out the weight gradients of the blocks that a step drops, see
             ``FusedGradDropAdamW.skip_dropped``. In one process or under FSDP2.
 
     Raises:
-        ValueError: when training begins, ``skip_dropped`` with ``args.max_grad_norm``: Trainer would clip by a norm
-            without the gradients that were left out (set it to 0, and give ``trainer_optimizer`` a ``max_grad_norm``
-            and ``norm_after_mask``); ``skip_dropped`` in several processes without FSDP2.
+        ValueError: when training begins, ``skip_dropped`` with ``args.max_grad_norm``, as Trainer would clip by a norm
+            without the gradients that were left out. Set it to 0, and give ``trainer_optimizer`` a ``max_grad_norm``
+            and ``norm_after_mask``. Also ``skip_dropped`` in several processes without FSDP2.
     """
 
     def __init__(self, skip_dropped: bool = False):
@@ -170,7 +170,7 @@ class GradDropCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        self._leave()  # a training that an exception has ended
+        self._leave()  # open if an exception ended the last training
         self._epoch, self._optimizer = None, unwrapped(optimizer)
         if self._optimizer is None:
             warnings.warn(
@@ -201,7 +201,7 @@ class GradDropCallback(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._optimizer is None:
             return
-        self._leave()  # an epoch that a callback has ended between two micro-batches
+        self._leave()  # open if a callback ended an epoch between two micro-batches
         # state.epoch is a fraction after a resume in mid-epoch, and after an epoch that a callback has ended.
         self._epoch = int(state.epoch) if self._epoch is None else self._epoch + 1
         self._optimizer.set_epoch(self._epoch)
@@ -227,4 +227,4 @@ class GradDropCallback(TrainerCallback):
         found = describe_masks(self._optimizer)
         logs.update(found)
         if state.log_history:
-            state.log_history[-1].update(found)  # Trainer has put a copy there already
+            state.log_history[-1].update(found)  # Trainer has already put a copy there

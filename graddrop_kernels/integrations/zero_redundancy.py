@@ -1,4 +1,4 @@
-"""ZeroRedundancyOptimizer: names for the parameters of the optimizer inside."""
+"""ZeroRedundancyOptimizer: gives the parameters of the optimizer inside their names."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def attach_zero(zero: "ZeroRedundancyOptimizer", model: nn.Module) -> None:
-    """Gives the optimizer inside a ZeroRedundancyOptimizer the names of its parameters: the wrapper takes none.
+    """Gives the optimizer inside a ZeroRedundancyOptimizer the names of its parameters, as the wrapper takes none.
 
-    ``zero.optim.set_epoch(epoch)`` is then seen by the wrapper too, which would otherwise put back its own copy of the
-    epoch at the next step. ``zero.load_state_dict()`` then refuses what the optimizer's own does: a state dict of
-    another policy, seed or meaning of masked.
+    ``zero.optim.set_epoch(epoch)`` then sets the wrapper's epoch too. Otherwise the wrapper would put back its own copy
+    of the epoch at the next step. ``zero.load_state_dict()`` then refuses what the optimizer's own does: a state dict
+    of another policy, seed or ``masked``.
 
     Args:
         zero: made with ``optimizer_class=FusedGradDropAdamW``. For policies of whole blocks give it
@@ -38,7 +38,7 @@ def attach_zero(zero: "ZeroRedundancyOptimizer", model: nn.Module) -> None:
     inner.attach_pieces(
         pieces,
         {name: param.shape for name, param in model.named_parameters()},
-        # Every process has the gradients of all parameters, the inner optimizer some of them, or none of a group.
+        # Every process has all gradients, but its inner optimizer has only some parameters, of a group perhaps none.
         has_gradients=lambda index: any(param.grad is not None for param in zero.param_groups[index]["params"]),
     )
 
@@ -51,7 +51,7 @@ def attach_zero(zero: "ZeroRedundancyOptimizer", model: nn.Module) -> None:
     load = zero.load_state_dict
 
     def load_state_dict(state_dict: dict[str, Any]) -> None:
-        # The wrapper would take the file's policies and seed without a word.
+        # The wrapper would accept the file's policies and seed silently.
         load(load_state.prepare(state_dict, zero.param_groups, strict=True))
         inner.reloaded()
 

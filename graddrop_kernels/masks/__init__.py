@@ -1,1 +1,1 @@
-"""Which elements: plain numbers and bits. Knows no policy, no group, no device."""
+"""Masks as plain numbers and bits: which elements are kept. Knows no policy, no group, no device."""

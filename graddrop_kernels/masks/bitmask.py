@@ -1,7 +1,7 @@
-"""Bit-packed masks: 1 bit an element, 32 elements an int32 word, least significant bit first, zero tail.
+"""Bit-packed masks: 1 bit per element, 32 elements per int32 word, least significant bit first, zero tail.
 
-A bucket number (GradDropEpoch) is stored as ceil(log2 T) such bit-planes:
-plane k holds bit k of every element's bucket.
+A bucket number (GradDropEpoch) is stored as ceil(log2 T) such bit-planes. Plane k holds bit k of every element's
+bucket.
 """
 
 import numpy as np
@@ -10,16 +10,16 @@ import torch
 from .philox import DOMAIN_BUCKET, uniform16
 from .row_block import RowBlock
 
-_WORDS_AT_ONCE = 1 << 18  # when bits are counted: 8 MB of single bits
+_WORDS_AT_ONCE = 1 << 18  # for counting bits: 8 MB of single bits
 
 
 def num_words(numel: int) -> int:
-    """int32 words that hold one bit an element."""
+    """The number of int32 words that hold one bit per element."""
     return (numel + 31) // 32
 
 
 def num_planes(buckets: int) -> int:
-    """Bit-planes that hold a bucket number in [0, buckets): ceil(log2 buckets), and 0 for a single bucket."""
+    """The number of bit-planes for a bucket number in [0, buckets): ceil(log2 buckets), so 0 for a single bucket."""
     return (buckets - 1).bit_length()
 
 
@@ -38,7 +38,7 @@ def unpack(words: torch.Tensor, numel: int) -> torch.Tensor:
 
 
 def bits_of_layout(words: torch.Tensor, layout: RowBlock, numel: int) -> torch.Tensor:
-    """The bits of a layout's elements, in local order, out of those of the whole parameter: int32 words."""
+    """The bits of a layout's elements in local order, taken from the bits of the whole parameter: int32 words."""
     if layout == RowBlock.whole(numel) and words.numel() == num_words(numel):
         return words
     if not numel:
@@ -49,7 +49,7 @@ def bits_of_layout(words: torch.Tensor, layout: RowBlock, numel: int) -> torch.T
 
 
 def count_kept(words: torch.Tensor) -> int:
-    """Set bits of a packed mask, whose bits after the last element are 0."""
+    """The number of set bits of a packed mask, whose bits after the last element are 0."""
     parts = words.cpu().split(_WORDS_AT_ONCE)
     return sum(int(np.unpackbits(part.numpy().view(np.uint8)).sum(dtype=np.int64)) for part in parts)
 
@@ -57,8 +57,8 @@ def count_kept(words: torch.Tensor) -> int:
 def element_buckets(key: int, buckets: int, first: int, count: int, device: torch.device | None = None) -> torch.Tensor:
     """Each element's bucket in [0, buckets), drawn once for the whole training: int64 tensor of shape (count,).
 
-    GradDrop-Epoch without a sort or a permutation: every element has exactly one bucket,
-    bucket sizes are binomial around 1/buckets.
+    GradDrop-Epoch needs no sort or permutation for this. Every element has exactly one bucket, and bucket sizes are
+    binomial around 1/buckets.
     """
     return (uniform16(key, 0, DOMAIN_BUCKET, first, count, device) * buckets) >> 16
 

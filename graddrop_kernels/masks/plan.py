@@ -1,4 +1,4 @@
-"""MaskPlan: what one step does to a set of parameters, in plain numbers. No tensors, no devices.
+"""MaskPlan: the mask of one step for a set of parameters, in plain numbers. No tensors, no devices.
 
 A policy and the group's Clock make plans; the backends carry them out and know nothing of policies, groups or
 schedules.
@@ -29,8 +29,8 @@ class MaskPlan:
     first_bucket: int = 0
     last_bucket: int = 0
     bitpacked: bool = False
-    # Which step the bias corrections see. Default: the parameter's own step t after this update (1 first).
-    ages: tuple[int, ...] = ()  # by bucket: steps in which it was active, this one included; an age is at most t
+    # The step of the bias corrections. The default is the parameter's own step t after this update (1 first).
+    ages: tuple[int, ...] = ()  # per bucket, steps in which it was active, this one included; at most t
     age_rate: float = (
         1.0  # expected share of the past steps in which an element active now was active: 1 + (t - 1) * age_rate
     )
@@ -38,7 +38,7 @@ class MaskPlan:
 
     @property
     def active_fraction(self) -> float:
-        """The share of elements kept, exact for the quantised p; of a fixed mask only its bits know."""
+        """The share of elements kept, exact for the quantised p. 1 for a fixed mask, whose share only its bits show."""
         if self.kind == "off":
             return 0.0
         if self.kind == "bernoulli":

@@ -1,4 +1,4 @@
-"""RowBlock: where the elements of a local tensor lie in the whole parameter."""
+"""RowBlock: the positions of a local tensor's elements in the whole parameter."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 class RowBlock:
     """Local flat index i -> global flat index  base + (i // local_inner) * global_inner + i % local_inner.
 
-    A whole parameter or any contiguous range has one row (local_inner = global_inner = its numel); columns [o, o + c)
-    of an [R, C] matrix have base = o, local_inner = c, global_inner = C. Every backend takes a RowBlock, so that a mask
-    does not depend on the sharding.
+    A whole parameter or any contiguous range has one row, with local_inner = global_inner = its numel. Columns
+    [o, o + c) of an [R, C] matrix have base = o, local_inner = c, global_inner = C. Every backend takes a RowBlock, so
+    that a mask does not depend on the sharding.
     """
 
     base: int

@@ -10,7 +10,7 @@ from .philox import DOMAIN_ELEMENT, uniform16
 from .plan import MaskPlan
 from .row_block import RowBlock
 
-# by_runs(): a call costs as much as drawing this many numbers more (300 us, 40 ns each), so short gaps are drawn too.
+# by_runs(): a call costs 300 us, as much as this many more numbers of 40 ns each. So short gaps are drawn too.
 _GAP = 8192
 
 
@@ -23,8 +23,8 @@ def keep_and_bucket(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """(keep, bucket) of every element in local order, shape (numel,): the mask rule.
 
-    keep is a bool tensor, or None where the plan drops no single elements; bucket is an int64 tensor,
-    or None where it has no buckets.
+    keep is a bool tensor, or None if the plan drops no single elements. bucket is an int64 tensor, or None if the plan
+    has no buckets.
     """
     if plan.kind == "bernoulli":
         draw = completed_steps if plan.draw is None else plan.draw
@@ -44,7 +44,9 @@ def keep_and_bucket(
 def by_runs(
     layout: RowBlock, numel: int, device: torch.device | None, draws: Callable[..., torch.Tensor]
 ) -> torch.Tensor:
-    """``draws(first global index, count, device)`` of each contiguous run of a layout, put together in local order."""
+    """Calls ``draws(first global index, count, device)`` for the contiguous runs of a layout. Returns the draws in
+    local order.
+    """
     inner, outer = layout.local_inner, layout.global_inner
     rows = numel // inner
     parts, done = [], 0

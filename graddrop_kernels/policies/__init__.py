@@ -1,7 +1,6 @@
-"""What is dropped, and when: one class per row of the paper.
+"""Policies decide what is dropped, and when. There is one class per row of the paper.
 
-An extension takes what it needs from here: ``from graddrop_kernels.policies import Policy, BlockPolicy, KEEP, MaskPlan,
-quantize``.
+An extension imports from here: ``from graddrop_kernels.policies import Policy, BlockPolicy, KEEP, MaskPlan, quantize``.
 """
 
 from ..masks.plan import MaskPlan

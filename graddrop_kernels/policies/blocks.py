@@ -15,8 +15,8 @@ class LayerGradDrop(BlockPolicy):
     Args:
         p: drop probability of a block in [0, 1), quantised to 2^-16, or a schedule (Anneal-Layer-GradDrop).
         every: ``"step"`` (IV-2) or ``"epoch"`` (the paper's contribution 2).
-        layers: block name patterns (``*`` matches one dotted component) where the groups do not come from
-            ``param_groups``.
+        layers: block name patterns, for groups that do not come from ``param_groups``. ``*`` matches one dotted
+            component.
 
     Raises:
         ValueError: p outside of [0, 1), or one that rounds to 0 or 1 without being it; another ``every``;
@@ -40,13 +40,13 @@ class LayerGradDrop(BlockPolicy):
 
 @dataclass(frozen=True)
 class GradFreeze(BlockPolicy):
-    """Gradual unfreezing: in epoch e (0 first) ceil(L (e+1) / T) of the L blocks are trained,
-    the others frozen (GradFreeze-TopDown, -BottomUp; V-A).
+    """Unfreezes blocks gradually: in epoch e (0 first) ceil(L (e+1) / T) of the L blocks are trained, the others frozen
+    (GradFreeze-TopDown, -BottomUp; V-A).
 
     Args:
-        epochs: training epochs T >= 1; after them every block is trained.
+        epochs: number of training epochs T >= 1. After them every block is trained.
         direction: ``"top_down"`` begins with the last block, ``"bottom_up"`` with the first.
-        blocks_per_epoch: unfreeze this many (at least 1) an epoch instead (the paper's figure 2 has 2 of 24).
+        blocks_per_epoch: unfreezes this many (at least 1) per epoch instead. The paper's figure 2 has 2 of 24.
         layers: as in LayerGradDrop.
 
     Raises:

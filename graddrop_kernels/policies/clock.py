@@ -1,4 +1,4 @@
-"""A position in the training, and what a policy may look at when it makes a plan."""
+"""Clock is a position in the training. PlanContext is everything that a policy may use for a plan."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from functools import lru_cache
 
 @dataclass(frozen=True)
 class Clock:
-    """A group's position in the training: plain numbers kept in the group.
+    """A group's position in the training, in plain numbers that the group keeps.
 
     ``history`` lists (epoch, completed steps when it began) of every epoch in which the group made a step, in order.
     """
@@ -22,14 +22,14 @@ class Clock:
         return _parse_history(text)
 
     def with_this_step(self) -> str:
-        """The history as a string for the group, with the step that is being made now counted under its epoch."""
+        """The history as a string for the group. The step that is being made now is counted under its epoch."""
         history = self.history
         if not history or history[-1][0] != self.epoch:
             history += ((self.epoch, self.completed_steps),)
         return ",".join(f"{epoch}:{start}" for epoch, start in history)
 
     def steps_by_epoch(self) -> Counter[int]:
-        """Completed steps of each epoch. An epoch visited twice has its steps added up."""
+        """Completed steps per epoch. The steps of an epoch that was visited twice are added up."""
         ends = [start for _, start in self.history[1:]] + [self.completed_steps]
         steps: Counter[int] = Counter()
         for (epoch, start), end in zip(self.history, ends):
@@ -44,7 +44,7 @@ def _parse_history(text: str) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class PlanContext:
-    """What a policy may look at when it makes a plan."""
+    """Everything that a policy may use when it makes a plan."""
 
     clock: Clock
     seed: int

@@ -16,7 +16,7 @@ class GradDrop(Policy):
 
     Args:
         p: drop probability in [0, 1), or a schedule epoch -> p (Anneal-GradDrop: ``LinearAnneal(epochs=T)``).
-            Quantised to 2^-16. p = 0 draws nothing.
+            It is quantised to 2^-16. p = 0 draws nothing.
         every: ``"step"`` redraws at every step, ``"epoch"`` at every epoch, with replacement (III-B, first form).
 
     Raises:
@@ -45,8 +45,8 @@ class GradDrop(Policy):
     def _age_rate(self, clock: Clock) -> float:
         """The expected share of the past steps in which an element that is active now was active.
 
-        A frozen element's true age under random masks is random and would cost a counter an element;
-        its expectation costs one number a group.
+        Under random masks the true age of a frozen element is random. It would cost a counter per element; its
+        expectation costs one number per group.
         """
         if clock.completed_steps == 0:
             return 1.0
@@ -58,11 +58,11 @@ class GradDrop(Policy):
 
 @dataclass(frozen=True)
 class GaussianGradDrop(Policy):
-    """Multiplies each gradient element by a fresh N(1, p/(1-p)):
-    Gaussian dropout of the same mean and variance as GradDrop's mask (III-A).
+    """Multiplies each gradient element by a fresh draw from N(1, p/(1-p)). This is Gaussian dropout of the same mean
+    and variance as GradDrop's mask (III-A).
 
     Args:
-        p: in [0, 1) or a schedule; quantised to 2^-16. Nothing is dropped, so ``masked=`` does not apply.
+        p: number in [0, 1) or a schedule. It is quantised to 2^-16. Nothing is dropped, so ``masked=`` does not apply.
 
     Raises:
         ValueError: p outside of [0, 1), or one that rounds to 0 or 1 without being it.
@@ -84,14 +84,14 @@ class GaussianGradDrop(Policy):
 
 @dataclass(frozen=True)
 class GradDropEpoch(Policy):
-    """GradDrop-Epoch: every element draws one of T buckets once;
-    epoch e trains the elements of buckets 0..e, the others are frozen (III-B, figure 1).
+    """GradDrop-Epoch: every element draws one of T buckets once. Epoch e trains the elements of buckets 0..e, the
+    others are frozen (III-B, figure 1).
 
     Args:
-        epochs: training epochs T, 1 to 4096; in the last one every element is trained. Later epochs stay there.
-        toggle: train bucket e only, so that every element is trained in exactly one epoch (GradDrop-Epoch-Toggle).
-        storage: ``"recompute"`` redraws the bucket in the kernel and stores nothing; ``"bitpacked"`` keeps it as
-            ceil(log2 T) bits an element. The training is the same bit for bit.
+        epochs: number of training epochs T, 1 to 4096. The last one trains every element, and so do later epochs.
+        toggle: trains only bucket e, so that every element is trained in exactly one epoch (GradDrop-Epoch-Toggle).
+        storage: ``"recompute"`` redraws the bucket in the kernel and stores nothing. ``"bitpacked"`` keeps it as
+            ceil(log2 T) bits per element. The training is the same bit for bit.
 
     Raises:
         ValueError: ``epochs`` is missing or out of range; another ``storage``.
@@ -131,14 +131,14 @@ class GradDropEpoch(Policy):
     def after_last_epoch(self, epoch: int) -> str | None:
         if not self.toggle or epoch < self.epochs:
             return None
-        # Without the epoch: the same message is shown once.
+        # The message leaves out the epoch, so that it is shown once.
         return (
             f"training goes on after the last epoch of GradDropEpoch(epochs={self.epochs}, toggle=True): "
             "its last bucket goes on being trained"
         )
 
     def _ages(self, clock: Clock, first: int, last: int) -> tuple[int, ...]:
-        """By bucket: steps in which it was active, this one included; 0 where it is not active now."""
+        """Per bucket, the number of steps in which it was active, this one included; 0 if it is not active now."""
         ages = [0] * first + [1] * (last + 1 - first)
         for epoch, steps in clock.steps_by_epoch().items():
             epoch = min(epoch, self.epochs - 1)

@@ -14,22 +14,21 @@ from .policy import KEEP, Policy
 
 
 class FixedMask(Policy):
-    """Trains only given elements, for ever: any sparse fine-tuning mask (beyond the paper).
+    """Trains only the given elements, in every step. For any sparse fine-tuning mask (beyond the paper).
 
     Args:
         masks: {parameter name: bool tensor of the parameter's shape}, True where trained. Parameters without an entry
-            are trained densely. Kept as 1 bit an element.
+            are trained densely. The masks are kept as 1 bit per element.
         scale: factor on the kept gradients, finite and > 0.
 
     Raises:
         ValueError: no masks, one that is no bool tensor, or ``scale`` out of range. Names and shapes are compared with
             the parameters when the optimizer is made.
 
-    A state dict holds a digest of the masks, not the masks: construct with the same ones to resume.
+    A state dict holds a digest of the masks, not the masks. To resume, construct the policy with the same ones.
     """
 
     masked = "frozen"
-    rebuildable = False
     follows_epochs = False
 
     def __init__(self, masks: Mapping[str, torch.Tensor], scale: float = 1.0):

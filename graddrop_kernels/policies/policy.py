@@ -1,10 +1,10 @@
-"""Mask policies: WHAT is dropped, one class a row of the paper (O'Neill & Dutta,
-"Gradient Sparsification For Masked Fine-Tuning of Transformers").
+"""Mask policies say what is dropped. There is one class per row of the paper (O'Neill & Dutta, "Gradient
+Sparsification For Masked Fine-Tuning of Transformers").
 
 A policy is an immutable value. It turns a PlanContext into a MaskPlan for each of its units (the whole group, or a
-block) and knows no tensor but FixedMask's own. ``masked`` says what dropping means by default: ``"gradient"``: the
-gradient is 0, so that moments decay and the weight still moves by momentum and weight decay; ``"frozen"``: parameter
-and moments stay as they are, bit for bit.
+block). It knows no tensors, except that FixedMask has its own. ``masked`` says what dropping means by default. With
+``"gradient"`` the gradient is 0, so that moments decay and the weight still moves by momentum and weight decay. With
+``"frozen"`` parameter and moments stay as they are, bit for bit.
 """
 
 import json
@@ -28,11 +28,11 @@ class Policy:
     layers: tuple[str, ...] | None = None
 
     def plan(self, context: PlanContext, unit: Hashable) -> MaskPlan:
-        """The mask of one step for one ``unit``; units are what ``unit`` below returns."""
+        """The plan of one step for one ``unit``, which is a value that ``unit()`` returns."""
         raise NotImplementedError
 
     def unit(self, name: str, block: str | None) -> Hashable:
-        """What decides about this parameter: parameters of one unit share a plan."""
+        """The unit of a parameter. Parameters of one unit share a plan."""
         return None
 
     @property
@@ -51,21 +51,15 @@ class Policy:
             quantize(drop_probability(p, epoch))
 
     def after_last_epoch(self, epoch: int) -> str | None:
-        """What the user should be warned of when training goes on to this epoch; None: nothing."""
+        """The warning to give when training goes on to this epoch, or None."""
         return None
 
     def to_json(self) -> str:
-        """One canonical string; equal policies give equal strings."""
+        """The policy as one canonical string. Equal policies give equal strings."""
         return json.dumps({"policy": type(self).__name__, **self._values()}, sort_keys=True, separators=(",", ":"))
 
     def _values(self) -> dict[str, Any]:
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]  # dataclasses all
-
-    @property
-    def rebuildable(self) -> bool:
-        """Whether ``from_json`` can restore the policy: not with a callable p, nor a FixedMask."""
-        p = getattr(self, "p", None)
-        return not callable(p) or type(p).__name__ in _SCHEDULES
 
 
 def _plain(value: Any) -> Any:
@@ -74,7 +68,7 @@ def _plain(value: Any) -> Any:
     if type(value).__name__ in _SCHEDULES:
         return {"schedule": type(value).__name__, **{field.name: getattr(value, field.name) for field in fields(value)}}
     if callable(value):
-        # An object that can be called has only its class's name.
+        # A callable object has no name but its class's.
         return {
             "schedule": "callable",
             "name": f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}",
@@ -110,8 +104,8 @@ def _freeze_values(policy: Policy, **values: Any) -> None:
 
 
 class BlockPolicy(Policy):
-    """A policy that keeps or drops whole transformer blocks: the unit is the block's name,
-    None for parameters outside all blocks.
+    """A policy that keeps or drops whole transformer blocks. The unit is the block's name, and None for parameters
+    outside of all blocks.
     """
 
     needs_blocks = True

@@ -1,4 +1,4 @@
-"""PolicyBook: an optimizer's policies by their canonical JSON strings, which its groups and checkpoints hold."""
+"""PolicyBook: an optimizer's policies by their canonical JSON strings, which are stored in groups and checkpoints."""
 
 import json
 from typing import Any
@@ -10,17 +10,17 @@ from .policy import _SCHEDULES, Policy
 
 
 class PolicyBook:
-    """Keeps what a string cannot: callable schedules and fixed masks."""
+    """Keeps callable schedules and fixed masks, which a string cannot hold."""
 
     def __init__(self) -> None:
         self._by_json: dict[str, Policy] = {}
 
     def add(self, mask: Policy | str | None) -> str | None:
-        """Enters a policy and returns its string; None stays None, and a string is checked.
+        """Adds a policy and returns its string. None stays None, and a string is checked.
 
         Raises:
             TypeError: ``mask`` is no policy.
-            ValueError: a string that is none, or a second callable of the same name.
+            ValueError: a string that is no policy, or a second callable of the same name.
         """
         if mask is None:
             return None
@@ -50,8 +50,8 @@ def from_json(text: str) -> Policy:
     """Rebuilds a policy from its canonical string.
 
     Raises:
-        ValueError: an unknown policy, or one that a string cannot hold (a callable p, a FixedMask):
-            pass the same one as ``mask=`` instead.
+        ValueError: an unknown policy, or one that a string cannot hold (a callable p, a FixedMask). Pass the same one
+            as ``mask=`` instead.
     """
     try:
         values = dict(json.loads(text))

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LinearAnneal:
-    """The paper's annealing (section III-B): p starts at ``start`` and falls by the same amount every epoch.
+    """The paper's annealing (section III-B). p starts at ``start`` and falls by the same amount every epoch.
 
     Args:
         epochs: number of training epochs T >= 1.
         start: p at epoch 0, in [0, 1). The paper's is 0.9.
-        end: ``"paper"`` falls by 1/T an epoch as printed, max(0, start - epoch/T), which reaches 0 in the last epoch
-            only for T = 10 (T = 3 ends at 0.23); ``"zero"`` is rescaled so that the last epoch has p = 0 for any T.
+        end: ``"paper"`` falls by 1/T per epoch as printed, max(0, start - epoch/T). With the paper's start it reaches 0
+            in the last epoch only for T = 10; T = 3 ends at 0.23. ``"zero"`` is rescaled so that the last epoch has
+            p = 0 for any T.
 
     Raises:
         ValueError: an argument out of range.
@@ -32,7 +33,7 @@ class LinearAnneal:
     def __call__(self, epoch: int) -> float:
         if self.end == "paper":
             return _or_zero(self.start - epoch / self.epochs)
-        # One epoch has no way down: its only epoch is its last one.
+        # With T = 1 there is nothing to fall over: the only epoch is the last one.
         last = self.epochs - 1
         return _or_zero(self.start * (1 - epoch / last)) if epoch < last else 0.0
 
@@ -43,7 +44,7 @@ class ExponentialAnneal:
 
     Args:
         start: p at epoch 0, in [0, 1).
-        decay: factor an epoch, in (0, 1].
+        decay: factor per epoch, in (0, 1].
 
     Raises:
         ValueError: an argument out of range.
@@ -64,8 +65,8 @@ class ExponentialAnneal:
 
 
 def _or_zero(p: float) -> float:
-    """p, or 0 where it has died out:
-    below half a step of the quantised p (quantize rounds the half itself to 0) there is nothing left to drop.
+    """p, or 0 if it has died out. At half a step of the quantised p or below, nothing is left to drop; quantize rounds
+    the half itself to 0.
     """
     return p if p * 65536 > 0.5 else 0.0
 
@@ -81,10 +82,10 @@ def drop_probability(p: Schedule, epoch: int) -> float:
 
 
 def quantize(p: float) -> int:
-    """threshold = round(p * 2^16): an element is dropped when its 16-bit draw is below it. p = 0 gives 0.
+    """Returns threshold = round(p * 2^16). An element is dropped when its 16-bit draw is below it. p = 0 gives 0.
 
     Raises:
-        ValueError: p is not 0 but rounds to 0, or rounds to 1; names the nearest usable p.
+        ValueError: p is not 0 but rounds to 0, or rounds to 1. The message names the nearest usable p.
     """
     threshold = round(p * 65536)
     if p > 0 and threshold == 0:

@@ -1,4 +1,4 @@
-"""Gradient clipping by the global norm inside the step: the gradients are read once more for it, and not written."""
+"""Clips gradients by their global norm inside the step. Reads the gradients once more, and does not write them."""
 
 import torch
 
@@ -10,14 +10,14 @@ _EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 def clip_(
     parts: list[Part], max_grad_norm: float, after_mask: bool, grad_scale: torch.Tensor | None
 ) -> torch.Tensor:
-    """Gives every batch the factor by which its backend multiplies the gradients; returns their norm.
+    """Sets every batch's ``clip_factor``, by which its backend multiplies the gradients, and returns their norm.
 
     Args:
-        after_mask: norm of the masked gradients.
+        after_mask: whether the norm is that of the masked gradients.
         grad_scale: the loss scale that the gradients still contain.
 
     Returns:
-        0-d tensor on the first batch's device, float32, or float64 beside float64 parameters. Nothing waits for it.
+        A 0-d tensor on the first batch's device, float32, or float64 beside float64 parameters. Nothing waits for it.
     """
     batches = [part.batch for part in parts]
     device = batches[0].device

@@ -1,8 +1,8 @@
 """graddrop::step_: the optimizer's step as one operator, which torch.compile puts into its graph.
 
 torch.compile bakes Python numbers into the graph and recompiles when one changes. So the graph holds only the tensors
-of the step and a handle. Whatever else the step needs (lr, p, the epoch, the counts) the operator asks the optimizer
-for when it runs, and it does there what step() does without a compiler.
+of the step and a handle. The operator reads everything else (lr, p, the epoch, the counts) from the optimizer when it
+runs. It then does what step() does without a compiler.
 """
 
 from __future__ import annotations
@@ -25,32 +25,35 @@ from .in_backward import StepInBackward
 from .skip_dropped import SkipDropped
 from .stepper import Stepper
 
-# `hypers` are those of lr, beta1 and beta2 that are tensors, `hyper_places` where they belong: the group and 0, 1 or 2,
-# flat. `positions` are the places of `params` among all parameters of the optimizer; `max_exp_avg_sqs` and
-# `master_params` are of those parameters that have one. With a grad_scale the gradients are written too: that is the
-# overload `unscale`.
+# `hypers` are the tensors among lr, beta1 and beta2. `hyper_places` says where each belongs, in flat pairs: the index
+# of a group, then 0 (lr), 1 (beta1) or 2 (beta2). `positions` are the indices of `params` among all parameters of the
+# optimizer. `max_exp_avg_sqs` and `master_params` have an entry for each parameter that has one. With a grad_scale the
+# gradients are written too, which is the overload `unscale`.
 _SCHEMA = (
     "(Tensor(a!)[] params, Tensor{}[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] master_params, Tensor(f!)[] steps, Tensor[] hypers, "
     "Tensor? grad_scale, Tensor? found_inf, int[] positions, int[] hyper_places, str handle, bool grad_enabled) -> ()"
 )
-_COUNTS = ("completed_steps", "epoch_history")  # what a step changes in its group
+_COUNTS = ("completed_steps", "epoch_history")  # the keys of its group that a step changes
 
 _handles = itertools.count()
 _graph_steps: weakref.WeakValueDictionary[str, GraphStep] = weakref.WeakValueDictionary()
 
 
 class GraphStep:
-    """What the operator needs of one optimizer. It is found by ``handle`` as long as the optimizer lives."""
+    """The parts of one optimizer that the operator needs. ``handle`` finds them as long as the optimizer lives."""
 
     def __init__(
         self, stepper: Stepper, skip_dropped: SkipDropped, in_backward: StepInBackward, groups: list[dict[str, Any]]
     ) -> None:
-        """``groups``: the optimizer's own. torch.compile knows the name ``param_groups`` (that of torch 2.11 in
-        ``optimizer.__dict__`` too), guards every number in them, and on a GPU sets their capturable; not so this one's.
         """
-        # Never given twice in a process. A string: torch.compile would take the second int that it meets in one place
-        # for a variable.
+        Args:
+            groups: the optimizer's own list. torch.compile knows the name ``param_groups`` (torch 2.11 also in
+                ``optimizer.__dict__``), guards every number in them, and on a GPU sets their capturable. It does
+                neither under this name.
+        """
+        # Never given twice in a process. A string, since torch.compile makes a variable of an int once it has seen a
+        # second value in the same place.
         self.handle = str(next(_handles))
         self.stepper, self.skip_dropped, self.in_backward, self.groups = stepper, skip_dropped, in_backward, groups
         _graph_steps[self.handle] = self
@@ -60,10 +63,10 @@ def step_in_graph(
     optimizer: Any, step: GraphStep, closure: Callable[[], Any] | None, eagerly: Callable[[Any], Any],
     grad_enabled: bool,
 ) -> Any:  # fmt: skip
-    """step() as torch.compile traces it: collects the tensors and calls the operator.
+    """Collects the tensors and calls the operator. This is step() as torch.compile traces it.
 
-    What cannot be traced (a closure, a change of the groups in the same function) is a graph break, hence with
-    fullgraph=True an error.
+    A closure, DTensors, and a change of the groups in the same function cannot be traced. They are graph breaks, hence
+    errors with fullgraph=True.
 
     Args:
         eagerly: step() without a compiler.
@@ -123,11 +126,12 @@ def _hyper(group: dict[str, Any], place: int) -> Any:
 
 
 def _before_tracing(handle: str, positions: list[int]) -> tuple[tuple[int, int], ...] | None:
-    """Called by torch.compile while it traces, not by its graph: makes missing state, as torch does for its own
-    optimizers, so that the first step is not another graph than the second.
+    """Makes missing state, so that the first step has the same graph as the second. torch does so for its own
+    optimizers. torch.compile calls this function while it traces; its graph does not.
 
-    Returns the hyper_places, found here so that the graph has no guard on the numbers that are no tensors.
-    None: the traced function has changed the groups, which the operator would see only after the graph.
+    Returns:
+        The hyper_places, found here so that the graph does not guard those hyper-parameters that are plain numbers.
+        None if the traced function has changed the groups, which the operator would see only after the graph.
     """
     owner = _graph_steps[handle].stepper.owner
     if _has_pending_change(owner.param_groups):
@@ -144,7 +148,7 @@ def _before_tracing(handle: str, positions: list[int]) -> tuple[tuple[int, int],
     )
 
 
-# As torch.compiler.assume_constant_result, which imports torch._dynamo.
+# Does what torch.compiler.assume_constant_result does, which would import torch._dynamo.
 _before_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark on a function
 
 
@@ -161,7 +165,7 @@ def _step(*arguments: Any) -> None:
     try:
         _step_now(*arguments)
     except BaseException:
-        # Compiled code leaves a torch.no_grad() by no `finally`: autograd would stay off after an error.
+        # Compiled code puts no `finally` around a torch.no_grad(): autograd would stay off after an error.
         torch.set_grad_enabled(grad_enabled)
         raise
 
@@ -189,7 +193,7 @@ def _step_now(
             "a compiled step has the tensors of one pattern of dropped blocks: after skip_dropped() call "
             "optimizer.step() outside of torch.compile"
         )
-    owner._opt_called = True  # as the step that torch's lr_scheduler wraps says
+    owner._opt_called = True  # as torch's lr_scheduler does in the step that it wraps
     for group in owner.param_groups:  # torch.compile sets it when a function that it compiles names param_groups
         group["capturable"] = owner.defaults["capturable"]
     everything = [(group, param) for group in owner.param_groups for param in group["params"]]
@@ -207,7 +211,7 @@ def _step_now(
         and _same_objects(hypers, [_hyper(owner.param_groups[index], place) for index, place in places])
     )
     target, twin = stepper, owner
-    if not own:  # inductor gives the optimizer's own tensors: what was prepared for the last step serves then too
+    if not own:  # not with inductor: it passes the optimizer's own tensors, and the step prepared last is used again
         states = [dict(zip(given, tensors)) for tensors in zip(*given.values())]
         for i, maximum in zip(with_amsgrad, max_exp_avg_sqs):
             states[i]["max_exp_avg_sq"] = maximum
@@ -231,8 +235,8 @@ def _step_now(
 
 @dataclass
 class _Twin:
-    """An Owner with everything of an optimizer but its tensors. A graph may have copied them, to be free of side
-    effects, and changed the copies on the way.
+    """An Owner with everything of an optimizer but its tensors. To be free of side effects, a graph may have copied
+    those and changed the copies.
     """
 
     param_groups: list[dict[str, Any]]
@@ -248,7 +252,9 @@ def _twin(
     stepper: Stepper, param_at: dict[int, torch.Tensor], states: Iterable[tuple[torch.Tensor, dict[str, torch.Tensor]]],
     hypers: Iterable[tuple[tuple[int, int], torch.Tensor]],
 ) -> tuple[Stepper, Owner]:  # fmt: skip
-    """A Stepper for a twin of the optimizer, and the twin, which is to be held as long as it is used."""
+    """Returns a Stepper for a twin of the optimizer, and the twin. Hold the twin as long as the Stepper is used, which
+    refers to it weakly.
+    """
     owner, position = stepper.owner, itertools.count()
     groups = [
         {**group, "params": [param_at.get(next(position), param) for param in group["params"]]}

@@ -1,4 +1,4 @@
-"""StepInBackward: parameters are stepped in the backward pass, and their gradients freed one by one."""
+"""StepInBackward: steps parameters in the backward pass and frees their gradients one by one."""
 
 from typing import Any
 
@@ -14,14 +14,16 @@ class StepInBackward:
     """Steps each parameter of an optimizer as soon as its gradient is complete, then frees the gradient, so that the
     gradients of a model are never all there at once. Masks and results are those of a normal step.
 
-    ``optimizer.step()`` stays where it was in the loop: it ends the step, counts it, and steps what has a gradient
-    still. ``remove()`` goes back to normal.
+    ``optimizer.step()`` stays where it was in the loop. It steps every parameter that still has a gradient, then ends
+    and counts the step. ``remove()`` goes back to normal.
 
-    What needs all gradients at once is refused: accumulation over several backward passes, ``max_grad_norm``, a
-    GradScaler (``fused=True``), and more than one process, where the hook may run before the gradients are averaged.
+    Everything that needs all gradients at once is refused: accumulation over several backward passes,
+    ``max_grad_norm``, and a GradScaler (``fused=True``). More than one process is refused too, since the hook may run
+    before the gradients are averaged.
 
     Raises:
-        ValueError, RuntimeError: one of these, with the remedy. Accumulation shows in the backward pass only.
+        ValueError, RuntimeError: one of these is in use; the message names the remedy. Accumulation is noticed only in
+            the backward pass.
 
     Example:
         >>> import torch
@@ -37,7 +39,7 @@ class StepInBackward:
     """
 
     def __init__(self, stepper: Stepper) -> None:
-        self._stepper = stepper  # which holds its optimizer weakly: the parameters hold the hooks, and they this
+        self._stepper = stepper  # refers to its optimizer weakly: the parameters hold the hooks, and those hold self
         self._hooks: list[Any] | None = None  # None: off
         self._prepared: dict[int, PreparedStep] = {}  # by the id of a parameter
         self._clocks: list[Any] | None = None  # of the step that is under way
@@ -62,7 +64,7 @@ class StepInBackward:
         return bool(self._done)
 
     def remove(self) -> None:
-        """Ends it; a step under way must have been ended by ``optimizer.step()``."""
+        """Goes back to normal steps. ``optimizer.step()`` must have ended a step that was under way."""
         if self.under_way:
             raise RuntimeError("a step is under way: call optimizer.step() after backward(), then remove()")
         for hook in self._hooks or ():

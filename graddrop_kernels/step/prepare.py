@@ -1,5 +1,5 @@
-"""From an optimizer's parameters and gradients to a PreparedStep: every check before anything is changed, then what is
-missing of state and masks, then the rows.
+"""Makes a PreparedStep from an optimizer's parameters and gradients. Runs every check before it changes anything, then
+makes missing state and masks, then the rows.
 """
 
 import os
@@ -20,12 +20,12 @@ from .warn_once import WarnOnce
 
 
 def prepared_for(owner: Owner, masking: Masking) -> tuple[Any, ...]:
-    """What of the options and the environment a prepared step depends on."""
+    """The options and the environment variable that a prepared step depends on."""
     return owner.max_grad_norm is not None, owner.backend, os.environ.get("GRADDROP_BACKEND"), masking.facts()
 
 
 def backend_name(owner: Owner) -> str:
-    """The backend asked for. Only the reference records a step for autograd."""
+    """The backend asked for. With differentiable=True the reference, since only it records a step for autograd."""
     return "reference" if owner.defaults["differentiable"] else owner.backend
 
 
@@ -37,7 +37,7 @@ def prepare(
 
     Args:
         grads: local tensors, see tensors.local.local_grads.
-        fresh: whether there was no step before; None: these are not all parameters of the step.
+        fresh: whether there was no step before. None if ``params`` are not all parameters of the step.
 
     Returns:
         None if the call only made the optimizer create its state, as torch.distributed.checkpoint does, and must not
@@ -83,8 +83,8 @@ def prepare(
 def _is_state_probe(
     owner: Owner, params: list[torch.Tensor], grads: list[torch.Tensor | None], fresh: Callable[[], bool]
 ) -> bool:
-    """torch.distributed.checkpoint asks a fresh optimizer for its state by a step with lr 0 and zero gradients: that
-    must not count as one.
+    """Whether the call only asks for the state. torch.distributed.checkpoint makes a fresh optimizer create its state
+    by a step with lr 0 and zero gradients, which must not count as a step.
     """
     return (
         fresh()

@@ -12,14 +12,14 @@ from .stepper import Stepper
 
 
 class SkipDropped:
-    """What ``optimizer.skip_dropped()`` needs to know beside the optimizer's own state.
+    """Implements ``optimizer.skip_dropped()``, and keeps what it must know beside the optimizer's own state.
 
-    Which blocks a step drops is known before its forward pass: a function of the seed, the epoch, the count of steps
-    and the block's name, so equal on all ranks. Their parameters have ``requires_grad`` False inside of the with block.
-    The step then finds no gradient for them, and takes them for what they are: dropped, not unused.
+    Which blocks a step drops is known before its forward pass. It depends only on the seed, the epoch, the count of
+    steps and the block's name, so it is equal on all ranks. Inside of the with block, the parameters of these blocks
+    have ``requires_grad`` False. The step then finds no gradient for them, and treats them as dropped, not as unused.
 
-    A parameter without state is never skipped: only its first backward pass shows whether it has a gradient at all.
-    torch does not step one that has none, and a dropped block must not become the reason to.
+    A parameter without state is never skipped, because only its first backward pass shows whether it has a gradient at
+    all. torch does not step a parameter that has none, and a dropped block must not change that.
     """
 
     def __init__(self, stepper: Stepper) -> None:
@@ -53,13 +53,14 @@ class SkipDropped:
         self, params: list[torch.Tensor], grads: list[torch.Tensor | None], grad_scale: torch.Tensor | None,
         under_way: bool,
     ) -> list[torch.Tensor | None]:  # fmt: skip
-        """The gradients of a step, with something in the place of those that were skipped.
+        """The gradients of a step, with a stand-in for each one that was skipped.
 
         Args:
             under_way: whether parameters have been stepped for this step already, in the backward pass.
 
         Raises:
-            RuntimeError: the step would train what was skipped. ValueError: it needs gradients that were skipped.
+            RuntimeError: the step would train a parameter whose gradient was skipped.
+            ValueError: the step needs gradients that were skipped.
         """
         self.check_outside("step()")
         if not self.missing or not (present(grads) or under_way):
@@ -78,7 +79,7 @@ class SkipDropped:
         ]
 
     def check_outside(self, what: str) -> None:
-        """Raises RuntimeError inside of the with block, where requires_grad of the parameters is not the user's."""
+        """Raises RuntimeError inside of the with block, where requires_grad is not what the user has set."""
         if self._inside:
             raise RuntimeError(
                 f"{what} inside of skip_dropped(), where dropped blocks have requires_grad=False: leave the with block "
@@ -89,7 +90,7 @@ class SkipDropped:
         return [param for group in self._stepper.owner.param_groups for param in group["params"]]
 
     def _dropped(self) -> set[torch.Tensor]:
-        """The parameters of which the next step drops the whole gradient."""
+        """The parameters whose whole gradient the next step drops."""
         masking = self._stepper.masking
         found: set[torch.Tensor] = set()
         for index in masking.indices():
@@ -129,16 +130,16 @@ class SkipDropped:
 
 
 def _stand_in(param: torch.Tensor, grad_scale: torch.Tensor | None) -> torch.Tensor:
-    """For the gradient of a dropped parameter, of which the step takes only shape, dtype and device.
+    """A tensor in place of a dropped parameter's gradient. The step uses only its shape, dtype and device.
 
-    The parameter itself will do, so that it costs no memory, unless gradients are unscaled, hence written.
+    It is the parameter itself, which costs no memory. Gradients that are unscaled are written, so there it is zeros.
     """
     return param.detach() if grad_scale is None else torch.zeros_like(param)
 
 
 def check_model(model: torch.nn.Module | None, params: list[torch.Tensor]) -> None:
-    """Raises RuntimeError for wrappers under which parameters cannot change between requires_grad True and False, or
-    if it cannot be seen which wrapper there is.
+    """Raises RuntimeError for a wrapper under which requires_grad of parameters cannot change from step to step. With
+    several processes it also raises if there is no model that shows the wrapper, unless all parameters are DTensors.
     """
     distributed = torch.distributed
     several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
@@ -153,7 +154,7 @@ def check_model(model: torch.nn.Module | None, params: list[torch.Tensor]) -> No
 
 
 def _misfit(module: torch.nn.Module) -> str | None:
-    """Why skipping would fail, or train wrongly, with this module."""
+    """The reason why skipping would fail, or train wrongly, with this module; None if there is none."""
     averages = isinstance(module, torch.nn.parallel.DistributedDataParallel)
     if averages and module.static_graph:
         return "has static_graph=True, and its graph changes with the dropped blocks: make it without"

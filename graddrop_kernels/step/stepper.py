@@ -1,4 +1,4 @@
-"""Stepper: one step, from parameters and gradients to counted updates: check, prepare, plan, clip, update, count."""
+"""Stepper: makes a step of parameters and gradients. It checks, prepares, plans, clips, updates and counts."""
 
 import weakref
 from collections.abc import Callable, Mapping
@@ -20,17 +20,17 @@ from .warn_once import WarnOnce
 
 
 class Stepper:
-    """What one optimizer's steps need between them: the prepared step, and what only the device knows yet."""
+    """Steps one optimizer. Between two steps it keeps the prepared step, and counts that only the device knows yet."""
 
     def __init__(self, owner: Owner, masking: Masking) -> None:
         self._owner_alive = weakref.ref(owner)
-        self.owner: Owner = weakref.proxy(owner)  # a strong reference would keep its moments, see Masking
+        self.owner: Owner = weakref.proxy(owner)  # a strong reference would keep its moments alive, see Masking
         self.masking = masking
         self.warn = WarnOnce()
         self.prepared: PreparedStep | None = None
         self.captured: PreparedStep | None = None  # by a CUDA graph, which holds the addresses of these:
         self._captured_tensors: list[torch.Tensor] = []
-        self.voided: dict[int, torch.Tensor] = {}  # of each group, the steps that a GradScaler made no-ops
+        self.voided: dict[int, torch.Tensor] = {}  # per group index, the number of steps that a GradScaler made no-ops
 
     @property
     def is_orphan(self) -> bool:
@@ -41,14 +41,15 @@ class Stepper:
         self, params: list[torch.Tensor], grads: list[torch.Tensor | None], grad_scale: torch.Tensor | None,
         found_inf: torch.Tensor | None, fresh: Callable[[], bool], stepped: Callable[[], set[int]] = set,
     ) -> None:  # fmt: skip
-        """The step of all parameters.
+        """Makes one step of all parameters.
 
         Args:
-            params: of all groups, in order.
-            grads: the gradient of each; None: the parameter is left out.
+            params: the parameters of all groups, in order.
+            grads: the gradient of each parameter; None leaves the parameter out.
             grad_scale, found_inf: as a GradScaler has put them on the optimizer.
-            fresh: whether there was no step before this one.
-            stepped: the groups that have been stepped before this call, in the backward pass. Asked once, at the end.
+            fresh: returns whether there was no step before this one.
+            stepped: returns the groups that have been stepped before this call, in the backward pass. Called once, at
+                the end.
 
         Raises before anything has changed.
         """
@@ -64,7 +65,7 @@ class Stepper:
         if prepared is None or not prepared.holds(params, tensors, grads, self.owner.state, made_for):
             prepared = self.prepared = prepare(self.owner, self.masking, self.warn, params, grads, fresh)
             if prepared is None:
-                return  # a question for the state, not a step
+                return  # the call only asked for the state
         grad_scale, found_inf = (
             scalar if scalar is None else torch.as_tensor(scalar, dtype=torch.float32)  # the int 0 if no gradient came
             for scalar in (grad_scale, found_inf)
@@ -76,7 +77,7 @@ class Stepper:
         self.run(prepared, tensors, grads, self.owner.state, clocks, grad_scale, found_inf)
         if any(capturing(part.batch.device) for part in prepared.parts):
             self.captured, self._captured_tensors = prepared, prepared.tensors(tensors, self.owner.state)
-            return  # nothing has run
+            return  # a capture runs nothing
         # Count.
         elsewhere = set(filter(self.masking.buffers.has_gradients, self.masking.indices()))
         self.count(prepared.group_indices | stepped() | elsewhere, clocks, found_inf)
@@ -86,7 +87,7 @@ class Stepper:
         state: Mapping[torch.Tensor, Any], clocks: list[Clock], grad_scale: torch.Tensor | None = None,
         found_inf: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Masks and updates what is prepared; counts nothing but the parameters' own steps."""
+        """Masks and updates the prepared parameters. Counts only the parameters' own steps."""
         owner, parts = self.owner, prepared.parts
         prepared.take(tensors, grads, state)
         try:
@@ -120,9 +121,10 @@ class Stepper:
                 self.voided[index] = self.voided.get(index, 0) + (found_inf != 0).to(torch.int64)
 
     def settle(self, only_if_needed: bool = False) -> None:
-        """Takes the steps that a GradScaler made no-ops out of the groups' counts.
+        """Subtracts the steps that a GradScaler made no-ops from the groups' counts.
 
-        Only the device knows of them, and asking it waits for it: so only when the counts are looked at.
+        Only the device knows their number, and reading it makes the host wait. So this is called only before the counts
+        are read; with ``only_if_needed`` it does nothing unless the masks of some group depend on the counts.
         """
         if not self.voided:
             return
@@ -157,11 +159,11 @@ class Stepper:
         check_max_grad_norm(owner.max_grad_norm)
 
     def forget(self) -> None:
-        """Drops what was derived from the groups: nothing of it survives a load or a new group."""
+        """Drops everything that was derived from the groups. Call it after a load or a new group."""
         self.masking.forget()
         self.prepared = None
 
     def reloaded(self) -> None:
-        """After the groups have got the values of a checkpoint."""
+        """Drops what belonged to the groups' earlier values. Call it when a checkpoint has been loaded into them."""
         self.forget()
         self.voided.clear()

@@ -1,4 +1,4 @@
-"""WarnOnce: warnings that an optimizer gives once, at the line that called it."""
+"""WarnOnce: gives each warning of an optimizer once, at the line of the user's code that called it."""
 
 import sys
 import warnings
@@ -9,7 +9,7 @@ class WarnOnce:
         self._given: set[str] = set()
 
     def __call__(self, message: str | None) -> None:
-        """Warns, unless it has before; None: there is nothing to warn of."""
+        """Gives a warning unless it has been given before. Does nothing for None."""
         if message is not None and message not in self._given:
             self._given.add(message)
             frame, level = sys._getframe(), 1  # shown at the caller's line, however deep we are

@@ -1,1 +1,1 @@
-"""Where elements lie: in memory, among processes."""
+"""Positions of elements in memory and among processes."""

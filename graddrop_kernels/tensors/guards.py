@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 try:
-    # The guards of torch.compile: one C++ call for all tensors, 0.1 us each where asking them from Python takes 0.5.
-    # Not a public name of torch: where it is missing or other than expected, the comparison is made in Python.
+    # The guards of torch.compile: one C++ call for all tensors, 0.1 us per tensor; asking from Python takes 0.5.
+    # The name is not public in torch. If it is missing or not as expected, the comparison is made in Python.
     from torch._C._dynamo.guards import TensorGuards
 
     guards_of: Any = partial(TensorGuards, dynamic_dims_sizes=None, dynamic_dims_strides=None)
@@ -21,9 +21,9 @@ _facts = attrgetter("shape", "dtype", "layout", "device")
 
 
 def same_facts(tensors: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], bool]:
-    """A function that takes tensors and tells whether they agree with these in number and, pairwise, in all facts.
+    """Returns a function that says whether other tensors agree with these in number and, pairwise, in all facts.
 
-    It keeps none of the tensors alive. It may say no without need (another subclass, another requires_grad), never yes.
+    It keeps none of the tensors alive. A no may be wrong (another subclass, another requires_grad), a yes never is.
     """
     count = len(tensors)
     if guards_of is None or not tensors:

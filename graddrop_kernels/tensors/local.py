@@ -1,4 +1,4 @@
-"""The part of each parameter that lies in this process: shards of DTensors, spans of flat buffers."""
+"""The local part of each parameter and gradient: shards of DTensors, and the processes that hold the other shards."""
 
 import sys
 from collections.abc import Iterable
@@ -19,17 +19,17 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
 
 
 def _dtensor_type() -> Any:
-    """DTensor, if anything has imported it: without that there is none to be found."""
+    """The class DTensor, or None if nothing has imported it. Then there is no DTensor either."""
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor that a DTensor has in this process; any other as it is."""
+    """The local tensor of a DTensor; any other tensor as it is."""
     return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def local_tensors(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """``local`` of each: 0.03 us a tensor, where DTensor.to_local() takes 2.4."""
+    """``local`` of each tensor. It takes 0.03 us per tensor, DTensor.to_local() 2.4 us."""
     tensors, dtensor = list(tensors), _dtensor_type()
     kinds = set(map(type, tensors))
     if dtensor is None or kinds <= _PLAIN:
@@ -40,10 +40,10 @@ def local_tensors(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def local_grads(params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """The gradients' local tensors, beside those of their parameters.
+    """The gradients' local tensors, placed like those of their parameters.
 
-    A gradient that is placed otherwise is redistributed first: that of a norm under sequence parallelism is a partial
-    sum, of which each process would else mask and step its own.
+    A gradient with other placements is redistributed first. For example, the gradient of a norm under sequence
+    parallelism is a partial sum; without that, each process would mask and step its own.
     """
     dtensor = _dtensor_type()
     kinds = {*map(type, params), *map(type, grads)}
@@ -69,7 +69,7 @@ def _local_grad(param: Any, grad: Any) -> torch.Tensor:
 
 
 def as_sharded(values: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """Local values, one an element of the local tensor, in the parameter's shape: a DTensor beside a DTensor."""
+    """Local values, one per element of the local tensor, in the parameter's shape: a DTensor if the parameter is."""
     values = values.view(local(param).shape)
     if not is_dtensor(param):
         return values
@@ -80,7 +80,7 @@ def as_sharded(values: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
 
 
 def has_processes() -> bool:
-    """Whether torch.distributed runs here, if only in this process."""
+    """Whether torch.distributed is initialized, even if this is its only process."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -102,7 +102,7 @@ def sharded_over(param: torch.Tensor) -> tuple[Any, ...]:
 
 
 def any_nonzero(params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> bool:
-    """Whether any element of the local gradients is not 0, in any process: all processes get one answer."""
+    """Whether any element of the local gradients is not 0, in any process. All processes get the same answer."""
     found = any(bool(grad.any()) for grad in grads if grad is not None)
     groups = dict.fromkeys(group for param in params for group in sharded_over(param))
     if not groups:
@@ -114,5 +114,5 @@ def any_nonzero(params: list[torch.Tensor], grads: list[torch.Tensor | None]) ->
 
 
 def is_dtensor(tensor: object) -> "TypeGuard[DTensor]":
-    """Whether this is a DTensor; does not import that class, without which there is none."""
+    """Whether this is a DTensor. Does not import the class: if nothing has, there is no DTensor."""
     return isinstance(tensor, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))

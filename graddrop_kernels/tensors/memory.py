@@ -1,18 +1,18 @@
-"""Where tensors lie: strides, overlaps, storages that are too short. The kernels get addresses and trust them."""
+"""Memory of tensors: strides, overlaps, storages that are too short. The kernels get addresses and trust them."""
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether its memory holds its values in order: contiguous, no view that torch negates or conjugates when it is
-    read, and no tensor of zeros without memory.
+    """Whether the tensor's memory holds its values in order. It is then contiguous, no view that torch negates or
+    conjugates when it is read, and no tensor of zeros without memory.
     """
     return tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj() and not tensor._is_zerotensor()
 
 
 def plain_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values in order in memory of their own; a clone negates and conjugates what a view only marks."""
+    """A copy with the same values in order. A clone negates and conjugates values where a view only marks it."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -22,13 +22,13 @@ def as_real(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def reach(tensor: torch.Tensor) -> int:
-    """Bytes from a strided tensor's first element to the end of its last."""
+    """The number of bytes from a strided tensor's first element to the end of its last."""
     return tensor.element_size() * (1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape)))
 
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether two elements of a strided tensor may share memory (exact for expanded, transposed and sliced tensors,
-    else on the safe side).
+    """Whether two elements of a strided tensor may share memory. The answer is exact for expanded, transposed and
+    sliced tensors, and on the safe side for others.
     """
     span = 0  # the farthest offset that the smaller strides reach
     for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
@@ -57,8 +57,8 @@ def check_memory(what: str, tensor: torch.Tensor) -> None:
 
 
 def turns_of(params: list[torch.Tensor]) -> dict[int, int]:
-    """{position: turn} of the parameters that share memory with others, else {}: in one batch threads would step them
-    at once.
+    """{position: turn} of the parameters that share memory with others. Each turn needs a batch of its own, since the
+    threads of one batch would step them at the same time.
     """
     spans = sorted(
         (param.data_ptr(), param.data_ptr() + reach(param), position)

@@ -1,6 +1,6 @@
-"""RowBlock: where a local tensor's elements lie in the global, unsharded, contiguous parameter.
+"""The RowBlocks of a shard: which elements of the whole, contiguous parameter a local tensor holds.
 
-shard_pieces finds the RowBlocks of a shard: runs of indices along each dimension first, of the flat parameter then.
+shard_pieces finds the runs of indices along each dimension first, then the runs of the flat parameter.
 """
 
 from functools import lru_cache
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Piece(NamedTuple):
-    """A contiguous range of a local tensor's flat elements and where they lie in the whole parameter."""
+    """A contiguous range of a local tensor's flat elements, and their positions in the whole parameter."""
 
     start: int  # first local flat index
     numel: int
@@ -27,7 +27,8 @@ class Piece(NamedTuple):
 
 
 def pieces_of(tensor: torch.Tensor) -> tuple[Piece, ...]:
-    """The pieces of a tensor's elements on this rank, in local order: one if it is plain; () if it has none.
+    """The pieces of a tensor's elements on this rank, in local order. A plain tensor has one; a tensor without elements
+    here has none.
 
     Raises ValueError as shard_pieces does.
     """
@@ -47,9 +48,11 @@ def shard_pieces(
 ) -> tuple[Piece, ...]:  # fmt: skip
     """The pieces of the shard at ``coordinate`` of a mesh, in local order.
 
-    One, if a RowBlock can hold it all: a whole, a range, a block of rows and columns. () for a shard without elements
-    and for a rank outside of the mesh, whose coordinate is None. Raises ValueError if a placement leaves no owner to an
-    element (Partial), or if ``local_shape`` is not the shape of that shard.
+    There is one piece if a RowBlock can describe the whole shard: all elements, a range, a block of rows and columns.
+    There is none for a shard without elements, nor for a rank outside of the mesh, whose coordinate is None.
+
+    Raises ValueError if a placement gives elements no owner (Partial), or if ``local_shape`` is not the shape of that
+    shard.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
@@ -81,7 +84,7 @@ _Runs = list[tuple[int, int]]  # (first index, count) along one dimension, ascen
 
 
 class _Cut(NamedTuple):
-    """One mesh dimension cuts a tensor dimension into ``parts``, of which this rank takes number ``part``."""
+    """The cut of a tensor dimension by one mesh dimension into ``parts``. This rank takes number ``part``."""
 
     parts: int
     part: int
@@ -111,7 +114,7 @@ def _held(size: int, cuts: list[_Cut], local_size: int | None) -> _Runs:
 
 
 def _order(cuts: list[_Cut]) -> list[_Cut] | None:
-    """The cuts in the order in which they were made, or None if their split factors do not tell.
+    """The cuts in the order in which they were made, or None if their split factors do not show it.
 
     A split factor is the number of parts made before this cut by mesh dimensions that come later.
     """
@@ -152,10 +155,10 @@ def _merged(runs: _Runs) -> _Runs:
 
 
 def _pieces(shape: tuple[int, ...], held: list[_Runs]) -> list[Piece]:
-    """The elements whose index along each dimension is in the runs held of it, none of which is empty."""
+    """The elements whose index along each dimension is in the runs held of that dimension, which are not empty."""
     dims = [(1, [(0, 1)])]
     for size, runs in zip(shape, held):
-        if runs == [(0, size)]:  # held completely: one dimension with the one before
+        if runs == [(0, size)]:  # held completely: joined with the dimension before
             outer, outer_runs = dims.pop()
             dims.append((outer * size, [(start * size, count * size) for start, count in outer_runs]))
         else:
@@ -183,7 +186,9 @@ def _each(rows: _Runs, size: int, runs: _Runs) -> _Runs:
 
 
 def _grouped(runs: _Runs) -> list[Piece]:
-    """As many runs in a piece as are rows of one RowBlock: equal counts and distances, the last may be shorter."""
+    """Puts runs into one piece as long as they are rows of one RowBlock. Rows have equal counts and distances; the last
+    may be shorter.
+    """
     pieces, local, row = [], 0, 0
     while row < len(runs):
         base, inner = runs[row]

@@ -1,11 +1,10 @@
-"""`python -m graddrop_kernels info | verify | bench`; `info`: what is installed, what runs here, what a step uses."""
+"""`python -m graddrop_kernels info`: what is installed, what runs here, what a step uses."""
 
 import os
 import platform
 import re
 import shlex
 import shutil
-import struct
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,19 +12,15 @@ from pathlib import Path
 import torch
 
 from .. import __version__, backends
-from ..backends import cpu
+from ..backends import cpu, cuda
 
-_OPTIONAL = ("triton", "transformers", "numpy")  # looked up, never imported: transformers takes seconds
-_CUDA_LIBRARY = Path(__file__).resolve().parents[1] / "_cuda.so"
+_OPTIONAL = ("triton", "transformers", "numpy")  # looked up, not imported: importing transformers takes seconds
 _DRIVER_FACTS = Path("/proc/driver/nvidia/version")  # Linux
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-# Imported when asked for: `info` has to work where something of these is broken.
-
-
 def info() -> int:
-    """Print what a bug report needs. Returns 0, also where no compiled backend can run."""
+    """Prints what a bug report needs. Returns 0, even if no compiled backend can run."""
     print(f"graddrop_kernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(f"torch {torch.__version__}, {', '.join(f'{name} {_installed(name)}' for name in _OPTIONAL)}")
     isa = f"instruction set {cpu.isa()}" if cpu.unavailable() is None else "no compiled kernels"
@@ -56,7 +51,7 @@ def info() -> int:
 
 
 def _picked(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend of parameters of a dtype with moments of the same one, and why none before it in the table."""
+    """Names the backend for parameters and moments of this dtype, and says why none before it in the table."""
     try:
         chosen = backends.select("auto", device, dtype, dtype)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -92,7 +87,7 @@ def _torch_gpu_build() -> str:
 
 
 def _driver() -> str:
-    """The GPU driver's version, as the kernel module or the tool that comes with it tells."""
+    """Returns the GPU driver's version, from the kernel module or from nvidia-smi."""
     told = _DRIVER_FACTS.read_text() if _DRIVER_FACTS.exists() else ""
     found = re.search(r"Kernel Module.*?\s([0-9][0-9.]+)\s", told)
     if found:
@@ -106,41 +101,26 @@ def _driver() -> str:
 
 
 def _cuda_library() -> str:
-    """Whether csrc/cuda was compiled, and for which architectures."""
-    if not _CUDA_LIBRARY.exists():
+    """Says whether csrc/cuda was compiled, and for which architectures."""
+    found = cuda.architectures()
+    if found:
+        machine = ", ".join(each for each in found if each.startswith("sm_"))
+        portable = " and ".join(f"PTX of {each}" for each in found if not each.startswith("sm_"))
+        return f"_cuda.so for {' and '.join(filter(None, (machine, portable)))}"
+    if shutil.which(_nvcc()) is None:
         return "not built (needs nvcc at pip install)"
-    machine, portable = cuda_architectures(_CUDA_LIBRARY.read_bytes())
-    parts = [", ".join(f"sm_{arch}" for arch in machine), "".join(f"PTX of compute_{arch}" for arch in portable)]
-    return f"{_CUDA_LIBRARY.name} for {' and '.join(filter(None, parts)) or 'no architecture'}"
-
-
-def cuda_architectures(library: bytes) -> tuple[list[int], list[int]]:
-    """(machine code for, PTX for) which compute capabilities, 90 for 9.0, a library built by nvcc holds.
-
-    It lies in fat binaries: a header (u32 magic, u16 version, u16 its size, u64 size of all that follows), then entries
-    that each begin with u16 kind (1 PTX, 2 machine code), u16 version, u32 header size, u64 payload size, and have the
-    architecture as the u32 at byte 28. NVIDIA documents none of this; nvcc 13.0 writes it so, and a test compares it
-    with cuobjdump.
-    """
-    found: dict[int, set[int]] = {1: set(), 2: set()}
-    for header in re.finditer(rb"\x50\xed\x55\xba\x01\x00\x10\x00(?s:.{8})", library):
-        place = header.end()
-        end = min(place + int.from_bytes(header[0][8:], "little"), len(library))
-        while place + 32 <= end:
-            kind, _, entry_header, payload = struct.unpack_from("<HHIQ", library, place)
-            if kind not in found or not entry_header:
-                break
-            found[kind].add(struct.unpack_from("<I", library, place + 28)[0])
-            place += entry_header + payload
-    return sorted(found[2]), sorted(found[1])
+    return "not built, for lack of a GPU at pip install; for every GPU: GRADDROP_CUDA_ARCHS=all pip install ..."
 
 
 def _compilers() -> dict[str, str]:
-    """{what setup.py looks for: path and version, or why it is not found}."""
+    """Returns {program that setup.py looks for: path and version, or why it is not found}."""
     cxx = shlex.split(os.environ.get("CXX", "c++"))[:1] or ["c++"]
+    return {"c++": _compiler(cxx[0], "set CXX"), "nvcc": _compiler(_nvcc(), "set NVCC or CUDA_HOME")}
+
+
+def _nvcc() -> str:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or f"{home}/bin/nvcc"
-    return {"c++": _compiler(cxx[0], "set CXX"), "nvcc": _compiler(nvcc, "set NVCC or CUDA_HOME")}
+    return os.environ.get("NVCC") or shutil.which("nvcc") or f"{home}/bin/nvcc"
 
 
 def _compiler(command: str, remedy: str) -> str:

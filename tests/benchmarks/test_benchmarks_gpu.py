@@ -56,6 +56,7 @@ def results(rehearsal) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text()) for path in rehearsal[0].glob("*.json")}
 
 
+@pytest.mark.slow
 def test_rehearsal_runs_every_part(rehearsal, results):
     folder, printed = rehearsal
     run = results["gpu_run"]
@@ -71,6 +72,7 @@ def test_rehearsal_runs_every_part(rehearsal, results):
     assert names == {folder.name, *(path.name for path in folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_a_rehearsal_cannot_pass_for_a_result(rehearsal, results):
     folder, _ = rehearsal
     others = {"sweeps_gpu", "host_gpu", "modes_gpu", "gpu_run"}
@@ -87,6 +89,7 @@ def test_a_rehearsal_cannot_pass_for_a_result(rehearsal, results):
         assert "**a rehearsal on CPU tensors, no measurement" in section and "No results yet" not in section, section
 
 
+@pytest.mark.slow
 def test_tables_show_the_figures_of_the_results(rehearsal, results):
     page = (rehearsal[0] / "tables.md").read_text()
     for work, benchmark in render_gpu.STEPS.items():
@@ -108,6 +111,7 @@ def test_tables_show_the_figures_of_the_results(rehearsal, results):
             assert start in page, row
 
 
+@pytest.mark.slow
 def test_rehearsal_measures_every_policy_peer_mode_and_work(results):
     policies = {case.name for case in cases.CASES}
     blocks = {case.name for case in cases.CASES if case.needs_blocks}
@@ -137,6 +141,7 @@ def test_rehearsal_measures_every_policy_peer_mode_and_work(results):
     assert goals.measured(slow[0]["rows"], name="torch compiled")
 
 
+@pytest.mark.slow
 def test_figures_of_a_row_belong_together(results):
     for benchmark in render_gpu.STEPS.values():
         for config in results[benchmark]["configs"]:
@@ -151,6 +156,7 @@ def test_figures_of_a_row_belong_together(results):
                 assert (row["over_unmasked"] is None) == (row["kind"] != "ours")
 
 
+@pytest.mark.slow
 def test_rehearsal_measures_every_mode_beside_its_peers(results):
     result = results["modes_gpu"]
     configs = {(config["work"], config["table"]): config for config in result["configs"]}
@@ -225,6 +231,7 @@ def test_masters_by_hand_are_the_step_of_float32_parameters(seed):
             assert torch.equal(param, master.bfloat16())
 
 
+@pytest.mark.slow
 def test_rehearsal_sweeps_and_checks(results):
     swept, host = results["sweeps_gpu"], results["host_gpu"]
     assert {row["numel"] for row in swept["sizes"]} == {size // 10_000 for size in shapes.SIZES}

@@ -16,6 +16,8 @@ from benchmarks.render import __main__ as render  # noqa: E402
 from benchmarks.render import cpu_figures  # noqa: E402
 from graddrop_kernels.demo.methods import WEIGHTS  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -23,6 +23,7 @@ def folder(tmp_path_factory):
     return results
 
 
+@pytest.mark.slow
 def test_every_method_is_measured_beside_the_dense_step(folder):
     (table,) = json.loads((folder / "some-machine" / "skip_backward.json").read_text())["tables"]
     rows = {row["name"]: row for row in table["rows"]}
@@ -35,6 +36,7 @@ def test_every_method_is_measured_beside_the_dense_step(folder):
     assert rows["BAdam-style: one block, nothing else"]["flops_ratio"] < 1
 
 
+@pytest.mark.slow
 def test_the_table(folder):
     found = load(folder)
     text = render.section("skip-backward", "some-machine", found)

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from lazy import Lazy
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from benchmarks.xglue.runs.run import run_one  # noqa: E402
-from benchmarks.xglue.runs.trainer import last_checkpoint  # noqa: E402
 from benchmarks.xglue.settings import settings_for  # noqa: E402
 
+running, training = Lazy("benchmarks.xglue.runs.run"), Lazy("benchmarks.xglue.runs.trainer")
 GIVEN = {
     "task": "sib200", "model": "tiny", "languages": ("en", "de"), "train_examples": 40, "eval_examples": 8,
     "epochs": 8, "batch_size": 16, "max_length": 96, "lr": 3e-3,
@@ -61,19 +61,19 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill(seed, tmp_path, one_t
     process = start(TORCHRUN, seed, tmp_path / "killed")
     folder = (tmp_path / "killed" / settings.file).with_suffix(".checkpoints")
     deadline = time.monotonic() + 300
-    while last_checkpoint(folder) is None and process.poll() is None and time.monotonic() < deadline:
+    while training.last_checkpoint(folder) is None and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     for one in [*psutil.Process(process.pid).children(recursive=True), process]:  # torchrun's are not in its group
         one.kill()
     error = process.communicate()[1].decode()
-    assert last_checkpoint(folder) is not None and not (tmp_path / "killed" / settings.file).exists(), error
+    assert training.last_checkpoint(folder) is not None and not (tmp_path / "killed" / settings.file).exists(), error
     resumed = finish(start(ACCELERATE, seed, tmp_path / "killed"), tmp_path / "killed" / settings.file)
     assert resumed["resumed"] and resumed["weights_sha256"] == whole["weights_sha256"]
     for key in whole.keys() - {"resumed", "seconds"}:
         assert resumed[key] == whole[key], key
 
     # The third batch is not full: Accelerate fills it with examples of the first.
-    alone = run_one(settings, tmp_path / "alone", device="cpu", progress=False)
+    alone = running.run_one(settings, tmp_path / "alone", device="cpu", progress=False)
     assert alone["machine"]["processes"] == 1
     for (step, one), (same, two) in zip(alone["losses"][:2], whole["losses"]):
         assert step == same and one == pytest.approx(two, rel=1e-3)  # the same batch, in halves

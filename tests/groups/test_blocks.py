@@ -10,8 +10,8 @@ from lazy import transformers
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from graddrop_kernels.groups.blocks import block_of, find_blocks, match_layers, parameter_blocks
-from graddrop_kernels.groups.names import canonical_module_name, canonical_name
+from graddrop_kernels.groups.blocks import find_blocks, parameter_blocks
+from graddrop_kernels.groups.names import block_of, canonical_module_name, canonical_name, match_layers
 
 SIZES = {
     "vocab_size": 40,
@@ -501,7 +501,7 @@ import sys
 sys.modules["transformers"] = None
 from torch import nn
 from graddrop_kernels.groups.blocks import find_blocks
-from graddrop_kernels.groups import param_groups
+from graddrop_kernels import param_groups
 model = nn.Transformer(4, 2, 2, 2, 4, batch_first=True)
 assert len(find_blocks(model)) == 4 and len(param_groups(model)) == 3
 """

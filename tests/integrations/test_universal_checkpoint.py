@@ -1,6 +1,7 @@
 """What of a universal checkpoint of DeepSpeed is taken and what refused, with a stand-in for its stage 3 optimizer."""
 
 import copy
+import importlib
 import types
 
 import pytest
@@ -8,7 +9,6 @@ import torch
 
 from graddrop_kernels import FusedGradDropAdamW, GradDrop
 from graddrop_kernels.integrations.deepspeed_universal import repair_stage3_loads
-from graddrop_kernels.integrations.transformers import _attach_to_deepspeed
 
 
 class Zero:
@@ -122,7 +122,8 @@ def test_a_trainer_does_not_resume_from_a_universal_checkpoint(steps, monkeypatc
     monkeypatch.setattr("graddrop_kernels.integrations.deepspeed.deepspeed_universal.repair_loads", lambda *_: None)
     monkeypatch.setattr(optimizer, "attach_pieces", lambda *_: None)
     accelerated = types.SimpleNamespace(optimizer=wrapper)
-    train = lambda: _attach_to_deepspeed(accelerated, torch.nn.Linear(2, 2), args, state)
+    attach = importlib.import_module("graddrop_kernels.integrations.transformers")._attach_to_deepspeed
+    train = lambda: attach(accelerated, torch.nn.Linear(2, 2), args, state)
     if not steps:
         return train()
     with pytest.raises(ValueError, match="a universal checkpoint was loaded before"):

@@ -166,7 +166,8 @@ def test_every_benchmark_has_its_command():
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__") for path in scripts]
     assert len(modules) > 10
     commands = [word for command in commands_of("benchmarks/README.md") for word in command.split()]
-    assert [name for name in modules if name != "benchmarks.xglue" and name not in commands] == []
+    own = [name for name in modules if not name.startswith("benchmarks.xglue")]  # which has a page of its own
+    assert [name for name in own if name not in commands] == []
 
 
 def test_the_gpu_runs_budget_is_what_is_said():
@@ -271,7 +272,8 @@ def documented() -> dict[str, object]:
     found = {name: getattr(graddrop_kernels, name) for name in graddrop_kernels.__all__}
     methods = vars(graddrop_kernels.FusedGradDropAdamW)
     inherited = vars(torch.optim.AdamW).keys() | vars(torch.optim.Optimizer).keys()
-    found |= {name: each for name, each in methods.items() if name[0] != "_" and name not in inherited}
+    own = {name: each for name, each in methods.items() if name[0] != "_" and name not in inherited}
+    found |= {name: each for name, each in own.items() if callable(each)}
     integration = importlib.import_module("graddrop_kernels.integrations.transformers")
     return found | {name: getattr(integration, name) for name in ("trainer_optimizer", "GradDropCallback")}
 

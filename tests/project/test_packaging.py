@@ -98,7 +98,7 @@ def test_a_compiler_that_is_missing_or_fails_is_one_line_and_no_error(source, co
     result, libraries = build_ext(source, CXX=compiler, GRADDROP_NO_CUDA="1")
     assert result.returncode == 0, result.stderr
     assert libraries == []
-    lines = our_lines(result)
+    lines = [line for line in our_lines(result) if "compiling" not in line]
     assert len(lines) == 1
     assert (
         "graddrop_kernels._cpu not built" in lines[0]
@@ -145,23 +145,85 @@ def test_force_cuda_with_an_nvcc_that_fails_is_a_clear_error(source_with_cuda):
         result.returncode != 0
         and "GRADDROP_FORCE_CUDA is set, but graddrop_kernels._cuda cannot be built" in result.stderr
     )
-    result, _ = build_ext(source_with_cuda, NVCC="false", CXX="no-such-compiler")
+    result, _ = build_ext(source_with_cuda, NVCC="false", CXX="no-such-compiler", GRADDROP_CUDA_ARCHS="80")
     assert result.returncode == 0 and any("graddrop_kernels._cuda not built" in line for line in our_lines(result))
 
 
-def test_nvcc_is_called_with_contraction_off_and_every_architecture(source_with_cuda, tmp_path):
-    """A recording stand-in: no GPU compiler is needed to see what it would be told."""
-    nvcc = tmp_path / "nvcc"
-    nvcc.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nwhile [ "$1" != -o ]; do shift; done\ntouch "$2"\n')
+@pytest.fixture
+def called(source_with_cuda, tmp_path):
+    """Builds with a recording stand-in for nvcc, which knows sm_80 to sm_100, and one for nvidia-smi, with the GPUs
+    that it is called with: (what nvcc was told to compile for, our lines).
+    """
+    nvcc, smi = tmp_path / "nvcc", tmp_path / "nvidia-smi"
+    nvcc.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n'
+        "[ $1 = --list-gpu-arch ] && echo compute_80 compute_90 compute_90a compute_100 && exit\n"
+        'while [ "$1" != -o ]; do shift; done\ntouch "$2"\n'
+    )
     nvcc.chmod(0o755)
-    result, libraries = build_ext(source_with_cuda, NVCC=str(nvcc), CXX="no-such-compiler", GRADDROP_CUDA_ARCHS="70;86")
-    assert result.returncode == 0, result.stderr
-    assert libraries == ["built/graddrop_kernels/_cuda.so"]
-    planted = next(line for line in (tmp_path / "calls").read_text().splitlines() if "planted.cu " in line)
-    assert "-fmad=false" in planted.split()
-    assert re.findall(r",code=(\S+)", planted) == ["sm_70", "sm_86", "compute_86"]
-    result, libraries = build_ext(source_with_cuda, NVCC=str(nvcc), CXX="no-such-compiler", GRADDROP_NO_CUDA="1")
-    assert "_cuda" not in result.stdout
+
+    def build(*gpus, command=build_ext, **environment):
+        smi.write_text(f"#!/bin/sh\n{'; '.join(f'echo {gpu}' for gpu in gpus) or 'exit 9'}\n")
+        smi.chmod(0o755)
+        (tmp_path / "calls").unlink(missing_ok=True)
+        environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+        result, libraries = command(source_with_cuda, NVCC=str(nvcc), CXX="no-such-compiler", **environment)
+        assert result.returncode == 0, result.stderr
+        calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+        planted = [line for line in calls if "planted.cu " in line]
+        codes = re.findall(r",code=(\S+)", planted[0]) if planted else []
+        if planted:
+            assert [library for library in libraries if library.endswith("_cuda.so")]
+            assert "-fmad=false" in planted[0].split()
+            assert f"-DGRADDROP_CUDA_ARCHITECTURES={'+'.join(codes)}" in planted[0].split()
+        return codes, our_lines(result)
+
+    return build
+
+
+@pytest.mark.parametrize("gpus, asked, codes", [
+    (("9.0", "9.0"), None, "sm_90 compute_90"),
+    (("9.0", "8.0"), None, "sm_80 sm_90 compute_90"),
+    ((), "80;90", "sm_80 sm_90 compute_90"),
+    (("10.0",), "80", "sm_80 compute_80"),
+    (("10.0",), "native;80", "sm_80 sm_100 compute_100"),
+    ((), "native;80", "sm_80 compute_80"),
+    ((), "90a", "sm_90a compute_90a"),
+    (("9.0",), "all", "sm_80 sm_90 sm_100 compute_100"),
+])  # fmt: skip
+def test_the_cuda_library_is_built_for_the_gpus_that_are_here_or_those_that_are_asked_for(gpus, asked, codes, called):
+    environment = {} if asked is None else {"GRADDROP_CUDA_ARCHS": asked}
+    assert called(*gpus, **environment)[0] == codes.split()
+
+
+def test_without_a_gpu_nvcc_does_not_run_and_a_line_says_how_to_ask(called, tmp_path):
+    codes, lines = called()
+    assert not (tmp_path / "calls").exists()
+    assert codes == [] and any("no GPU" in line and "GRADDROP_CUDA_ARCHS=all" in line for line in lines)
+    assert called(GRADDROP_FORCE_CUDA="1")[0] == ["sm_80", "sm_90", "sm_100", "compute_100"]
+    assert called("9.0", GRADDROP_NO_CUDA="1")[0] == []
+
+
+def test_a_gpu_that_nvcc_does_not_know_gets_the_newest_ptx(called):
+    codes, lines = called("12.1", "8.0")
+    assert codes == ["sm_80", "compute_80", "compute_100"]
+    assert "graddrop_kernels: nvcc does not know sm_121: PTX of compute_100 instead" in lines
+
+
+def test_a_wheel_is_built_for_every_gpu(called):
+    def wheel(source, **environment):
+        result = run([sys.executable, "setup.py", "bdist_wheel", "--dist-dir", "wheels"], source, **environment)
+        (path,) = (source / "wheels").glob("*.whl")
+        return result, [name for name in files_of(path) if name.endswith(".so")]
+
+    assert called("9.0", command=wheel)[0] == ["sm_80", "sm_90", "sm_100", "compute_100"]
+
+
+def test_what_is_up_to_date_is_not_compiled_again(called):
+    assert called("9.0")[0] == ["sm_90", "compute_90"]
+    codes, lines = called("9.0")
+    assert codes == [] and "graddrop_kernels: graddrop_kernels._cuda is up to date" in lines
+    assert called("9.0", "8.0")[0] == ["sm_80", "sm_90", "compute_90"]
 
 
 # A real build.

@@ -1,4 +1,4 @@
-"""What the tests step: one table of policies x hyper-parameters x dtypes x sizes; the engines; comparison by bits."""
+"""The tests' cases, one table of policies x hyper-parameters x dtypes x sizes; the engines; comparison by bits."""
 
 import itertools
 import os
@@ -20,17 +20,17 @@ _ROWS = {backend.name: backend for backend in BACKENDS}
 
 
 def steps_cpu_tensors(backend: str) -> bool:
-    """Whether the tests whose tensors lie on the CPU can ask for it; triton only in its interpreter."""
+    """Says whether tests with tensors on the CPU can use the backend: triton only in its interpreter."""
     return "cpu" in (_ROWS[backend].devices or ("cpu",))
 
 
-# cpu even where it is missing: require() then fails
+# cpu even if it is missing, so that require() fails
 BACKEND_NAMES = tuple(filter(steps_cpu_tensors, dict.fromkeys(("cpu", *available_backends()))))
 ISAS = cpu.available_isas()
 
 
 def require(backend: str) -> None:
-    """Fails the test where the backend is missing; skips it only where GRADDROP_NO_EXT says that nothing was to be
+    """Fails the test if the backend is missing. Skips it only if GRADDROP_NO_EXT says that nothing was to be
     compiled.
     """
     reason = _ROWS[backend].unavailable()
@@ -40,7 +40,7 @@ def require(backend: str) -> None:
 
 
 class Engine(NamedTuple):
-    """A backend, and for the cpu backend one instruction set."""
+    """A backend and, for the cpu backend, one instruction set."""
 
     backend: str
     isa: str | None = None
@@ -53,10 +53,9 @@ class Engine(NamedTuple):
         devices = _ROWS[self.backend].devices
         return "cpu" if devices is None or "cpu" in devices else devices[0]
 
-    def takes(self, dtypes: tuple[torch.dtype, torch.dtype], masters: bool = False, stochastic: bool = False) -> bool:
-        row = _ROWS[self.backend]
-        stepped = (F32, F32) if masters else dtypes
-        return stepped in row.dtypes and row.masters >= masters and row.stochastic >= stochastic
+    def takes(self, dtypes: tuple[torch.dtype, torch.dtype]) -> bool:
+        """``dtypes``: of what is stepped, with master weights the masters, and of the moments."""
+        return dtypes in _ROWS[self.backend].dtypes
 
 
 EXACT, PLAIN = Engine("exact"), Engine("reference")
@@ -69,19 +68,16 @@ _COMPILED = tuple(
 ENGINES = (*_COMPILED, EXACT, PLAIN)
 # GRADDROP_TEST_BACKENDS="triton" leaves the others out: for runs in Triton's interpreter.
 _CHOSEN = os.environ.get("GRADDROP_TEST_BACKENDS", "").split() or available_backends()
-# The engines that must have the bits of "exact": "triton-fast" has a bound of its own (verify.py).
-FUSED = tuple(engine for engine in _COMPILED if engine.backend != "triton-fast" and engine.backend in _CHOSEN)
+FUSED = tuple(engine for engine in _COMPILED if engine.backend in _CHOSEN)  # they must have the bits of "exact"
 
 
-def fused_engines(
-    dtypes: tuple[torch.dtype, torch.dtype], masters: bool = False, stochastic: bool = False
-) -> list[Engine]:
-    """The fused engines that take (parameter dtype, moment dtype), and the modes asked for.
+def fused_engines(dtypes: tuple[torch.dtype, torch.dtype]) -> list[Engine]:
+    """The fused engines that take (dtype of what is stepped, moment dtype).
 
     Fails where a table of the cpu's dtypes would leave the test empty.
     """
     require("cpu")
-    return [engine for engine in FUSED if engine.takes(dtypes, masters, stochastic)]
+    return [engine for engine in FUSED if engine.takes(dtypes)]
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -100,7 +96,7 @@ EPOCH_OF_STEP = (
     *[7] * 2,
 )  # an epoch visited again, one left out, one past the last
 
-# As pytest.mark.filterwarnings has it: what GradDropEpoch(toggle=True) rightly says in a case that goes past its
+# For pytest.mark.filterwarnings: the warning that GradDropEpoch(toggle=True) rightly gives in a case that goes past its
 # epochs.
 PAST_THE_LAST_EPOCH = "ignore:.*GradDropEpoch.*toggle=True"
 
@@ -113,14 +109,14 @@ HYPERS = {
 
 
 class Masking(NamedTuple):
-    """How a case masks: ``policy(named parameters)``, and the optimizer's arguments that go with it."""
+    """The mask of a case: ``policy(named parameters)``, and the optimizer's arguments that go with it."""
 
     policy: Callable
     arguments: dict = {}
 
 
 def _random_masks(named) -> FixedMask:
-    """Masks of two thirds of the parameters, of every density; the others are dense."""
+    """Makes masks of two thirds of the parameters, of every density. The others are dense."""
     generator = torch.Generator().manual_seed(len(named))
     drawn = {name: torch.rand(param.shape, generator=generator) < (i % 5) / 4 for i, (name, param) in enumerate(named)}
     return FixedMask({name: mask for i, (name, mask) in enumerate(drawn.items()) if i % 3}, scale=1.7)
@@ -188,10 +184,10 @@ class Case:
 
     def engines(self) -> list[Engine]:
         """The fused engines that can step it."""
-        return fused_engines(self.dtypes, self.masters, self.stochastic)
+        return fused_engines((F32, F32) if self.masters else self.dtypes)
 
 
-# Every policy under all hyper-parameters in float32; under each of them once in the other dtypes together.
+# Every policy under all hyper-parameters: in float32 under each, in the other dtypes together once under each.
 ALL_CASES = [
     Case(masking, hyper, dtypes, SMALL_SIZES)
     for (i, masking), (h, hyper), (j, dtypes) in itertools.product(
@@ -214,7 +210,7 @@ MODE_CASES = [
 
 
 def named_values(sizes: Iterable, dtype: torch.dtype, generator: torch.Generator) -> list[tuple[str, torch.Tensor]]:
-    """(name, start value) of one parameter a size (or shape), spread over four blocks."""
+    """Returns (name, start value) of one parameter per size (or shape), spread over four blocks."""
     shapes = [(size,) if isinstance(size, int) else size for size in sizes]
     return [
         (f"layers.{i % 4}.weight{i}", torch.randn(shape, generator=generator).to(dtype))
@@ -256,7 +252,7 @@ class Training:
             return [self.optimizer.mask(param).cpu() for param in self.params]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Copies of the parameters and of all of their state, on the CPU."""
+        """Returns copies of the parameters and of all of their state, on the CPU."""
         copies = {}
         for name, param in self.named:
             copies[name] = param.detach().cpu().clone()
@@ -265,7 +261,7 @@ class Training:
         return copies
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The inverse of ``tensors``; state that is not there yet is made."""
+        """Restores ``tensors()``, and creates state that is not there yet."""
         for name, param in self.named:
             param.data.copy_(tensors[name])
             for key in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param"):
@@ -283,8 +279,8 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """How many floating-point numbers of their dtype lie between a and b, int64: 0 for equal bits, 1 for
-    neighbours; -0 and 0 are one apart.
+    """Returns the number of steps between a and b among the floating-point numbers of their dtype, int64: 0 for equal
+    bits, 1 for neighbours; -0 and 0 are one apart.
     """
 
     def in_order(tensor):
@@ -296,7 +292,7 @@ def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: str = "tensor", any_nan: bool = False) -> None:
-    """Fails with the shape, the count of differences, the first index and both values. ``any_nan``: a NaN equals
+    """Fails with the shape, the count of differences, the first index and both values. With ``any_nan`` a NaN equals
     any other NaN.
     """
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)} is not {tuple(expected.shape)}"

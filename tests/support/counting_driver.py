@@ -1,4 +1,4 @@
-"""A driver of Triton that compiles and only counts: no GPU is needed."""
+"""A driver of Triton that only compiles and counts, without a GPU."""
 
 from contextlib import contextmanager
 
@@ -6,17 +6,16 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from graddrop_kernels.backends.triton.launch import norm, prologue
-from graddrop_kernels.backends.triton.launch import update as kernels
+from graddrop_kernels.backends.triton import norm, prologue, update
 
 SM_90 = GPUTarget("cuda", 90, 32)
 _KERNELS = {
-    "update": kernels.masked_adamw_kernel, "prologue": prologue.prologue_kernel, "norm": norm.sum_of_squares_kernel,
+    "update": update.masked_adamw_kernel, "prologue": prologue.prologue_kernel, "norm": norm.sum_of_squares_kernel,
 }  # fmt: skip
 
 
 class CountingDriver:
-    """Takes the place of the GPU's driver: kernels are compiled as for an H100, and launches only noted down."""
+    """Replaces the GPU's driver: kernels are compiled as for an H100, and launches only recorded."""
 
     def __init__(self):
         self.launches: list[tuple[str, int]] = []  # (kernel, programs)
@@ -53,7 +52,7 @@ class CountingDriver:
 
 @contextmanager
 def counting_driver():
-    """Within it kernels take CPU tensors and do nothing."""
+    """Makes kernels take CPU tensors and do nothing inside the context."""
     before, counting = driver._active, CountingDriver()
     for function in _KERNELS.values():
         function.device_caches.clear()
@@ -67,8 +66,6 @@ def counting_driver():
 
 
 def compile_keys() -> dict[str, int]:
-    """How often each kernel that was launched has been compiled under the counting driver."""
+    """Counts how often each launched kernel has been compiled under the counting driver."""
     counts = {name: len(function.device_caches[0][0]) for name, function in _KERNELS.items()}
     return {name: count for name, count in counts.items() if count}
-
-

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import struct
 import subprocess
 import sys
 import types
@@ -14,7 +13,7 @@ import torch
 
 import graddrop_kernels
 from graddrop_kernels import backends
-from graddrop_kernels.backends import cpu
+from graddrop_kernels.backends import cpu, cuda
 from graddrop_kernels.tools import cli
 from graddrop_kernels.tools import info as info_command
 
@@ -175,8 +174,8 @@ def test_facts_of_the_gpus(capsys, monkeypatch, two_gpus):
 
 def test_without_a_gpu_it_says_what_torch_was_built_for(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for cuda, text in (("12.9", "torch built for CUDA 12.9"), (None, "torch built without CUDA and ROCm")):
-        monkeypatch.setattr(torch.version, "cuda", cuda)
+    for number, text in (("12.9", "torch built for CUDA 12.9"), (None, "torch built without CUDA and ROCm")):
+        monkeypatch.setattr(torch.version, "cuda", number)
         monkeypatch.setattr(torch.version, "hip", None)
         assert f"GPU: none that torch can use ({text})" in info(capsys)
 
@@ -207,44 +206,30 @@ def test_a_driver_that_nothing_tells_of(monkeypatch, tmp_path):
     assert info_command._driver() == "unknown"
 
 
-def fat_binary(*entries):
-    """As nvcc lays it out; entries: (kind, architecture, payload)."""
-    body = b"".join(
-        struct.pack("<HHIQ", kind, 0x101, 64, len(payload)) + bytes(12) + struct.pack("<I", arch) + bytes(32) + payload
-        for kind, arch, payload in entries
-    )
-    return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(body)) + body
-
-
-def test_architectures_of_a_library():
-    first = fat_binary((2, 80, b"code"), (2, 100, b"more code"), (1, 100, b"ptx"))
-    second = fat_binary((2, 80, b"x" * 1000), (2, 90, b""))
-    assert info_command.cuda_architectures(b"\x7fELF" + first + bytes(7) + second + b"tail") == ([80, 90, 100], [100])
-    assert info_command.cuda_architectures(b"no such thing") == ([], [])
-    assert info_command.cuda_architectures(first[:90]) == ([80], [])  # cut off
-    assert info_command.cuda_architectures(b"\x50\xed\x55\xba") == ([], [])
-
-
 def test_architectures_of_the_library_that_was_built(capsys):
     """Against NVIDIA's own tool, which triton brings along."""
     spec = importlib.util.find_spec("triton")
     tool = spec and Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
-    if not info_command._CUDA_LIBRARY.exists() or not tool or not tool.exists():
+    if not cuda.architectures() or not tool or not tool.exists():
         pytest.skip("needs a library built by nvcc, and triton for its cuobjdump")
-    command = [str(tool), "--list-elf", "--list-ptx", str(info_command._CUDA_LIBRARY)]
+    command = [str(tool), "--list-elf", "--list-ptx", str(Path(cuda.__file__).resolve().parents[1] / "_cuda.so")]
     listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    found = [sorted({int(arch) for arch in re.findall(rf"sm_(\d+)\w?\.{kind}", listed)}) for kind in ("cubin", "ptx")]
-    assert list(info_command.cuda_architectures(info_command._CUDA_LIBRARY.read_bytes())) == found and found[0]
-    assert all(f"sm_{arch}" in line_of(info(capsys), "CUDA", "library:") for arch in found[0])
+    machine, portable = (set(re.findall(rf"sm_(\d+)\w?\.{kind}", listed)) for kind in ("cubin", "ptx"))
+    assert machine | portable
+    assert set(cuda.architectures()) == {f"sm_{arch}" for arch in machine} | {f"compute_{arch}" for arch in portable}
+    assert all(f"sm_{arch}" in line_of(info(capsys), "CUDA", "library:") for arch in machine)
 
 
-def test_whether_the_cuda_library_is_there(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(info_command, "_CUDA_LIBRARY", tmp_path / "_cuda.so")
-    assert "CUDA library: not built (needs nvcc at pip install)" in info(capsys)
-    (tmp_path / "_cuda.so").write_bytes(fat_binary((2, 90, b"code"), (1, 90, b"ptx")))
-    assert "CUDA library: _cuda.so for sm_90 and PTX of compute_90" in info(capsys)
-    (tmp_path / "_cuda.so").write_bytes(b"")
-    assert "CUDA library: _cuda.so for no architecture" in info(capsys)
+@pytest.mark.parametrize("found, nvcc, text", [
+    (["sm_80", "sm_90", "compute_90"], True, "_cuda.so for sm_80, sm_90 and PTX of compute_90"),
+    (["compute_100"], True, "_cuda.so for PTX of compute_100"),
+    ([], False, "not built (needs nvcc at pip install)"),
+    ([], True, "not built, for lack of a GPU at pip install; for every GPU: GRADDROP_CUDA_ARCHS=all pip install ..."),
+])  # fmt: skip
+def test_whether_the_cuda_library_is_there(found, nvcc, text, capsys, monkeypatch):
+    monkeypatch.setattr(cuda, "architectures", lambda: found)
+    monkeypatch.setenv("NVCC", sys.executable if nvcc else "no-such-nvcc")
+    assert f"CUDA library: {text}" in info(capsys)
 
 
 def test_cuda_is_asked_too_where_there_is_one(capsys, two_gpus):
@@ -298,8 +283,8 @@ def called(monkeypatch):
             ["verify", "--device", "cpu", "--backend", "reference", "--seed", "12", "--quick"],
             ("verify", "cpu", "reference", 12, True),
         ),
-        (["bench"], ("bench", None, None, False)),
-        (["bench", "--device", "cpu", "--out", "folder", "--quick"], ("bench", "cpu", "folder", True)),
+        (["bench"], ("bench", None, False)),
+        (["bench", "--device", "cpu", "--quick"], ("bench", "cpu", True)),
     ],
     ids=["verify", "verify with all", "bench", "bench with all"],
 )

@@ -6,8 +6,8 @@ import numpy as np
 import official_xglue
 import pytest
 import torch
+from lazy import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from benchmarks.xglue.examples.kinds import SpanExample, TextExample, WordsExample
 from benchmarks.xglue.examples.load import load
@@ -19,7 +19,7 @@ NER, POS, MLQA, QAM, SIB200 = (TASKS[name] for name in ("ner", "pos", "mlqa", "q
 CHARACTERS = sorted(set(map(chr, range(33, 0x250))) | set("".join(map(official_xglue.text, POS.languages + ("sw",)))))
 
 
-def xlmr_like() -> PreTrainedTokenizerFast:
+def xlmr_like():
     """As XLM-R's, every character a piece: the mark of a word's beginning always stands alone."""
     pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -1.0) for c in ("▁", *CHARACTERS))]
     tokenizer = Tokenizer(models.Unigram(pieces, 3))
@@ -27,13 +27,13 @@ def xlmr_like() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
         cls_token="<s>", sep_token="</s>", model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
 
 
-def bert_like() -> PreTrainedTokenizerFast:
+def bert_like():
     """As BERT's, at most two characters a piece; with token types."""
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *CHARACTERS, *(f"##{c}" for c in CHARACTERS), "An", "##na", "##ie"]
     tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
@@ -41,7 +41,7 @@ def bert_like() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )  # fmt: skip

@@ -86,7 +86,7 @@ def test_a_table(made, tmp_path):
     assert drop == ["GradDrop", "0.0002", "2", *expected]  # the rate with the better dev, not with the better test
     assert freeze == ["GradFreeze-TopDown", "0.0001", "1", "50.00", "40.00", "45.00", "40.00"]
     for said in (
-        "a made-up e5-small", "a stand-in, not a task of XGLUE", "701 English examples", "198 to 204 a language",
+        "a made-up e5-small", "a stand-in, not a task of XGLUE", "701 English examples", "198 to 204 per language",
         "best epoch by English dev", "out of 0.0001, 0.0002 by mean English dev over seeds 0, 1", "aaaaaaaaa",
     ):  # fmt: skip
         assert said in text, said
@@ -310,29 +310,29 @@ def test_a_table_is_as_good_as_the_files_and_gives_them_back(made, tmp_path, cap
     (made / "sib200" / "notes.txt").write_text("not a result")
     tables, again = tmp_path / "tables", tmp_path / "again"
     tables.mkdir()
-    assert main(["pack", str(made), str(tables / "made.jsonl.gz")]) == 0
+    assert main(["pack", str(made), str(tables / "made.jsonl.xz")]) == 0
     assert capsys.readouterr().out.startswith(f"{len(files(made))} runs in ")
-    assert collect(tables) == collect(tables / "made.jsonl.gz") == collect(made)
+    assert collect(tables) == collect(tables / "made.jsonl.xz") == collect(made)
     assert compare(made, tables)[-1].startswith("12 of 12 runs are in tables: 12 with the same bits")
-    assert main(["unpack", str(tables / "made.jsonl.gz"), str(again)]) == 0
+    assert main(["unpack", str(tables / "made.jsonl.xz"), str(again)]) == 0
     assert files(again) == files(made)
-    pack(tables, tmp_path / "other.jsonl.gz")
-    assert (tmp_path / "other.jsonl.gz").read_bytes() == (tables / "made.jsonl.gz").read_bytes()
-    assert main(["pack", str(made)]) == 0 and read_all(tmp_path / "results.jsonl.gz") == read_all(tables)
+    pack(tables, tmp_path / "other.jsonl.xz")
+    assert (tmp_path / "other.jsonl.xz").read_bytes() == (tables / "made.jsonl.xz").read_bytes()
+    assert main(["pack", str(made)]) == 0 and read_all(tmp_path / "results.jsonl.xz") == read_all(tables)
 
 
 def test_a_table_and_files_together_but_no_run_twice(made, tmp_path, capsys):
-    pack(made, made / "some.jsonl.gz")
-    with pytest.raises(ValueError, match="seed0.json and .*some.jsonl.gz:1 are the same run"):
+    pack(made, made / "some.jsonl.xz")
+    with pytest.raises(ValueError, match="seed0.json and .*some.jsonl.xz:1 are the same run"):
         read_all(made)
     for path in made.glob("*/*/*.json"):
         path.unlink()
     write(made, "sib200", "graddrop-epoch", 0, {"en": 0.5, "de": 0.5})
     assert len(read_all(made)) == 13
-    packed = (made / "some.jsonl.gz").read_bytes()
+    packed = (made / "some.jsonl.xz").read_bytes()
     for wrong in (packed[:-20], packed[:100] + b"?" + packed[101:], b"{}"):
-        (made / "some.jsonl.gz").write_bytes(wrong)
-        with pytest.raises(ValueError, match="some.jsonl.gz is no table of results"):
+        (made / "some.jsonl.xz").write_bytes(wrong)
+        with pytest.raises(ValueError, match="some.jsonl.xz is no table of results"):
             collect(made)
     nothing = str(tmp_path / "no")
     for words in (["pack", str(made), "x.json"], ["pack", nothing], ["unpack", nothing, nothing]):

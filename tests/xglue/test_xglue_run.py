@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import TrainingArguments, XLMRobertaConfig, XLMRobertaForMaskedLM
+from lazy import Lazy, transformers
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
@@ -25,9 +25,6 @@ from benchmarks.xglue.models import encoders, features  # noqa: E402
 from benchmarks.xglue.runs import prepare  # noqa: E402
 from benchmarks.xglue.runs.batches import LengthBuckets  # noqa: E402
 from benchmarks.xglue.runs.methods import policy_of  # noqa: E402
-from benchmarks.xglue.runs.optimizer import optimizer_of  # noqa: E402
-from benchmarks.xglue.runs.run import prediction_folder, run_one  # noqa: E402
-from benchmarks.xglue.runs.trainer import XglueTrainer, best_epoch, last_checkpoint  # noqa: E402
 from benchmarks.xglue.scores import metrics, predictions  # noqa: E402
 from benchmarks.xglue.settings import settings_for  # noqa: E402
 from benchmarks.xglue.tasks import TASKS  # noqa: E402
@@ -35,6 +32,7 @@ from benchmarks.xglue.titles import TITLES  # noqa: E402
 from graddrop_kernels import GradFreeze, LayerGradDrop, LinearAnneal  # noqa: E402
 from graddrop_kernels.demo.methods import METHODS  # noqa: E402
 
+optimizers, running, training = (Lazy(f"benchmarks.xglue.runs.{name}") for name in ("optimizer", "run", "trainer"))
 # In all runs, so that the data is prepared once a task.
 SMALL = {
     "model": "tiny", "languages": ("en", "de"), "train_examples": 40, "eval_examples": 8, "epochs": 3, "batch_size": 16,
@@ -48,7 +46,7 @@ def tiny(task="sib200", **more):
 
 
 def run(settings, folder, **options):
-    return run_one(settings, folder, **{"device": "cpu", "progress": False, **options})
+    return running.run_one(settings, folder, **{"device": "cpu", "progress": False, **options})
 
 
 def test_predictions_of_a_run_that_was_done_without(tmp_path):
@@ -70,7 +68,8 @@ def test_a_run_of_each_kind(task, method, seed, tmp_path):
     result = run(settings, tmp_path, predictions=True)
     for language, scores in result["test"][str(result["best_epoch"])].items():
         examples = load(TASKS[task], language, "test")[:8]
-        predicted = predictions.read(prediction_folder(tmp_path / settings.file), TASKS[task], language, examples)
+        folder = running.prediction_folder(tmp_path / settings.file)
+        predicted = predictions.read(folder, TASKS[task], language, examples)
         assert metrics.score(TASKS[task], language, examples, predicted) == scores
     assert json.loads((tmp_path / settings.file).read_text()) == json.loads(json.dumps(result))
     assert list(result["dev"]) == ["1", "2", "3"] and list(result["dev"]["1"]) == ["en", "de"]
@@ -121,7 +120,7 @@ def test_a_machine_without_a_gpu_need_not_be_told(tmp_path, monkeypatch):
 def test_scores_are_those_of_one_example_at_a_time(seed, tmp_path):
     settings = tiny("ud-pos", seed=seed % 1000, eval_examples=20)
     prepared = prepare.prepare(settings)
-    trainer = XglueTrainer(
+    trainer = training.XglueTrainer(
         settings, prepared, tmp_path, checkpoints=False, eval_batch_size=3, device="cpu", deterministic=False,
         progress=False,
     )  # fmt: skip
@@ -137,7 +136,7 @@ def test_scores_are_those_of_one_example_at_a_time(seed, tmp_path):
 
 def test_best_epoch():
     dev = lambda *pairs: [{"en": {"official": en}, "de": {"official": de}} for en, de in pairs]
-    assert best_epoch(dev((0.5, 0.5), (0.75, 0.5), (0.25, 1.0))) == 2  # the first of equal means
+    assert training.best_epoch(dev((0.5, 0.5), (0.75, 0.5), (0.25, 1.0))) == 2  # the first of equal means
 
 
 def test_same_seed_same_head_and_batches_for_every_method(tmp_path):
@@ -171,11 +170,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(method, seed, tmp_path):
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     folder = (tmp_path / "killed" / settings.file).with_suffix(".checkpoints")
     deadline = time.monotonic() + 300
-    while last_checkpoint(folder) is None and process.poll() is None and time.monotonic() < deadline:
+    while training.last_checkpoint(folder) is None and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     error = process.communicate()[1].decode()
-    assert last_checkpoint(folder) is not None, error
+    assert training.last_checkpoint(folder) is not None, error
     assert not (tmp_path / "killed" / settings.file).exists(), "ended before it was killed"
     (folder / "checkpoint-9999").mkdir()  # as one that was killed while it was being written
     for name in ("model.safetensors", "trainer_state.json"):
@@ -190,8 +189,8 @@ def test_what_is_masked_and_how_fast_it_learns(tmp_path):
     settings = tiny(method="graddrop", head_lr_factor=5.0)
     source = prepare.prepare(settings).source
     model = source.model(1, 0.0)
-    args = TrainingArguments(output_dir=str(tmp_path), learning_rate=0.1, weight_decay=0.2, use_cpu=True)
-    make, arguments = optimizer_of(settings, args)
+    args = transformers.TrainingArguments(output_dir=str(tmp_path), learning_rate=0.1, weight_decay=0.2, use_cpu=True)
+    make, arguments = optimizers.optimizer_of(settings, args)
     optimizer = make()(model, **arguments)
     seen = {}
     for group in optimizer.param_groups:
@@ -222,11 +221,11 @@ def test_a_model_of_transformers(task, tmp_path):
     tokenizer = copy.deepcopy(prepare.prepare(tiny(task)).source.tokenizer)
     tokenizer.model_input_names = ["input_ids", "attention_mask"]  # XLM-R knows one type of token
     tokenizer.save_pretrained(folder)
-    config = XLMRobertaConfig(
+    config = transformers.XLMRobertaConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
         max_position_embeddings=140, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    XLMRobertaForMaskedLM(config).save_pretrained(folder)
+    transformers.XLMRobertaForMaskedLM(config).save_pretrained(folder)
     settings = tiny(task, model=str(folder), method="graddrop", epochs=1, train_examples=32)
     assert settings.file.parent.name.startswith("xlm-r-")
     result = run(settings, tmp_path)

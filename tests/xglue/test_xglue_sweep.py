@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from lazy import Lazy
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
 from benchmarks.xglue.__main__ import main  # noqa: E402
 from benchmarks.xglue.arguments import methods_of, seeds_of  # noqa: E402
-from benchmarks.xglue.runs import run, study  # noqa: E402
+from benchmarks.xglue.runs import study  # noqa: E402
 from benchmarks.xglue.runs.lock import claim  # noqa: E402
 from benchmarks.xglue.runs.sweep import Plan, deal_gpus, work  # noqa: E402
 from benchmarks.xglue.settings import settings_for  # noqa: E402
@@ -56,7 +57,7 @@ def counted(monkeypatch):
         runs.append(settings)
         pretend(results, settings, 0.6 if (settings.lr == 2e-3) is (settings.method == "graddrop") else 0.5)
 
-    monkeypatch.setattr(run, "run_one", run_one)
+    monkeypatch.setattr("benchmarks.xglue.runs.run.run_one", run_one)
     return runs
 
 
@@ -87,14 +88,14 @@ def test_stopped_at_any_run_it_goes_on_there(counted, tmp_path):
 
 def test_a_failed_run_loses_nothing_else_and_is_tried_again_by_the_next_sweep(counted, tmp_path, monkeypatch, capsys):
     bad = replace(plan().base, method="graddrop", seed=1, lr=1e-3)
-    fine, broken = run.run_one, [True]
+    fine, broken = Lazy("benchmarks.xglue.runs.run").run_one, [True]
 
     def run_one(settings, results, **options):
         if settings == bad and broken:
             raise RuntimeError("out of memory, say")
         fine(settings, results, **options)
 
-    monkeypatch.setattr(run, "run_one", run_one)
+    monkeypatch.setattr("benchmarks.xglue.runs.run.run_one", run_one)
     assert work(plan(), tmp_path, OPTIONS) == [bad]
     assert len(counted) == 8  # 7 of the grid, sft's third seed; graddrop has no rate yet
     failure = (tmp_path / bad.file).with_suffix(".failed.txt")

@@ -3,7 +3,7 @@ in operations that every backend can repeat bit for bit.
 
 z = sqrt(2) erfinv(x) for x uniform in (-1, 1), with M. Giles' single-precision polynomials ("Approximating the erfinv
 function", GPU Computing Gems, 2011). Library logarithms differ from machine to machine in the last bit, so the
-logarithm is a polynomial too. csrc/gaussian.h holds the same operations and numbers; tests bind the two.
+logarithm is a polynomial too. csrc/gaussian.h holds the same operations and numbers; tests compare the two.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def normal_from_words(words: torch.Tensor, rounding: Rounding) -> torch.Tensor:
 
 def _log(y: torch.Tensor, fma: Fma, scalar: Callable[[float], torch.Tensor]) -> torch.Tensor:
     """ln(y) for normal float32 y in (0, 1]."""
-    bits = y.view(torch.int32) - 0x3F3504F3  # so that the mantissa below lies in [sqrt(1/2), sqrt(2))
+    bits = y.view(torch.int32) - 0x3F3504F3  # so that the mantissa below is in [sqrt(1/2), sqrt(2))
     exponent = (bits >> 23).float()
     f = ((bits & 0x7FFFFF) + 0x3F3504F3).view(torch.float32) - 1
     polynomial = scalar(LOG[0]).expand_as(f)

@@ -1,5 +1,5 @@
-"""Two ways to round the reference's operations: as PyTorch happens to, or once each, as the fused kernels do.
-And stochastic rounding.
+"""Two ways to round the reference's operations: as PyTorch happens to, or once per operation as the fused kernels do.
+Also stochastic rounding.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ Fma = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Rounding(NamedTuple):
-    """``fma(a, b, c)``: a * b + c; ``sqrt(a)``: on tensors of one floating dtype."""
+    """``fma(a, b, c)`` is a * b + c. Both functions take tensors of one floating dtype."""
 
     fma: Fma
     sqrt: Callable[[torch.Tensor], torch.Tensor]
@@ -48,12 +48,12 @@ EXACT = Rounding(_exact_fma, _exact_sqrt)
 
 
 def stochastic_bfloat16(a: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-    """float32 rounded to one of the two bfloat16 around it, at odds that make the mean exact; stays float32.
+    """Rounds float32 to one of the two bfloat16 around it, at odds that make the mean exact. Returns float32.
 
     Args:
-        a: float32. A bfloat16 stays what it is; infinities and NaN are rounded as usual.
-        words: int64 of the same shape, random 32-bit words, of which the upper half decides: the lower half of a
-            float32 is what a bfloat16 lacks.
+        a: float32. Values that are bfloat16 already stay as they are; infinities and NaN are rounded as usual.
+        words: int64 of the same shape, random 32-bit words. Their upper halves decide, since a bfloat16 lacks the
+            lower half of a float32.
     """
     bits = (a.view(torch.int32) + (words >> 16).to(torch.int32)) & -65536
     return torch.where(a.isfinite(), bits.view(torch.float32), a)

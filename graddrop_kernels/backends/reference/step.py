@@ -1,8 +1,8 @@
 """The whole step in plain PyTorch, on any device: the meaning that every other backend is compared with.
 
 Read it beside csrc/adamw.h. Arithmetic is float32 (float64 for float64 parameters), rounded once on store.
-``exact=True`` rounds every operation once, as the fused kernels do (rounding.py), and is then equal to them bit for bit
-in float32; without it an fma is a multiplication and an addition.
+``exact=True`` rounds every operation once, as the fused kernels do (rounding.py). In float32 it then gives the same
+bits as they do. Without it an fma is a multiplication and an addition.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from .rounding import EXACT, PLAIN, Rounding, stochastic_bfloat16
 
 
 def masked_adamw_(batch: TensorBatch, exact: bool = False) -> None:
-    """One AdamW step with masked gradients on every row of the batch, in place; advances the step counts."""
+    """Makes one AdamW step with masked gradients on every row of the batch, in place. Advances the step counts."""
     if batch.found_inf is not None and batch.found_inf != 0:
         return
     for row, hyper_row in enumerate(batch.hyper_rows):
@@ -27,11 +27,11 @@ def masked_adamw_(batch: TensorBatch, exact: bool = False) -> None:
 
 
 def sum_of_squares(batch: TensorBatch, masked: bool, exact: bool = False) -> torch.Tensor:
-    """The sum of the squares of all gradients, float64 tensor () on the batch's device; changes nothing.
+    """The sum of the squares of all gradients: float64 tensor () on the batch's device. Changes nothing.
 
     Args:
-        masked: of what the masks of the next step make of them: a dropped element counts 0, a kept one with its scale.
-            Neither ``grad_scale`` nor ``clip_factor`` is applied.
+        masked: the gradients are masked as in the next step, so a dropped element counts as 0 and a kept one is
+            multiplied by its scale. Neither ``grad_scale`` nor ``clip_factor`` is applied.
     """
     total = torch.zeros((), dtype=torch.float64, device=batch.device)
     for row, hyper_row in enumerate(batch.hyper_rows):
@@ -48,7 +48,7 @@ def sum_of_squares(batch: TensorBatch, masked: bool, exact: bool = False) -> tor
 def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rounding) -> None:
     plan, fma = hyper.plan, rounding.fma
     if plan.kind == "off" and plan.frozen:
-        return  # nothing moves, nor the step count
+        return  # nothing changes, nor does the step count
     param, max_exp_avg_sq = batch.params[row], batch.max_exp_avg_sqs[row]
     dtype = _working_dtype(param)
     before: list[Any] = [param, batch.exp_avgs[row], batch.exp_avg_sqs[row]]
@@ -114,7 +114,7 @@ def _masked_gradient(
     g: torch.Tensor, batch: TensorBatch, row: int, plan: MaskPlan, completed_steps: int, keep: torch.Tensor | None,
     rounding: Rounding,
 ) -> torch.Tensor:  # fmt: skip
-    """What the mask makes of a row's gradient g, flat and of the working dtype."""
+    """Masks and scales a row's gradient g, which is flat and of the working dtype."""
     if plan.kind == "off":
         return torch.zeros_like(g)  # the fused backends do not even read it
     if plan.kind == "gaussian":
@@ -129,8 +129,8 @@ def _masked_gradient(
 
 
 def _scalars(hyper: Hyper, step: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """The scalars of one update as tensors of the working dtype;
-    the last two have one entry a bucket where the plan has ages.
+    """The scalars of one update as tensors of the working dtype. The last two have one entry per bucket if the plan has
+    ages.
 
     Bias corrections are computed in float64 from the rounded betas, and rounded once.
     """

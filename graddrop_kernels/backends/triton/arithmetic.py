@@ -1,6 +1,6 @@
-"""The AdamW update in Triton, with every fused multiply-add written out: csrc/adamw.h, operation by operation.
+"""The AdamW update in Triton, operation by operation as in csrc/adamw.h. Every fused multiply-add is written out.
 
-What Triton's interpreter does otherwise than a GPU is handled here, behind INTERPRETED, and nowhere else.
+In some operations Triton's interpreter differs from a GPU. Only this file handles that, behind INTERPRETED.
 """
 
 import triton
@@ -31,14 +31,14 @@ def fma(a, b, c, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def negated(x):
-    """-x, of a zero too: Triton's own minus is 0 - x, which makes +0 of +0."""
+    """-x, also for a zero. Triton's own minus is 0 - x, which makes +0 of +0."""
     return x * -1.0
 
 
 @triton.jit
 def to_float32(x, INTERPRETED: tl.constexpr):
     """A 16-bit or float32 number as float32, exactly."""
-    if INTERPRETED and x.dtype == tl.bfloat16:  # the interpreter has denormals wrong
+    if INTERPRETED and x.dtype == tl.bfloat16:  # the interpreter converts denormals wrongly
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         return x.to(tl.float32)
@@ -58,9 +58,9 @@ def to_storage(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def stochastic_bfloat16(x, words):
-    """float32 rounded to one of the two bfloat16 around it, by the upper half of its random word; stays float32.
+    """Rounds float32 to one of the two bfloat16 around it, by the upper half of its random word. Returns float32.
 
-    A bfloat16 stays what it is; infinities and NaN are left to the usual rounding.
+    Values that are bfloat16 already stay as they are. Infinities and NaN are left to the usual rounding.
     """
     bits = (x.to(tl.uint32, bitcast=True) + (words >> 16)) & 0xFFFF0000
     return tl.where(tl.abs(x) < float("inf"), bits.to(tl.float32, bitcast=True), x)
@@ -68,7 +68,7 @@ def stochastic_bfloat16(x, words):
 
 @triton.jit
 def store(at, new, old, moves, in_bounds, dtype: tl.constexpr, FROZEN: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Stores new; with FROZEN, where an element does not move, the old bits."""
+    """Stores ``new``. With FROZEN it stores the old bits of elements that do not move."""
     new = to_storage(new, dtype, INTERPRETED)
     if FROZEN:
         new = tl.where(moves, new, old)

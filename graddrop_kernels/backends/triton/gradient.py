@@ -1,6 +1,6 @@
-"""The gradient as the moments get it, in Triton: the mask rule, and a block of gradients read, masked and scaled.
+"""The mask rule in Triton, and gradients as the moments take them: read, masked and scaled, block by block.
 
-The update (update.py), the norm (norm.py) and masks by themselves (masks.py) have it from here.
+The update (update.py), the norm (norm.py) and the kernels that write masks (masks.py) use it.
 """
 
 import triton
@@ -54,7 +54,7 @@ def keep_and_bucket(
 
 @triton.jit
 def load_gradient(at, in_bounds, wanted, SPARE: tl.constexpr, FULL: tl.constexpr):
-    """A block of gradients as they are stored, 0 out of bounds; with SPARE those that are not wanted are not read."""
+    """Loads a block of gradients as they are stored, 0 out of bounds. With SPARE, unwanted ones are not read."""
     if SPARE:
         return tl.load(at, mask=wanted if FULL else in_bounds & wanted, other=0.0)
     else:
@@ -67,10 +67,10 @@ def masked_gradient(
     KIND_: tl.constexpr, PLANES: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, SELECT: tl.constexpr,
     CLIP: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(g, keep, bucket) of the BLOCK elements from block_start on: their gradients in float32 clipped, signed, masked
-    and scaled, and what masked them.
+    """(g, keep, bucket) of the BLOCK elements from block_start on. g are their float32 gradients, clipped, signed,
+    masked and scaled; keep and bucket are the mask.
 
-    SELECT: g of a dropped block may be anything.
+    SELECT: g of a dropped block may have any value.
     """
     if CLIP:
         g = g * clip

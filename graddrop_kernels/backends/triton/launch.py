@@ -1,4 +1,4 @@
-"""What every launch needs: the batch's tables, the prologue, block sizes, what is compiled into a kernel."""
+"""Prepares launches: the batch's tables, the prologue, block sizes, and the compile-time constants of a kernel."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -14,7 +14,7 @@ from ..tensor_table import MASK_KINDS
 from .probe import interpreted
 from .prologue import prologue_kernel
 
-ELEMENTS, WARPS = 8, 4  # of a thread, of a program; 16 elements need 200 registers, 4 double the cost of what is shared
+ELEMENTS, WARPS = 8, 4  # per thread, per program; 16 elements need 200 registers, 4 double the cost of shared work
 INTERPRETED_BLOCK = 65536  # the interpreter's cost is per program
 
 
@@ -28,7 +28,7 @@ def tables_of(batch: TensorBatch, for_norm: bool = False) -> DeviceTables:
 
 
 def prologue(tables: DeviceTables, found_inf: torch.Tensor | None, ages: bool, advance: bool) -> None:
-    """Writes the step rows, on the current device; with ``ages`` the table by age, with ``advance`` the step counts."""
+    """Writes the step rows on the current device, with ``ages`` the table by age, with ``advance`` the step counts."""
     prologue_kernel[(tables.num_rows,)](
         tables.rows, tables.hypers, tables.step_rows, tables.by_age, found_inf, tables.age_stride,
         FOUND_INF=found_inf is not None, AGES_=ages, ADVANCE=advance, LANES=32, num_warps=1, enable_fp_fusion=False,
@@ -47,7 +47,7 @@ def constants(
     launch: Launch, param_dtype: torch.dtype, moment_dtype: torch.dtype, grad_dtype: torch.dtype | None = None,
     copies: bool = False, stochastic: bool = False, grad_scale: bool = False, clip: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """What of a launch is compiled into the kernel."""
+    """The compile-time constants of a launch's update kernel."""
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     grad_dtype = grad_dtype or param_dtype
     vector = 4 if torch.float32 in (param_dtype, grad_dtype, moment_dtype) else 8
@@ -60,5 +60,5 @@ def constants(
 
 
 def on_device(device: torch.device) -> AbstractContextManager[None]:
-    """The device as the current one, for the launch and its stream."""
+    """A context that makes the device the current one, for the launch and its stream."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

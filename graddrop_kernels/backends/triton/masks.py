@@ -1,4 +1,4 @@
-"""Masks by themselves, made on the device at the speed of its memory: as bools, or as the bit-planes of buckets."""
+"""Writes masks on the device at the speed of its memory, as bools or as the bit-planes of buckets."""
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from .row import load_row
 
 @triton.jit
 def packed_bytes(bits, BLOCK: tl.constexpr):
-    """0 or 1 of BLOCK elements -> one byte of eight, the first lowest: [BLOCK // 8]."""
+    """0 or 1 of BLOCK elements -> one byte per eight elements, the first in the lowest bit: [BLOCK // 8]."""
     eights = tl.reshape(bits.to(tl.uint32), [BLOCK // 8, 8])
     return tl.sum(eights << tl.arange(0, 8)[None, :], axis=1).to(tl.uint8)
 
@@ -29,10 +29,10 @@ def mask_kernel(
     KIND_: tl.constexpr, PLANES_: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr,
     NUM_PLANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK elements per program: the mask, or NUM_PLANES bit-planes. The tail of a plane's last word is zero."""
+    """Writes the mask or NUM_PLANES bit-planes, BLOCK elements per program. The tail of a plane's last word is zero."""
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     element = begin + tl.arange(0, BLOCK)
-    row = load_row(table, scalars, tl.float32, tl.float32, tl.float32, 1)  # of which only what a mask needs is read
+    row = load_row(table, scalars, tl.float32, tl.float32, tl.float32, 1)  # only the fields that a mask needs are read
     keep, bucket = keep_and_bucket(row, begin, KIND_, PLANES_, VEC, ROWS, BLOCK)
     plane_bytes = ((numel + 31) >> 5) << 2
     byte = (begin >> 3) + tl.arange(0, BLOCK // 8)
@@ -55,7 +55,7 @@ def keep_mask(
 
 
 def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int, device) -> torch.Tensor:
-    """The bit-planes of a parameter's buckets, as bitmask.pack_buckets."""
+    """The bit-planes of a parameter's buckets, as bitmask.pack_buckets makes them."""
     out = torch.empty(num_planes(buckets), num_words(numel), dtype=torch.int32, device=device)
     if out.numel():
         plan = MaskPlan("bucket", buckets=buckets, last_bucket=buckets)
@@ -71,7 +71,7 @@ def _run(plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, words
     row["numel"], row["base"] = numel, layout.base
     row["local_inner"], row["global_inner"] = layout.local_inner, layout.global_inner
     draw = 0 if plan.kind == "bucket" else completed_steps if plan.draw is None else plan.draw
-    scalars = np.zeros(16, np.uint32)  # a StepRow: only what a mask needs
+    scalars = np.zeros(16, np.uint32)  # a StepRow with only the fields that a mask needs
     scalars[9:14] = plan.threshold, draw & 0xFFFFFFFF, plan.buckets, plan.first_bucket, plan.last_bucket
     to_device = lambda array, dtype: torch.from_numpy(array.view(dtype)).to(out.device)
     block = _block()

@@ -1,7 +1,7 @@
-"""The sum of the squares of a batch's gradients, before or after their masks, in float64: what a norm is made of.
+"""The sum of the squares of a batch's gradients in float64, before or after their masks. A norm is its square root.
 
-Each program adds up one chunk and puts the sum in the chunk's place; the last to arrive adds the sums up in the order
-of their places. Which program is last does not show in the result: the same gradients give the same bits.
+Each program writes the sum of its chunk to that chunk's slot. The last to finish adds the slots in order, so the result
+does not depend on scheduling: the same gradients give the same bits.
 """
 
 import torch
@@ -24,12 +24,12 @@ def add_squares(
     KIND_: tl.constexpr, PLANES: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr,
     MASKED: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """``squares`` (float64, one sum a lane) with those of the elements [block_start, block_start + BLOCK); FULL: all of
-    them are in the tensor.
+    """Returns ``squares`` (float64, one sum per lane) plus the squares of the elements [block_start, block_start +
+    BLOCK). FULL: all of them are in the tensor.
     """
     lane = tl.arange(0, BLOCK)
     in_bounds = None if FULL else lane < (row.numel - block_start).to(tl.int32)
-    wanted = ((row.flags + tl.zeros([BLOCK], tl.uint32)) & OFF_FLAG) == 0  # a lane each: see update_block
+    wanted = ((row.flags + tl.zeros([BLOCK], tl.uint32)) & OFF_FLAG) == 0  # one per lane, see update_block
     g = load_gradient(row.grad + block_start + lane, in_bounds, wanted, MASKED and KIND_ == KEEP, FULL)
     g = to_float32(g, INTERPRETED)
     if MASKED:
@@ -46,9 +46,10 @@ def sum_of_squares_kernel(
     G: tl.constexpr, KIND_: tl.constexpr, PLANES: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr,
     MASKED: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The squares of one chunk; of all launches together the last program writes ``out`` and sets ``arrived`` to 0.
+    """Adds up the squares of one chunk. The last program of all launches together writes ``out`` and sets ``arrived``
+    to 0.
 
-    first: place of this launch's first chunk among the ``total`` of all launches.
+    first: index of this launch's first chunk among the ``total`` chunks of all launches.
     """
     chunk = tl.load(chunks + tl.program_id(0))
     tensor = chunk >> 40
@@ -63,8 +64,8 @@ def sum_of_squares_kernel(
     if start < end:
         start = tl.multiple_of(start, BLOCK)
         squares = add_squares(squares, row, start, KIND_, PLANES, VEC, ROWS, MASKED, INTERPRETED, BLOCK, False)
-    # One thread stores the sum and then counts the program as arrived: release. Whoever finds all of them arrived
-    # acquires, with its whole program, and so sees every sum; L1 is passed by, which may hold what was there before.
+    # One thread stores the sum and then counts the program as arrived, which is a release. The program that finds all
+    # of them arrived acquires as a whole, and so sees every sum. Its loads bypass L1, which may hold older values.
     tl.store(sums + first + tl.program_id(0), tl.sum(squares, axis=0))
     if tl.atomic_add(arrived, 1, sem="acq_rel") == total - 1:
         tl.debug_barrier()
@@ -79,10 +80,10 @@ def sum_of_squares_kernel(
 
 
 def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
-    """The sum over all gradients of the batch: float64 of shape (), on its device, without waiting for it.
+    """The sum of the squares of all gradients of the batch: float64 of shape (), on its device. The host does not wait.
 
-    Neither ``grad_scale`` nor ``clip_factor`` is applied. ``masked``: as the step that comes next masks them: dropped
-    ones count as 0, kept ones times their scale. The step counts stay.
+    Neither ``grad_scale`` nor ``clip_factor`` is applied. ``masked``: the gradients are masked as in the next step, so
+    dropped ones count as 0 and kept ones are multiplied by their scale. The step counts do not change.
     """
     tables = tables_of(batch, for_norm=True)
     launches = tables.launches if masked else tables.launches_of_all()
@@ -105,7 +106,7 @@ def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
 
 
 def norm_constants(launch: Launch, grad_dtype: torch.dtype, masked: bool) -> dict:
-    """What of a launch is compiled into the kernel."""
+    """The compile-time constants of a launch's norm kernel."""
     update = constants(launch, grad_dtype, grad_dtype)
     names = ("G", "KIND_", "PLANES", "VEC", "ROWS", "INTERPRETED")
     return {name: update[name] for name in names} | {"MASKED": masked, "ROWS": masked and launch.rows}

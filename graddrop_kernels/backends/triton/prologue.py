@@ -1,4 +1,4 @@
-"""The prologue kernel: one program a tensor computes the scalars of its row, once a step."""
+"""The prologue kernel: one program per tensor computes the scalars of its row, once per step."""
 
 import triton
 import triton.language as tl
@@ -49,9 +49,9 @@ HYPER_WORDS = tl.constexpr(16)
 
 @triton.jit
 def bias_corrections(lr, beta1, beta2, age):
-    """(step_size, sqrt(bias correction 2), its reciprocal) in float32; float64 inside, each rounded once.
+    """(step_size, sqrt(bias correction 2), its reciprocal) in float32, computed in float64 and rounded once each.
 
-    beta^age = exp(age ln beta): within 1e-13 of pow(), which only one float32 rounding in a million can tell.
+    beta^age is exp(age ln beta), within 1e-13 of pow(). Only one float32 rounding in a million can differ by that.
     """
     bias_correction1 = (1.0 - tl.exp(age * tl.log(beta1))).to(tl.float32)
     bc2_sqrt = tl.sqrt(1.0 - tl.exp(age * tl.log(beta2))).to(tl.float32)
@@ -64,10 +64,10 @@ def prologue_kernel(
     rows, hypers, step_rows, by_age_table, found_inf, age_stride,
     FOUND_INF: tl.constexpr, AGES_: tl.constexpr, ADVANCE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Writes the StepRow of one tensor, and its bias corrections by age where it has ages; with ADVANCE its step is
-    counted.
+    """Writes the StepRow of one tensor, and its bias corrections by age if it has ages. With ADVANCE it also counts the
+    tensor's step.
 
-    One program a tensor. Nothing of this comes back to the host.
+    There is one program per tensor. Nothing of this comes back to the host.
     """
     tensor = tl.program_id(0).to(tl.int64)
     row = rows + tensor * TENSOR_WORDS

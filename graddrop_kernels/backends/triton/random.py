@@ -1,8 +1,8 @@
 """Random numbers in Triton: Philox draws in the order of the elements in memory, and normal numbers.
 
-csrc/philox.h and gaussian.h are the same. The draws of a vector of VEC elements are made as separate tensors and joined
-in bit-reversed order (tl.join adds the innermost dimension), which is the order of the data: no element changes its
-thread, so there is no shared memory and no barrier. VEC = 1 makes a call for every element.
+csrc/philox.h and gaussian.h compute the same. The draws of a vector of VEC elements are made as separate tensors and
+joined in bit-reversed order (tl.join adds the innermost dimension), which gives the order of the data. So no element
+changes its thread, and neither shared memory nor a barrier is needed. VEC = 1 makes a call for every element.
 """
 
 import triton
@@ -36,7 +36,7 @@ def philox(q, draw, domain: tl.constexpr, k0, k1):
 
 @triton.jit
 def select4(index, a, b, c, d):
-    """The index-th of four."""
+    """The one of the four values that ``index`` selects."""
     return tl.where((index & 2) != 0, tl.where((index & 1) != 0, d, c), tl.where((index & 1) != 0, b, a))
 
 
@@ -67,7 +67,7 @@ def join8(a, b, c, d, e, f, g, h):
 def high16(start, row, domain: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr):
     """The 16-bit draws of the VEC elements from each local index in start, in the upper halves of uint32 [VEC * N].
 
-    The lower halves hold anything: a draw is compared with a threshold without being shifted.
+    The lower halves hold any bits: a draw is compared with a shifted threshold, and need not be shifted itself.
     """
     element = global_index(start, row, ROWS)
     w0, w1, w2, w3 = philox(element >> 3, row.draw, domain, row.k0, row.k1)

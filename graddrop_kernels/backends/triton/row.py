@@ -1,4 +1,4 @@
-"""The columns of TensorRow and StepRow (csrc/tensor_table.h) in Triton, and what a program loads of them: a Row."""
+"""The columns of TensorRow and StepRow (csrc/tensor_table.h) in Triton, and Row, into which a program loads them."""
 
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ LR_WEIGHT_DECAY, S_BETA1, S_BETA2, S_EPS, STEP_SIZE, BC2_SQRT, BC2_SQRT_RECIPROC
 S_THRESHOLD, S_DRAW, S_BUCKETS, S_FIRST, S_LAST, S_FLAGS, S_NUM_AGES = (tl.constexpr(i) for i in range(9, 16))
 STEP_WORDS = tl.constexpr(16)
 SKIP_FLAG, OFF_FLAG, FROZEN_FLAG, DECAY_FLAG = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
-# Above its flags lie the parameter's completed steps, for stochastic rounding: a mask's draw is another number where it
-# is drawn once an epoch. A float32 counts to 2^24.
+# The bits above the flags are the parameter's completed steps, for stochastic rounding. A mask's draw is not always
+# that number, since it may be drawn once per epoch. A float32 counts to 2^24.
 STEPS_SHIFT = tl.constexpr(4)
 
 
@@ -57,18 +57,18 @@ class Row(NamedTuple):
 
 @triton.jit
 def typed(row, column, dtype: tl.constexpr, VEC: tl.constexpr):
-    """A pointer of a TensorRow, with what is known of its alignment."""
+    """A pointer from a TensorRow, with its known alignment."""
     pointer = tl.load(row + column).to(tl.pointer_type(dtype))
     return tl.multiple_of(pointer, VEC * (dtype.primitive_bitwidth // 8))
 
 
 @triton.jit
 def load_row(row, scalars, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, VEC: tl.constexpr):
-    """All of it once, before any store: after one the compiler would have to load it again. What is not used is not
-    loaded.
+    """Loads a Row once, before any store. After a store the compiler would have to load it again. Fields that are not
+    used are not loaded.
     """
     floats, unsigned = scalars.to(tl.pointer_type(tl.float32)), scalars.to(tl.pointer_type(tl.uint32))
-    key = (row + KEY).to(tl.pointer_type(tl.uint32))  # in halves: of a whole, Philox would be computed in 64 bits
+    key = (row + KEY).to(tl.pointer_type(tl.uint32))  # in halves: with a whole key, Philox would be computed in 64 bits
     return Row(
         typed(row, PARAM, P, VEC), typed(row, GRAD, G, VEC), typed(row, EXP_AVG, M, VEC),
         typed(row, EXP_AVG_SQ, M, VEC), typed(row, MAX_EXP_AVG_SQ, M, VEC), typed(row, COPY, G, VEC),

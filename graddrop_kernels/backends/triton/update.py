@@ -1,16 +1,16 @@
-"""The Triton kernels of a step: one program a tensor for the scalars, one program a chunk of elements for the update.
+"""The Triton kernels of a step: one program per tensor for the scalars, one program per chunk for the update.
 
-They read the tables of csrc/tensor_table.h (backends/device_tables.py puts them on the device) and compute what
-csrc/adamw.h, philox.h, mask.h and gaussian.h compute, bit for bit. Every fused multiply-add is
-written out. Nothing that changes from step to step is a constant of the compilation.
+They read the tables of csrc/tensor_table.h, which backends/device_tables.py puts on the device. They compute what
+csrc/adamw.h, philox.h, mask.h and gaussian.h compute, bit for bit. Every fused multiply-add is written out. Nothing
+that changes from step to step is a compile-time constant.
 
 Formulation, measured on the compiled code (tests/backends/test_triton_contract.py):
-  - a program loops over a chunk in whole blocks of BLOCK elements, with what it knows of the tensor in registers
-    (row.py), and then takes a last partial block; in one loop they cost up to 40 registers more.
-  - each thread holds 8 elements of a block, as one 16-byte access a 16-bit tensor and two a float32 one. Beside
-    float32 tensors a vector is VEC = 4 elements, else 8.
+  - a program loops over the whole blocks of BLOCK elements in its chunk, with the tensor's Row in registers (row.py).
+    It takes a last partial block after the loop; in one loop they cost up to 40 registers more.
+  - each thread holds 8 elements of a block: one 16-byte access per 16-bit tensor, two per float32 tensor. A vector has
+    VEC = 4 elements if one of the tensors is float32, else 8.
   - one Philox call gives the draws of 8 elements (random.py).
-  - a tensor that is not so aligned has VEC = 1: narrow accesses and a Philox call for every element.
+  - a tensor that is not aligned for this has VEC = 1, with narrow accesses and a Philox call for every element.
 """
 
 import triton
@@ -47,9 +47,9 @@ def update_block(
     lane = tl.arange(0, BLOCK)
     in_bounds = None if FULL else lane < (row.numel - block_start).to(tl.int32)
     other = None if FULL else 0.0
-    # a lane each: the interpreter of 3.9 makes integers of a bool that is spread over lanes
+    # one per lane: the interpreter of 3.9 makes integers of a bool that is spread over lanes
     flags = row.flags + tl.zeros([BLOCK], tl.uint32)
-    # The start of the block is added once a tensor, not once a thread.
+    # The start of the block is added once per tensor, not once per thread.
     p_at, g_at = row.param + block_start + lane, row.grad + block_start + lane
     m_at, v_at = row.exp_avg + block_start + lane, row.exp_avg_sq + block_start + lane
 
@@ -113,7 +113,7 @@ def masked_adamw_kernel(
     STOCHASTIC: tl.constexpr, GRAD_SCALE: tl.constexpr, CLIP: tl.constexpr,
     INTERPRETED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One masked AdamW step on one chunk: BLOCKS blocks of BLOCK elements of one tensor."""
+    """Makes one masked AdamW step on one chunk: BLOCKS blocks of BLOCK elements of one tensor."""
     chunk = tl.load(chunks + tl.program_id(0))
     tensor = chunk >> 40
     row = load_row(rows + tensor * TENSOR_WORDS, step_rows + tensor * STEP_WORDS, P, G, M, VEC)
@@ -139,7 +139,9 @@ def masked_adamw_kernel(
 
 
 def masked_adamw_(batch: TensorBatch) -> None:
-    """One masked AdamW step on the batch, in place: a launch for the scalars, then one per mask kind and alignment."""
+    """Makes one masked AdamW step on the batch, in place. One launch computes the scalars. Then there is one launch per
+    mask kind and alignment.
+    """
     tables, block = tables_of(batch), block_of(batch.device)
     compiled = {
         "param_dtype": batch.param_dtype, "moment_dtype": batch.moment_dtype, "grad_dtype": batch.grad_dtype,
