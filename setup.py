@@ -183,7 +183,8 @@ class BuildLibraries(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = list(pool.map(compile_one, extension.sources))
         library.parent.mkdir(parents=True, exist_ok=True)
-        linker = [find_nvcc(), "-shared"] if cuda else [*cxx, "-shared"]
+        # The architectures again, else nvcc adds a stub for the oldest one that it knows.
+        linker = [find_nvcc(), *options, "-shared"] if cuda else [*cxx, "-shared"]
         subprocess.run([*linker, *compiled, "-o", str(library)], check=True, cwd=ROOT)
         done.write_text(command)
 

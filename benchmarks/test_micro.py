@@ -1,6 +1,7 @@
 """One small step for every backend, policy and dtype, by pytest-benchmark: `pytest benchmarks`.
 
-On the CPU by the host's clock; on the GPU by CUDA events (common/timers.py), the L2 cache cold and the buffers rotated.
+Timed on the CPU by the host's clock, on the GPU by CUDA events (common/timers.py) with a cold L2 cache and rotated
+buffers.
 """
 
 import os
@@ -15,10 +16,10 @@ from .common.shapes import encoder, xlm_roberta
 from .common.tensors import MODES, bytes_per_param, make_tensors
 from .common.timers import GpuClock, copies_past_l2, make_timer, rotate
 
-NUMEL = 100_000  # 400 tensors: in the cache, so the host's share shows
+NUMEL = 100_000  # 400 tensors that fit into the cache, so that the host's share shows
 GPU_HIDDEN = 128  # 24 layers of 0.2M parameters
 ROUNDS = {"cpu": 50}
-SLOW_ROUNDS = 2  # the reference takes half a second a step
+SLOW_ROUNDS = 2  # the reference takes half a second per step
 REHEARSAL = os.environ.get("GRADDROP_REHEARSE", "0") not in ("", "0")  # the GPU's cases on CPU tensors
 CPU = torch.device("cpu")
 ON_CPU = [row.name for row in BACKENDS if row.name != "exact" and row.misfit(CPU, *MODES["float32"]) is None]

@@ -1,7 +1,7 @@
 """The pictures of docs/, each drawn from what the package does: a step that is watched, one Philox call, the schedules.
 
-What a picture shows stands in it as text too (SVG's description), so that a test can tell an old one from a new one
-whatever version of matplotlib has drawn it. Needs matplotlib.
+A picture also holds what it shows as text (SVG's description), so that a test can recognise an old picture, whatever
+version of matplotlib has drawn it. Needs matplotlib.
 """
 
 import argparse
@@ -32,9 +32,9 @@ KEPT, DROPPED, LINE = "#9CC3E6", "#F5DEC8", "#444444"
 
 
 def calls_of_a_step() -> list[tuple[str, str, str]]:
-    """(calling module, called module, function) of the second step of a small model, each once, in order.
+    """Returns (calling module, called module, function) of the second step of a small model, each once, in order.
 
-    The second: the first one makes what all others use again. Functions without a name are left out.
+    The first step prepares what all others use again. Functions without a name are left out.
     """
     layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     model = torch.nn.ModuleDict({"encoder": torch.nn.TransformerEncoder(layer, 2), "head": torch.nn.Linear(16, 2)})
@@ -66,7 +66,7 @@ def calls_of_a_step() -> list[tuple[str, str, str]]:
 
 
 def step(figure: Figure) -> str:
-    """Modules from left to right in the order of their first call; time runs down."""
+    """Draws modules from left to right in the order of their first call. Time runs down."""
     calls = calls_of_a_step()
     modules = list(dict.fromkeys(module for caller, called, _ in calls for module in (caller, called)))
     figure.set_size_inches(0.95 * len(modules), 0.3 * len(calls) + 1.4)
@@ -87,7 +87,7 @@ def step(figure: Figure) -> str:
 
 
 def draw(figure: Figure, name="encoder.layers.1.linear1.weight", seed=42, count=5, q=100, p=0.3) -> str:
-    """One call of Philox: counter and key, four words, eight halves, eight elements."""
+    """Draws one call of Philox: counter and key, four words, eight halves, eight elements."""
     key, threshold = stream_key(name, seed), quantize(p)
     words = philox4x32_10(q, 0, count, DOMAIN_ELEMENT, key)
     elements = uniform16(key, count, DOMAIN_ELEMENT, 8 * q, 8).tolist()
@@ -124,7 +124,7 @@ def draw(figure: Figure, name="encoder.layers.1.linear1.weight", seed=42, count=
 
 
 def schedules(figure: Figure, epochs=5, blocks=12) -> str:
-    """p of the schedules, the share that the epoch policies train, and the blocks that GradFreeze trains."""
+    """Draws p of the schedules, the share that the epoch policies train, and the blocks that GradFreeze trains."""
     figure.set_size_inches(11, 3.4)
     left, middle, right, last = figure.subplots(1, 4, width_ratios=(3, 3, 2, 2))
     shown = {}
@@ -172,7 +172,7 @@ def draw_all(folder: Path) -> list[Path]:
         figure = Figure(layout="constrained")
         shown = picture(figure)
         paths.append(folder / f"{name}.svg")
-        # Text stays text, and the same picture is the same file.
+        # Text is stored as text, and equal pictures give equal files.
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
             figure.savefig(paths[-1], metadata={"Date": None, "Description": shown})
     return paths

@@ -29,10 +29,10 @@ STYLE = (
 
 
 def modules() -> list[str]:
-    """What the reference is of: the public names, and the integrations whose packages are installed."""
+    """Lists the modules of the reference: the public names, and the integrations whose packages are installed."""
     found = ["graddrop_kernels"]
     for module in pkgutil.iter_modules(integrations.__path__, f"{integrations.__name__}."):
-        if module.name.endswith((".engines", ".optimizer_of")):  # what they share
+        if module.name.endswith((".engines", ".optimizer_of")):  # shared by the integrations
             continue
         try:
             importlib.import_module(module.name)
@@ -52,7 +52,7 @@ def make_reference(folder: Path) -> None:
 
 
 def make_page(page: str, site: Path) -> None:
-    """One Markdown file as HTML; what it links to and shows is copied beside it."""
+    """Converts one Markdown file to HTML, and copies what it links to and shows."""
     text = (ROOT / page).read_text(encoding="utf-8")
     text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.DOTALL)
     text = re.sub(r"(?<=\]\()(?!\w+:)([^)#\s]+)", lambda match: _target(match[1], page, site), text)
@@ -67,7 +67,7 @@ def make_page(page: str, site: Path) -> None:
 
 
 def _target(link: str, page: str, site: Path) -> str:
-    """Where a page's link leads in the site: our pages are HTML there, other files are copied."""
+    """Returns a link's target in the site: our pages are HTML there, other files are copied."""
     source = (ROOT / page).parent.joinpath(link).resolve()
     name = source.relative_to(ROOT)
     if str(name) in PAGES:
@@ -79,7 +79,7 @@ def _target(link: str, page: str, site: Path) -> str:
 
 
 def _heading(match: re.Match) -> str:
-    """With the anchor that GitHub gives it."""
+    """Gives the heading the anchor that GitHub gives it."""
     words = re.sub(r"<[^>]+>", "", match[2]).strip().lower()
     anchor = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
     return f'<h{match[1]} id="{anchor}">{match[2]}</h{match[1]}>'

@@ -1,1 +1,3 @@
-"""What measurements share: machine, shapes, tensors, policies as measured, timers, rounds. Imports only the package."""
+"""Shared parts of the measurements: machine, shapes, tensors, measured policies, timers, rounds. Imports only the
+package.
+"""

@@ -1,7 +1,7 @@
 """Memory bandwidth: STREAM's copy and triad, and AdamW's 4 reads and 3 writes in place, on a given number of threads.
 
-C loops compiled on the spot (`cc`, or $CC), called from Python threads on slices of torch tensors. Without a compiler
-copy and triad are torch's own operations, and the AdamW pattern, which no single operation of torch has, is left out.
+Python threads call C loops, compiled on the spot (`cc`, or $CC), on slices of torch tensors. Without a compiler copy
+and triad are torch's own operations. The AdamW pattern is left out then, as no single operation of torch has it.
 """
 
 import ctypes
@@ -33,15 +33,15 @@ void adamw(ARGS) {
   }
 }
 """
-# Plain stores, also in copy, which would become memcpy.
+# Plain stores, also in copy, which the compiler would turn into memcpy.
 FLAGS = ("-O3", "-march=native", "-fno-tree-loop-distribute-patterns", "-shared", "-fPIC")
-# Bytes per element: as STREAM counts them, and with the line that a store to other memory than was read fetches first.
+# Bytes per element: as STREAM counts them, and with the cache line that a store to unread memory fetches first.
 BYTES = {"copy": (8, 12), "triad": (12, 16), "adamw": (28, 28)}
 
 
 @functools.lru_cache(maxsize=1)
 def _compile() -> ctypes.CDLL | None:
-    """The loops, or None without a C compiler."""
+    """Compiles the loops. Returns None without a C compiler."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "stream.c"), Path(folder, "stream.so")
         source.write_text(SOURCE)
@@ -67,7 +67,7 @@ def _c_loops(
                 *(ctypes.c_void_p(tensor.data_ptr() + 4 * begin) for tensor in tensors), ctypes.c_long(end - begin)
             )
 
-        list(pool.map(part, slices))  # ctypes lets go of the GIL
+        list(pool.map(part, slices))  # ctypes releases the GIL
 
     return {name: functools.partial(whole, getattr(library, name)) for name in BYTES}
 
@@ -78,7 +78,9 @@ def _torch_loops(tensors: list[torch.Tensor]) -> dict[str, Callable]:
 
 
 def measure(threads: int, numel: int = 100_000_000, repetitions: int = 15) -> dict:
-    """How fast each pattern is: medians over rounds in random order. ``numel``: floats in each of four arrays."""
+    """Measures the speed of each pattern: medians over rounds in random order. ``numel``: floats in each of four
+    arrays.
+    """
     tensors = [torch.full((numel,), 1.0 + i) for i in range(4)]
     library = _compile()
     threads_before = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""What GPU a result was measured on, and what drives it. Reads only: no setting of the GPU is touched."""
+"""Facts about the GPU of a measurement and its software. Reads only: no setting of the GPU is touched."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-_TOLD = {  # by nvidia-smi: our name and its
+_TOLD = {  # fields of nvidia-smi: our name and its name
     "driver": "driver_version",
     "sm_mhz_max": "clocks.max.sm",
     "memory_mhz_max": "clocks.max.memory",
@@ -21,7 +21,7 @@ _TOLD = {  # by nvidia-smi: our name and its
 
 
 def gpu_facts() -> dict | None:
-    """The first CUDA device and what compiles for it, as plain JSON values; None where torch sees no device."""
+    """Describes the first CUDA device and what compiles for it, as plain JSON values; None if torch sees no device."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
@@ -41,14 +41,14 @@ def gpu_facts() -> dict | None:
 
 
 def parse_nvidia_smi(line: str | None) -> dict[str, float | str | None]:
-    """A line of comma-separated values in the order of the fields asked for; None for what the driver does not tell."""
+    """Parses comma-separated values in the order of the fields asked for; None for what the driver does not report."""
     values = [value.strip() for value in line.split(",")] if line else []
     found = dict(zip(_TOLD, values)) if len(values) == len(_TOLD) else dict.fromkeys(_TOLD)
     return {name: value if name == "driver" else _number(value) for name, value in found.items()}
 
 
 def nvcc_release() -> str | None:
-    """"release 13.0, V13.0.48" of the CUDA compiler that setup.py would call."""
+    """Returns "release 13.0, V13.0.48" of the CUDA compiler that setup.py would call."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
     folders = [None, *(f"{home}/bin" for home in homes if home)]  # None: PATH
     found = [os.environ.get("NVCC"), *(shutil.which("nvcc", path=folder) for folder in folders)]

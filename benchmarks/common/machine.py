@@ -1,4 +1,4 @@
-"""What a result was measured on: processor, versions, commit, load."""
+"""Facts about the machine of a measurement: processor, versions, commit, load."""
 
 import functools
 import json
@@ -19,12 +19,12 @@ from .gpu_facts import gpu_facts
 
 ROOT = Path(__file__).resolve().parents[2]
 _FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
-# What a figure depends on.
+# The code that a figure depends on.
 _CODE = ("csrc", "graddrop_kernels", "setup.py", "benchmarks/common", "benchmarks/cpu", "benchmarks/gpu")
 
 
 def facts() -> dict:
-    """What stays as it is while a benchmark runs, as plain JSON values; None for what the system does not tell."""
+    """Returns facts that do not change while a benchmark runs, as plain JSON values; None for unknown ones."""
     cpuinfo = _cpuinfo()
     return {
         "cpu": cpuinfo.get("model name") or platform.processor() or platform.machine(),
@@ -46,7 +46,7 @@ def facts() -> dict:
         "graddrop_kernels": graddrop_kernels.__version__,
         "isas": list(cpu.available_isas()),
         "kernels_older_than_csrc": _kernels_are_stale(),
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("GRADDROP_COMMIT"),  # a copy without its .git
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("GRADDROP_COMMIT"),  # for a copy without .git
         "dirty": bool(_git("status", "--porcelain", "--", *_CODE)),
         "gpu": gpu_facts(),
         "cuda_kernels_older_than_csrc": _kernels_are_stale("_cuda.so", (".h", ".cu", ".cuh")),
@@ -55,12 +55,12 @@ def facts() -> dict:
 
 @functools.lru_cache(maxsize=1)
 def facts_once() -> dict:
-    """Not asked again for every file of a run."""
+    """Returns ``facts()``, collected only once per run."""
     return facts()
 
 
 def slug(machine: dict) -> str:
-    """The machine's folder: "amd-epyc-f25-m17-2-cores". Virtual machines call several processors by one name."""
+    """Names the machine's folder: "amd-epyc-f25-m17-2-cores". Virtual machines call several processors by one name."""
     parts = [machine["cpu"]]
     if machine["family"] is not None:
         parts.append(f"f{machine['family']} m{machine['model']}")
@@ -70,7 +70,7 @@ def slug(machine: dict) -> str:
 
 
 def gpu_slug(machine: dict) -> str:
-    """The folder of results on the GPU: "nvidia-h200"; "no-gpu" for a rehearsal without one."""
+    """Names the folder of results on the GPU: "nvidia-h200"; "no-gpu" for a rehearsal without one."""
     name = machine["gpu"]["name"] if machine["gpu"] else "no gpu"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
@@ -83,7 +83,9 @@ class Load:
         self.busy_before, self.own_before = _busy_seconds(), _own_seconds()
 
     def report(self) -> dict:
-        """Load averages before and now (1 minute; ours counts too), and how many cores others kept busy in between."""
+        """Returns load averages before and now (1 minute; ours counts too), and how many cores others used in
+        between.
+        """
         elsewhere = None
         if self.busy_before is not None:
             busy, own = _busy_seconds() - self.busy_before, _own_seconds() - self.own_before
@@ -92,7 +94,7 @@ class Load:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo; empty elsewhere than on Linux."""
+    """Returns the first processor of /proc/cpuinfo; empty on systems other than Linux."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return {}
@@ -112,7 +114,7 @@ def _read(path: str) -> str | None:
 
 
 def _chosen(path: str) -> str | None:
-    """The word in brackets: "always [madvise] never"."""
+    """Returns the word in brackets, as in "always [madvise] never"."""
     found = re.search(r"\[(\w+)\]", _read(path) or "")
     return found[1] if found else None
 
@@ -123,7 +125,7 @@ def _mhz_max() -> float | None:
 
 
 def _caches() -> dict[str, str]:
-    """{"L1 data": "32K", ...}: what the first core sees."""
+    """Returns the caches of the first core: {"L1 data": "32K", ...}."""
     found = {}
     for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         level, kind, size = (_read(str(folder / name)) for name in ("level", "type", "size"))
@@ -138,7 +140,7 @@ def _memory_gib() -> float | None:
 
 
 def _compiler() -> str | None:
-    """The C++ compiler that setup.py would call."""
+    """Names the C++ compiler that setup.py would call."""
     try:
         command = [*shlex.split(os.environ.get("CXX", "c++")), "--version"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
@@ -147,7 +149,7 @@ def _compiler() -> str | None:
 
 
 def _kernels_are_stale(library: str = "_cpu.so", suffixes: tuple[str, ...] = (".h", ".cpp")) -> bool | None:
-    """Whether csrc was edited after the kernels were compiled: the commit does not describe them then."""
+    """Says whether csrc was edited after the kernels were compiled. Then the commit does not describe them."""
     library = Path(graddrop_kernels.__file__).with_name(library)
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes]
     if not library.exists() or not sources:
@@ -167,12 +169,14 @@ def _load_average() -> float | None:
 
 
 def _own_seconds() -> float:
-    """CPU seconds of this process and of its finished children."""
+    """Returns the CPU seconds of this process and of its finished children."""
     return sum(os.times()[:4])
 
 
 def _busy_seconds() -> float | None:
-    """CPU seconds used since boot, all cores; None elsewhere than on Linux. /proc/stat counts clock ticks."""
+    """Returns the CPU seconds used since boot on all cores; None on systems other than Linux. /proc/stat counts clock
+    ticks.
+    """
     fields = (_read("/proc/stat") or "").split("\n")[0].split()[1:9]
     if len(fields) < 8:
         return None

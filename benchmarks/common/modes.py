@@ -1,7 +1,7 @@
-"""What is compared in the modes of 16-bit training and with clipping, alike on the CPU and on the GPU.
+"""Tables of the modes of 16-bit training and of clipping, the same on the CPU and on the GPU.
 
-A table has tensors of its own, rows of ours, which are options of the optimizer, and the peers that offer the same. On
-the GPU its first peer is the baseline, on the CPU its first row.
+A table has its own tensors, rows of ours, which are options of the optimizer, and the peers that offer the same. On the
+GPU its first peer is the baseline, on the CPU its first row.
 """
 
 import math
@@ -18,7 +18,7 @@ from .tensors import Tensors
 from .timers import Timer
 from .variants import peer_variant
 
-NO_LIMIT = math.inf  # a norm that is never reached: torch multiplies by 1 all the same, and so do we
+NO_LIMIT = math.inf  # a norm that is never reached; torch still multiplies by 1, and so do we
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Ours:
         return make_optimizer(CASE[self.case], tensors, backend, **self.options)
 
     def variant(self, tensors: Tensors, backend: str, timer: Timer) -> Variant:
-        """The variant, or one with its error."""
+        """Makes the variant, or one with its error."""
         variant = Variant(self.name, "ours", by=backend, moved=lambda: self.moved)
 
         def make() -> None:
@@ -48,7 +48,7 @@ class Ours:
 
 @dataclass(frozen=True)
 class Theirs:
-    """A peer, counted by the bytes that the mode has to move, whatever it moves."""
+    """A peer. Its bytes are those that the mode has to move, whatever the peer moves."""
 
     peer: Peer
     moved: int
@@ -69,7 +69,9 @@ class Table:
 
 
 def clip_and_step(tensors: Tensors, hypers: dict) -> Made:
-    """Norms and factors of many tensors a launch on the GPU; on a CPU tensor by tensor, which is torch's choice."""
+    """Computes norms and factors, on the GPU with many tensors per launch, on a CPU tensor by tensor, as torch
+    chooses.
+    """
     update, _ = fused(tensors, hypers)
     foreach = tensors.device.type == "cuda"
 
@@ -81,7 +83,9 @@ def clip_and_step(tensors: Tensors, hypers: dict) -> Made:
 
 
 def masters_by_hand(tensors: Tensors, hypers: dict) -> Made:
-    """As one does it without an optimizer that can: widen the gradients, step float32 copies, copy them back."""
+    """Does by hand what an optimizer without masters cannot: widens gradients, steps float32 copies, copies them
+    back.
+    """
     copies = [torch.nn.Parameter(param.detach().float()) for param in tensors.params]
     for copy in copies:
         copy.grad = torch.empty_like(copy)
@@ -111,9 +115,9 @@ _WITH_MASTERS = Peer("TransformerEngine FusedAdam, master_weights", "transformer
                               master_weights=True), ALL, "no amsgrad, no maximize")  # fmt: skip
 _STOCHASTIC = Peer("torchao _AdamW, bf16_stochastic_round", "torchao.optim", "torchao",
                    imported("torchao.optim", "_AdamW", bf16_stochastic_round=True), ALL,
-                   "one compiled call a tensor", slow_start=True)  # fmt: skip
+                   "one compiled call per tensor", slow_start=True)  # fmt: skip
 _KAHAN = Peer("optimi AdamW, Kahan summation", "optimi", "torch-optimi", kahan, ALL,
-              "keeps what rounding loses in 16 bits more; on the GPU a launch a tensor")  # fmt: skip
+              "keeps what rounding loses in 16 bits more; on the GPU a launch per tensor")  # fmt: skip
 _NORM = {"max_grad_norm": NO_LIMIT}
 _MASTERS, _STOCHASTICALLY = {"master_weights": True}, {"stochastic_rounding": True}
 

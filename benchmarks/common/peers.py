@@ -1,4 +1,4 @@
-"""Other people's AdamW in one table: how each is made, what it can do. None is needed; what is missing is said.
+"""Other people's AdamW in one table: how each is made, what it can do. None is required; missing ones are reported.
 
 Options were read in the sources (bitsandbytes 0.50, torchao 0.18, optimi 0.3, Transformer Engine 2.20, apex of 2026,
 DeepSpeed 0.19). A peer that does not import, or raises, costs its own row only.
@@ -20,9 +20,10 @@ NO_MIXED = ("float32", "bfloat16")  # moments in the parameters' dtype
 
 
 def torch_adamw(tensors, hypers: dict, **implementation) -> torch.optim.AdamW:
-    """torch's AdamW on the shared parameters with warm moments in the parameters' own dtype, as torch keeps them.
+    """Makes torch's AdamW on the shared parameters with warm moments in the parameters' own dtype, as torch keeps them.
 
-    Its fused and capturable steps count on the device, the others on the CPU: there they would synchronise.
+    Its fused and capturable steps count on the device. The others count on the CPU, where they do not have to
+    synchronise.
     """
     optimizer = torch.optim.AdamW(tensors.params, **hypers, **implementation)
     on_device = implementation.get("fused") or implementation.get("capturable")
@@ -43,14 +44,14 @@ def for_loop(tensors, hypers: dict) -> Made:
 
 
 def compiled(tensors, hypers: dict) -> Made:
-    """Traced and fused by Inductor; on a CPU only traced, which is what a rehearsal has time for."""
+    """Compiles the step with Inductor; on a CPU only traces it, as a rehearsal has no time for more."""
     on_gpu = tensors.device.type == "cuda"
     optimizer = torch_adamw(tensors, hypers, foreach=True, capturable=on_gpu)
     return torch.compile(optimizer.step, backend="inductor" if on_gpu else "eager"), nothing
 
 
 def eager(keep: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Made]:
-    """GradDrop as one writes it: tensor by tensor draw a mask, multiply, rescale; then torch's fused step."""
+    """Writes GradDrop as users do: per tensor draw a mask, multiply, rescale; then torch's fused step."""
 
     def make(tensors, hypers: dict) -> Made:
         update = torch_adamw(tensors, hypers, fused=True).step
@@ -71,7 +72,7 @@ rand_mask = eager(lambda grad: torch.rand_like(grad) >= P)
 
 
 def foreach_mask(tensors, hypers: dict) -> Made:
-    """The masks of all tensors at once: a draw per tensor, two multi-tensor launches, then torch's fused step."""
+    """Masks all tensors at once: one draw per tensor, two multi-tensor launches, then torch's fused step."""
     update = torch_adamw(tensors, hypers, fused=True).step
     tensors.keep_grads()
 
@@ -85,7 +86,7 @@ def foreach_mask(tensors, hypers: dict) -> Made:
 
 
 def imported(module: str, name: str, **options) -> Callable[..., Made]:
-    """A class of another package, which keeps state of its own."""
+    """Imports a class of another package, which keeps its own state."""
 
     def make(tensors, hypers: dict) -> Made:
         kind = getattr(importlib.import_module(module), name)
@@ -96,14 +97,14 @@ def imported(module: str, name: str, **options) -> Callable[..., Made]:
 
 @dataclass(frozen=True)
 class Peer:
-    """``slow_start``: it compiles for half a minute or more, so it is measured in a run of its own."""
+    """``slow_start``: compiles for half a minute or more, so it is measured in a run of its own."""
 
     name: str
-    module: str | None  # that has to import; None: torch itself
+    module: str | None  # must import; None: torch itself
     package: str | None
     make: Callable[..., Made] | None
     modes: tuple[str, ...]
-    note: str  # what it does otherwise than AdamW with moments in the parameters' dtype, or cannot do
+    note: str  # how it differs from AdamW with moments in the parameters' dtype, or what it cannot do
     masks: bool = False
     slow_start: bool = False
 
@@ -113,7 +114,7 @@ PEERS = (
     Peer("torch fused", None, "torch", fused, ALL,
          "moments in the parameters' dtype, bfloat16 where ours may be float32"),
     Peer("torch foreach", None, "torch", foreach, ALL, "moments as above; eight or so launches for each few tensors"),
-    Peer("torch for-loop", None, "torch", for_loop, ALL, "moments as above; a dozen launches a tensor"),
+    Peer("torch for-loop", None, "torch", for_loop, ALL, "moments as above; a dozen launches per tensor"),
     Peer("eager mask + torch fused", None, "torch", eager_mask, ALL,
          "moments as above; one mask at a time, as large as its gradient", masks=True),
     Peer("foreach mask + torch fused", None, "torch", foreach_mask, ALL,
@@ -130,16 +131,16 @@ PEERS = (
          "float32 moments; no amsgrad, no maximize"),
     Peer("bitsandbytes AdamW, 32 bits", "bitsandbytes", "bitsandbytes",
          imported("bitsandbytes.optim", "AdamW", optim_bits=32), ALL,
-         "float32 moments; a launch and a synchronisation a tensor"),
+         "float32 moments; a launch and a synchronisation per tensor"),
     Peer("bitsandbytes AdamW, 8 bits", "bitsandbytes", "bitsandbytes",
          imported("bitsandbytes.optim", "AdamW", optim_bits=8), ALL, "8-bit moments: fewer bytes, other values"),
     Peer("torchao AdamW8bit", "torchao.optim", "torchao",
-         imported("torchao.optim", "AdamW8bit"), ALL, "8-bit moments; one compiled call a tensor", slow_start=True),
+         imported("torchao.optim", "AdamW8bit"), ALL, "8-bit moments; one compiled call per tensor", slow_start=True),
     Peer("torchao AdamW4bit", "torchao.optim", "torchao",
-         imported("torchao.optim", "AdamW4bit"), ALL, "4-bit moments; one compiled call a tensor", slow_start=True),
+         imported("torchao.optim", "AdamW4bit"), ALL, "4-bit moments; one compiled call per tensor", slow_start=True),
     Peer("optimi AdamW", "optimi", "torch-optimi",
          imported("optimi", "AdamW", triton=True, kahan_sum=False), NO_MIXED,
-         "a Triton launch a tensor; indices of 32 bits"),
+         "a Triton launch per tensor; indices of 32 bits"),
     Peer("Liger", "liger_kernel", "liger-kernel", None, (), "has no AdamW"),
 )  # fmt: skip
 BASELINE = PEERS[0]
@@ -152,7 +153,7 @@ ON_CPU = (
 
 
 def unavailable(peer: Peer) -> str | None:
-    """None when it can be measured here, else why not."""
+    """Returns why the peer cannot be measured here; None if it can."""
     if peer.make is None:
         return peer.note
     if peer.module is None:
@@ -162,13 +163,13 @@ def unavailable(peer: Peer) -> str | None:
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == peer.module.split(".")[0]
         return "not installed" if missing else f"does not import: {error}"
-    except Exception as error:  # a package built for another CUDA raises whatever it likes
+    except Exception as error:  # a package built for another CUDA may raise anything
         return f"does not import: {type(error).__name__}: {error}"
     return None
 
 
 def table(peers: Iterable[Peer] = PEERS) -> list[dict]:
-    """Every peer as plain values, installed or not."""
+    """Lists every peer as plain values, installed or not."""
     return [
         {"name": peer.name, "version": _version(peer.package), "unavailable": unavailable(peer),
          "modes": list(peer.modes), "masks": peer.masks, "note": peer.note}

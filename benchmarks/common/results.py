@@ -1,4 +1,4 @@
-"""Files of results, results/<machine>/<benchmark>.json: written with a line per measurement, and read."""
+"""Reads and writes files of results, results/<machine>/<benchmark>.json, with a line per measurement."""
 
 import argparse
 import json
@@ -9,11 +9,11 @@ from pathlib import Path
 from .machine import ROOT, facts, facts_once, gpu_slug, slug
 
 RESULTS = ROOT / "benchmarks" / "results"
-CONTRACT = "compile_contract.json"  # counts of a compiler, in the folder of one machine or of all
+CONTRACT = "compile_contract.json"  # a compiler's counts, in the folder of one machine or of all
 
 
 def text_of(result: dict) -> str:
-    """JSON with a line per measurement: only what holds lists of objects is spread over lines."""
+    """Formats JSON with a line per measurement: only what holds lists of objects is spread over lines."""
     return _text(result, "") + "\n"
 
 
@@ -36,7 +36,7 @@ def _holds_rows(value) -> bool:
 
 
 def load(folder: Path, rehearsal: bool = False) -> dict[str, dict[str, dict]]:
-    """{machine: {benchmark: its JSON}}. Raises SystemExit for a rehearsal, which is no result, unless asked for one."""
+    """Returns {machine: {benchmark: its JSON}}. A rehearsal is no result: it raises SystemExit, unless asked for."""
     found: dict[str, dict] = {}
     for path in sorted(folder.glob("*/*.json")):
         if path.name == CONTRACT:
@@ -49,7 +49,7 @@ def load(folder: Path, rehearsal: bool = False) -> dict[str, dict[str, dict]]:
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has."""
+    """Makes a parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of the results (default: results/<machine>)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs; the figures mean nothing")
@@ -57,7 +57,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def gpu_arguments(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark of the GPU has."""
+    """Makes a parser with the options that every benchmark of the GPU has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of the results (default: results/<GPU>)")
     parser.add_argument("--budget", type=float, default=60, metavar="SECONDS", help="by when the last round begins")
@@ -68,7 +68,7 @@ def gpu_arguments(description: str) -> argparse.ArgumentParser:
 def write(benchmark: str, options: argparse.Namespace, results: dict) -> Path:
     """Writes the results with the machine's facts to results/<machine>/<benchmark>.json, or into the folder ``--out``.
 
-    A quick run without ``--out`` goes into a folder of the system's for temporary files: it is no result.
+    A quick run is no result: without ``--out`` it goes into a temporary folder.
     """
     machine = facts()
     folder = options.out or (Path(tempfile.mkdtemp()) if options.quick else RESULTS / slug(machine))
@@ -76,7 +76,9 @@ def write(benchmark: str, options: argparse.Namespace, results: dict) -> Path:
 
 
 def write_gpu(benchmark: str, options: argparse.Namespace, results: dict) -> Path:
-    """As ``write``, into the GPU's folder. Called again as the results grow. A rehearsal says what it is."""
+    """Writes as ``write``, into the GPU's folder, again and again as the results grow. A rehearsal is marked as
+    such.
+    """
     machine = facts_once()
     folder = gpu_folder(options, machine)
     rehearsal = options.rehearse
@@ -85,14 +87,14 @@ def write_gpu(benchmark: str, options: argparse.Namespace, results: dict) -> Pat
 
 
 def gpu_folder(options: argparse.Namespace, machine: dict | None = None) -> Path:
-    """Where the results of the GPU go; of a rehearsal nowhere near them."""
+    """Returns the folder of the GPU's results; for a rehearsal a temporary one, apart from them."""
     if options.out is None and options.rehearse:
         options.out = Path(tempfile.mkdtemp()) / gpu_slug(machine or facts_once())
     return options.out or RESULTS / gpu_slug(machine or facts_once())
 
 
 def _write(folder: Path, head: dict, results: dict) -> Path:
-    """Whole or not at all: a run that is killed leaves the file of before."""
+    """Writes whole or not at all: a run that is killed leaves the previous file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{head['benchmark']}.json"
     when = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")

@@ -14,8 +14,8 @@ import numpy as np
 from .timers import FIRST_LEAD, Sample, Timer, longer_lead
 
 SLOW = 4.0  # variants slower than this many baseline steps do not run in every round
-FIFTHS = {"p20": 20, "p80": 80}  # percentiles by the ends of their names, as the CPU's results have them
-QUARTILES = {"q1": 25, "q3": 75}  # and the GPU's
+FIFTHS = {"p20": 20, "p80": 80}  # percentiles by the suffixes of their names, as the CPU's results have them
+QUARTILES = {"q1": 25, "q3": 75}  # as the GPU's results have them
 
 
 def nothing() -> None:
@@ -24,10 +24,10 @@ def nothing() -> None:
 
 @dataclass
 class Variant:
-    """One row. The first of a list is the baseline.
+    """A row of a table. The first of a list is the baseline.
 
-    ``kind``: "peer", "ours", "sweep", or "check" of the method by its original's twin. ``by``: the backend or the
-    instruction set that carries it out.
+    ``kind``: "peer", "ours", "sweep", or "check": the twin of another row, which checks the method. ``by``: the backend
+    or the instruction set that runs it.
     """
 
     name: str
@@ -38,8 +38,8 @@ class Variant:
     after: Callable[[], object] = nothing
     moved: Callable[[], float] = lambda: 0.0  # bytes per parameter that the next step has to move
     active: Callable[[], float] = lambda: 1.0  # share of the parameters that the next step trains
-    kept_bytes: int = 0  # that it holds beside AdamW's moments
-    peak_bytes: int = 0  # that a step takes for itself
+    kept_bytes: int = 0  # kept beside AdamW's moments
+    peak_bytes: int = 0  # allocated during a step
     error: str | None = None
     lead: float = FIRST_LEAD
     samples: dict[int, Sample] = field(default_factory=dict, init=False)  # by round
@@ -63,11 +63,11 @@ class Variant:
 
 
 def attempt(variant: Variant, timer: Timer, work: Callable[[], object]) -> bool:
-    """Runs a part of a variant; what it raises becomes its error. Raises where the GPU itself is lost."""
+    """Runs a part of a variant. What it raises becomes the variant's error. Raises if the GPU itself is lost."""
     try:
         work()
         return True
-    except Exception as error:  # whatever a peer may raise: it costs its own row only
+    except Exception as error:  # whatever a peer raises costs its own row only
         if timer.strict:
             raise
         variant.error = message(error)
@@ -77,7 +77,7 @@ def attempt(variant: Variant, timer: Timer, work: Callable[[], object]) -> bool:
 
 
 def message(error: Exception) -> str:
-    """The type and the first line."""
+    """Returns the type and the first line."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
@@ -87,7 +87,7 @@ def interleave(
 ) -> None:  # fmt: skip
     """Warms up, then runs all variants in rounds, in random order, until the deadline (time.monotonic).
 
-    Slow ones run in every second to ``rarest``-th round. ``label``: what to call the rounds while they are counted.
+    Slow ones run in every second to ``rarest``-th round. ``label``: a name for the rounds in the progress lines.
     """
 
     def warm_up(variant: Variant) -> None:
@@ -121,13 +121,13 @@ def interleave(
 
 
 def spread(name: str, values: list[float], percentiles: dict[str, int]) -> dict:
-    """{name: median, and each percentile as name_<its end>}."""
+    """Returns {name: median, and each percentile as name_<its suffix>}."""
     ends = np.percentile(values, list(percentiles.values())).tolist()
     return {name: statistics.median(values), **{f"{name}_{end}": value for end, value in zip(percentiles, ends)}}
 
 
 def paired(variant: Variant, other: Variant) -> list[float]:
-    """Ratios of the rounds in which both ran."""
+    """Returns the ratios of the rounds in which both ran."""
     rounds = [number for number in variant.samples if number in other.samples]
     return [variant.samples[number].seconds / other.samples[number].seconds for number in rounds]
 
@@ -136,9 +136,10 @@ def summarize(
     variants: list[Variant], percentiles: dict[str, int], figures: Callable[[Variant, dict], dict],
     by: str | None = None,
 ) -> list[dict]:  # fmt: skip
-    """One row per variant; one that failed has its error and no figure.
+    """Returns a row per variant. One that failed has its error and no figure.
 
-    ``figures``: what else is said of a variant, beside its row so far. ``by``: what the rows call the variant's.
+    ``figures``: returns further figures of a variant, given its row so far. ``by``: the key of the variant's ``by`` in
+    the rows.
     """
     rows = []
     for variant in variants:

@@ -1,4 +1,4 @@
-"""What is stepped: the parameters of real models, from the plain numbers of their configurations, and flat splits.
+"""Shapes to step: the parameters of real models, from the plain numbers of their configurations, and flat splits.
 
 A test compares names, shapes and totals with what transformers builds on the meta device.
 """
@@ -11,7 +11,7 @@ Named = tuple[str, str | None, tuple[int, ...]]  # name, block (None: outside th
 
 
 def xlm_roberta(layers: int, hidden: int, vocabulary: int = 250_002, positions: int = 514) -> list[Named]:
-    """XLMRobertaModel with its pooler; the feed-forward layer is 4 times as wide."""
+    """XLMRobertaModel with its pooler. The feed-forward layer is 4 times as wide as the others."""
     found: list[Named] = [
         ("embeddings.word_embeddings.weight", None, (vocabulary, hidden)),
         ("embeddings.token_type_embeddings.weight", None, (1, hidden)),
@@ -33,7 +33,9 @@ def xlm_roberta(layers: int, hidden: int, vocabulary: int = 250_002, positions: 
 
 
 def encoder(numel: int) -> list[Named]:
-    """25 layers of XLM-R, 400 tensors, of the width that comes nearest to ``numel`` parameters: 576 for 100M."""
+    """Returns 25 layers of XLM-R, 400 tensors, of the width that comes nearest to ``numel`` parameters: 576 for
+    100M.
+    """
     hidden = max(8, round((numel / LAYERS / 12) ** 0.5 / 8) * 8)
     return [named for named in xlm_roberta(LAYERS, hidden) if named[1] is not None]
 
@@ -58,7 +60,7 @@ def llama(layers: int, hidden: int, feed_forward: int, key_values: int, vocabula
 
 
 def flat(numel: int, tensors: int = 1) -> list[Named]:
-    """``numel`` elements in equal vectors; the last takes the remainder. No blocks."""
+    """Splits ``numel`` elements into equal vectors; the last takes the remainder. No blocks."""
     size = numel // tensors
     sizes = [size] * (tensors - 1) + [numel - size * (tensors - 1)]
     return [(f"weight{i}", None, (n,)) for i, n in enumerate(sizes)]
@@ -66,7 +68,7 @@ def flat(numel: int, tensors: int = 1) -> list[Named]:
 
 @dataclass(frozen=True)
 class Work:
-    """One thing to step, and the same on a scale that runs anywhere (the rehearsal)."""
+    """A set of tensors to step, and the same on a scale that runs anywhere (the rehearsal)."""
 
     label: str
     tensors: Callable[[], list[Named]]
@@ -83,4 +85,4 @@ WORK = {
 }  # fmt: skip
 SIZES = (100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000)  # elements of one tensor
 COUNTS = (1, 4, 16, 64, 256, 1000, 4000)  # tensors
-COUNT_TOTALS = (4_000_000, 100_000_000)  # elements in all of them: 1000 and 25 000 each where there are 4000
+COUNT_TOTALS = (4_000_000, 100_000_000)  # elements in all of them: of 4000 tensors, each has 1000 or 25 000

@@ -1,4 +1,4 @@
-"""The tensors that are stepped: one set that all variants of a measurement share."""
+"""The tensors to step: one set, shared by all variants of a measurement."""
 
 import functools
 from dataclasses import dataclass
@@ -17,7 +17,9 @@ STEPS_BEFORE = 1000.0
 
 @dataclass
 class Tensors:
-    """Parameters with gradients and warm moments that all variants share: one set each would not fit into memory."""
+    """Parameters with gradients and warm moments, shared by all variants: one set for each would not fit into
+    memory.
+    """
 
     named: list[tuple[str, torch.nn.Parameter]]
     blocks: list[str | None]
@@ -38,11 +40,11 @@ class Tensors:
 
     @functools.cached_property
     def torchs_moments(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """In the parameters' dtype, as torch keeps them."""
+        """Moments in the parameters' dtype, as torch keeps them."""
         return [tuple(moment.to(param.dtype) for moment in pair) for param, pair in zip(self.params, self.moments)]
 
     def twin(self) -> "Tensors":
-        """The same values in tensors of its own."""
+        """Returns the same values in new tensors."""
         named = []
         for name, param in self.named:
             copy = torch.nn.Parameter(param.detach().clone())
@@ -55,7 +57,7 @@ class Tensors:
         self.kept_grads = self.kept_grads or [param.grad.clone() for param in self.params]
 
     def restore_grads(self) -> None:
-        """Undoes what a peer that masks has done to the gradients."""
+        """Undoes the changes that a masking peer made to the gradients."""
         torch._foreach_copy_([param.grad for param in self.params], self.kept_grads)
 
     def attach(self, optimizer, dtype: torch.dtype, step_device: torch.device) -> torch.optim.Optimizer:
@@ -68,7 +70,7 @@ class Tensors:
 
 
 def make_tensors(shapes: list[Named], mode: str, device: torch.device | str = "cpu") -> Tensors:
-    """Random parameters, gradients and moments, never a fresh optimizer's zeros."""
+    """Makes random parameters, gradients and moments, never the zeros of a fresh optimizer."""
     dtype, moment_dtype = MODES[mode]
 
     def draw(shape, scale: float, of: torch.dtype) -> torch.Tensor:
@@ -84,6 +86,6 @@ def make_tensors(shapes: list[Named], mode: str, device: torch.device | str = "c
 
 
 def bytes_per_param(mode: str) -> int:
-    """28, 22 or 14: read p, g, m, v; write p, m, v."""
+    """Returns 28, 22 or 14: read p, g, m, v; write p, m, v."""
     dtype, moment_dtype = MODES[mode]
     return 3 * dtype.itemsize + 4 * moment_dtype.itemsize

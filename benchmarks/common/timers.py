@@ -1,10 +1,9 @@
-"""Three timers of a step, with the same calls: of the host, of the GPU, and a rehearsal of the GPU's.
+"""Three timers of a step with the same methods: for the host, for the GPU, and for a rehearsal of the GPU's benchmarks.
 
-A sample on the GPU: read a buffer of 4 times the L2 (so that what the cache holds is neither ours nor dirty), spin the
-GPU for longer than the host takes to queue the step, record an event, step, record an event. What lies between the
-events then has no gap in which the GPU waited for Python. A step that synchronises, or queues more launches than the
-driver takes, cannot be hidden so: its sample says that the host was not ahead. Never a host clock, except in a
-rehearsal.
+A sample on the GPU: read a buffer of 4 times the L2 (so that the cache holds nothing of ours and nothing dirty), spin
+the GPU for longer than the host takes to queue the step, record an event, step, record an event. Between the events the
+GPU then never waits for Python. This is not possible for a step that synchronises, or that queues more launches than
+the driver takes: its sample says that the host was not ahead. The host's clock is used in a rehearsal only.
 """
 
 import itertools
@@ -17,14 +16,14 @@ from typing import NamedTuple
 import torch
 
 Step = Callable[[], object]
-FIRST_LEAD = 2e-3  # seconds of spinning while it is not known how long the host takes
+FIRST_LEAD = 2e-3  # seconds of spinning while the host's time is unknown
 LONGEST_LEAD = 0.1
 MARGIN = 1e-4
 
 
 class Sample(NamedTuple):
     seconds: float
-    host_seconds: float  # of a step on the GPU: until step() returned; by HostTimer: of all threads together
+    host_seconds: float  # on the GPU until step() returned; by HostTimer the CPU time of all threads together
     ahead: bool = True  # everything was queued before the GPU began
 
 
@@ -32,7 +31,7 @@ class GpuTimer:
     """Times steps on one CUDA device, on its current stream."""
 
     rehearsal = strict = False
-    warm_up = 3  # rounds: code is compiled and tables are made in the first
+    warm_up = 3  # rounds; the first compiles code and makes tables
 
     def __init__(self, device: str = "cuda"):
         self.device = torch.device(device, torch.cuda.current_device())
@@ -42,11 +41,13 @@ class GpuTimer:
         self._sum = torch.zeros((), device=self.device)
         self._cycles_per_second = 0.0
         cycles = 20_000_000
-        for _ in range(3):  # the first wakes the clocks
+        for _ in range(3):  # the first raises the clocks
             self._cycles_per_second = cycles / self._between(lambda: torch.cuda._sleep(cycles))
 
     def time(self, step: Step, lead: float = FIRST_LEAD) -> Sample:
-        """One sample. ``lead``: seconds that the GPU spins before the step, more than the host takes to queue it."""
+        """Takes a sample. ``lead``: seconds that the GPU spins before the step, more than the host takes to queue
+        it.
+        """
         torch.sum(self._cold, dim=0, out=self._sum)
         torch.cuda._sleep(int(lead * self._cycles_per_second))
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -63,7 +64,7 @@ class GpuTimer:
         torch.cuda.synchronize(self.device)
 
     def peak_bytes(self, step: Step) -> int:
-        """Bytes that a step allocates for itself at its peak."""
+        """Returns the bytes that a step allocates for itself at its peak."""
         self.synchronize()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
@@ -75,11 +76,11 @@ class GpuTimer:
         return torch.cuda.memory_allocated(self.device)
 
     def release(self) -> None:
-        """Gives back what torch keeps of freed memory: other sizes come next."""
+        """Frees the memory that torch caches, as other sizes come next."""
         torch.cuda.empty_cache()
 
     def capture(self, step: Step) -> Step:
-        """The step as a CUDA graph: capturing carries nothing out. Returns its replay."""
+        """Captures the step as a CUDA graph, which does not run it. Returns its replay."""
         self.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -96,10 +97,10 @@ class GpuTimer:
 
 
 class HostTimer:
-    """Times steps by the host's clock: those on the CPU, or what a step costs the host while the GPU works on."""
+    """Times steps by the host's clock: steps on the CPU, or the host's part of a step while the GPU works on."""
 
     rehearsal = False
-    strict = True  # what a variant raises ends the measurement
+    strict = True  # an error of a variant ends the measurement
     warm_up = 2
 
     def __init__(self, device: torch.device | None = None):
@@ -124,7 +125,9 @@ class HostTimer:
 
 
 class RehearsalTimer(HostTimer):
-    """The GPU's timer on CPU tensors by the host's clock: shows that the benchmarks run, measures nothing."""
+    """Stands for the GPU's timer on CPU tensors, by the host's clock: shows that the benchmarks run, measures
+    nothing.
+    """
 
     rehearsal = True
     strict = False
@@ -146,7 +149,7 @@ Timer = GpuTimer | HostTimer
 
 
 def make_timer(rehearse: bool) -> GpuTimer | RehearsalTimer:
-    """Raises SystemExit where there is no GPU to measure."""
+    """Makes the timer. Raises SystemExit if there is no GPU to measure."""
     if rehearse:
         return RehearsalTimer()
     if not torch.cuda.is_available():
@@ -155,24 +158,24 @@ def make_timer(rehearse: bool) -> GpuTimer | RehearsalTimer:
 
 
 def longer_lead(lead: float, sample: Sample) -> float:
-    """How long to spin before the next sample, after what this one took on the host."""
+    """Returns the seconds to spin before the next sample, after the time that this one took on the host."""
     needed = 1.5 * sample.host_seconds + MARGIN
     return min(LONGEST_LEAD, max(0.9 * lead, needed) if sample.ahead else max(2 * lead, needed))
 
 
 def copies_past_l2(set_bytes: int, l2_bytes: int, most: int = 8) -> int:
-    """How many sets of buffers to rotate among, so that none is still in the cache when its turn comes."""
+    """Returns how many sets of buffers to rotate among, so that none is still in the cache at its next turn."""
     return max(1, min(most, math.ceil(4 * l2_bytes / max(set_bytes, 1))))
 
 
 def rotate(steps: list[Step]) -> Step:
-    """Each call steps the next set of buffers."""
+    """Returns a step that takes the next set of buffers at each call."""
     turn = itertools.cycle(steps)
     return lambda: next(turn)()
 
 
 def copy_bandwidth(timer: GpuTimer | RehearsalTimer, rounds: int = 15) -> dict:
-    """What a plain copy reaches, bytes read plus bytes written: the ceiling that steps are compared with."""
+    """Measures a plain copy, bytes read plus bytes written: the ceiling that steps are compared with."""
     numel = 1 << 12 if timer.rehearsal else 1 << 29
     source = torch.randn(numel, device=timer.device)
     target = torch.empty_like(source)
@@ -181,7 +184,7 @@ def copy_bandwidth(timer: GpuTimer | RehearsalTimer, rounds: int = 15) -> dict:
 
 
 class GpuClock:
-    """A clock for pytest-benchmark that only the steps run through it move, by their seconds on the GPU."""
+    """A clock for pytest-benchmark. Only the steps run through it advance it, by their seconds on the GPU."""
 
     def __init__(self):
         self.now, self._lead = 0.0, FIRST_LEAD

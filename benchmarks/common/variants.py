@@ -1,4 +1,4 @@
-"""What is timed: ours and the peers as variants, and what their rows say beside times and ratios."""
+"""Makes variants of ours and of the peers, and the figures of their rows beside times and ratios."""
 
 import functools
 import statistics
@@ -15,7 +15,7 @@ from .timers import Timer
 
 
 def ours(case: Case, tensors: Tensors, mode: str, backend: str, timer: Timer) -> Variant:
-    """The variant, or one with its error."""
+    """Makes the variant, or one with its error."""
     variant = Variant(case.name, "ours", by=backend)
 
     def make() -> None:
@@ -26,7 +26,7 @@ def ours(case: Case, tensors: Tensors, mode: str, backend: str, timer: Timer) ->
         full, grad = bytes_per_param(mode), MODES[mode][0].itemsize
         dropped = {ALL_STREAMS: full, 0: 0}.get(case.dropped_streams, full - grad)
         variant.moved = lambda: full + case.mask_bits / 8
-        if case.needs_blocks:  # blocks change from step to step; active_fraction() is plain arithmetic then
+        if case.needs_blocks:  # blocks change from step to step, and active_fraction() is plain arithmetic
             variant.active = lambda: active_share(optimizer)
             variant.moved = lambda: full * variant.active() + dropped * (1 - variant.active())
 
@@ -35,12 +35,12 @@ def ours(case: Case, tensors: Tensors, mode: str, backend: str, timer: Timer) ->
 
 
 def on_isas(variant: Variant, isas: list[str]) -> list[Variant]:
-    """The same step on each instruction set of the CPU."""
+    """Repeats the step on each instruction set of the CPU."""
     return [replace(variant, by=isa, before=functools.partial(cpu.select_isa, isa)) for isa in isas]
 
 
 def peer_variant(peer: Peer, tensors: Tensors, mode: str, timer: Timer, name: str = "", kind: str = "peer") -> Variant:
-    """Peers are counted by the bytes of AdamW with moments in the dtypes of the mode, whatever they move."""
+    """Makes a peer's variant. Its bytes are AdamW's with moments in the mode's dtypes, whatever the peer moves."""
     variant = Variant(name or peer.name, kind)
     reason = unavailable(peer) or (None if mode in peer.modes else f"does not do {mode}")
     if reason:
@@ -65,7 +65,7 @@ def _traffic(variant: Variant, row: dict, numel: int) -> dict:
 
 
 def cpu_rows(variants: list[Variant], numel: int) -> list[dict]:
-    """One row per variant and instruction set: medians, 20th and 80th percentiles."""
+    """Returns a row per variant and instruction set: medians, 20th and 80th percentiles."""
 
     def figures(variant: Variant, row: dict) -> dict:
         of_threads = statistics.median(sample.host_seconds for sample in variant.samples.values())
@@ -76,7 +76,7 @@ def cpu_rows(variants: list[Variant], numel: int) -> list[dict]:
 
 
 def gpu_rows(variants: list[Variant], numel: int, copy_gb_per_s: float) -> list[dict]:
-    """One row per variant and backend: medians and quartiles."""
+    """Returns a row per variant and backend: medians and quartiles."""
     unmasked = {variant.by: variant for variant in variants if variant.name == "mask=None" and not variant.error}
 
     def figures(variant: Variant, row: dict) -> dict:
@@ -94,7 +94,7 @@ def gpu_rows(variants: list[Variant], numel: int, copy_gb_per_s: float) -> list[
 
 
 def show(config: dict, began: float) -> None:
-    """Prints a configuration of the GPU's, row by row."""
+    """Prints a configuration of the GPU, row by row."""
     elapsed = time.monotonic() - began
     print(f"{config['work']}, {config['mode']}: copy {config['copy']['gb_per_s']:.0f} GB/s, {elapsed:.0f} s")
     for row in config["rows"]:

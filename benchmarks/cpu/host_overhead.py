@@ -21,13 +21,13 @@ MEASURED = ("mask=None", "GradDrop", "GradDropEpoch, bit-packed", "LayerGradDrop
 
 
 def one_element(count: int) -> Tensors:
-    """``count`` parameters of one element, 16 a block as in XLM-R."""
+    """Makes ``count`` parameters of one element, 16 per block as in XLM-R."""
     blocks = [f"encoder.layer.{i // 16}" for i in range(count)]
     return make_tensors([(f"{block}.weight{i % 16}", block, (1,)) for i, block in enumerate(blocks)], "float32")
 
 
 def dtensors(tensors: Tensors) -> Tensors:
-    """The same as DTensors, as FSDP2 hands them to an optimizer; all of their elements are here."""
+    """Converts them to DTensors, as FSDP2 gives an optimizer. All of their elements are in this process."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
 
@@ -39,7 +39,7 @@ def dtensors(tensors: Tensors) -> Tensors:
     sharded = Tensors([], tensors.blocks, [tuple(map(shard, pair)) for pair in tensors.moments])
     for name, param in tensors.named:
         sharded.named.append((name, torch.nn.Parameter(shard(param.detach()))))
-        sharded.named[-1][1].grad = DTensor(param.grad, sharded.named[-1][1]._spec, requires_grad=False)  # as FSDP2's
+        sharded.named[-1][1].grad = DTensor(param.grad, sharded.named[-1][1]._spec, requires_grad=False)  # as FSDP2
     return sharded
 
 

@@ -24,7 +24,7 @@ from ..common.results import arguments, write
 from ..common.shapes import encoder
 from ..common.tensors import Tensors, make_tensors
 
-# (parameters, moments, options); None: the same
+# (dtype of parameters, of moments, options); None: moments in the parameters' dtype
 MODES = (
     ("float32", None, {}),
     ("bfloat16", None, {}),
@@ -38,7 +38,7 @@ TABLE = 1024  # bytes per tensor for addresses and keys; more would be a mask in
 
 
 def kept_bytes(optimizer: torch.optim.Optimizer, tensors: Tensors) -> tuple[int, int]:
-    """(bytes of tensors, bytes of tables) that the optimizer alone keeps alive: not parameters and gradients."""
+    """Returns (bytes of tensors, bytes of tables) that only the optimizer keeps alive: no parameters or gradients."""
     given = {tensor.untyped_storage().data_ptr() for _, param in tensors.named for tensor in (param, param.grad)}
     found: dict[int, int] = {}
     tables = 0
@@ -64,19 +64,21 @@ def kept_bytes(optimizer: torch.optim.Optimizer, tensors: Tensors) -> tuple[int,
 
 
 def computed_bytes(tensors: Tensors, moments: torch.dtype, mask_bits: int, masters: bool = False) -> int:
-    """Two moments, a float32 step count per tensor, mask bits in words of 32, and float32 masters."""
+    """Computes the bytes of two moments, a float32 step count per tensor, mask bits in words of 32, and float32
+    masters.
+    """
     sizes, kept = [param.numel() for _, param in tensors.named], 2 * moments.itemsize + 4 * masters
     return sum(kept * numel + 4 + 4 * mask_bits * num_words(numel) for numel in sizes)
 
 
 def peak_growth(step: Callable[[], object]) -> int | None:
-    """Bytes by which the resident memory grows while ``step`` runs; None where /proc does not tell."""
+    """Returns the bytes by which the resident memory grows while ``step`` runs; None if /proc does not report it."""
 
     def resident(field: str) -> int:
         return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # gives back what is free: a step that takes it again must be seen
+        ctypes.CDLL(None).malloc_trim(0)  # returns free memory, so that a step that takes it again is seen
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     except (OSError, AttributeError):
         step()
@@ -89,7 +91,7 @@ def peak_growth(step: Callable[[], object]) -> int | None:
 def measure(
     name: str, kind: str, optimizer: torch.optim.Optimizer, step: Callable, tensors: Tensors, case: Case | None
 ) -> dict:
-    """``step`` is the first one, which makes the state."""
+    """Measures an optimizer. ``step`` is its first step, which creates the state."""
     param = tensors.named[0][1]
     numel = tensors.numel
     first = peak_growth(step)

@@ -25,7 +25,7 @@ from ..common.variants import cpu_rows, on_isas
 
 
 def variants_of(table: Table, tensors: Tensors, timer: HostTimer) -> list[Variant]:
-    """Ours on the best instruction set."""
+    """Makes a table's variants, ours on the best instruction set."""
     found = []
     for row in table.rows:
         if isinstance(row, Ours):
@@ -38,7 +38,7 @@ def variants_of(table: Table, tensors: Tensors, timer: HostTimer) -> list[Varian
 
 
 def measure(name: str, threads: int, numel: int, seconds: float, quick: bool) -> dict:
-    """One table on so many threads: called in a process of its own."""
+    """Measures one table on ``threads`` threads, in a process of its own."""
     torch.set_num_threads(threads)
     deadline = time.monotonic() + seconds
     torch.manual_seed(time.time_ns() % 2**31)

@@ -27,14 +27,14 @@ LANGUAGES = ("en", "de", "sw")
 
 
 def demo_arguments(options: argparse.Namespace, weights: str, seed: int, folder: Path) -> argparse.Namespace:
-    """The demo's."""
+    """Makes the demo's arguments."""
     argv = ["--method", "graddrop", "--weights", weights, "--seed", str(seed), "--precision", "bf16", "--epochs", "2"]
     argv += ["--languages", *LANGUAGES[: 1 if options.quick else None], "--output", str(folder)]
     return command_line.parse([*argv, *(("--max-steps", "2") if options.quick else ())])
 
 
 def load_examples(asked: argparse.Namespace, most: int | None) -> tuple[ModelSource, dict[str, Examples]]:
-    """The model, and ``most`` (None: all) sentences of each split."""
+    """Loads the model, and ``most`` (None: all) sentences of each split."""
     splits = {language: sib200.load(language, "test") for language in asked.languages}
     splits["train"] = sib200.load("en", "train")
     source = ModelSource(asked.model, [text for split in splits.values() for text in split.texts], len(sib200.LABELS))

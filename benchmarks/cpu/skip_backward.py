@@ -31,11 +31,11 @@ from ..common.timers import HostTimer, Timer
 
 LAYERS, WIDTH, BATCH, TOKENS, VOCABULARY = 12, 192, 8, 64, 24_000
 DROPS = (0.2, 0.5, 0.9)
-LISA = (6, 2)  # blocks trained
+LISA = (6, 2)  # numbers of trained blocks
 
 
 class Work:
-    """The model and its batch; ``flops`` are counted once for each kind of step."""
+    """The model and its batch. ``flops`` are counted once for each kind of step."""
 
     def __init__(self, layers: int):
         import transformers
@@ -55,12 +55,12 @@ class Work:
         self.model(**self.batch).loss.backward()
 
     def trained(self) -> list[int]:
-        """The blocks whose parameters require gradients now."""
+        """Returns the blocks whose parameters require gradients now."""
         return [i for i, block in enumerate(self.blocks) if block.attention.self.query.weight.requires_grad]
 
     def flops(self, context: AbstractContextManager) -> int:
-        """Of the matrix products of a forward and backward pass: they depend on how many blocks are trained, and, where
-        the embeddings are not, on the lowest of them.
+        """Counts the FLOPs of the matrix products of a forward and backward pass. They depend on the number of trained
+        blocks and, if the embeddings are not trained, on the lowest of them.
         """
         with context:
             trained, whole = self.trained(), self.model.roberta.embeddings.word_embeddings.weight.requires_grad
@@ -106,7 +106,7 @@ def layer_graddrop(work: Work, p: float) -> gk.FusedGradDropAdamW:
 
 
 class Frozen:
-    """All but ``count`` blocks frozen, drawn anew each step; the embeddings and the head too, unless ``dense``."""
+    """Freezes all but ``count`` blocks, drawn anew each step; the embeddings and the head too, unless ``dense``."""
 
     def __init__(self, work: Work, count: int, dense: bool):
         self.work, self.count, self.dense = work, min(count, len(work.blocks)), dense
@@ -131,7 +131,9 @@ class Frozen:
 
 
 def variants_of(work: Work) -> list[TrainingStep]:
-    """The dense step first. The peers' optimizer is torch's, which skips what has no gradient."""
+    """Makes the variants, the dense step first. The peers' optimizer is torch's, which skips parameters without
+    gradient.
+    """
     dense = lambda name, kind: variant(name, kind, work, layer_graddrop(work, 0.5), contextlib.nullcontext)
     found = [dense("LayerGradDrop, nothing skipped", "ours")]
     for p in DROPS:
@@ -145,7 +147,7 @@ def variants_of(work: Work) -> list[TrainingStep]:
 
 
 def rows_of(variants: list[TrainingStep]) -> list[dict]:
-    """One row per variant: medians, 20th and 80th percentiles."""
+    """Returns a row per variant: medians, 20th and 80th percentiles."""
     flops_in_rounds = lambda variant: [variant.flops_of[number] for number in variant.samples]
     dense = statistics.median(flops_in_rounds(variants[0]))
 
@@ -157,7 +159,7 @@ def rows_of(variants: list[TrainingStep]) -> list[dict]:
 
 
 def measure(threads: int, layers: int, seconds: float, quick: bool) -> dict:
-    """One thread count: called in a process of its own."""
+    """Measures one thread count, in a process of its own."""
     torch.set_num_threads(threads)
     deadline = time.monotonic() + seconds
     torch.manual_seed(time.time_ns() % 2**31)

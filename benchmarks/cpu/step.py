@@ -31,14 +31,16 @@ TIMER = HostTimer()
 
 
 def twins(tensors: Tensors, dtype: str, isa: str) -> list[Variant]:
-    """Two of the steps on tensors of their own: how far their ratios are off is the error of sharing, and noise."""
+    """Repeats two of the steps on tensors of their own. The differences of the ratios show the error of sharing, and
+    noise.
+    """
     found = [peer_variant(BASELINE, tensors, dtype, TIMER)]
     found += on_isas(ours(CASE["GradDrop"], tensors, dtype, "cpu", TIMER), [isa])
     return [replace(variant, name=f"{variant.name}, own tensors", kind="check") for variant in found]
 
 
 def measure(layout: str, numel: int, dtype: str, isas: list[str], cases, deadline: float, quick: bool) -> dict:
-    """One configuration, on the threads that are set."""
+    """Measures one configuration on the current number of threads."""
     load, threads = Load(), torch.get_num_threads()
     torch.manual_seed(random.randrange(2**31))
     shapes = flat(numel) if layout == "one tensor" else encoder(numel)
@@ -61,14 +63,14 @@ def measure(layout: str, numel: int, dtype: str, isas: list[str], cases, deadlin
 
 
 def measure_threads(threads: int, dtype: str, isas: list[str], numel: int, seconds: float, quick: bool) -> dict:
-    """All configurations of one thread count: called in a process of its own."""
+    """Measures all configurations of one thread count, in a process of its own."""
     torch.set_num_threads(threads)
     start = time.monotonic()
     run = {"bandwidth": bandwidth.measure(threads, min(numel, 100_000_000), 3 if quick else 15), "configs": []}
     fast = [isa for isa in isas if isa != "portable"] or isas
-    # (layout, parameters, instruction sets, cases, share of the time by the end)
+    # (layout, parameters, instruction sets, cases, share of the time that has passed at the end)
     plans = [("layers", numel, fast, CASES + SWEEP, 0.55), ("one tensor", numel, fast, CASES, 0.95)]
-    if fast != isas:  # portable is slow, so on fewer parameters
+    if fast != isas:  # portable is slow, hence fewer parameters
         plans.append(("layers", numel // 10, ["portable"], CASES, 1.0))
     for layout, size, on, cases, share in plans:
         config = measure(layout, size, dtype, on, cases, start + share * seconds, quick)

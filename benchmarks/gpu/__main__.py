@@ -24,17 +24,17 @@ import torch
 from ..common.machine import ROOT, Load, facts_once
 from ..common.results import gpu_arguments, gpu_folder, write_gpu
 
-BUDGET = 520.0  # seconds: 9 minutes and 20 seconds to spare
+BUDGET = 520.0  # seconds: 9 minutes less 20 seconds to spare
 FOR_THE_END = 25.0  # figures, tables
-LEAST = 5.0  # a part that would have less is left out
-SHARED_TESTS = ("test_backends_agree.py", "test_layout.py")  # of every backend; GRADDROP_TEST_BACKENDS chooses
-TAIL = 60  # lines kept of what a part printed
-GRACE = 1.5  # a part may take so many times its seconds before it is killed: compiling is not in its own budget
+LEAST = 5.0  # seconds; a part that would have less is left out
+SHARED_TESTS = ("test_backends_agree.py", "test_layout.py")  # test every backend, or those of GRADDROP_TEST_BACKENDS
+TAIL = 60  # lines kept of a part's output
+GRACE = 1.5  # a part is killed after this many times its seconds; compiling is not in its own budget
 
 
 @dataclass(frozen=True)
 class Part:
-    """``seconds``: planned, on one H200; scaled down when less is left. ``command`` is made with the seconds it has."""
+    """``seconds``: planned, on one H200; scaled down if less is left. ``command`` is made with the seconds it has."""
 
     name: str
     seconds: float
@@ -44,7 +44,7 @@ class Part:
 
 
 def gpu_tests() -> list[str]:
-    """The test files of what runs on a GPU: not those of the compilers' output, of the interpreter, of this script."""
+    """Lists the test files of what runs on a GPU: none of the compilers' output, of the interpreter, of this script."""
     folder = ROOT / "tests" / "backends"
     found = [path for name in ("cuda", "triton") for path in folder.glob(f"test_{name}_*.py")]
     found = [path for path in found if not path.stem.endswith(("_contract", "_interpreter"))]
@@ -53,12 +53,12 @@ def gpu_tests() -> list[str]:
 
 
 def architecture() -> str:
-    """"90" for an H100 or H200: only what this GPU runs is compiled."""
+    """Returns "90" for an H100 or H200: code is compiled for this GPU only."""
     return "".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else "90"
 
 
 def parts(rehearse: bool, folder: Path) -> list[Part]:
-    """In the order of what is wanted most, should the time run out."""
+    """Lists the parts, the most wanted first, in case the time runs out."""
     python = sys.executable
 
     def benchmark(name: str, seconds: float, module: str, *arguments: str) -> Part:
@@ -91,7 +91,7 @@ def parts(rehearse: bool, folder: Path) -> list[Part]:
         Part("bench, quick", 15, bench),
         Part("verify", 20, verify),
     ]
-    return planned[:-1] if rehearse else planned  # verify --help once is enough
+    return planned[:-1] if rehearse else planned  # one verify --help is enough
 
 
 def end_parts(rehearse: bool, folder: Path) -> list[Part]:
@@ -103,7 +103,7 @@ def end_parts(rehearse: bool, folder: Path) -> list[Part]:
 
 
 class Run:
-    """Carries the parts out and keeps gpu_run.json up to date."""
+    """Runs the parts and keeps gpu_run.json up to date."""
 
     def __init__(self, options, folder: Path):
         self.options, self.folder, self.began = options, folder, time.monotonic()
@@ -115,7 +115,7 @@ class Run:
         return time.monotonic() - self.began
 
     def plain(self, text: str) -> str:
-        """Without the paths of this machine, as results are published."""
+        """Removes the paths of this machine, as results are published."""
         for path, name in ((self.folder, self.folder.name), (f"{ROOT}/", ""), (sys.prefix, "python")):
             text = text.replace(str(path), name)
         return text
@@ -138,7 +138,7 @@ class Run:
         self.record(entry | self.call(command, dict(part.environment), min(GRACE * seconds + 10, max(left, LEAST))))
 
     def call(self, command: list[str], environment: dict[str, str], limit: float) -> dict:
-        """Runs one process, showing what it prints; {"status", "seconds", and of a failure "output"}."""
+        """Runs one process and shows what it prints. Returns {"status", "seconds", and of a failure "output"}."""
         start = time.monotonic()
         lines: deque[str] = deque(maxlen=TAIL)
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -155,7 +155,7 @@ class Run:
         watch.start()
         for line in self.child.stdout:
             lines.append(self.plain(line.rstrip()))
-            if "USDT:" not in line:  # chatter of torch's profiler
+            if "USDT:" not in line:  # noise of torch's profiler
                 self.say(f"    {line.rstrip()}")
         code = self.child.wait()
         watch.cancel()
@@ -166,7 +166,7 @@ class Run:
         return result if result["status"] == "ok" else result | {"exit_code": code, "output": list(lines)}
 
     def kill(self) -> None:
-        """The child with everything it started: compilers, pools."""
+        """Kills the child with everything that it started: compilers, pools."""
         if self.child is not None and self.child.poll() is None:
             os.killpg(self.child.pid, signal.SIGKILL)
 
@@ -179,7 +179,7 @@ class Run:
             self.archive()
 
     def archive(self) -> None:
-        """All results so far in one file, for a machine from which few files come back."""
+        """Packs all results so far into one file, for a machine from which few files come back."""
         unfinished = self.options.archive.with_suffix(".unfinished")
         with tarfile.open(unfinished, "w:gz") as archive:
             archive.add(self.folder, self.folder.name)

@@ -38,13 +38,13 @@ _SYNCHRONIZE = re.compile(r"(cuda|cu|hip)\w*Synchronize")
 
 
 def small_tensors(rehearsal: bool) -> list[Named]:
-    """16 a block, as in XLM-R."""
+    """Makes tensors, 16 per block as in XLM-R."""
     count = 32 if rehearsal else TENSORS
     return [(f"encoder.layer.{i // 16}.weight{i % 16}", f"encoder.layer.{i // 16}", (NUMEL,)) for i in range(count)]
 
 
 def steps_to_time(tensors: Tensors, device: torch.device) -> list[tuple[str, str | None, Callable[[], Made]]]:
-    """(name, backend, () -> step and what to do after it) of everything that is measured here."""
+    """Returns (name, backend, () -> step and what to do after it) of everything that is measured here."""
     names = (BASELINE.name, "torch foreach", "eager mask + torch fused", "foreach mask + torch fused")
     made = [(peer.name, None, functools.partial(peer.make, tensors, HYPERS)) for peer in PEERS if peer.name in names]
     for backend in backends_for(device, "float32"):
@@ -60,13 +60,13 @@ def our_step(name: str, tensors: Tensors, backend: str) -> Made:
 
 
 def host_times(timer: GpuTimer | RehearsalTimer, seconds: float) -> list[dict]:
-    """Rows by name, backend and whether addresses move."""
+    """Returns rows by name, backend and whether addresses move."""
     tensors = make_tensors(small_tensors(timer.rehearsal), "float32", timer.device)
     grads = [[torch.randn_like(param).mul_(1e-3) for param in tensors.params] for _ in range(GRAD_SETS)]
     rows, variants = [], []
 
     def moves() -> Callable[[], None]:
-        turn = itertools.cycle(grads)  # one of its own: no variant finds the gradients where it had them last
+        turn = itertools.cycle(grads)  # per variant, so that none finds the gradients at its last addresses
 
         def move() -> None:
             for param, grad in zip(tensors.params, next(turn)):
@@ -96,7 +96,7 @@ def host_times(timer: GpuTimer | RehearsalTimer, seconds: float) -> list[dict]:
 
 
 def count_launches(step: Callable[[], object], timer: GpuTimer | RehearsalTimer) -> dict:
-    """Kernels, copies and synchronisations that one warm step asks the driver for."""
+    """Counts the kernels, copies and synchronisations that one warm step asks the driver for."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if not timer.rehearsal:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -119,7 +119,7 @@ def count_launches(step: Callable[[], object], timer: GpuTimer | RehearsalTimer)
 
 
 def refused_to_synchronize(step: Callable[[], object], timer: GpuTimer | RehearsalTimer) -> str | None:
-    """None when a step runs while torch raises at any synchronisation, else what was raised."""
+    """Runs a step while torch raises at any synchronisation. Returns None, or what was raised."""
     if timer.rehearsal:
         step()
         return None
@@ -151,7 +151,7 @@ def launches(timer: GpuTimer | RehearsalTimer) -> list[dict]:
 
 
 def capturable_optimizer(name: str, tensors: Tensors, backend: str):
-    """With capturable=True where that is accepted; a step must be capturable without it too."""
+    """Makes it with capturable=True where that is accepted. A step must be capturable without it too."""
     try:
         return make_optimizer(CASE[name], tensors, backend, capturable=True)
     except ValueError:
@@ -159,7 +159,7 @@ def capturable_optimizer(name: str, tensors: Tensors, backend: str):
 
 
 def replay_matches(name: str, backend: str, timer: GpuTimer | RehearsalTimer) -> dict:
-    """One step captured and replayed against the same steps made eagerly, from equal states."""
+    """Compares one captured and replayed step with the same steps made eagerly, from equal states."""
     row = {"name": name, "backend": backend, "replays": REPLAYS}
     try:
         eager = make_tensors(small_tensors(timer.rehearsal), "float32", timer.device)
@@ -178,12 +178,12 @@ def replay_matches(name: str, backend: str, timer: GpuTimer | RehearsalTimer) ->
         capturable = optimizers[1].param_groups[0]["capturable"]
         return row | {"identical": not differing, "differing": differing[:5], "capturable": capturable}
     except Exception as error:
-        timer.synchronize()  # raises where the GPU is lost
+        timer.synchronize()  # raises if the GPU is lost
         return row | {"identical": None, "error": message(error)}
 
 
 def states(left: tuple, right: tuple):
-    """(name, tensor, tensor) of everything that a step changes."""
+    """Returns (name, tensor, tensor) of everything that a step changes."""
     (optimizer, tensors), (other_optimizer, other) = left, right
     for (name, param), (_, twin) in zip(tensors.named, other.named):
         yield f"param of {name}", param, twin

@@ -36,7 +36,7 @@ def theirs(row: Theirs, tensors: Tensors, mode: str, slow: bool, timer) -> Varia
 
 
 def measure(work: Work, name: str, slow: bool, copy: dict, timer: GpuTimer | RehearsalTimer, deadline: float) -> dict:
-    """One table. ``slow``: only the peers that compile for long, and the baseline; else all others."""
+    """Measures one table. ``slow``: only the peers that compile for long, and the baseline; else all others."""
     table = TABLES[name]
     tensors = make_tensors(work.small() if timer.rehearsal else work.tensors(), table.mode, timer.device)
     backends = backends_for(timer.device, table.mode)
@@ -53,7 +53,7 @@ def measure(work: Work, name: str, slow: bool, copy: dict, timer: GpuTimer | Reh
 
 
 def replace_rows(config: dict, later: dict) -> None:
-    """Puts the rows that were measured later in the place of what said so."""
+    """Replaces the rows that say that they are measured later by these."""
     found = {row["name"]: row for row in later["rows"][1:]}
     config["rows"] = [found.get(row["name"], row) for row in config["rows"]]
 
@@ -63,7 +63,7 @@ def main() -> int:
     options = parser.parse_args()
     timer, load, began = make_timer(options.rehearse), Load(), time.monotonic()
     if options.rehearse:
-        torch.compiler.set_stance("force_eager")  # compiling is what the slow peers take long for
+        torch.compiler.set_stance("force_eager")  # the slow peers are slow because they compile
     plans = [(work, name, False) for work in WORKS for name in TABLES]
     in_tables = {name: [row.peer for row in table.rows if isinstance(row, Theirs)] for name, table in TABLES.items()}
     plans += [(WORKS[0], name, True) for name, peers in in_tables.items() if any(peer.slow_start for peer in peers)]
@@ -78,7 +78,7 @@ def main() -> int:
                 replace_rows(configs[work.label, name], config)
             else:
                 configs[work.label, name] = config
-        except Exception as error:  # out of memory, say: the next may be smaller
+        except Exception as error:  # such as out of memory; the next may be smaller
             errors.append({"work": work.label, "table": name, "error": message(error)})
             print(f"{work.label}, {name} left out: {errors[-1]['error']}", file=sys.stderr, flush=True)
         results = {"load": load.report(), "peers": peers, "configs": list(configs.values()), "errors": errors}

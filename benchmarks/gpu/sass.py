@@ -1,6 +1,6 @@
-"""The machine code of a compiled kernel: basic blocks, the way of a full block of elements, and what is on it.
+"""Reads the machine code of a compiled kernel: basic blocks, and the path of a full block of elements through them.
 
-Reads the JSON of nvdisasm, which Triton brings with it. Nothing runs; no GPU is needed.
+Takes the JSON of nvdisasm, which Triton brings with it. Nothing runs, and no GPU is needed.
 """
 
 import json
@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 INSTRUCTION_BYTES = 16
-SHARED = ("LDS", "STS", "LDSM", "STSM", "SHFL", "BAR", "ATOMS")  # what a change of layout between threads needs
+SHARED = ("LDS", "STS", "LDSM", "STSM", "SHFL", "BAR", "ATOMS")  # needed by a change of layout between threads
 LOCAL = ("LDL", "STL")  # spilled registers
 _ENDS = ("BRA", "BRX", "JMP", "EXIT", "RET", "CALL", "BREAK")
 _PIPES = {
@@ -29,37 +29,39 @@ class Instruction:
     address: int
     opcode: str
     operands: str
-    predicate: str  # "" when it always takes place
+    predicate: str  # "" if it always runs
 
     @property
     def name(self) -> str:
-        """The opcode without its modifiers: LDG of LDG.E.128."""
+        """The opcode without its modifiers: LDG for LDG.E.128."""
         return self.opcode.split(".")[0]
 
     @property
     def bytes(self) -> int:
-        """Width of a memory access of one thread."""
+        """Width in bytes of a memory access per thread."""
         modifiers = self.opcode.split(".")[1:]
         widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
         return next((widths[modifier] for modifier in modifiers if modifier in widths), 4)
 
     @property
     def target(self) -> int | None:
-        """Where a branch within the function goes."""
+        """The address that a branch within the function goes to."""
         literals = re.findall(r"0x[0-9a-f]+", self.operands)
         return int(literals[-1], 16) if self.name in ("BRA", "JMP") and literals else None
 
     @property
     def conditional(self) -> bool:
-        """Whether a branch may fall through: a predicate before it, or among its operands (BRA P0, ...; BRA.U UP0)."""
+        """Whether a branch may fall through: it has a predicate, before it or among its operands (BRA P0, ...; BRA.U
+        UP0).
+        """
         return bool(self.predicate) or bool(re.search(r"\bU?P\d", self.operands))
 
     @property
     def pipe(self) -> str:
-        """What executes it. IMAD has a pipe of its own half as wide as FMA's; U... run once a warp."""
+        """The unit that executes it. IMAD has its own pipe, half as wide as FMA's; U... run once per warp."""
         if self.name == "IMAD":
             parts = self.opcode.split(".")
-            if "MOV" in parts or "SHL" in parts:  # moves that the assembler puts where there is room
+            if "MOV" in parts or "SHL" in parts:  # moves, which the assembler puts wherever there is room
                 return "IMAD"
             return next((f"IMAD.{kind}" for kind in ("WIDE", "HI") if kind in parts), "IMAD")
         for pipe, names in _PIPES.items():
@@ -75,9 +77,9 @@ class Kernel:
 
     Args:
         cubin: the compiled module.
-        name: of the function.
+        name: the function's name.
         tools: folder with nvdisasm and cuobjdump.
-        folder: for the file that these read.
+        folder: where to write the file that these read.
     """
 
     def __init__(self, cubin: bytes, name: str, tools: Path, folder: Path):
@@ -96,7 +98,7 @@ class Kernel:
         self.blocks = self._split()
 
     def _split(self) -> dict[int, list[Instruction]]:
-        """Basic blocks by the address of their first instruction."""
+        """Splits the code into basic blocks, by the address of their first instruction."""
         starts = {0}
         for instruction in self.instructions:
             if instruction.name in _ENDS:
@@ -112,7 +114,7 @@ class Kernel:
         return blocks
 
     def successors(self, block: int) -> list[int]:
-        """Blocks that may come next, but for subroutines: those are the rare cases of sqrt and division."""
+        """Returns the blocks that may come next, without subroutines: those are the rare cases of sqrt and division."""
         last = self.blocks[block][-1]
         following = last.address + INSTRUCTION_BYTES
         found = [] if last.target is None else [last.target]
@@ -125,7 +127,7 @@ class Kernel:
 
     @cached_property
     def _graph(self) -> tuple[list[int], set[tuple[int, int]]]:
-        """(reachable blocks, every one after its successors; edges that close a loop)."""
+        """Holds (reachable blocks, each after its successors; edges that close a loop)."""
         order, closing, state = [], set(), {0: "open"}
         stack = [(0, iter(self.successors(0)))]
         while stack:
@@ -145,9 +147,9 @@ class Kernel:
 
     @cached_property
     def _loop(self) -> int | None:
-        """First block of the loop over blocks of elements: the one that stores the most without a predicate.
+        """First block of the loop over blocks of elements: the loop that stores most without a predicate.
 
-        None when there is no loop.
+        None if there is no loop.
         """
         heads = {head for _, head in self._graph[1]}
         return max(heads, key=lambda head: self._way(head, self._ends(head))[0], default=None)
@@ -156,8 +158,8 @@ class Kernel:
         return {block for block, to in self._graph[1] if to == head}
 
     def _way(self, begin: int, ends: set[int]) -> tuple[int, int, list[int]]:
-        """From a block to one of the ends: of all ways the one that stores the most bytes without a predicate, which is
-        that of a full block of elements; of those the shortest. (bytes, -instructions, blocks)
+        """Finds the path from a block to one of the ends that stores the most bytes without a predicate: that of a full
+        block of elements. Of several it takes the shortest. Returns (bytes, -instructions, blocks).
         """
         order, closing = self._graph
         best: dict[int, tuple[int, int, list[int]]] = {}
@@ -173,7 +175,7 @@ class Kernel:
 
     @cached_property
     def prologue(self) -> list[Instruction]:
-        """What comes before the loop, if there is one."""
+        """The code before the loop, if there is one."""
         if self._loop is None:
             return []
         before = {block for block in self.blocks if self._loop in self.successors(block)} - self._ends(self._loop)
@@ -181,7 +183,7 @@ class Kernel:
 
     @cached_property
     def body(self) -> list[Instruction]:
-        """One turn of the loop with a full block of elements; without a loop the whole program."""
+        """One pass of the loop with a full block of elements; without a loop the whole program."""
         if self._loop is not None:
             return self._code(self._way(self._loop, self._ends(self._loop))[2])
         return self._code(self._way(0, {block for block in self.blocks if not self.successors(block)})[2])
@@ -190,11 +192,11 @@ class Kernel:
         return [i for block in path for i in self.blocks[block] if i.name not in ("NOP", "EXIT")]
 
     def accesses(self, name: str) -> Counter:
-        """Unpredicated LDG or STG of the loop body: {(bytes of a thread's access): number}."""
+        """Counts unpredicated LDG or STG of the loop body: {bytes per thread: number}."""
         return Counter(i.bytes for i in self.body if i.name == name and not i.predicate)
 
     def pipes(self) -> Counter:
-        """Instructions of the loop body by what executes them."""
+        """Counts the instructions of the loop body per executing unit."""
         return Counter(i.pipe for i in self.body)
 
 

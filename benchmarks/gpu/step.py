@@ -24,11 +24,13 @@ from ..common.timers import GpuTimer, RehearsalTimer, copy_bandwidth, make_timer
 from ..common.variants import gpu_rows, ours, peer_variant, show
 
 FIRST_STEPS = 5
-WITH_FIXED = "xlmr_large"  # a fixed mask is packed on the CPU, ten seconds for half a billion bits: on one work only
+WITH_FIXED = "xlmr_large"  # one work only: packing a mask on the CPU takes ten seconds for half a billion bits
 
 
 def first_steps(tensors: Tensors, mode: str, backends: list[str], timer) -> list[dict]:
-    """The first step of a fresh optimizer: moments of zeros, where IEEE division and square root take slow paths."""
+    """Times the first step of a fresh optimizer: moments of zeros, where IEEE division and square root take slow
+    paths.
+    """
     zeros = [tuple(torch.zeros_like(moment) for moment in pair) for pair in tensors.moments]
     fresh = replace(tensors, moments=zeros)
     made = [(BASELINE.name, None, lambda: torch_adamw(fresh, HYPERS, fused=True))]
@@ -52,14 +54,14 @@ def first_steps(tensors: Tensors, mode: str, backends: list[str], timer) -> list
 
 
 def measure(work: str, mode: str, timer: GpuTimer | RehearsalTimer, deadline: float, slow_peers: bool) -> dict:
-    """One configuration. ``slow_peers``: only those that compile for long, and GradDrop; else all others."""
+    """Measures one configuration. ``slow_peers``: only those that compile for long, and GradDrop; else all others."""
     shapes = WORK[work].small() if timer.rehearsal else WORK[work].tensors()
     tensors = make_tensors(shapes, mode, timer.device)
-    tensors.keep_grads(), tensors.torchs_moments  # now, so that no variant is charged for them
+    tensors.keep_grads(), tensors.torchs_moments  # made now, so that no variant is charged for them
     copy = copy_bandwidth(timer)
     backends = backends_for(timer.device, mode)
     variants = [peer_variant(BASELINE, tensors, mode, timer)]
-    if MODES[mode][0] != MODES[mode][1]:  # torch's own way to float32 moments is to make everything float32
+    if MODES[mode][0] != MODES[mode][1]:  # torch has float32 moments only if everything is float32
         wide = make_tensors(shapes, "float32", timer.device)
         variants.append(peer_variant(BASELINE, wide, "float32", timer, f"{BASELINE.name}, all float32"))
     for case in CASES:
@@ -96,7 +98,7 @@ def main() -> int:
             try:
                 configs.append(measure(work, mode, timer, deadline, options.slow_peers))
                 show(configs[-1], began)
-            except Exception as error:  # out of memory, say: the next may be smaller
+            except Exception as error:  # such as out of memory; the next may be smaller
                 errors.append({"work": WORK[work].label, "mode": mode, "error": message(error)})
                 print(f"{work}, {mode} left out: {errors[-1]['error']}", file=sys.stderr, flush=True)
             results = {"load": load.report(), "peers": table(), "configs": configs, "errors": errors}

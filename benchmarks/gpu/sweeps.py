@@ -28,7 +28,7 @@ TRAINED = (1.0, 0.75, 0.5, 0.25, 0.125, 0.05)  # shares of the blocks; the first
 def points(
     shapes: list[Named], mode: str, copies: int, timer: GpuTimer | RehearsalTimer, seconds: float, copy: dict
 ) -> list[dict]:
-    """torch's step and ours on ``copies`` sets of the same tensors, one after the other."""
+    """Measures torch's step and ours on ``copies`` sets of the same tensors, one after the other."""
     sets = [make_tensors(shapes, mode, timer.device) for _ in range(copies)]
     moved = bytes_per_param(mode)
 
@@ -75,7 +75,9 @@ def count_sweep(mode: str, timer, seconds: float, copy: dict) -> list[dict]:
 
 
 def frozen_sweep(mode: str, timer, seconds: float, copy: dict) -> list[dict]:
-    """The first row is the baseline: nothing frozen. ``active``: the share of the parameters that is trained."""
+    """Measures frozen blocks. The first row, nothing frozen, is the baseline. ``active``: the share of parameters
+    trained.
+    """
     shapes = WORK["xlmr_large"].small() if timer.rehearsal else WORK["xlmr_large"].tensors()
     tensors = make_tensors([named for named in shapes if named[1] is not None], mode, timer.device)
     layers = len(set(tensors.blocks))
@@ -96,7 +98,7 @@ def frozen_sweep(mode: str, timer, seconds: float, copy: dict) -> list[dict]:
 
 
 def survive(work, *arguments) -> list[dict]:
-    """The rows, or one with the error: too large for this GPU's memory, say."""
+    """Returns the rows, or one with the error, such as too large for this GPU's memory."""
     try:
         return work(*arguments)
     except Exception as error:

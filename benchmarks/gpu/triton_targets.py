@@ -1,4 +1,4 @@
-"""Triton without a GPU: variants of the update kernel, compiled for any target."""
+"""Compiles variants of the Triton update kernel for any target, without a GPU."""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -21,14 +21,16 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SM_90 = GPUTarget("cuda", 90, 32)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 _DTYPES = {"f": F32, "b": BF16, "h": F16}
-# Of parameters, gradients, moments; parameters other than their gradients are master weights.
+# Dtypes of parameters, gradients, moments. Parameters of another dtype than their gradients are master weights.
 MODES = {name: tuple(_DTYPES[letter] for letter in name) for name in ("fff", "bbf", "bbb", "hhf", "hhh", "fbf", "fhf")}
-ALIGNED = [["tt.divisibility", 16]]  # what a real launch finds of the tables' addresses
+ALIGNED = [["tt.divisibility", 16]]  # as in a real launch, for the tables' addresses
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation of the update kernel. ``mode``: parameter, gradient, moments: f(loat32), b(float16), h(alf)."""
+    """One compilation of the update kernel. ``mode``: dtypes of parameter, gradient, moments: f(loat32), b(float16),
+    h(alf).
+    """
 
     mode: str
     kind: str
@@ -51,7 +53,7 @@ class Variant:
 
     @property
     def vector(self) -> int:
-        """Elements of one access."""
+        """Number of elements per access."""
         return 1 if not self.aligned else 4 if F32 in MODES[self.mode] else 8
 
     @property
@@ -69,7 +71,9 @@ class Variant:
 
 
 def compile_update(variant: Variant, target: GPUTarget = SM_90, **changes):
-    """As backends/triton/launch.py launches it; ``changes`` to the constants. What triton.compile returns."""
+    """Compiles as backends/triton/launch.py does, with ``changes`` to the constants. Returns the result of
+    triton.compile.
+    """
     param, grad, moments = MODES[variant.mode]
     constants = backend.constants(
         variant.launch, param, moments, grad, variant.copies, variant.stochastic, variant.grad_scale, variant.clip,
@@ -86,7 +90,7 @@ def compile_update(variant: Variant, target: GPUTarget = SM_90, **changes):
 
 
 def compile_norm(variant: Variant, masked: bool = True, target: GPUTarget = SM_90):
-    """As backends/triton/norm.py launches it."""
+    """Compiles as backends/triton/norm.py does."""
     constants = norm.norm_constants(variant.launch, MODES[variant.mode][1], masked)
     constants |= blocks(target)
     arguments = {"rows": "*i64", "step_rows": "*i32", "chunks": "*i64", "sums": "*fp64", "arrived": "*i32",
@@ -120,6 +124,6 @@ def _compile(function, arguments: dict, constants: dict, target: GPUTarget, opti
 
 
 def machine_code(compiled) -> Kernel:
-    """Of a target of NVIDIA's."""
+    """Reads the machine code of an NVIDIA target."""
     with tempfile.TemporaryDirectory() as folder:
         return Kernel(compiled.asm["cubin"], compiled.metadata.name, TOOLS, Path(folder))

@@ -24,7 +24,7 @@ OPEN, CLOSE = r"<!-- benchmark: (\S+)(?: (\S+))? -->\n", r"<!-- /benchmark -->"
 
 
 def section(name: str, machine: str | None, found: dict) -> str:
-    """What belongs between the markers. Raises SystemExit for an unknown table or machine."""
+    """Returns the text between the markers. Raises SystemExit for an unknown table or machine."""
     if name not in TABLES:
         raise SystemExit(f"unknown table {name!r}; known are {', '.join((*TABLES, *STATIC))}")
     if machine is not None and machine not in found:
@@ -41,7 +41,7 @@ def section(name: str, machine: str | None, found: dict) -> str:
 
 
 def render(text: str, found: dict) -> str:
-    """The text with every marked section made anew. Raises SystemExit for a marker without its end."""
+    """Makes every marked section of the text anew. Raises SystemExit for a marker without its end."""
     if len(re.findall(OPEN, text)) != len(re.findall(CLOSE, text)):
         raise SystemExit("every <!-- benchmark: ... --> needs its <!-- /benchmark -->")
     marked = re.compile(f"({OPEN}).*?({CLOSE})", re.DOTALL)
@@ -53,7 +53,7 @@ def render(text: str, found: dict) -> str:
 
 
 def page(machine: str, results: dict) -> str:
-    """A page with every table that one machine has results for, to be rendered."""
+    """Makes the page of one machine, to be rendered: every table that it has results for."""
     tables = {name: needs for name, (needs, _) in TABLES.items() if name not in cpu_tables.EXTRACTS}
     names = [name for name, needs in tables.items() if not results.keys().isdisjoint(needs)]
     parts = [f"## {name}\n\n<!-- benchmark: {name} {machine} -->\n<!-- /benchmark -->\n" for name in names]

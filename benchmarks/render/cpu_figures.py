@@ -1,4 +1,4 @@
-"""The CPU's results -> figures."""
+"""Draws figures from the CPU's results."""
 
 from pathlib import Path
 
@@ -20,7 +20,9 @@ ISA_STYLE = {
 
 
 def step_ratios(result: dict, folder: Path) -> Path:
-    """A panel per layout and thread count: time over torch fused, a row per variant, a marker per instruction set."""
+    """Draws a panel per layout and thread count: time over torch fused, a row per variant, a marker per instruction
+    set.
+    """
     runs, layouts = result["runs"], ("layers", "one tensor")
     names = {layout: names_of([config_of(run, layout) for run in runs], "ours", "peer") for layout in layouts}
     heights = [len(names[layout]) for layout in layouts]
@@ -56,7 +58,7 @@ def step_ratios(result: dict, folder: Path) -> Path:
 
 
 def frozen_blocks(results: dict, folder: Path) -> Path:
-    """Time against the share of layers that is trained."""
+    """Draws time against the share of layers that is trained."""
     figure, axis = plt.subplots(figsize=(6.4, 4.8))
     axis.plot([0, 1], [0, 1], color=TARGET, linewidth=1.6, label="in proportion")
     runs = [(result["dtype"], run) for result in results.values() for run in result["runs"]]
@@ -74,7 +76,7 @@ def frozen_blocks(results: dict, folder: Path) -> Path:
 
 
 def bandwidth(results: dict, folder: Path) -> Path:
-    """GB/s of whole steps beside what the bare AdamW pattern reaches on the same threads."""
+    """Draws the GB/s of whole steps beside those of the bare AdamW pattern on the same threads."""
     names = ("torch fused", "mask=None", "GradDrop", "GradDropEpoch, bit-packed", "FixedMask, 50 %")
     runs = [(result["dtype"], run) for result in results.values() for run in result["runs"]]
     figure, axis = plt.subplots(figsize=(2.6 + 2 * len(runs), 4.8))
@@ -95,7 +97,7 @@ def bandwidth(results: dict, folder: Path) -> Path:
 
 
 def host_overhead(result: dict, folder: Path) -> Path:
-    """Time of a step over tensors of one element against their number."""
+    """Draws the time of a step over tensors of one element against their number."""
     figure, axis = plt.subplots(figsize=(7.4, 5.2))
     counts = sorted({row["tensors"] for row in result["rows"]})
     for name, color, marker in zip(dict.fromkeys(row["name"] for row in result["rows"]), COLORS, MARKERS):
@@ -115,7 +117,9 @@ def host_overhead(result: dict, folder: Path) -> Path:
 
 
 def memory(result: dict, folder: Path) -> Path:
-    """Bytes per parameter that each optimizer keeps, and what a step takes for itself; a panel per pair of dtypes."""
+    """Draws the bytes per parameter that each optimizer keeps, and those that a step takes for itself; a panel per pair
+    of dtypes.
+    """
     kinds = list(dict.fromkeys((row["dtype"], row["moment_dtype"]) for row in result["rows"]))
     names = list(dict.fromkeys(row["name"] for row in result["rows"]))
     size = (3 + 3.4 * len(kinds), 1.9 + 0.32 * len(names))
@@ -139,14 +143,16 @@ def memory(result: dict, folder: Path) -> Path:
         axis.set_title(f"{kind[0]}, moments {kind[1]}")
     axes[0, 0].set_yticks([-place for place in range(len(names))], names)
     axes[0, 0].set_xlim(0, 1.18 * widest)
-    axes[0, len(kinds) // 2].set_xlabel("bytes a parameter, beside parameter and gradient (line: AdamW's state)")
+    axes[0, len(kinds) // 2].set_xlabel("bytes per parameter, beside parameter and gradient (line: AdamW's state)")
     figure.suptitle(title("Memory of the optimizer", result))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return save(figure, folder / "memory.png")
 
 
 def precision(result: dict, folder: Path) -> Path:
-    """Training loss by step, a line per way of keeping the weights: mean over the seeds, and all of them as a band."""
+    """Draws the training loss by step, a line per way of keeping the weights: the mean over the seeds, and all of them
+    as a band.
+    """
     figure, axis = plt.subplots(figsize=(9, 5.2))
     for number, weights in enumerate(dict.fromkeys(row["weights"] for row in result["rows"])):
         curves = [report.smooth(row["losses"]) for row in result["rows"] if row["weights"] == weights]
@@ -162,7 +168,7 @@ def precision(result: dict, folder: Path) -> Path:
 
 
 def draw(results: dict[str, dict], folder: Path) -> list[Path]:
-    """Every figure of one machine that its results allow."""
+    """Draws every figure that one machine has results for."""
     steps = {name: results[name] for name in (f"step_cpu_{dtype}" for dtype in DTYPES) if name in results}
     paths = [step_ratios(result, folder) for result in steps.values()]
     if steps:

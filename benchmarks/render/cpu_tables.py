@@ -8,7 +8,7 @@ DTYPES = ("float32", "bfloat16")
 BUSY = 0.1  # cores that other programs may use before a table warns
 
 
-# Parts of step_cpu's results. A run is one dtype on one thread count, a configuration one layout of it.
+# Parts of step_cpu's results. A run has one dtype and thread count, a configuration is one of its layouts.
 
 
 def threads_of(run: dict) -> str:
@@ -17,24 +17,24 @@ def threads_of(run: dict) -> str:
 
 
 def config_of(run: dict, layout: str) -> dict:
-    """The full-size configuration of a layout: it is measured before the small one."""
+    """Returns the full-size configuration of a layout, which is measured before the small one."""
     return next(config for config in run["configs"] if config["layout"] == layout)
 
 
 def names_of(configs: list[dict], *kinds: str) -> list[str]:
-    """Names of the rows, kind by kind, in the order of measuring."""
+    """Returns the names of the rows, by kind, in the order of measuring."""
     rows = [row for kind in kinds for config in configs for row in config["rows"] if row["kind"] == kind]
     return list(dict.fromkeys(row["name"] for row in rows))
 
 
 def row_of(config: dict, name: str, isa: str | None = None) -> dict:
-    """The row, on the best instruction set unless one is given; empty when it was not measured."""
+    """Returns the row, on the best instruction set unless one is given; empty if it was not measured."""
     wanted = (isa or config["isas"][0], None)
     return next((row for row in config["rows"] if row["name"] == name and row["isa"] in wanted), {})
 
 
 def _runs(results: dict) -> list[tuple[str, dict]]:
-    """(label, run) in the order of the columns."""
+    """Returns (label, run) in the order of the columns."""
     found = [(dtype, run) for dtype in DTYPES for run in results.get(f"step_cpu_{dtype}", {}).get("runs", ())]
     return [(f"{dtype}, {threads_of(run)}", run) for dtype, run in found]
 
@@ -53,7 +53,7 @@ def _ratios(results: dict, layout: str) -> str:
 
 
 def step_detail(dtype: str, run: dict, config: dict) -> str:
-    """Every row of one configuration, beside the bandwidth measured on the same threads."""
+    """Returns every row of one configuration, and the bandwidth measured on the same threads."""
     speeds = {name: (run["bandwidth"][name] or {}).get("gb_per_s") for name in ("copy", "triad", "adamw")}
     measured = ", ".join(f"{name} {number(speed, 0)}" for name, speed in speeds.items())
     size = f"{config['numel'] / 1e6:.1f}M parameters in {config['tensors']} tensors"
@@ -107,7 +107,7 @@ SUMMARY = (
 
 
 def _ranges(results: dict, rows: dict[str, tuple[str, ...]]) -> str:
-    """rows: {title: names of measured rows}."""
+    """Returns ranges over all runs per dtype. ``rows``: {title: names of measured rows}."""
     runs = {dtype: results.get(f"step_cpu_{dtype}", {}).get("runs", ()) for dtype in DTYPES}
     configs = {dtype: [config_of(run, "layers") for run in own] for dtype, own in runs.items() if own}
 
@@ -145,7 +145,7 @@ def _host_overhead(results: dict) -> str:
     seconds = {(row["name"], row["tensors"]): row["seconds"] for row in rows}
     names = dict.fromkeys(row["name"] for row in rows)
     table = [[name, *(number(seconds[name, count] * 1e3) for count in counts)] for name in names]
-    return markdown(["ms a step, by tensors of one element", *map(str, counts)], table)
+    return markdown(["ms per step, by tensors of one element", *map(str, counts)], table)
 
 
 def _memory(results: dict) -> str:
@@ -159,11 +159,11 @@ def _memory(results: dict) -> str:
         bits = next(row["mask_bits"] for row in own if row)
         table.append([name, str(bits), *cells])
     labels = [f"{dtype}, moments {moments}" for dtype, moments in kinds]
-    return markdown(["bytes a parameter: kept + during a step", "mask bits", *labels], table)
+    return markdown(["bytes per parameter: kept + during a step", "mask bits", *labels], table)
 
 
 def _modes(results: dict) -> str:
-    """Time over that of each table's first row."""
+    """Returns times over that of each table's first row."""
     tables = results["modes_cpu"]["tables"]
     counts = list(dict.fromkeys(table["threads"] for table in tables))
     parts = []
@@ -177,7 +177,7 @@ def _modes(results: dict) -> str:
 
 
 def _skip_backward(results: dict) -> str:
-    """What is saved of a whole training step, in percent of the dense one."""
+    """Returns the savings in a whole training step, in percent of the dense one."""
     tables = results["skip_backward"]["tables"]
     saved = lambda ratio: f"{100 * (1 - ratio):.1f}"
     lines = []
@@ -190,7 +190,7 @@ def _skip_backward(results: dict) -> str:
 
 
 def _precision(results: dict) -> str:
-    """Mean and, after the sign, the standard deviation over the seeds."""
+    """Returns the mean and, after the sign, the standard deviation over the seeds."""
     rows = results["precision"]["rows"]
     languages, table = list(rows[0]["accuracy"]), []
     for weights in dict.fromkeys(row["weights"] for row in rows):
@@ -205,7 +205,7 @@ def _precision(results: dict) -> str:
 
 
 def _policy_costs(results: dict) -> str:
-    """One line per policy: memory beyond plain AdamW's, and the range of its time over all runs of step_cpu."""
+    """Returns a line per policy: memory beyond plain AdamW's, and the range of its time over all runs of step_cpu."""
     configs = [config_of(run, "layers") for _, run in _runs(results)]
     if not configs:
         return "*No results yet.*"
@@ -223,7 +223,7 @@ def _policy_costs(results: dict) -> str:
         more = number(kept[name] - kept["mask=None"], 3) if {name, "mask=None"} <= kept.keys() else "–"
         skipped = saved.get(f"{name}(0.2), skip_dropped()")
         rows.append([name, more, times, f"{number(statistics.mean(skipped), 1)} %" if skipped else "–"])
-    header = ["policy", "bytes a parameter beyond AdamW's", "time of a step / torch fused without a mask"]
+    header = ["policy", "bytes per parameter beyond AdamW's", "time of a step / torch fused without a mask"]
     return markdown([*header, "FLOPs of a training step saved by skip_dropped()"], rows)
 
 
@@ -242,7 +242,7 @@ def _machine(results: dict) -> str:
 
 
 _STEP = tuple(f"step_cpu_{dtype}" for dtype in DTYPES)
-TABLES = {  # name in the marker: (benchmarks of which it needs one, the table)
+TABLES = {  # name in the marker: (benchmarks, of which one suffices; the table)
     "machine": (_STEP, _machine),
     "facts": (_STEP, lambda results: _ranges(results, FACTS)),
     "summary": (_STEP, lambda results: _ranges(results, {name: (name,) for name in SUMMARY})),
@@ -259,11 +259,11 @@ TABLES = {  # name in the marker: (benchmarks of which it needs one, the table)
     "skip-backward": (("skip_backward",), _skip_backward),
     "step-detail": (_STEP, _details),
 }
-EXTRACTS = ("facts", "summary")  # of "step": a page with all tables has no need of them
+EXTRACTS = ("facts", "summary")  # parts of "step", left out of a page with all tables
 
 
 def caption(result: dict) -> str:
-    """Where the figures come from, and what speaks against them."""
+    """Says where the figures come from, and what makes them doubtful."""
     facts = result["machine"]
     commit = (facts["commit"] or "unknown")[:9]
     loads = [result["load"], *(config["load"] for run in result.get("runs", ()) for config in run["configs"])]

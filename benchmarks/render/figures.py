@@ -9,13 +9,14 @@ from . import cpu_figures, gpu_figures
 
 
 def draw(results: dict[str, dict], folder: Path) -> list[Path]:
-    """Every figure of one machine that its results allow."""
+    """Draws every figure that one machine has results for."""
     return cpu_figures.draw(results, folder) + gpu_figures.draw(results, folder, compile_contract(folder))
 
 
 def compile_contract(folder: Path) -> list[dict]:
-    """Instructions an element of the GPU's kernels, counted without a GPU: rows of {"backend", "case", "mode",
-    "instructions_per_element"} in compile_contract.json, the machine's own or that of all machines; none: [].
+    """Returns the instructions per element of the GPU's kernels, counted without a GPU: rows of {"backend", "case",
+    "mode", "instructions_per_element"} in compile_contract.json, the machine's own or that of all machines; [] without
+    one.
     """
     for path in (folder / CONTRACT, folder.parent / CONTRACT):
         if path.exists():

@@ -1,4 +1,4 @@
-"""What the project asks of itself on a GPU, beside what was measured. The figures are ratios within one run."""
+"""The project's goals on a GPU, beside what was measured. The figures are ratios within one run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ def label(row: dict) -> str:
 
 
 def measured(rows: list[dict], **wanted) -> list[dict]:
-    """The rows with figures that have these values."""
+    """Returns the rows with figures that have these values."""
     return [row for row in rows if "error" not in row and all(row[key] == value for key, value in wanted.items())]
 
 
 @dataclass(frozen=True)
 class Goal:
-    """``value`` is taken of the results of one machine, {benchmark: its JSON}; None where it was not measured."""
+    """``value`` takes the results of one machine, {benchmark: its JSON}; None if it was not measured."""
 
     text: str
     value: Callable[[dict], float | None]
@@ -39,12 +39,12 @@ def _rows(results: dict, mode: str, **wanted) -> list[dict]:
 
 
 def _ours(mode: str, key: str, best: Callable = min) -> Callable[[dict], float | None]:
-    """The best backend's figure for GradDrop on XLM-R-large."""
+    """Returns the best backend's figure for GradDrop on XLM-R-large."""
     return lambda results: best((row[key] for row in _rows(results, mode, name="GradDrop", kind="ours")), default=None)
 
 
 def _against(mode: str, peer: str, peer_over_ours: bool) -> Callable[[dict], float | None]:
-    """GradDrop's time over a peer's, or the other way round."""
+    """Returns GradDrop's time over a peer's, or the inverse."""
 
     def value(results: dict) -> float | None:
         own, peers = _ours(mode, "ratio")(results), _rows(results, mode, name=peer)
@@ -69,7 +69,9 @@ def _synchronizations(results: dict) -> float | None:
 
 
 def _replayed(results: dict) -> float | None:
-    """The share of captured policies that replay bit for bit; the worst is not hidden by the best backend."""
+    """Returns the share of captured policies that replay bit for bit, over all backends: the best does not hide the
+    worst.
+    """
     graphs = results.get("host_gpu", {}).get("graphs", ())
     return sum(row["identical"] is True for row in graphs) / len(graphs) if graphs else None
 
@@ -91,6 +93,6 @@ GOALS = (
 
 
 def judge(results: dict) -> list[tuple[Goal, float | None, bool | None]]:
-    """(goal, figure, whether it is reached); None, None where nothing was measured."""
+    """Returns (goal, figure, whether it is reached); None, None if nothing was measured."""
     found = [(goal, goal.value(results)) for goal in GOALS]
     return [(goal, value, None if value is None else goal.reached(value)) for goal, value in found]

@@ -1,4 +1,4 @@
-"""The GPU's results -> figures."""
+"""Draws figures from the GPU's results."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from .goals import label, measured
 from .gpu_tables import STEPS
 from .style import COLORS, MARKERS, PLAIN, TARGET, save, title
 
-LANES = 32  # of a warp
-SCHEDULERS = 4  # of a multiprocessor, each issuing one instruction of a warp a clock
+LANES = 32  # per warp
+SCHEDULERS = 4  # per multiprocessor, each issuing one instruction per warp and clock
 
 
 def style_of(names) -> dict[str, dict]:
-    """One colour and marker per name: torch is the target."""
+    """Returns a colour and a marker per name: torch is the target."""
     styles, number = {}, 0
     for name in dict.fromkeys(names):
         if name == "torch fused":
@@ -27,7 +27,7 @@ def style_of(names) -> dict[str, dict]:
 
 
 def step_ratios(result: dict, path: Path) -> Path:
-    """A panel per mode: time over torch fused, a row per variant, a marker per backend; quartiles as bars."""
+    """Draws a panel per mode: time over torch fused, a row per variant, a marker per backend; quartiles as bars."""
     configs = result["configs"]
     kinds = ("ours", "peer", "check")
     rows = [row for kind in kinds for config in configs for row in measured(config["rows"], kind=kind)]
@@ -57,8 +57,8 @@ def step_ratios(result: dict, path: Path) -> Path:
 
 
 def roofline(result: dict, contract: list[dict], path: Path) -> Path:
-    """Parameters per second against bytes per parameter. Bounds: the copy's bandwidth, and by instructions where the
-    compile contract counts them: what the multiprocessors can issue, over instructions per parameter.
+    """Draws parameters per second against bytes per parameter. The bounds are the copy's bandwidth and, where the
+    compile contract counts instructions, what the multiprocessors can issue over instructions per parameter.
     """
     figure, axis = plt.subplots(figsize=(7.6, 5.4))
     configs, gpu = result["configs"], result["machine"]["gpu"]
@@ -68,7 +68,7 @@ def roofline(result: dict, contract: list[dict], path: Path) -> Path:
     wanted = ("torch fused", "mask=None", "GradDrop", "GaussianGradDrop")
     rows = [(config, row) for config in configs for row in measured(config["rows"]) if row["name"] in wanted]
     styles = style_of(label(row) for _, row in rows)
-    aside = {name: 1 + 0.012 * (number - len(styles) / 2) for number, name in enumerate(styles)}  # points lie apart
+    aside = {name: 1 + 0.012 * (number - len(styles) / 2) for number, name in enumerate(styles)}  # keeps points apart
     for name, style in styles.items():
         own = [row for _, row in rows if label(row) == name]
         moved, speeds = [row["bytes_per_param"] for row in own], [row["gb_per_s"] for row in own]
@@ -76,7 +76,8 @@ def roofline(result: dict, contract: list[dict], path: Path) -> Path:
         places = [aside[name] * width for width in moved]
         axis.plot(places, [speed / width for speed, width in zip(speeds, moved)], label=name, **mark)
     if gpu and gpu["sm_mhz_max"]:
-        issued = gpu["multiprocessors"] * SCHEDULERS * LANES * gpu["sm_mhz_max"] / 1e3  # 1e9 a second, of one thread
+        # Thread-instructions per second, in 1e9.
+        issued = gpu["multiprocessors"] * SCHEDULERS * LANES * gpu["sm_mhz_max"] / 1e3
         bytes_of = {config["mode"]: config["bytes_per_param"] for config in configs}
         counted = [entry for entry in contract if entry["case"] in wanted and entry["mode"] in bytes_of]
         for number, entry in enumerate(counted):
@@ -84,8 +85,8 @@ def roofline(result: dict, contract: list[dict], path: Path) -> Path:
             color = styles.get(label({"name": entry["case"], "backend": entry["backend"]}), {}).get("color", "#4D4D4D")
             text = "bound by instructions\n(static, in the point's colour)" if number == 0 else None
             axis.plot([place * 0.94, place * 1.06], [bound, bound], color=color, linewidth=2.2, label=text)
-    axis.set(xscale="log", yscale="log", xlabel="bytes a parameter that a step has to move")
-    axis.set_ylabel("parameters a second, 1e9")
+    axis.set(xscale="log", yscale="log", xlabel="bytes per parameter that a step has to move")
+    axis.set_ylabel("parameters per second, 1e9")
     axis.set_xticks([14, 22, 28], ["14", "22", "28"])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(PLAIN)
@@ -97,7 +98,7 @@ def roofline(result: dict, contract: list[dict], path: Path) -> Path:
 
 
 def sweep(result: dict, rows: list[dict], key: str, x_label: str, text: str, path: Path) -> Path:
-    """Time of a step, both axes logarithmic; a panel per mode (and, of tensors, a total)."""
+    """Draws the time of a step, both axes logarithmic; a panel per mode (for tensors, per mode and total)."""
     panels = list(dict.fromkeys((row["mode"], row.get("total")) for row in rows))
     size = (1.5 + 4.6 * len(panels), 4.8)
     figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
@@ -116,7 +117,7 @@ def sweep(result: dict, rows: list[dict], key: str, x_label: str, text: str, pat
 
 
 def frozen(result: dict, path: Path) -> Path:
-    """Time against the share of the blocks that is trained."""
+    """Draws time against the share of the blocks that is trained."""
     figure, axis = plt.subplots(figsize=(6.4, 4.8))
     axis.plot([0, 1], [0, 1], color=TARGET, linewidth=1.6, label="in proportion")
     rows = measured(result["frozen"])
@@ -134,7 +135,7 @@ def frozen(result: dict, path: Path) -> Path:
 
 
 def host(result: dict, path: Path) -> Path:
-    """Host time of step(): a pair of points per variant."""
+    """Draws the host time of step(): a pair of points per variant."""
     rows = measured(result["host"])
     names = list(dict.fromkeys(label(row) for row in rows))
     figure, axis = plt.subplots(figsize=(9, 1.8 + 0.3 * len(names)))
@@ -155,7 +156,7 @@ def host(result: dict, path: Path) -> Path:
 
 
 def draw(results: dict[str, dict], folder: Path, contract: list[dict]) -> list[Path]:
-    """Every figure of one machine that its results allow."""
+    """Draws every figure that one machine has results for."""
     paths = []
     for benchmark in (*STEPS.values(), f"{STEPS['XLM-R-large']}_slow_peers"):
         if results.get(benchmark, {}).get("configs"):

@@ -9,18 +9,20 @@ SLOW_PEERS = "step_gpu_xlmr_large_slow_peers"
 
 
 def _by_mode(results: dict, benchmark: str) -> dict[str, dict]:
-    """{mode: configuration}, those that were measured."""
+    """Returns {mode: configuration} of those that were measured."""
     return {config["mode"]: config for config in results[benchmark]["configs"]}
 
 
 def _labels(configs: dict[str, dict]) -> list[str]:
-    """Ours first, then the peers, in the order of measuring."""
+    """Returns labels: ours first, then the peers, in the order of measuring."""
     rows = [row for config in configs.values() for row in config["rows"]]
     return list(dict.fromkeys(label(row) for kind in ("ours", "peer", "check") for row in rows if row["kind"] == kind))
 
 
 def _grid(configs: dict[str, dict], head: str, cell) -> str:
-    """A row per variant, a column per mode; variants without any figure are left out (see the table of peers)."""
+    """Returns a row per variant, a column per mode. Variants without any figure are left out (see the table of
+    peers).
+    """
     rows = []
     for name in _labels(configs):
         found = [next((row for row in config["rows"] if label(row) == name), {}) for config in configs.values()]
@@ -68,7 +70,7 @@ def _detail(results: dict) -> str:
 def _memory(results: dict) -> str:
     configs = _by_mode(results, STEPS["XLM-R-large"])
     cell = lambda row, config: f"{row['kept_bytes'] / config['numel']:.3f} + {row['peak_bytes'] / config['numel']:.3f}"
-    return _grid(configs, "bytes a parameter: kept beside shared moments + during a step", cell)
+    return _grid(configs, "bytes per parameter: kept beside shared moments + during a step", cell)
 
 
 def _first_steps(results: dict) -> str:
@@ -98,7 +100,7 @@ def _frozen(results: dict) -> str:
 
 
 def _sweep(rows: list[dict], key: str, head: str) -> str:
-    """A row per variant and mode, a column per value of ``key``: microseconds."""
+    """Returns a row per variant and mode, a column per value of ``key``: microseconds."""
     values = sorted({row[key] for row in rows})
     found = {(label(row), row["mode"], row[key]): row["seconds"] * 1e6 for row in rows}
     table = []
@@ -108,7 +110,7 @@ def _sweep(rows: list[dict], key: str, head: str) -> str:
 
 
 def _sizes(results: dict) -> str:
-    return _sweep(measured(results["sweeps_gpu"]["sizes"]), "numel", "us a step, one tensor of so many elements")
+    return _sweep(measured(results["sweeps_gpu"]["sizes"]), "numel", "us per step, one tensor of this many elements")
 
 
 def _counts(results: dict) -> str:
@@ -116,7 +118,7 @@ def _counts(results: dict) -> str:
     tables = []
     for total in dict.fromkeys(row["total"] for row in rows):
         of_total = [row for row in rows if row["total"] == total]
-        tables.append(_sweep(of_total, "tensors", f"us a step, {total / 1e6:g}M elements in tensors"))
+        tables.append(_sweep(of_total, "tensors", f"us per step, {total / 1e6:g}M elements in tensors"))
     return "\n\n".join(tables)
 
 
@@ -146,7 +148,7 @@ def _graphs(results: dict) -> str:
 
 
 def _modes(results: dict) -> str:
-    """A table for each of common/modes.py and each work, in units of its first row."""
+    """Returns a table for each of common/modes.py and each work, in units of its first row."""
     parts = []
     header = ["", "ms", "/ first row", "quartiles", "B/parameter", "GB/s", "of copy", "rounds"]
     for config in results["modes_gpu"]["configs"]:
@@ -205,7 +207,7 @@ def _goals(results: dict) -> str:
 
 _SOME_STEP = (*STEPS.values(), SLOW_PEERS)
 _LARGE = (STEPS["XLM-R-large"],)
-TABLES = {  # name in the marker: (benchmarks of which it needs one, the table), as in cpu_tables
+TABLES = {  # name in the marker: (benchmarks, of which one suffices; the table), as in cpu_tables
     "gpu-machine": ((*_SOME_STEP, "sweeps_gpu", "host_gpu", "modes_gpu", "gpu_run"), _machine),
     "gpu-goals": ((*_LARGE, "host_gpu"), _goals),
     "gpu-step": (_LARGE, _step("XLM-R-large")),
@@ -229,7 +231,7 @@ TABLES = {  # name in the marker: (benchmarks of which it needs one, the table),
 
 
 def caption(result: dict) -> str:
-    """Where the figures come from, and what speaks against them."""
+    """Says where the figures come from, and what makes them doubtful."""
     facts = result["machine"]
     gpu = facts["gpu"] or {"name": "no GPU", "driver": None, "cuda_runtime": None, "triton": None}
     doubts = {

@@ -1,8 +1,8 @@
-"""A Markdown table of strings, and numbers as strings."""
+"""Formats Markdown tables and numbers."""
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """The first column is text, the others are figures."""
+    """Formats a table of strings. The first column is text, the others are figures."""
     ruler = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows))
 

@@ -1,4 +1,4 @@
-"""Tables of no machine: the compile contract's counts, and where the suite has run."""
+"""Tables of no machine: the compile contract's counts, and the versions with which the suite has run."""
 
 import json
 from pathlib import Path
@@ -9,19 +9,19 @@ NONE = "\n*No results yet.*\n\n"
 # thread-instructions per second of an H200: multiprocessors, schedulers, lanes, boost clock
 ISSUED = 132 * 4 * 32 * 1.98e9
 BANDWIDTH = 4.8e12  # bytes per second, H200 data sheet
-BYTES = {"float32": 28, "bfloat16, float32 moments": 22, "bfloat16": 14}  # a parameter
+BYTES = {"float32": 28, "bfloat16, float32 moments": 22, "bfloat16": 14}  # per parameter
 VERSIONS = ("python", "torch", "triton", "transformers", "numpy")
 
 
 def compile_contract(results: Path) -> str:
-    """A static roofline: what an H200 could issue against what it would have to move. Counts of the compiler over rates
-    of a data sheet; nothing was measured on a GPU.
+    """Returns a static roofline: what an H200 could issue against what it would have to move. The counts are a
+    compiler's, the rates a data sheet's. Nothing was measured on a GPU.
     """
     path = results / "compile_contract.json"
     if not path.exists():
         return NONE
     contract = json.loads(path.read_text())
-    head = ["kernel", "tensors", "registers", "instructions an element", "time to issue them / time to move the bytes"]
+    head = ["kernel", "tensors", "registers", "instructions per element", "time to issue them / time to move the bytes"]
     rows = [
         [
             f"{row['case']} [{row['backend']}]", row["mode"], str(row["registers"]),
@@ -35,7 +35,9 @@ def compile_contract(results: Path) -> str:
 
 
 def compatibility(results: Path) -> str:
-    """What of the suite ran on a wheel, with which versions: written by tests/project/installed.py --results."""
+    """Returns the parts of the suite that ran on a wheel, by versions. tests/project/installed.py --results writes
+    them.
+    """
     path = results / "compatibility.json"
     if not path.exists():
         return NONE
@@ -49,4 +51,4 @@ def compatibility(results: Path) -> str:
     return f"\n{markdown(head, cells)}\n\n"
 
 
-TABLES = {"compile-contract": compile_contract, "compatibility": compatibility}  # name in the marker: of the results
+TABLES = {"compile-contract": compile_contract, "compatibility": compatibility}  # by the name in the marker

@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import FuncFormatter  # noqa: E402
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; shapes say the same.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; shapes carry the same information.
 TARGET = "#D55E00"
 COLORS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D", "#000000", "#8C564B")
 MARKERS = ("o", "^", "D", "v", "P", "X", "*", "s")
@@ -19,7 +19,7 @@ plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.dpi": 130, 
 
 
 def title(text: str, result: dict) -> str:
-    """The text above the machine: the GPU for its own results, which say whether they are a rehearsal, or the CPU."""
+    """Returns the text above the machine: the GPU for its own results, marked if they are a rehearsal, or the CPU."""
     facts = result["machine"]
     if "rehearsal" in result:
         where = facts["gpu"]["name"] if facts["gpu"] else "no GPU"

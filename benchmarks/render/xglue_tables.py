@@ -8,9 +8,9 @@ NAME = "xglue"
 
 
 def section(results: Path) -> str:
-    """What belongs between the markers. results: the folder of the other benchmarks' results."""
+    """Returns the text between the markers. ``results``: the folder of the other benchmarks' results."""
     folder = results / "xglue"
-    from ..xglue.report.collect import collect  # only here: they load torch
+    from ..xglue.report.collect import collect  # imported here, as these load torch
     from ..xglue.report.tables import ran_on, side_by_side
 
     try:
@@ -41,7 +41,7 @@ def _data(groups) -> str:
             f"{examples['train']:,} x {given['epochs']}", _range(tested), str(len(every)), f"{seconds:.0f}",
         ])  # fmt: skip
     header = ["data set", "metric", "languages", "methods", "seeds", "learning rates"]
-    header += ["trained on x epochs", "tested on, a language", "runs, all rates", "seconds a run"]
+    header += ["trained on x epochs", "tested on, per language", "runs, all rates", "seconds per run"]
     return markdown(header, rows)
 
 
@@ -50,7 +50,7 @@ def _range(numbers: list[int]) -> str:
 
 
 def _methods(groups) -> str:
-    """Means over languages and seeds; differences to SFT paired by data set."""
+    """Returns means over languages and seeds, and differences to SFT paired by data set."""
     from ..xglue.report.tables import marked, over_tasks, pairwise, ranks
     from ..xglue.titles import MISSING, TITLES
 
@@ -92,5 +92,5 @@ WORDS = {"holds": "**holds**", "does not hold": "**does not hold**", "not resolv
 
 
 def _difference(test) -> str:
-    """In points, with half of its 95 % interval."""
+    """Returns a difference in points, with half of its 95 % interval."""
     return f"{test.difference:+.2f}" + ("" if test.high is None else f" ± {test.high - test.difference:.2f}")

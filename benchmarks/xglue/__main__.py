@@ -1,4 +1,4 @@
-"""The commands of `python -m benchmarks.xglue`, from the root of the checkout; arguments.py lists them."""
+"""Runs the commands of `python -m benchmarks.xglue`, from the root of the checkout. arguments.py lists them."""
 
 import contextlib
 import json
@@ -7,7 +7,7 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what was asked for. Returns 0, or 1 after a line on stderr that says what is missing or cannot be used."""
+    """Runs a command. Returns 0, or 1 after a line on stderr that says what is missing or cannot be used."""
     from .arguments import parse
 
     options = parse(argv)

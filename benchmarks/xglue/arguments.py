@@ -16,7 +16,7 @@ licence forbids passing it on): --data xglue_full_dataset. The other tasks' data
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments; ``command`` says which. Exits with a message on what cannot be used, as argparse does."""
+    """Parses the arguments; ``command`` names the command. Exits with a message on unusable ones, as argparse does."""
     parser = argparse.ArgumentParser("python -m benchmarks.xglue", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -129,13 +129,13 @@ FIELDS = tuple(Settings.__dataclass_fields__)
 
 
 def settings_of(options: argparse.Namespace, **more) -> Settings:
-    """The options' settings, ``more`` in front. Raises ValueError, see ``settings_for``."""
+    """Returns the options' settings, with ``more`` in front. Raises ValueError, see ``settings_for``."""
     given = {name: getattr(options, name) for name in FIELDS if hasattr(options, name)}
     return settings_for(**{**given, **more})
 
 
 def seeds_of(words: list[str]) -> tuple[int, ...]:
-    """("0..3", "7") -> 0 1 2 3 7. Raises ValueError."""
+    """Converts ("0..3", "7") to 0 1 2 3 7. Raises ValueError."""
     found: list[int] = []
     for word in words:
         first, dots, last = str(word).partition("..")
@@ -149,5 +149,5 @@ def seeds_of(words: list[str]) -> tuple[int, ...]:
 
 
 def methods_of(words: list[str]) -> tuple[str, ...]:
-    """The methods, or all of them for "all"."""
+    """Returns the methods, or all of them for "all"."""
     return tuple(TITLES) if words == ["all"] else tuple(dict.fromkeys(words))

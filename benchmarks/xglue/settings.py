@@ -1,4 +1,4 @@
-"""What decides the numbers of a run, its defaults, and the name of its files."""
+"""Settings that determine the numbers of a run, their defaults, and the name of the run's files."""
 
 import dataclasses
 import hashlib
@@ -13,21 +13,22 @@ from .tasks import TASKS
 
 LARGE, SMALL, TINY = "xlm-roberta-large", "e5-small", "tiny"
 PRECISIONS, SELECTIONS = ("bf16", "float32"), ("en", "all")
-VARIED = ("method", "seed", "lr")  # what runs of one configuration differ in
+VARIED = ("method", "seed", "lr")  # the settings in which runs of one configuration differ
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. Fields are the command line's options; ``settings_for`` knows each task's and model's defaults.
+    """The settings of one run. Fields are the command line's options. ``settings_for`` knows the defaults per task and
+    model.
 
-    languages: to test in, English first. lr: peak, of the pretrained body; the head's is ``head_lr_factor`` times it.
-    batch_size: examples an optimizer step, over all processes and micro-batches. warmup: share of the steps.
+    languages: languages to test in, English first. lr: peak, of the pretrained body; the head's is ``head_lr_factor``
+    times it. batch_size: examples per optimizer step, over all processes and micro-batches. warmup: share of the steps.
     max_grad_norm: of all parameters; 0 for no clipping. p: of policies with a constant one. anneal_start, anneal_end:
     see ``LinearAnneal``. blocks_per_epoch: of GradFreeze; None spreads the blocks over the epochs. dropout: of
     activations, for sft only; masked methods have none. precision: "bf16" (autocast) or "float32". select: the best
-    epoch is that of the best English dev score ("en"), or of the best mean over all dev languages ("all", the habit of
-    XGLUE's papers, not zero-shot). test_every_epoch: not only the best one. train_examples, eval_examples: use the
-    first so many only. prefix: put before every text (e5's "query: ").
+    epoch has the best English dev score ("en"), or the best mean over all dev languages ("all", the habit of XGLUE's
+    papers, not zero-shot). test_every_epoch: test every epoch, not only the best one. train_examples, eval_examples:
+    use only this many, the first ones. prefix: text before every input (e5's "query: ").
     """
 
     task: str
@@ -61,32 +62,32 @@ class Settings:
 
     @property
     def dev_languages(self) -> tuple[str, ...]:
-        """The languages whose dev score is computed after every epoch."""
+        """Returns the languages whose dev score is computed after every epoch."""
         return self.languages if self.dev_all or self.select == "all" else self.languages[:1]
 
     @property
     def configuration(self) -> dict:
-        """All but method, seed and lr: what runs must have in common to stand in one table. Plain JSON values."""
+        """Returns all but method, seed and lr: what runs in one table must have in common. Plain JSON values."""
         return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(self).items() if k not in VARIED}))
 
     @property
     def file(self) -> Path:
-        """The result's path below the folder of results: equal settings have one name, others another."""
+        """Returns the result's path below the folder of results: one name per settings, equal for equal ones."""
         model = re.sub(r"[^A-Za-z0-9.]+", "-", Path(self.model).name)
         digest = hashlib.sha256(json.dumps(self.configuration, sort_keys=True).encode()).hexdigest()[:8]
         return Path(self.task, f"{model}-{digest}", f"{self.method}-lr{self.lr:g}-seed{self.seed}.json")
 
 
 def settings_for(task: str, model: str = LARGE, **given) -> Settings:
-    """The settings of a run: ``given``, and for what is missing or None the defaults of the task and the model.
+    """Makes the settings of a run: ``given``, and for what is missing or None the defaults of the task and the model.
 
     Learning rate, batch, epochs and lengths are those that others published for the task (see ``tasks.TASKS``: the
-    GradDrop paper prints none); AdamW's eps 1e-8 and clipping at 1.0 are Unicoder's, as are a weight decay and a
-    warm-up of 0. On stand-ins, and for any small model, weight decay is 0.01, warm-up 10 % and the head learns ten
-    times as fast, as in this library's demo. e5-small trains at 1e-4 at least.
+    GradDrop paper prints none). AdamW's eps 1e-8 and clipping at 1.0 are Unicoder's, as are a weight decay and a
+    warm-up of 0. On stand-ins, and for any small model, weight decay is 0.01, warm-up 10 % and the head's learning rate
+    ten times the body's, as in this library's demo. e5-small trains at 1e-4 at least.
 
     Raises:
-        ValueError: a name that is unknown, a value out of its range; it names the option.
+        ValueError: an unknown name, or a value out of its range; names the option.
     """
     _one_of("task", task, TASKS)
     published, small = TASKS[task].settings, model in (SMALL, TINY)
@@ -113,7 +114,7 @@ def settings_for(task: str, model: str = LARGE, **given) -> Settings:
 
 
 def check(settings: Settings) -> None:
-    """Raises ValueError for what cannot be run, naming option, value and remedy."""
+    """Raises ValueError for settings that cannot be run, naming option, value and remedy."""
     task = TASKS[settings.task]
     _one_of("method", settings.method, METHODS)
     for language in settings.languages:

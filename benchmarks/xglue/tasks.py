@@ -1,4 +1,5 @@
-"""The tasks: XGLUE's nine of language understanding, and stand-ins that we carry and may pass on.
+"""The tasks: XGLUE's nine of language understanding, and stand-ins, whose data may be redistributed and is in this
+repository.
 
 Languages, labels and metrics of the nine are those of the official evaluator (microsoft/XGLUE,
 evaluation/xglue_evaluate.py).
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 class TaskSettings:
     """Hyper-parameters of a fine-tuning run on English. The GradDrop paper prints none of these, so each has a source.
 
-    lr: peak learning rate of AdamW. batch_size: examples a step. epochs: passes over the training data.
-    max_length: sub-words of an input, special ones included. stride: sub-words that two windows of a long passage
-    share (0: no windows). source: who published them for this task.
+    lr: peak learning rate of AdamW. batch_size: examples per step. epochs: passes over the training data. max_length:
+    sub-words of an input, special ones included. stride: sub-words that two windows of a long passage share (0: no
+    windows). source: who published them for this task.
     """
 
     lr: float
@@ -26,13 +27,14 @@ class TaskSettings:
 
 @dataclass(frozen=True)
 class Task:
-    """What a task is, without its data.
+    """A task without its data.
 
-    kind: "sequence" (a text, or a title and a body, has a label), "pair" (so have two texts), "ranking" (the same, and
-    the metric looks at the runs of one query), "token" (each word has a label), "span" (an answer is a part of a text).
+    kind: "sequence" (a label per text, or per title and body), "pair" (a label per two texts), "ranking" (the same, and
+    the metric takes the examples of a query together), "token" (a label per word), "span" (an answer is a part of a
+    text).
     labels: in the order of the classifier's outputs; empty for spans.
     languages: to test in, English first; training is on English.
-    metric: what the official score is: "accuracy", "chunk_f1", "chunk_precision", "ndcg", "answer_f1".
+    metric: the official score: "accuracy", "chunk_f1", "chunk_precision", "ndcg", "answer_f1".
     official: one of XGLUE's, whose data the user brings; else a stand-in in benchmarks/xglue/data.
     folder: of the official data and prediction files; a stand-in's own name.
     """
@@ -47,7 +49,7 @@ class Task:
     settings: TaskSettings
 
 
-# Published for XLM-R-Large by FILTER (the paper's [20]); for what FILTER did not train, by Unicoder (12 layers).
+# Published for XLM-R-Large by FILTER (the paper's [20]); for tasks that FILTER did not train, by Unicoder (12 layers).
 _FILTER, _UNICODER = "FILTER, xlm-roberta-large", "Unicoder, 12 layers"
 _SHORT = TaskSettings(5e-6, 32, 10, 256, 0, _UNICODER)
 # Ours, not tuned: for a small encoder and a few hundred to a few thousand examples.
@@ -121,12 +123,12 @@ _ALL = (
 
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 SPLITS = ("train", "dev", "test")
-# What the stand-ins have no development data for is left out.
+# Languages without development data among the stand-ins are left out.
 _DEV = {"ud-pos": ("en", "de", "es", "fr", "nl"), "uner": ("en",), "nusax": ("en",)}
 
 
 def languages(task: Task, split: str) -> tuple[str, ...]:
-    """The languages that a split has: of "train" English alone, of "test" all. ValueError for an unknown split."""
+    """Returns the languages of a split: English alone for "train", all for "test". ValueError for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
     if split == "train":

@@ -5,7 +5,7 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the demo. Returns 0, or 1 after one line on stderr that says what is missing or cannot be used."""
+    """Runs the demo. Returns 0, or 1 after one line on stderr that says what is missing or cannot be used."""
     try:
         from .arguments import parse
         from .run import run
@@ -20,11 +20,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def start_again_with_passive_waiting() -> None:
-    """Let idle OpenMP threads sleep, unless the user has chosen.
+    """Lets idle OpenMP threads sleep, unless the user has chosen, by starting the program again.
 
     By default they spin. With 2 threads and 2 busy neighbours on 2 cores, 15 steps then took 47 s of processor time
-    instead of 24, and 57 s instead of 36 to 43; on an idle machine sleeping costs up to 15 %. OpenMP reads the variable
-    when it is loaded, which importing the library (torch) has done by now, hence the new start.
+    instead of 24, and 57 s instead of 36 to 43. On an idle machine sleeping costs up to 15 %. OpenMP reads the variable
+    when it is loaded, and importing the library (torch) has already loaded it, hence the new start.
     """
     if os.name == "posix" and "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"

@@ -17,7 +17,7 @@ OUTPUT/demo.png, OUTPUT/demo.json and, for --resume, OUTPUT/METHOD.checkpoint (0
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments, ``method`` as a list. Exits with a message on what cannot be used, as argparse does."""
+    """Parses the arguments, ``method`` as a list. Exits with a message on unusable ones, as argparse does."""
     parser = argparse.ArgumentParser("python -m graddrop_kernels.demo", description=DESCRIPTION)
     add = parser.add_argument
     several = f"one of {', '.join(METHODS)}; several with commas between them; or all (default: %(default)s)"

@@ -1,4 +1,4 @@
-"""What is fine-tuned: the bundled transformer under a mean-pooling linear head, or any Hugging Face classifier."""
+"""Models to fine-tune: the bundled transformer under a mean-pooling linear head, or any Hugging Face classifier."""
 
 import copy
 from pathlib import Path
@@ -10,13 +10,13 @@ from torch import nn
 from . import e5_small
 
 BUNDLED = "e5-small"
-PREFIX = "query: "  # what e5 was pretrained to see before a sentence
+PREFIX = "query: "  # e5 was pretrained with this before every sentence
 
 
 class MeanPoolingClassifier(nn.Module):
     """A linear layer ``classifier`` on the mean of the last hidden states of ``bert``, a BertModel."""
 
-    base_model_prefix = "bert"  # transformers' name for where the pretrained body is
+    base_model_prefix = "bert"  # names the attribute with the pretrained body, as in transformers
 
     def __init__(self, bert: nn.Module, labels: int):
         super().__init__()
@@ -26,16 +26,16 @@ class MeanPoolingClassifier(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
-        """Takes int64 (sentences, length), mask 0 on padding; gives ``.logits``, float32 (sentences, labels)."""
+        """Takes int64 (sentences, length), mask 0 on padding; returns ``.logits``, float32 (sentences, labels)."""
         hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
         weight = attention_mask.unsqueeze(-1).float()
-        # float32 under autocast too: it costs nothing, and the head is all that has no pretraining.
+        # float32 under autocast too: this costs nothing, and only the head has no pretraining.
         with torch.autocast(hidden.device.type, enabled=False):
             return SimpleNamespace(logits=self.classifier((hidden * weight).sum(1) / weight.sum(1)))
 
 
 def set_dropout(config, rate: float) -> None:
-    """Set every rate of activation dropout of a transformers config, whatever it is called there; layer drop to 0."""
+    """Sets every rate of activation dropout of a transformers config, under any of its names; layer drop to 0."""
     for key, value in config.to_dict().items():
         if "drop" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
             setattr(config, key, 0.0 if "layerdrop" in key else rate)
@@ -73,12 +73,14 @@ class ModelSource:
         self.description = f"{Path(name).name} (Hugging Face)"
 
     def encode(self, texts: list[str], max_length: int) -> list[list[int]]:
-        """Token ids of each text, at most ``max_length`` of them."""
+        """Returns the token ids of each text, at most ``max_length`` of them."""
         texts = [self.prefix + text for text in texts]
         return self.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
 
     def model(self, seed: int, dropout: float) -> nn.Module:
-        """A float32 copy of the pretrained body with a head drawn from ``seed`` and this rate of activation dropout."""
+        """Returns a float32 copy of the pretrained body with a head drawn from ``seed`` and this rate of activation
+        dropout.
+        """
         from transformers import AutoModelForSequenceClassification, BertModel
 
         torch.manual_seed(seed)

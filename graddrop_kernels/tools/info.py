@@ -14,13 +14,13 @@ import torch
 from .. import __version__, backends
 from ..backends import cpu, cuda
 
-_OPTIONAL = ("triton", "transformers", "numpy")  # looked up, never imported: transformers takes seconds
+_OPTIONAL = ("triton", "transformers", "numpy")  # looked up, not imported: importing transformers takes seconds
 _DRIVER_FACTS = Path("/proc/driver/nvidia/version")  # Linux
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def info() -> int:
-    """Print what a bug report needs. Returns 0, also where no compiled backend can run."""
+    """Prints what a bug report needs. Returns 0, even if no compiled backend can run."""
     print(f"graddrop_kernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(f"torch {torch.__version__}, {', '.join(f'{name} {_installed(name)}' for name in _OPTIONAL)}")
     isa = f"instruction set {cpu.isa()}" if cpu.unavailable() is None else "no compiled kernels"
@@ -51,7 +51,7 @@ def info() -> int:
 
 
 def _picked(device: torch.device, dtype: torch.dtype) -> str:
-    """The backend of parameters of a dtype with moments of the same one, and why none before it in the table."""
+    """Names the backend for parameters and moments of this dtype, and says why none before it in the table."""
     try:
         chosen = backends.select("auto", device, dtype, dtype)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -87,7 +87,7 @@ def _torch_gpu_build() -> str:
 
 
 def _driver() -> str:
-    """The GPU driver's version, as the kernel module or the tool that comes with it tells."""
+    """Returns the GPU driver's version, from the kernel module or from nvidia-smi."""
     told = _DRIVER_FACTS.read_text() if _DRIVER_FACTS.exists() else ""
     found = re.search(r"Kernel Module.*?\s([0-9][0-9.]+)\s", told)
     if found:
@@ -101,7 +101,7 @@ def _driver() -> str:
 
 
 def _cuda_library() -> str:
-    """Whether csrc/cuda was compiled, and for which architectures."""
+    """Says whether csrc/cuda was compiled, and for which architectures."""
     found = cuda.architectures()
     if found:
         machine = ", ".join(each for each in found if each.startswith("sm_"))
@@ -113,7 +113,7 @@ def _cuda_library() -> str:
 
 
 def _compilers() -> dict[str, str]:
-    """{what setup.py looks for: path and version, or why it is not found}."""
+    """Returns {program that setup.py looks for: path and version, or why it is not found}."""
     cxx = shlex.split(os.environ.get("CXX", "c++"))[:1] or ["c++"]
     return {"c++": _compiler(cxx[0], "set CXX"), "nvcc": _compiler(_nvcc(), "set NVCC or CUDA_HOME")}
 

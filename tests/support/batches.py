@@ -40,7 +40,7 @@ LAYOUTS = (
     (4099, RowBlock(2**40 + 8, 4099, 4099)),  # a range that begins with a Philox call
     (4099, RowBlock(2**33 + 5, 4099, 4099)),  # and one that does not
     (24 * 211, RowBlock(16, 24, 64)),  # columns in whole calls: an aligned launch
-    (7 * 600, RowBlock(3, 7, 100)),  # columns that are not
+    (7 * 600, RowBlock(3, 7, 100)),  # columns not in whole calls
     (1200 * 9 - 5, RowBlock(40, 1200, 4000)),  # the last row is not whole
 )
 
@@ -50,7 +50,7 @@ def generator_of(seed: int, *case) -> torch.Generator:
 
 
 def at_offset(tensor: torch.Tensor, offset: int, device="cpu") -> torch.Tensor:
-    """A copy that begins ``offset`` elements into its memory."""
+    """Returns a copy that begins ``offset`` elements into its memory."""
     room = torch.empty(tensor.numel() + offset, dtype=tensor.dtype, device=device)
     return room[offset:].view_as(tensor).copy_(tensor)
 
@@ -65,9 +65,10 @@ def batch_of(
     generator, plans, dtypes, layouts, offset=0, amsgrad=False, maximize=False, decay=0.1, masters=False,
     stochastic=False,
 ) -> TensorBatch:  # fmt: skip
-    """One row a (numel, layout), its plan the next of ``plans``; values of all scales; gradients of 0, inf and NaN.
+    """Makes a row per (numel, layout), its plan the next of ``plans``; values of all scales; gradients of 0, inf and
+    NaN.
 
-    ``dtypes``: of the parameters, which with ``masters`` are the copies, and of the moments.
+    ``dtypes``: of the parameters (with ``masters`` of their copies) and of the moments.
     """
     param_dtype, moment_dtype = dtypes
     stepped = F32 if masters else param_dtype
@@ -103,7 +104,7 @@ def batch_of(
 
 
 def copy_of(batch: TensorBatch, device="cpu") -> TensorBatch:
-    """A batch on copies, as far into their memory."""
+    """Copies a batch. The copies begin as far into their memory as the originals."""
     copied = lambda tensor: None if tensor is None else at_offset(tensor, tensor.storage_offset(), device)
     copies = {name: [copied(tensor) for tensor in getattr(batch, name)] for name in (*LISTS, "mask_words")}
     copies |= {name: copied(getattr(batch, name)) for name in ("grad_scale", "clip_factor")}

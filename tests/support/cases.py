@@ -1,4 +1,4 @@
-"""What the tests step: one table of policies x hyper-parameters x dtypes x sizes; the engines; comparison by bits."""
+"""The tests' cases, one table of policies x hyper-parameters x dtypes x sizes; the engines; comparison by bits."""
 
 import itertools
 import os
@@ -10,19 +10,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from graddrop_kernels import (
-    ExponentialAnneal,
-    FixedMask,
-    FusedGradDropAdamW,
-    GaussianGradDrop,
-    GradDrop,
-    GradDropEpoch,
-    GradFreeze,
-    LayerGradDrop,
-    LinearAnneal,
-    available_backends,
-)
+from graddrop_kernels import ExponentialAnneal, FixedMask, FusedGradDropAdamW, LinearAnneal, available_backends
 from graddrop_kernels.backends import BACKENDS, cpu
+from graddrop_kernels.policies.paper import METHODS
+from graddrop_kernels.policies.schedules import Schedule
 from graddrop_kernels.tools.verify import cases as verify_cases
 from graddrop_kernels.tools.verify import run_case
 from graddrop_kernels.tools.verify.run_case import Findings
@@ -33,17 +24,17 @@ _ROWS = {backend.name: backend for backend in BACKENDS}
 
 
 def steps_cpu_tensors(backend: str) -> bool:
-    """Whether the tests whose tensors lie on the CPU can ask for it; triton only in its interpreter."""
+    """Says whether tests with tensors on the CPU can use the backend: triton only in its interpreter."""
     return "cpu" in (_ROWS[backend].devices or ("cpu",))
 
 
-# cpu even where it is missing: require() then fails
+# cpu even if it is missing, so that require() fails
 BACKEND_NAMES = tuple(filter(steps_cpu_tensors, dict.fromkeys(("cpu", *available_backends()))))
 ISAS = cpu.available_isas()
 
 
 def require(backend: str) -> None:
-    """Fails the test where the backend is missing; skips it only where GRADDROP_NO_EXT says that nothing was to be
+    """Fails the test if the backend is missing. Skips it only if GRADDROP_NO_EXT says that nothing was to be
     compiled.
     """
     reason = _ROWS[backend].unavailable()
@@ -53,7 +44,7 @@ def require(backend: str) -> None:
 
 
 class Engine(NamedTuple):
-    """A backend, and for the cpu backend one instruction set."""
+    """A backend and, for the cpu backend, one instruction set."""
 
     backend: str
     isa: str | None = None
@@ -109,7 +100,7 @@ EPOCH_OF_STEP = (
     *[7] * 2,
 )  # an epoch visited again, one left out, one past the last
 
-# As pytest.mark.filterwarnings has it: what GradDropEpoch(toggle=True) rightly says in a case that goes past its
+# For pytest.mark.filterwarnings: the warning that GradDropEpoch(toggle=True) rightly gives in a case that goes past its
 # epochs.
 PAST_THE_LAST_EPOCH = "ignore:.*GradDropEpoch.*toggle=True"
 
@@ -122,14 +113,14 @@ HYPERS = {
 
 
 class Masking(NamedTuple):
-    """How a case masks: ``policy(named parameters)``, and the optimizer's arguments that go with it."""
+    """The mask of a case: ``policy(named parameters)``, and the optimizer's arguments that go with it."""
 
     policy: Callable
     arguments: dict = {}
 
 
 def _random_masks(named) -> FixedMask:
-    """Masks of two thirds of the parameters, of every density; the others are dense."""
+    """Makes masks of two thirds of the parameters, of every density. The others are dense."""
     generator = torch.Generator().manual_seed(len(named))
     drawn = {name: torch.rand(param.shape, generator=generator) < (i % 5) / 4 for i, (name, param) in enumerate(named)}
     return FixedMask({name: mask for i, (name, mask) in enumerate(drawn.items()) if i % 3}, scale=1.7)
@@ -137,36 +128,48 @@ def _random_masks(named) -> FixedMask:
 
 _FROZEN, _GRADIENT, _GLOBAL = {"masked": "frozen"}, {"masked": "gradient"}, {"bias_correction": "global"}
 BLOCKS = ("layers.*",)
+
+
+def _of(row: str, epochs: int = 5, p: Schedule = 0.5, arguments: dict | None = None, **fields) -> Masking:
+    """The policy of a row of the paper's table, with other values of some fields."""
+    policy = METHODS[row](epochs, p, LinearAnneal(epochs=4, start=0.8, end="zero"), BLOCKS)
+    policy = replace(policy, **fields) if fields else policy
+    return Masking(lambda named: policy, arguments or {})
+
+
+_FROM_ROWS = {  # a row's name in the tests, and what it is made with; another row keeps its name
+    "sft": ("none", {}),
+    "graddrop": ("graddrop", {"p": 0.2}),
+    "graddrop-redrawn-each-epoch": ("graddrop-epoch", {"p": 0.37}),
+    "anneal-graddrop": ("graddrop-anneal", {}),
+    "gaussian-graddrop": ("gaussian", {"p": 0.3}),
+    "layer-graddrop": ("layer", {}),
+    "layer-graddrop-redrawn-each-epoch": ("layer-epoch-frozen", {"arguments": _FROZEN}),
+    "anneal-layer-graddrop": ("layer-anneal", {}),
+    "graddrop-epoch": ("buckets-recompute", {}),
+    "graddrop-epoch-bitpacked": ("buckets", {}),
+    "graddrop-epoch-toggle": ("buckets-toggle-recompute", {"epochs": 12}),
+    "gradfreeze-topdown": ("freeze", {"epochs": 3}),
+    "gradfreeze-bottomup": ("freeze-bottom-up-gradient", {"epochs": 4, "blocks_per_epoch": 1, "arguments": _GRADIENT}),
+}
+_PACKED = {"storage": "bitpacked"}
 MASKINGS = {
-    "none": Masking(lambda named: None),
-    "graddrop": Masking(lambda named: GradDrop(p=0.2)),
-    "graddrop-0.9": Masking(lambda named: GradDrop(p=0.9)),
-    "graddrop-epoch": Masking(lambda named: GradDrop(p=0.37, every="epoch")),
-    "graddrop-anneal": Masking(lambda named: GradDrop(p=LinearAnneal(epochs=4, start=0.8, end="zero"))),
-    "graddrop-frozen": Masking(lambda named: GradDrop(p=ExponentialAnneal(0.6, 0.5)), _FROZEN),
-    "graddrop-epoch-frozen": Masking(lambda named: GradDrop(p=0.5, every="epoch"), _FROZEN),
-    "graddrop-frozen-global": Masking(lambda named: GradDrop(p=0.3), _FROZEN | _GLOBAL),
-    "gaussian": Masking(lambda named: GaussianGradDrop(p=0.3)),
-    "layer": Masking(lambda named: LayerGradDrop(p=0.5, layers=BLOCKS)),
-    "layer-epoch-frozen": Masking(lambda named: LayerGradDrop(p=0.5, every="epoch", layers=BLOCKS), _FROZEN),
-    "layer-frozen-global": Masking(lambda named: LayerGradDrop(p=0.5, layers=BLOCKS), _FROZEN | _GLOBAL),
-    "buckets": Masking(lambda named: GradDropEpoch(epochs=5)),
-    "buckets-recompute": Masking(lambda named: GradDropEpoch(epochs=5, storage="recompute")),
-    "buckets-toggle": Masking(lambda named: GradDropEpoch(epochs=3, toggle=True)),
-    "buckets-toggle-recompute": Masking(lambda named: GradDropEpoch(epochs=12, toggle=True, storage="recompute")),
-    "buckets-gradient": Masking(lambda named: GradDropEpoch(epochs=4), _GRADIENT),
-    "buckets-gradient-recompute": Masking(lambda named: GradDropEpoch(epochs=10, storage="recompute"), _GRADIENT),
-    "buckets-global": Masking(lambda named: GradDropEpoch(epochs=6), _GLOBAL),
+    **{name: _of(row, **values) for row in METHODS for name, values in [_FROM_ROWS.get(row, (row, {}))]},
+    "graddrop-0.9": _of("graddrop", p=0.9),
+    "graddrop-frozen": _of("graddrop", p=ExponentialAnneal(0.6, 0.5), arguments=_FROZEN),
+    "graddrop-epoch-frozen": _of("graddrop-redrawn-each-epoch", arguments=_FROZEN),
+    "graddrop-frozen-global": _of("graddrop", p=0.3, arguments=_FROZEN | _GLOBAL),
+    "layer-frozen-global": _of("layer-graddrop", arguments=_FROZEN | _GLOBAL),
+    "buckets-toggle": _of("graddrop-epoch-toggle", 3, **_PACKED),
+    "buckets-gradient": _of("graddrop-epoch", 4, arguments=_GRADIENT, **_PACKED),
+    "buckets-gradient-recompute": _of("graddrop-epoch", 10, arguments=_GRADIENT),
+    "buckets-global": _of("graddrop-epoch", 6, arguments=_GLOBAL, **_PACKED),
     # ages of up to 8, 16 and more buckets are looked up in different ways
-    "buckets-12": Masking(lambda named: GradDropEpoch(epochs=12)),
-    "buckets-20": Masking(lambda named: GradDropEpoch(epochs=20, storage="recompute")),
-    "freeze": Masking(lambda named: GradFreeze(epochs=3, layers=BLOCKS)),
-    "freeze-bottom-up-gradient": Masking(
-        lambda named: GradFreeze(epochs=4, direction="bottom_up", blocks_per_epoch=1, layers=BLOCKS), _GRADIENT
-    ),
+    "buckets-12": _of("graddrop-epoch", 12, **_PACKED),
+    "buckets-20": _of("graddrop-epoch", 20),
     "fixed": Masking(_random_masks),
     "fixed-gradient": Masking(_random_masks, _GRADIENT),
-}  # fmt: skip
+}
 
 
 _FOUR_BLOCKS = [(f"layers.{i}.weight", torch.ones(3)) for i in range(4)]
@@ -258,7 +261,7 @@ MODE_CASES = [
 
 
 def named_values(sizes: Iterable, dtype: torch.dtype, generator: torch.Generator) -> list[tuple[str, torch.Tensor]]:
-    """(name, start value) of one parameter a size, spread over four blocks."""
+    """Returns (name, start value) of one parameter per size, spread over four blocks."""
     return [
         (f"layers.{i % 4}.weight{i}", torch.randn(size, generator=generator).to(dtype)) for i, size in enumerate(sizes)
     ]
@@ -293,7 +296,7 @@ class Training:
             return [self.optimizer.mask(param).cpu() for param in self.params]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Copies of the parameters and of all of their state, on the CPU."""
+        """Returns copies of the parameters and of all of their state, on the CPU."""
         copies = {}
         for name, param in self.named:
             copies[name] = param.detach().cpu().clone()
@@ -302,7 +305,7 @@ class Training:
         return copies
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The inverse of ``tensors``; state that is not there yet is made."""
+        """Restores ``tensors()``, and creates state that is not there yet."""
         for name, param in self.named:
             param.data.copy_(tensors[name])
             for key in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param"):
@@ -320,8 +323,8 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """How many floating-point numbers of their dtype lie between a and b, int64: 0 for equal bits, 1 for
-    neighbours; -0 and 0 are one apart.
+    """Returns the number of steps between a and b among the floating-point numbers of their dtype, int64: 0 for equal
+    bits, 1 for neighbours; -0 and 0 are one apart.
     """
 
     def in_order(tensor):
@@ -333,7 +336,7 @@ def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: str = "tensor", any_nan: bool = False) -> None:
-    """Fails with the shape, the count of differences, the first index and both values. ``any_nan``: a NaN equals
+    """Fails with the shape, the count of differences, the first index and both values. With ``any_nan`` a NaN equals
     any other NaN.
     """
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)} is not {tuple(expected.shape)}"

@@ -1,4 +1,4 @@
-"""A driver of Triton that compiles and only counts: no GPU is needed."""
+"""A driver of Triton that only compiles and counts, without a GPU."""
 
 from contextlib import contextmanager
 
@@ -15,7 +15,7 @@ _KERNELS = {
 
 
 class CountingDriver:
-    """Takes the place of the GPU's driver: kernels are compiled as for an H100, and launches only noted down."""
+    """Replaces the GPU's driver: kernels are compiled as for an H100, and launches only recorded."""
 
     def __init__(self):
         self.launches: list[tuple[str, int]] = []  # (kernel, programs)
@@ -52,7 +52,7 @@ class CountingDriver:
 
 @contextmanager
 def counting_driver():
-    """Within it kernels take CPU tensors and do nothing."""
+    """Makes kernels take CPU tensors and do nothing inside the context."""
     before, counting = driver._active, CountingDriver()
     for function in _KERNELS.values():
         function.device_caches.clear()
@@ -66,6 +66,6 @@ def counting_driver():
 
 
 def compile_keys() -> dict[str, int]:
-    """How often each kernel that was launched has been compiled under the counting driver."""
+    """Counts how often each launched kernel has been compiled under the counting driver."""
     counts = {name: len(function.device_caches[0][0]) for name, function in _KERNELS.items()}
     return {name: count for name, count in counts.items() if count}

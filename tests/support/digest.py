@@ -30,9 +30,9 @@ from torch import nn
 from graddrop_kernels import ExponentialAnneal, FusedGradDropAdamW, LinearAnneal, available_backends, param_groups
 from graddrop_kernels.policies import FixedMask, GaussianGradDrop, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop
 
-EPOCHS = (0, 0, 1, 1, 4)  # of each step; the last is past the end of every policy below
-WITHOUT = ((1, "head.bias"), (2, "layers.1.weight"))  # (step, parameter): it has no gradient there
-SCALE = 3.0  # of the loss under a GradScaler: no power of two, so that unscaling rounds
+EPOCHS = (0, 0, 1, 1, 4)  # per step; the last is past the end of every policy below
+WITHOUT = ((1, "head.bias"), (2, "layers.1.weight"))  # (step, parameter) without a gradient
+SCALE = 3.0  # of the loss under a GradScaler; no power of two, so that unscaling rounds
 HYPERS = {"lr": 3e-2, "betas": (0.8, 0.95), "eps": 1e-5, "weight_decay": 0.13, "seed": 2**63 + 5}
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -85,17 +85,17 @@ POLICIES = {  # name: (policy of a model and layers=, the optimizer's arguments)
     "fixed": (lambda model, layers: fixed_mask(model), {}),
     "fixed-gradient": (lambda model, layers: fixed_mask(model), GRADIENT),
 }  # fmt: skip
-ONCE = ("compiled", "skip-norm", "in-backward-norm")  # modes that are slow, or refused whatever the case
-SAMPLE = ("graddrop", "layer", "buckets-toggle", "freeze")  # of the policies, where cases are slow
+ONCE = ("compiled", "skip-norm", "in-backward-norm")  # modes that are slow, or always refused
+SAMPLE = ("graddrop", "layer", "buckets-toggle", "freeze")  # the policies of slow cases
 
 
 def falling(epoch: int) -> float:
-    """A schedule of the user's own."""
+    """A schedule as a user may write one."""
     return 0.6 / (epoch + 1)
 
 
 def fixed_mask(model: nn.Module) -> FixedMask:
-    """Masks of the blocks' weights; the other parameters are dense."""
+    """Makes masks of the blocks' weights. The other parameters are dense."""
     drawn = torch.Generator().manual_seed(4)
     shapes = {name: param.shape for name, param in model.named_parameters() if name.startswith("layers")}
     masks = {name: torch.rand(shape, generator=drawn) < 0.4 for name, shape in shapes.items() if len(shape) == 2}
@@ -110,7 +110,7 @@ class Block(nn.Module):
         self.weight, self.scale = nn.Parameter(torch.empty(37, 19)), nn.Parameter(torch.empty(()))
         self.norm = nn.LayerNorm(7)
 
-    forward = None  # the gradients are given
+    forward = None  # gradients are given
 
 
 class Model(nn.Module):
@@ -128,7 +128,7 @@ class Model(nn.Module):
 
 
 def gradients(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
-    """Fixed gradients of one step, by name, before they are scaled."""
+    """Returns the fixed gradients of one step, by name, before they are scaled."""
     drawn = torch.Generator().manual_seed(100 + step)
     named = {name: torch.randn(param.shape, generator=drawn, dtype=torch.promote_types(param.dtype, F32))
              .to(param.dtype) for name, param in model.named_parameters()}  # fmt: skip
@@ -136,7 +136,7 @@ def gradients(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
 
 
 def like(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """The tensor, sharded as the parameter is."""
+    """Shards the tensor as the parameter is."""
     if not hasattr(param, "placements"):
         return tensor.clone()
     from torch.distributed.tensor import distribute_tensor
@@ -145,7 +145,7 @@ def like(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A plain copy of a tensor that may be a DTensor."""
+    """Returns a plain copy of a tensor that may be a DTensor."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
@@ -168,7 +168,7 @@ def feed(hasher, value) -> None:
 
 
 def digest_of(function, *arguments) -> str:
-    """16 hex digits of what the function returns and warns of; the text of what it raises."""
+    """Returns 16 hex digits of the function's result and warnings; the text of what it raises."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
@@ -181,7 +181,7 @@ def digest_of(function, *arguments) -> str:
 
 
 def groups_of(model: nn.Module, mode: str) -> list:
-    """What the optimizer is given as ``params``."""
+    """Makes the optimizer's ``params``."""
     if mode in ("named", "unnamed"):
         return list(model.named_parameters() if mode == "named" else model.parameters())
     groups = param_groups(model, weight_decay=0.13, per_block=mode == "flat")
@@ -192,7 +192,7 @@ def groups_of(model: nn.Module, mode: str) -> list:
 
 
 def flatten(model: nn.Module, optimizer: FusedGradDropAdamW) -> dict[str, nn.Parameter]:
-    """Makes one flat buffer of each group, as engines do, with padding before each piece; returns them by name."""
+    """Makes one flat buffer per group, as engines do, with padding before each piece. Returns them by name."""
     names = {param: name for name, param in model.named_parameters()}
     pieces, buffers = {}, {}
     for group in optimizer.param_groups:
@@ -208,11 +208,11 @@ def flatten(model: nn.Module, optimizer: FusedGradDropAdamW) -> dict[str, nn.Par
 
 
 def train(backend: str, policy: str, kind: str, mode: str, layout=lambda whole: whole) -> dict:
-    """Five steps of one case; everything that they leave."""
+    """Makes five steps of one case. Returns all their results."""
     dtype, options = KINDS[kind]
     model = layout(Model(dtype))
     make_policy, masking = POLICIES[policy]
-    layers = ("layers.*",) if mode in ("named", "unnamed") else None  # else the groups have the blocks
+    layers = ("layers.*",) if mode in ("named", "unnamed") else None  # else the groups name the blocks
 
     def optimizer_of(model):
         arguments = HYPERS | options | masking | MODES[mode] | {"mask": make_policy(model, layers), "backend": backend}
@@ -223,7 +223,7 @@ def train(backend: str, policy: str, kind: str, mode: str, layout=lambda whole: 
     buffers = flatten(model, optimizer) if mode == "flat" else {}
     handle = optimizer.step_in_backward() if mode.startswith("in-backward") else None
     scaler = torch.amp.GradScaler("cpu", SCALE, growth_interval=2) if mode.startswith("scaler") else None
-    if mode == "checkpoint":  # it asks a fresh optimizer for its state, which counts no step
+    if mode == "checkpoint":  # asks a fresh optimizer for its state, which counts no step
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         get_optimizer_state_dict(model, optimizer)
@@ -264,7 +264,7 @@ def train(backend: str, policy: str, kind: str, mode: str, layout=lambda whole: 
         "norms": norms,
         "fractions": [*fractions, optimizer.active_fraction()],
     }
-    if kind == "float32" and backend != "cpu":  # masks are drawn by one code for all of them
+    if kind == "float32" and backend != "cpu":  # one code draws the masks for all of them
         result["masks"] = [optimizer.mask(param, step) for param in (buffers or named).values() for step in (None, 1)]
         result["masks by name"] = {name: optimizer.mask(name) for name in named if mode != "unnamed"}
     return result
@@ -278,13 +278,13 @@ GROUP_KEYS = (
 
 
 def one_step(model, optimizer, step: int, mode: str, scaler, buffers) -> None:
-    """Gradients and a step, as the mode has it. Under a scaler, step 1 has an infinite gradient."""
+    """Makes gradients and a step as the mode demands. Under a scaler, step 1 has an infinite gradient."""
     named, grads = dict(model.named_parameters()), gradients(model, step)
     optimizer.zero_grad()
     if scaler is not None:
         grads = {name: grad * scaler.get_scale() for name, grad in grads.items()}
         grads["embedding.weight"][3, 2] += float("inf") if step == 1 else 0.0
-        scaler.scale(torch.ones(()))  # it starts at its first loss
+        scaler.scale(torch.ones(()))  # a scaler starts at its first loss
     if mode.startswith(("skip", "in-backward")):
         with optimizer.skip_dropped(model) if mode.startswith("skip") else contextlib.nullcontext():
             sum((named[name] * grad).sum().float() for name, grad in grads.items()).backward()
@@ -307,7 +307,9 @@ def one_step(model, optimizer, step: int, mode: str, scaler, buffers) -> None:
 
 
 def described(policy: str, backend: str = "reference") -> list:
-    """What a policy says of each epoch: describe(), active_fraction() and the masks, one of them of a later step."""
+    """Returns what a policy says of each epoch: describe(), active_fraction() and masks, one of them of a later
+    step.
+    """
     model = Model(F32)
     optimizer = FusedGradDropAdamW(param_groups(model), mask=POLICIES[policy][0](model, None), backend=backend,
                                    **HYPERS | POLICIES[policy][1])  # fmt: skip
@@ -320,7 +322,7 @@ def described(policy: str, backend: str = "reference") -> list:
 
 
 def differentiated(policy: str) -> list:
-    """Two recorded steps, and the derivatives by what went into them."""
+    """Makes two recorded steps. Returns the derivatives with respect to their inputs."""
     model, lr = Model(F32), torch.tensor(0.03, requires_grad=True)
     inputs = [*model.parameters(), lr]
     named = [(name, param.clone()) for name, param in model.named_parameters()]
@@ -338,13 +340,13 @@ def differentiated(policy: str) -> list:
 
 
 def group_keys() -> list:
-    """The names of all that a state dict holds."""
+    """Returns the names of all that a state dict holds."""
     saved = FusedGradDropAdamW(param_groups(Model(F32))).state_dict()
     return [sorted(saved), [sorted(group) for group in saved["param_groups"]]]
 
 
 def one_process() -> dict[str, tuple]:
-    """{case: (function, its arguments)} of all cases that need one process."""
+    """Returns {case: (function, its arguments)} of all cases that need one process."""
     cases = {f"describe/{policy}": (described, policy) for policy in POLICIES} | {"group keys": (group_keys,)}
     cases |= {f"differentiable/{policy}": (differentiated, policy) for policy in POLICIES}
     rows = itertools.product(enumerate(POLICIES), enumerate(KINDS), enumerate(MODES))
@@ -354,7 +356,7 @@ def one_process() -> dict[str, tuple]:
         if mode in ONCE and (kind != "float32" or policy not in SAMPLE):
             continue
         cases[f"cpu/{policy}/{kind}/{mode}"] = train, "cpu", policy, kind, mode
-        if mode == "plain" or (i + j + k) % len(ALL_MODES) == 0:  # slow: one kind each
+        if mode == "plain" or (i + j + k) % len(ALL_MODES) == 0:  # slow, so one kind each
             cases[f"reference/{policy}/{kind}/{mode}"] = train, "reference", policy, kind, mode
         if (mode, kind) == ("norm", "float32"):
             cases[f"exact/{policy}/{kind}/{mode}"] = train, "exact", policy, kind, mode
@@ -362,7 +364,7 @@ def one_process() -> dict[str, tuple]:
 
 
 def fully_sharded(model: nn.Module) -> nn.Module:
-    """FSDP2, block by block. It takes no parameter without dimensions."""
+    """Shards by FSDP2, block by block. It takes no parameter without dimensions."""
     from torch.distributed.fsdp import fully_shard
 
     for layer in model.layers:
@@ -372,7 +374,7 @@ def fully_sharded(model: nn.Module) -> nn.Module:
 
 
 def by_columns(model: nn.Module) -> nn.Module:
-    """Matrices sharded by columns, vectors by rows, the rest replicated."""
+    """Shards matrices by columns and vectors by rows, and replicates the rest."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -386,7 +388,7 @@ def by_columns(model: nn.Module) -> nn.Module:
 
 
 def ranks_work(rank: int, world: int, folder: str) -> None:
-    """One of ``world`` ranks of one gloo group: the cases of DTensors; of a world of one: those of Triton."""
+    """Runs the cases of DTensors in one of ``world`` ranks of a gloo group; in a world of one, those of Triton."""
     torch.set_num_threads(1)
     if world == 1:
         cases = {f"triton/{policy}/float32/norm": (train, "triton", policy, "float32", "norm") for policy in SAMPLE[:3]}
@@ -412,14 +414,14 @@ def ranks_work(rank: int, world: int, folder: str) -> None:
 
 
 def in_ranks(world: int) -> dict[str, str]:
-    """The digests of ranks_work()."""
+    """Returns the digests of ranks_work()."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(ranks_work, (world, folder), nprocs=world)
         return json.loads(Path(folder, "found").read_text())
 
 
 def all_digests(triton: bool) -> dict[str, str]:
-    """{case: digest}; prints what it is at."""
+    """Returns {case: digest}. Prints its progress."""
     torch.set_num_threads(1)
     start, found, cases = time.perf_counter(), {}, one_process()
     for done, (name, case) in enumerate(cases.items()):
@@ -436,7 +438,7 @@ def all_digests(triton: bool) -> dict[str, str]:
 
 
 def main() -> int:
-    """0 where nothing differs."""
+    """Returns 0 if nothing differs."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--write", type=Path, metavar="FILE", help="write the digests of the present code")

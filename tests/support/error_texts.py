@@ -1,4 +1,4 @@
-"""The texts of the package's errors and warnings, read from its source; ``…`` stands for what is inserted."""
+"""Reads the texts of the package's errors and warnings from its source. ``…`` stands for what is inserted."""
 
 import ast
 from functools import cache
@@ -18,7 +18,7 @@ def _trees() -> list[tuple[Path, ast.Module]]:
 
 
 def _text(node: ast.AST) -> str | None:
-    """The text of a string or an f-string; constants of a module that are put into it are part of it."""
+    """Returns the text of a string or an f-string, with a module's constants put in."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -30,7 +30,7 @@ def _text(node: ast.AST) -> str | None:
 
 @cache
 def _constants() -> dict[str, str]:
-    """{name: text} of the strings that modules define."""
+    """Returns {name: text} of the strings that modules define."""
     found = {}
     for _, tree in _trees():
         for node in tree.body:
@@ -47,7 +47,7 @@ def _texts(tree: ast.AST) -> list[str]:
 
 @cache
 def string_texts() -> list[str]:
-    """Every string of the package but docstrings."""
+    """Returns every string of the package except docstrings."""
     texts = []
     for _, tree in _trees():
         comments = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
@@ -56,7 +56,7 @@ def string_texts() -> list[str]:
 
 
 def raised_texts() -> list[tuple[str, str]]:
-    """(file:line, text) of every error that is raised and every warning that is given with a text of its own."""
+    """Returns (file:line, text) of every error and warning that has a text of its own."""
     found = []
     for path, tree in _trees():
         if path.parts[0] in _PROGRAMS:

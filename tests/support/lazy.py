@@ -1,4 +1,6 @@
-"""Modules that take seconds to import, and only some tests need: collecting the suite does not."""
+"""Imports modules that take seconds and that only some tests need when these run, so that collecting the suite does
+not.
+"""
 
 import importlib
 
@@ -10,7 +12,7 @@ class Lazy:
         self._module = module
 
     def __getattr__(self, name: str):
-        if name.startswith("_"):  # what pytest and pickle ask any object for
+        if name.startswith("_"):  # pytest and pickle ask any object for such names
             raise AttributeError(name)
         return getattr(importlib.import_module(self._module), name)
 

@@ -1,4 +1,4 @@
-"""A small xglue_full_dataset: nine tasks in all languages, out of two sentences that were written for the tests."""
+"""Makes a small xglue_full_dataset: nine tasks in all languages, from two sentences that were written for the tests."""
 
 import json
 import sys
@@ -33,13 +33,13 @@ zh|安娜 在 维也纳 读 书 。|PROPN ADP PROPN VERB NOUN PUNCT
 
 
 def sentence(language: str) -> tuple[list[str], list[str]]:
-    """Words and tags."""
+    """Returns words and tags."""
     own = next(line for line in _SENTENCES.splitlines() if line.startswith(f"{language}|"))
     return tuple(part.split() for part in own.split("|")[1:])
 
 
 def names(language: str) -> tuple[str, str]:
-    """The person and the place."""
+    """Returns the person and the place."""
     words, tags = sentence(language)
     person, place = (word for word, tag in zip(words, tags) if tag == "PROPN")
     return person, place
@@ -58,7 +58,7 @@ def pos(language: str) -> list[tuple[list[str], list[str]]]:
 
 
 def ner(language: str) -> list[tuple[list[str], list[str]]]:
-    """The person has a second name."""
+    """Makes sentences in which the person has a second name."""
     words, tags = sentence(language)
     person, place = names(language)
     both = []
@@ -78,7 +78,7 @@ def xnli(language: str) -> list[tuple]:
 
 
 def wpr(language: str) -> list[tuple]:
-    """Three runs: a query with three pages, one with two, and the first query again with one."""
+    """Makes three runs: a query with three pages, one with two, and the first query again with one."""
     person, place = names(language)
     whole = text(language)
     return [
@@ -88,7 +88,7 @@ def wpr(language: str) -> list[tuple]:
 
 
 def mlqa(language: str) -> dict:
-    """One paragraph, two questions; the second has two answers."""
+    """Makes one paragraph with two questions. The second has two answers."""
     person, place = names(language)
     context = f"{text(language)} {person}!"
     answers = {

@@ -1,4 +1,5 @@
-"""What the pages' examples take for granted, one function a name: a small model, its batches, a Trainer's arguments.
+"""Names that the pages' examples take for granted, one function per name: a small model, its batches, Trainer's
+arguments.
 
 A function's arguments are other names of this file. Nothing is downloaded.
 """
@@ -22,7 +23,7 @@ def epochs():
 
 
 def batches():
-    """Two steps of two micro-batches: (token ids [4, 6], labels [4])."""
+    """Returns two steps of two micro-batches: (token ids [4, 6], labels [4])."""
     return [[(torch.randint(50, (4, 6)), torch.randint(3, (4,))) for _ in range(2)] for _ in range(2)]
 
 
@@ -31,7 +32,7 @@ def loader(batches):
 
 
 def loss_of(model):
-    """Of a micro-batch; a model before it, as some examples have it, is this one, wrapped."""
+    """Returns the loss function of a micro-batch. Some examples pass a model before it, which is this one, wrapped."""
 
     def loss(*arguments):
         ids, labels = arguments[-1]

@@ -1,4 +1,4 @@
-"""The project's Markdown pages: their fenced blocks, commands, links and anchors."""
+"""Reads the project's Markdown pages: their fenced blocks, commands, links and anchors."""
 
 import re
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ def text_of(page: str) -> str:
 
 
 def blocks_of(page: str, text: str | None = None) -> list[Block]:
-    """In the order of the page; ``text``: another text in its place."""
+    """Returns the fenced blocks in the order of the page. ``text``: text to read in place of the page's."""
     text = text_of(page) if text is None else text
     found = []
     for match in _FENCE.finditer(text):
@@ -42,23 +42,23 @@ def blocks_of(page: str, text: str | None = None) -> list[Block]:
 
 
 def prose_of(page: str) -> str:
-    """The page without its fenced blocks."""
+    """Returns the page without its fenced blocks."""
     return _FENCE.sub("", text_of(page))
 
 
 def commands_of(page: str) -> list[str]:
-    """Every shell command: the lines of the sh blocks, and commands in running text."""
+    """Returns every shell command: the lines of the sh blocks, and commands in running text."""
     lines = [line for block in blocks_of(page) if block.kind == "sh" for line in block.code.splitlines()]
     return [line for line in lines if line and not line.startswith("#")] + _INLINE.findall(prose_of(page))
 
 
 def links_of(page: str) -> list[str]:
-    """Targets of links and pictures, those of other sites left out."""
+    """Returns the targets of links and pictures, without those on other sites."""
     targets = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", prose_of(page)))
     return [target for target in targets if not re.match(r"\w+:", target)]
 
 
 def anchors_of(page: str) -> set[str]:
-    """The anchors that GitHub makes of the headings."""
+    """Returns the anchors that GitHub makes of the headings."""
     headings = re.findall(r"^#+ (.+)$", prose_of(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -1,11 +1,11 @@
-"""What the tests of the pictures read from a figure."""
+"""Reads figures for the tests of the pictures."""
 
 
 def image(figure, axis=0):
-    """The values of its picture, a masked array [rows, columns]."""
+    """Returns the values of the figure's image, a masked array [rows, columns]."""
     return figure.axes[axis].images[0].get_array()
 
 
 def tick_labels(axis):
-    """(labels of the rows, of the columns)."""
+    """Returns (labels of the rows, of the columns)."""
     return tuple([label.get_text() for label in labels] for labels in (axis.get_yticklabels(), axis.get_xticklabels()))

@@ -1,4 +1,4 @@
-"""run_ranks(): a function in several processes of one process group (gloo), for tests of what is distributed.
+"""run_ranks(): runs a function in several processes of one process group (gloo), for tests of distributed code.
 
     def ranks_agree(value):  # of a module, not nested, no lambda; runs in every rank
         import torch.distributed as dist
@@ -9,12 +9,12 @@
     def test_ranks_agree():
         assert run_ranks(2, ranks_agree, 5) == [torch.tensor([11])] * 2
 
-Each call has new processes, so nothing is left from one call to the next; they are forked from one server, started at
-the first call, that has imported torch already: the first call takes seconds, the others some tenths of one. Still, a
-function that runs several cases one after the other is cheaper than several calls.
+Each call has new processes, so nothing is left from one call to the next. They are forked from one server, which is
+started at the first call and has imported torch. So the first call takes seconds, the others some tenths of one. Still,
+a function that runs several cases one after the other is cheaper than several calls.
 
-pytest does not rewrite the asserts in ranks: give them a message, or return values and compare them in the test.
-What a rank prints is shown only if a rank fails.
+pytest does not rewrite the asserts in ranks: give them a message, or return values and compare them in the test. A
+rank's output is shown only if a rank fails.
 """
 
 import contextlib
@@ -33,22 +33,22 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 
-# What the ranks need of the tested package is not here: the server may find another copy of it than the test has.
+# Without the tested package: the server may find another copy of it than the test has.
 _PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "pytest", "numpy"]
-_GRACE = 0.5  # seconds that the other ranks have, after a failure, to tell of theirs
+_GRACE = 0.5  # seconds that the other ranks have, after a failure, to report theirs
 
 
 class RankFailure(AssertionError):
-    """A rank raised, died or did not come to an end; the message has its traceback and what it printed."""
+    """A rank raised, died or did not end. The message has its traceback and what it printed."""
 
 
 def run_ranks(world: int, function, *args, timeout: float = 120) -> list:
-    """Runs ``function(*args)`` in ``world`` processes of one gloo group; returns the result of each, by rank.
+    """Runs ``function(*args)`` in ``world`` processes of one gloo group. Returns the result of each, by rank.
 
-    RANK, LOCAL_RANK, WORLD_SIZE, ... are in the environment, as torchrun sets them. One thread a rank.
+    RANK, LOCAL_RANK, WORLD_SIZE, ... are in the environment, as torchrun sets them. Each rank has one thread.
 
     Args:
-        function: of a module that can be imported; so are what it is called with and what it returns.
+        function: of a module that can be imported, as must be its arguments and results.
         timeout: seconds from the start of all ranks to the end of the last.
 
     Raises:
@@ -75,8 +75,8 @@ def run_ranks(world: int, function, *args, timeout: float = 120) -> list:
 
 def _kill(rank) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(rank.pid, signal.SIGKILL)  # and what it has started, such as a compiler
-    rank.kill()  # it had no group yet
+        os.killpg(rank.pid, signal.SIGKILL)  # with everything it has started, such as a compiler
+    rank.kill()  # in case it has no group yet
     rank.join()
 
 
@@ -106,7 +106,7 @@ def _results(ranks: list, receivers: list, folder: str, deadline: float) -> list
         failures = {number: f"is not done in time. It is here:\n{_stack(ranks[number], number, folder)}"
                     for number in waiting.values()}  # fmt: skip
     if failures:
-        # A rank that died is the cause, and what the others say of their connections follows from it.
+        # A rank that died is the cause of what the others report about their connections.
         order = sorted(failures, key=lambda number: (not failures[number].startswith("was killed"), number))
         raise RankFailure("\n".join(_report(number, failures[number], folder) for number in order))
     return results
@@ -133,7 +133,7 @@ def _report(number: int, failure: str, folder: str) -> str:
 
 
 def _rank(rank: int, world: int, folder: str, call: bytes, timeout: float, environment: dict, sender) -> None:
-    """What one process does."""
+    """Runs in each process."""
     os.setpgid(0, 0)
     with open(Path(folder, f"printed{rank}"), "wb", buffering=0) as printed:
         for stream in (1, 2):
@@ -147,12 +147,12 @@ def _rank(rank: int, world: int, folder: str, call: bytes, timeout: float, envir
         import torch.distributed as dist
 
         torch.set_num_threads(1)
-        # A file of this call's own: no port that another run could have taken.
+        # A file of this call, as another run could have taken a port.
         store, limit = f"file://{folder}/store", timedelta(seconds=timeout)
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=limit)
         function, args = pickle.loads(call)
         answer = pickle.dumps((True, function(*args)))
-        dist.barrier()  # nobody leaves while another still waits for what it sends
+        dist.barrier()  # no rank leaves while another still waits for what it sends
         dist.destroy_process_group()
     except BaseException:
         answer = pickle.dumps((False, f"raised\n{traceback.format_exc()}"))

@@ -1,9 +1,9 @@
-"""``--sample K``: a part of the suite that is another one every run, drawn by the seed when the tests are collected.
+"""``--sample K``: a part of the suite, another one in every run, drawn by the seed when the tests are collected.
 
-A parametrised test keeps K of its cases, drawn, and those further ones that alone show some value of a parameter:
-over the suite every value of every parameter is seen, though not with every other. A dataclass or a named tuple counts
-as its fields, so that of a table of cases every policy and every dtype stays. Tests marked ``slow`` are left out.
-Without the option every test runs.
+A parametrised test keeps K of its cases, drawn, and further ones that alone show some value of a parameter. So over the
+suite every value of every parameter is seen, though not with every other. A dataclass or a named tuple counts as its
+fields, so that of a table of cases every policy and every dtype stays. Tests marked ``slow`` are left out. Without the
+option every test runs.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import re
 
 
 def axes_of(params: dict) -> set[tuple[str, str]]:
-    """(parameter, value) of all that a case is made of."""
+    """Returns (parameter, value) of all that a case is made of."""
     axes = set()
     for name, value in params.items():
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -26,12 +26,12 @@ def axes_of(params: dict) -> set[tuple[str, str]]:
 
 
 def _told(value) -> str:
-    """Without addresses: equal in every process."""
+    """Converts to text without addresses, which is equal in every process."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def draw(cases: list[tuple[str, set]], count: int, seed: int) -> set[int]:
-    """The numbers of the cases that are kept of ``(test, axes)``."""
+    """Returns the numbers of the cases to keep of ``(test, axes)``."""
     order = list(range(len(cases)))
     random.Random(seed).shuffle(order)
     kept, kept_of, seen = set(), {}, set()
@@ -49,7 +49,7 @@ def draw(cases: list[tuple[str, set]], count: int, seed: int) -> set[int]:
 
 
 def select(config, items: list, count: int, seed: int) -> None:
-    """Leaves the sample in ``items``, in its order, and tells pytest of the others."""
+    """Reduces ``items`` to the sample, in their order, and reports the others to pytest as deselected."""
     quick = [item for item in items if not item.get_closest_marker("slow")]
     test = lambda item: item.nodeid.partition("[")[0]
     axes = lambda item: axes_of(item.callspec.params) if hasattr(item, "callspec") else set()

@@ -1,5 +1,5 @@
-"""Whether a command of the documents can be run as it stands, found out without the time that it takes: cheap ones are
-run, of the others everything up to the work is.
+"""Checks that a command of the documents can be run as it stands, without the time that it takes. Cheap commands are
+run; of the others everything up to the work is.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from graddrop_kernels.tools import cli
 
 
 class _Parsed(BaseException):
-    """The arguments were understood; what follows is the work. Not an Exception, which a script might catch."""
+    """The arguments were understood, and the work would follow. Not an Exception, which a script might catch."""
 
 
 def check_command(command: str) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of the optimizer share: a toy transformer, an optimizer of every policy, values to compare."""
+"""Shared by the tests of the optimizer: a toy transformer, an optimizer of every policy, values to compare."""
 
 import contextlib
 import copy
@@ -21,9 +21,9 @@ from graddrop_kernels import (
 )
 from graddrop_kernels.policies.paper import METHODS
 
-# The one of the best backends whose every operation is rounded once.
+# The best backend that rounds every operation once.
 ROUNDED_ONCE = "cpu" if "cpu" in backends.available_backends() else "exact"
-# Of four steps an epoch: the break is in the middle of epoch 1, two more epochs begin after it.
+# With four steps per epoch, the break is in the middle of epoch 1, and two more epochs begin after it.
 BEFORE, AFTER = range(6), range(6, 13)
 
 
@@ -64,7 +64,7 @@ def random_grads(params, generator):
 
 
 def bits(tensor):
-    """A value that is equal exactly when dtype, shape and every bit are, NaN included."""
+    """Returns a value that is equal exactly if dtype, shape and every bit are, NaN included."""
     if tensor is None:
         return None
     if tensor.layout is not torch.strided:
@@ -76,7 +76,7 @@ def bits(tensor):
 
 
 def snapshot(optimizer):
-    """Everything that a step can change, as a value to compare."""
+    """Returns everything that a step can change, as a value to compare."""
 
     def plain(value):
         return bits(value) if isinstance(value, torch.Tensor) else copy.deepcopy(value)
@@ -94,7 +94,7 @@ def snapshot(optimizer):
 
 
 def train(optimizer, params, steps, seed, set_epoch=True):
-    """Steps ``steps`` of a training of four steps an epoch, with gradients that depend on seed and step only."""
+    """Makes the steps ``steps`` of a training of four steps per epoch. Gradients depend on seed and step only."""
     params = list(params)
     for step in steps:
         if step % 4 == 0 and set_epoch:
@@ -128,31 +128,32 @@ _FROM_ROWS = {
     SHORT.get(key, key): method(_EPOCHS.get(SHORT.get(key), 4), _SCHEDULES.get(SHORT.get(key), 0.3))
     for key, method in METHODS.items()
 }
-# One of every policy, for what must hold for each: name -> policy for a model.
+# One of every policy, for tests of all: name -> policy for a model.
 POLICIES = {
     **{name: lambda model, policy=policy: policy for name, policy in _FROM_ROWS.items()},
     "graddrop-callable": lambda model: GradDrop(p=half),
     "freeze-up": lambda model: replace(_FROM_ROWS["freeze-up"], blocks_per_epoch=1),
     "fixed": lambda model: FixedMask(keep_some(model), scale=1.25),
 }
+BLOCK_POLICIES = [name for name, policy in POLICIES.items() if getattr(policy(Encoder()), "needs_blocks", False)]
 every_policy = pytest.mark.parametrize("policy", POLICIES)
 
 
 def build(policy, model=None, **arguments):
-    """(model, optimizer) over the paper's scope, with none of the defaults."""
+    """Returns (model, optimizer) over the paper's scope, with none of the defaults."""
     model = Encoder() if model is None else model
     arguments = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6, "seed": 11, **arguments}
     return model, FusedGradDropAdamW(param_groups(model, weight_decay=0.1), mask=POLICIES[policy](model), **arguments)
 
 
 def state_bits(model, optimizer):
-    """Parameters and their state by name, for comparison."""
+    """Returns the parameters and their state by name, for comparison."""
     state = lambda param: {key: bits(value) for key, value in optimizer.state.get(param, {}).items()}
     return {name: (bits(param), state(param)) for name, param in model.named_parameters()}
 
 
 def assert_train_alike(pair, other, steps, seed):
-    """Trains (model, optimizer) and another such pair on the same gradients; they must come out alike to the bit."""
+    """Trains (model, optimizer) and another such pair on the same gradients. Their results must be equal to the bit."""
     for model, optimizer in (pair, other):
         train(optimizer, model.parameters(), steps, seed)
     assert state_bits(*pair) == state_bits(*other)
@@ -167,7 +168,9 @@ def through_a_file(state_dict):
 
 @contextlib.contextmanager
 def refused(kind, *parts, optimizer=None, params=()):
-    """The block raises ``kind`` with a message that matches every part (regular expressions), and changes nothing."""
+    """Asserts that the block raises ``kind`` with a message that matches every regular expression, and changes
+    nothing.
+    """
     params = list(params)
     everything = lambda: (optimizer and snapshot(optimizer), [(bits(param), bits(param.grad)) for param in params])
     before = everything()

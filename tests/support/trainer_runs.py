@@ -40,7 +40,7 @@ def sentences(count=24):
 
 
 def arguments(folder, **more):
-    """Two epochs of six batches of four sentences, none of the defaults of the optimizer."""
+    """Makes arguments for two epochs of six batches of four sentences, with none of the optimizer's defaults."""
     values = {
         "num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "adam_beta1": 0.8,
         "adam_beta2": 0.95, "adam_epsilon": 1e-6, "weight_decay": 0.1, "max_grad_norm": 0.0,
@@ -51,7 +51,9 @@ def arguments(folder, **more):
 
 
 def trainer_of(args, mask, model=None, rows=None, callback=None, skip_dropped=False, more=None, **optimizer):
-    """``mask``: a name out of MASKS, or what trainer_optimizer() takes; ``more``: arguments of Trainer."""
+    """Makes a Trainer. ``mask``: a name out of MASKS, or what trainer_optimizer() takes. ``more``: arguments of
+    Trainer.
+    """
     model = model_of() if model is None else model
     if GIVES_NO_MODEL:
         optimizer["model"] = model
@@ -73,7 +75,7 @@ def losses(trainer):
 
 
 def recorded(trainer):
-    """Trains; returns the batches that the model was given and the losses that it found."""
+    """Trains. Returns the batches that the model was given and its losses."""
     batches, found = [], []
     compute_loss = trainer.compute_loss
 

@@ -1,4 +1,4 @@
-"""What a user's type checker sees of the public names; checked by mypy --strict in test_packaging.py, not run.
+"""Uses the public names as a user does, for mypy --strict in test_packaging.py. Not run.
 
 Each ``type: ignore`` marks a mistake that must be found: strict mode refuses those that are not needed.
 """

@@ -86,7 +86,7 @@ def test_a_table(made, tmp_path):
     assert drop == ["GradDrop", "0.0002", "2", *expected]  # the rate with the better dev, not with the better test
     assert freeze == ["GradFreeze-TopDown", "0.0001", "1", "50.00", "40.00", "45.00", "40.00"]
     for said in (
-        "a made-up e5-small", "a stand-in, not a task of XGLUE", "701 English examples", "198 to 204 a language",
+        "a made-up e5-small", "a stand-in, not a task of XGLUE", "701 English examples", "198 to 204 per language",
         "best epoch by English dev", "out of 0.0001, 0.0002 by mean English dev over seeds 0, 1", "aaaaaaaaa",
     ):  # fmt: skip
         assert said in text, said

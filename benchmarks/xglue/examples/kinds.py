@@ -1,11 +1,11 @@
-"""One example, of each kind that there is: what loaders give, and what features, metrics and predictions take."""
+"""Example classes, one per kind of task: made by the loaders, used by features, metrics and predictions."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class TextExample:
-    """A text, or two, with a label out of the task's. group: the query, in ranking tasks."""
+    """A text, or two, with one of the task's labels. group: the query, in ranking tasks."""
 
     guid: str
     text: str
@@ -16,7 +16,7 @@ class TextExample:
 
 @dataclass(frozen=True)
 class WordsExample:
-    """A sentence as words, and a tag for each."""
+    """A sentence as words, with a tag per word."""
 
     guid: str
     words: list[str]

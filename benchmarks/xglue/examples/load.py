@@ -1,4 +1,4 @@
-"""The examples of a task, from wherever they are."""
+"""Loads the examples of any task."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from .kinds import Example
 
 
 def load(task: Task, language: str, split: str, root: str | Path | None = None) -> list[Example]:
-    """Examples in the order of the file.
+    """Returns the examples in the order of the file.
 
     Args:
         task: one of tasks.TASKS.

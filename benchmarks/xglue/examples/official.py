@@ -1,7 +1,7 @@
-"""Examples from the official folder ``xglue_full_dataset``.
+"""Reads examples from the official folder ``xglue_full_dataset``.
 
-Files and columns as microsoft/XGLUE's Data_Format.txt, its evaluator and Unicoder's readers have them. XNLI has two
-layouts: {language}.dev and .test (premise, hypothesis, label), and xnli.dev.tsv and xnli.test.tsv for all languages.
+Files and columns follow microsoft/XGLUE's Data_Format.txt, its evaluator and Unicoder's readers. XNLI has two layouts:
+{language}.dev and .test (premise, hypothesis, label), and xnli.dev.tsv and xnli.test.tsv for all languages.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from ..tasks import TASKS, Task, check
 from .kinds import Example, SpanExample, TextExample, WordsExample
 
-# Columns of the first text, and of the second, whose columns are joined by a space; the label is the last one.
+# Columns of the first text and of the second; the columns of a text are joined by a space. The label is the last one.
 _COLUMNS = {
     "xnli": (0, (1,)),
     "pawsx": (1, (2,)),
@@ -24,7 +24,8 @@ _TRAIN = {"xnli": "multinli.train.en.tsv", "pawsx": "en/train.tsv", "mlqa": "squ
 
 
 def load(task: Task, language: str, split: str, root: str | Path) -> list[Example]:
-    """Examples in the order of the file. Labels are checked, and a guid is "{split}-{line}", or the id of a question.
+    """Returns the examples in the order of the file. Labels are checked. A guid is "{split}-{line}", or the id of a
+    question.
 
     Raises:
         FileNotFoundError: the folder of the task or the file is missing.
@@ -49,7 +50,7 @@ def load(task: Task, language: str, split: str, root: str | Path) -> list[Exampl
 
 
 def file_name(task: Task, language: str, split: str) -> str:
-    """The file of an official task, relative to its folder."""
+    """Returns the file of an official task, relative to its folder."""
     if split == "train" and task.name in _TRAIN:
         return _TRAIN[task.name]
     if task.name == "mlqa":
@@ -60,7 +61,7 @@ def file_name(task: Task, language: str, split: str) -> str:
 
 
 def read(path: Path) -> str:
-    """The text of a file, newlines as Python reads them: the official evaluator counts lines so.
+    """Returns the text of a file, newlines as Python reads them, as the official evaluator counts lines so.
 
     Raises FileNotFoundError; ValueError for an empty file and for one that is not UTF-8.
     """
@@ -76,19 +77,19 @@ def read(path: Path) -> str:
 
 
 def lines(text: str) -> list[str]:
-    """Without newlines. str.splitlines would also cut at U+2028 and the like, which texts have."""
+    """Splits into lines without newlines. str.splitlines also cuts at U+2028 and the like, which texts contain."""
     return text.removesuffix("\n").split("\n")
 
 
 def checked_label(task: Task, label: str, where: str) -> str:
-    """The label, if the task has it; else ValueError."""
+    """Returns the label if the task has it; else raises ValueError."""
     if label not in task.labels:
         raise ValueError(f"{where}: label {label!r}: {task.name} has {', '.join(task.labels)}")
     return label
 
 
 def words(task: Task, split: str, text: str, where: str) -> list[WordsExample]:
-    """Sentences of "word label" lines with blank lines between; where: what errors call the text."""
+    """Reads sentences: "word label" lines with blank lines between them. where: the name of the text in errors."""
     examples, sentence, tags = [], [], []
     for number, line in enumerate([*lines(text), ""], 1):
         if line.strip() and not line.startswith("-DOCSTART-"):
@@ -105,7 +106,7 @@ def words(task: Task, split: str, text: str, where: str) -> list[WordsExample]:
 
 
 def spans(text: str, where: str) -> list[SpanExample]:
-    """Questions of a JSON text in SQuAD's form; where: what errors call the text."""
+    """Reads questions of a JSON text in SQuAD's form. where: the name of the text in errors."""
     try:
         articles = json.loads(text)["data"]
     except json.JSONDecodeError as error:
@@ -140,7 +141,7 @@ def _rows(task: Task, split: str, path: Path) -> Iterator[TextExample]:
     header = path.suffix == ".tsv"
     for number, line in enumerate(lines(read(path)), 1):
         if number == 1 and header or task.name == "pawsx" and not line.strip():
-            continue  # the evaluator skips blank lines in PAWS-X alone
+            continue  # the evaluator skips blank lines in PAWS-X only
         here = f"{path}:{number}"
         columns = line.split("\t")
         if len(columns) < others[-1] + 2:
@@ -157,7 +158,7 @@ def _rows(task: Task, split: str, path: Path) -> Iterator[TextExample]:
 
 
 def _all_languages(task: Task, language: str, split: str, path: Path) -> Iterator[TextExample]:
-    """XNLI's own file: language, label, parses, and the sentences in columns 6 and 7."""
+    """Reads XNLI's own file: language, label, parses, and the sentences in columns 6 and 7."""
     for number, line in enumerate(lines(read(path))[1:], 2):
         columns = line.split("\t")
         if len(columns) < 8:

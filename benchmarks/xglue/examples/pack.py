@@ -1,4 +1,4 @@
-"""Packs a folder as a .tar.gz whose bytes depend on nothing but its files' names and contents (and the zlib at hand).
+"""Packs a folder as a .tar.gz whose bytes depend only on its files' names and contents (and the installed zlib).
 
 python -m benchmarks.xglue.examples.pack FOLDER ARCHIVE
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def pack(files: dict[str, bytes], level: int = 9) -> bytes:
-    """{name: contents} as a .tar.gz, sorted by name, without times, owners and modes. level: zlib's, 0 to 9."""
+    """Packs {name: contents} as a .tar.gz, sorted by name, without times, owners and modes. level: zlib's, 0 to 9."""
     packed = io.BytesIO()
     with (
         gzip.GzipFile(filename="", mode="wb", compresslevel=level, fileobj=packed, mtime=0) as compressed,
@@ -25,7 +25,7 @@ def pack(files: dict[str, bytes], level: int = 9) -> bytes:
 
 
 def unpack(packed: bytes) -> dict[str, bytes]:
-    """The inverse of pack()."""
+    """Inverts pack()."""
     with tarfile.open(fileobj=io.BytesIO(packed), mode="r:gz") as archive:
         return {member.name: archive.extractfile(member).read() for member in archive}
 

@@ -1,15 +1,16 @@
-"""Tasks whose data may be passed on, from the archives in benchmarks/xglue/data (sources, licences: LICENSES.md there).
+"""Tasks whose data may be redistributed, from the archives in benchmarks/xglue/data (sources, licences: LICENSES.md
+there).
 
 - sib200: the topic of a sentence, as NC. The splits are SIB-200's own; sentences are parallel in 22 languages.
-- ud-pos: the official POS task itself, rebuilt from Universal Dependencies 2.5, in nine of its 18 languages, as far as
-  the rebuilt test data reproduces official scores. English training data: EWT alone, the official file has more.
+- ud-pos: the official POS task itself, rebuilt from Universal Dependencies 2.5, in nine of its 18 languages: those
+  whose rebuilt test data reproduces official scores. English training data is EWT alone; the official file has more.
 - uner: named entities. English training and development data are Universal NER's development and test files of EWT,
   every eighth sentence for development, since its training file could not be had; tests are the parallel PUD sentences.
 - nusax: the sentiment of a text, in English, Indonesian and ten languages with few resources. NusaX's own splits.
-- xquad: the answer in a paragraph. XQuAD has 48 articles, the same in all languages and in one order. Of article i,
-  i % 8 says the split: 0 to 4 train (English only), 5 dev, 6 and 7 test. No article, so no paragraph, is in two.
+- xquad: the answer in a paragraph. XQuAD has 48 articles, the same in all languages and in one order. Article i goes to
+  the split that i % 8 gives: 0 to 4 train (English only), 5 dev, 6 and 7 test. So no article or paragraph is in two.
 - xquad-match: made from xquad, does the paragraph answer the question? Each question comes with its own paragraph ("1")
-  and then with another of the same article ("0"); which one goes round with the number of the question.
+  and then with another of the same article ("0"), chosen in turn by the number of the question.
 - xquad-rank: made from xquad, each question with all paragraphs of its article in their order, "1" for its own.
 """
 
@@ -42,7 +43,7 @@ _NUSAX = {
 
 
 def load(task: Task, language: str, split: str) -> list[Example]:
-    """Examples in the order of the file; the n-th of one language is the n-th of another where sets are parallel."""
+    """Returns the examples in the order of the file. In parallel sets the n-th examples of all languages correspond."""
     check(task, language, split)
     if task.name.startswith("xquad"):
         return _xquad(task, language, split)
@@ -84,12 +85,12 @@ def _nusax(task: Task, language: str, split: str) -> list[TextExample]:
 
 
 def split_of(article: int) -> str:
-    """Which split the article at this place of XQuAD's files belongs to."""
+    """Returns the split of the article at this index in XQuAD's files."""
     return ("train", "train", "train", "train", "train", "dev", "test", "test")[article % 8]
 
 
 def articles(language: str, split: str) -> list[dict]:
-    """XQuAD's articles of a split, in SQuAD's form."""
+    """Returns XQuAD's articles of a split, in SQuAD's form."""
     every = json.loads(_read("xquad", f"xquad.{language}.json"))["data"]
     return [article for place, article in enumerate(every) if split_of(place) == split]
 
@@ -102,7 +103,7 @@ def _xquad(task: Task, language: str, split: str) -> list[Example]:
 
 
 def _pairs(task: Task, article: dict) -> list[TextExample]:
-    """Questions with paragraphs of their article."""
+    """Pairs questions with paragraphs of their article."""
     contexts = [paragraph["context"] for paragraph in article["paragraphs"]]
     asked = [(p, qa) for p, paragraph in enumerate(article["paragraphs"]) for qa in paragraph["qas"]]
     examples = []

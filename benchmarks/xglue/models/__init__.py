@@ -1,1 +1,1 @@
-"""Encoders, their tokenizers, and what goes into and comes out of them."""
+"""Encoders, their tokenizers, inputs and outputs."""

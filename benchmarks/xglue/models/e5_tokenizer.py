@@ -1,4 +1,4 @@
-"""The tokenizer of multilingual-e5-small as a fast one of transformers, which knows words and offsets."""
+"""Converts the tokenizer of multilingual-e5-small to a fast one of transformers, which knows words and offsets."""
 
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Pipeline
@@ -15,7 +15,7 @@ def fast_tokenizer(tokenizer: e5_small.Tokenizer, texts: list[str], max_length: 
         max_length: what the model can take.
     """
     pipeline = Pipeline(models.Unigram(tokenizer.pieces, e5_small.UNK))
-    # One replacement per character that occurs: the library's own form of such a table is not in the file.
+    # One replacement per occurring character, as the file does not have the library's own form of such a table.
     used = sorted({character for text in texts for character in text if ord(character) in tokenizer.characters})
     changes = [normalizers.Replace(character, tokenizer.characters[ord(character)]) for character in used]
     pipeline.normalizer = normalizers.Sequence([*changes, normalizers.Replace(Regex("  +"), " ")])

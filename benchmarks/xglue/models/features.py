@@ -1,13 +1,13 @@
-"""Examples -> numbers for a model, and its outputs -> predictions.
+"""Converts examples to a model's inputs, and its outputs to predictions.
 
-Words and tags: the label of a word stands at its first sub-word and nowhere else. Where a tokenizer makes the mark of a
-word's beginning a sub-word of its own, as XLM-R often does in Chinese and Thai, it stands at the next one, as Unicoder
-drops such marks there. Words past max_length get no tag, and the evaluator fills up with "O"; a word that the tokenizer
+Words and tags: only the first sub-word of a word carries its label. Some tokenizers make the mark of a word's beginning
+a sub-word of its own, as XLM-R often does in Chinese and Thai. Then the next sub-word carries the label, as Unicoder
+drops such marks there. Words past max_length get no tag, and the evaluator fills up with "O". A word that the tokenizer
 drops altogether gets "O" in its place.
 
 Questions and passages: a question keeps its first 64 sub-words, a passage is cut into windows that overlap. An answer
 that is not whole in a window is labelled at the first token there. The predicted answer is the span of at most 30
-sub-words with the largest sum of logits in any window, which is what SQuAD's scripts search with an n-best list.
+sub-words with the largest sum of logits in any window. SQuAD's scripts search the same with an n-best list.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,18 +19,19 @@ import torch
 from ..examples.kinds import Example, SpanExample, TextExample, WordsExample
 from ..tasks import Task
 
-IGNORED = -100  # what torch's cross entropy leaves out
+IGNORED = -100  # ignored by torch's cross entropy
 QUESTION_LENGTH, ANSWER_LENGTH = 64, 30
 _TARGETS = ("labels", "start_positions", "end_positions")
 _WORD_BEGIN = "\u2581"
-_AT_ONCE = 1000  # examples; a tokenizer's own result takes far more memory than our features
+_AT_ONCE = 1000  # examples at a time; a tokenizer's own result takes far more memory than our features
 
 
 def encode(task: Task, examples: Sequence[Example], tokenizer, max_length: int, stride: int = 0) -> list[dict]:
-    """Features for ``transformers.Trainer``, dicts of ints and int32 arrays: one an example, more for a long passage.
+    """Makes features for ``transformers.Trainer``, dicts of ints and int32 arrays: one per example, more for a long
+    passage.
 
-    input_ids, attention_mask and token_type_ids if the tokenizer makes them; labels (start_positions and end_positions
-    for spans), and "example", the index of the example, with what decode() needs; collator() leaves the rest out.
+    They hold input_ids, attention_mask and token_type_ids if the tokenizer makes them; labels (start_positions and
+    end_positions for spans); "example", the index of the example; and what decode() needs, which collator() leaves out.
 
     Args:
         tokenizer: a fast tokenizer of transformers (``is_fast``).
@@ -53,7 +54,7 @@ def encode(task: Task, examples: Sequence[Example], tokenizer, max_length: int, 
 
 
 def collator(task: Task, tokenizer) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
-    """features -> a batch of int64 tensors, padded on the right to its longest feature."""
+    """Returns a function: features -> a batch of int64 tensors, padded on the right to its longest feature."""
     fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id, "labels": IGNORED}
 
     def collate(features: list[dict]) -> dict[str, torch.Tensor]:
@@ -72,8 +73,8 @@ def collator(task: Task, tokenizer) -> Callable[[list[dict]], dict[str, torch.Te
 
 
 def decode(task: Task, examples: Sequence[Example], features: Sequence[dict], logits):
-    """Predictions: a label for each example (list[str]); of token tasks a list of tags for each (list[list[str]]),
-    shorter than the words where the sentence was cut; of spans {guid: answer} (dict[str, str]).
+    """Returns predictions: a label per example (list[str]); for token tasks a list of tags per example
+    (list[list[str]]), shorter than the words if the sentence was cut; for spans {guid: answer} (dict[str, str]).
 
     Args:
         logits: as ``Trainer.predict(...).predictions``: arrays (features, labels), (features, positions, labels), or
@@ -167,14 +168,14 @@ def _spans(task: Task, examples: Sequence[SpanExample], tokenizer, max_length: i
 
 
 def _first(tokenizer, question: str, length: int) -> str:
-    """The question without what comes after its first sub-words; spaces before it would count as sub-words."""
+    """Cuts the question after its first sub-words, without leading spaces, which would count as sub-words."""
     question = question.lstrip()
     offsets = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return question if len(offsets) <= length else question[: offsets[length - 1][1]]
 
 
 def _place(example: SpanExample, offsets: np.ndarray, in_context: np.ndarray) -> tuple[int, int]:
-    """First and last sub-word of the first answer; (0, 0) unless all of it is in this window."""
+    """Returns first and last sub-word of the first answer; (0, 0) unless all of it is in this window."""
     text, start = example.answers[0]
     stop = start + len(text)
     inside = np.flatnonzero(in_context & (offsets[:, 1] > start) & (offsets[:, 0] < stop))

@@ -1,4 +1,4 @@
-"""A BertModel whose last hidden states are averaged for a linear classifier, as e5 was pretrained to be read."""
+"""BertModel with a linear classifier on the mean of its last hidden states, as e5 was pretrained to be used."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 class BertForMeanPooling(BertPreTrainedModel):
-    """``config.num_labels`` outputs; takes what BertForSequenceClassification takes."""
+    """Has ``config.num_labels`` outputs and the arguments of BertForSequenceClassification."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -17,10 +17,10 @@ class BertForMeanPooling(BertPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids, attention_mask, token_type_ids=None, labels=None) -> SequenceClassifierOutput:
-        """int64 (examples, length), mask 0 on padding, labels (examples,) -> loss and float32 logits."""
+        """Takes int64 (examples, length), mask 0 on padding, labels (examples,). Returns loss and float32 logits."""
         hidden = self.bert(input_ids, attention_mask, token_type_ids).last_hidden_state.float()
         weight = attention_mask.unsqueeze(-1).float()
-        # float32 under autocast too: it costs nothing, and the head is all that has no pretraining.
+        # float32 under autocast too: this costs nothing, and only the head has no pretraining.
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self.classifier(self.dropout((hidden * weight).sum(1) / weight.sum(1)))
             loss = None if labels is None else nn.functional.cross_entropy(logits, labels)

@@ -1,4 +1,4 @@
-"""A model's weights as a whole, also when its processes hold a shard each; their fingerprint."""
+"""A model's whole weights, even if each of its processes holds a shard, and their fingerprint."""
 
 import hashlib
 
@@ -7,20 +7,20 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 
 def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """{name without wrappers: CPU tensor}; of a sharded model, on the first process only (others get {})."""
+    """Returns {name without wrappers: CPU tensor}; for a sharded model, on the first process only (others get {})."""
     found = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    # What is on the CPU already comes back as it is: the copy must not follow the training.
+    # Cloned, as tensors on the CPU come back as they are and would change with the training.
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
 def restore(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Load what ``whole`` gave, on every process from the first one's."""
+    """Loads what ``whole`` returned, on every process from the first one's."""
     parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=parallel))
 
 
 def fingerprint(state: dict[str, torch.Tensor]) -> str:
-    """sha256 over names and bits, in the order of names: two runs with the same one have the same weights."""
+    """Returns the sha256 of names and bits, in the order of names: runs with equal weights have equal ones."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())

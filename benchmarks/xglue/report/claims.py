@@ -1,4 +1,4 @@
-"""What the paper claims, as differences that our own runs can decide."""
+"""The paper's claims, as differences that our own runs can decide."""
 
 from collections.abc import Iterable, Iterator
 
@@ -6,8 +6,8 @@ from ..scores import statistics
 from ..titles import MISSING, TITLES
 from .collect import Group, Runs
 
-# Those of our languages of which CC-100, XLM-R's training texts rebuilt (Wenzek et al. 2020), has less than 1 GB of
-# packed text (ur 884 MB, sw 332 MB, jv 37 MB, su 15 MB; data.statmt.org/cc-100), or nothing.
+# Our languages with less than 1 GB of packed text in CC-100 (ur 884 MB, sw 332 MB, jv 37 MB, su 15 MB;
+# data.statmt.org/cc-100), or with none. CC-100 is XLM-R's training texts rebuilt (Wenzek et al. 2020).
 UNDER_RESOURCED = ("sw", "ur", "jv", "su", "ace", "ban", "bbc", "bjn", "bug", "mad", "min", "nij")
 BEST = ("layer-graddrop", "graddrop-epoch")
 
@@ -16,7 +16,9 @@ Scores = dict[str, dict]  # {method: {seed or data set: score in percent, mean o
 
 
 def claims(group: Group) -> Iterator[tuple[str, str, statistics.Paired]]:
-    """(the claim, what is measured, the difference in points, paired by seed) for those that the runs bear on."""
+    """Returns (the claim, what is measured, the difference in points, paired by seed) for claims that the runs bear
+    on.
+    """
     runs = group.runs
     yield from _of_scores({method: own.scores("avg") for method, own in runs.items()})
     dropping = [own for method, own in runs.items() if "graddrop" in method]
@@ -34,7 +36,7 @@ def claims(group: Group) -> Iterator[tuple[str, str, statistics.Paired]]:
 
 
 def over_data_sets(groups: list[Group]) -> Iterator[tuple[str, str, statistics.Paired]]:
-    """As ``claims``, of each data set's mean over seeds: paired by data set, of those that both sides have."""
+    """As ``claims``, for each data set's mean over seeds: paired by data set, of those that both sides have."""
     scores: Scores = {}
     for group in groups:
         for method, runs in group.runs.items():
@@ -43,13 +45,13 @@ def over_data_sets(groups: list[Group]) -> Iterator[tuple[str, str, statistics.P
 
 
 def _of_scores(scores: Scores) -> Iterator[tuple[str, str, statistics.Paired]]:
-    """The claims about means over languages."""
+    """Returns the claims about means over languages."""
     dropping = [own for method, own in scores.items() if "graddrop" in method]
     if "sft" in scores and dropping:
         common = set.intersection(*(set(own) for own in [scores["sft"], *dropping]))
         masked = {key: statistics.mean([own[key] for own in dropping]) for key in common}
         yield from _row("masked gradients beat SFT", f"Avg., mean of {_names(scores)} minus SFT", masked, scores["sft"])
-    common = set.intersection(*map(set, scores.values()))  # the best of means over different keys says nothing
+    common = set.intersection(*map(set, scores.values()))  # means over different keys cannot be compared
     others = [method for method in scores if method not in BEST]
     rivals = {method: statistics.mean([scores[method][key] for key in common]) for method in others if common}
     for method in BEST:
@@ -63,8 +65,9 @@ def _of_scores(scores: Scores) -> Iterator[tuple[str, str, statistics.Paired]]:
 
 
 def table(group: Group) -> tuple[list[str], list[list[str]]]:
-    """(header, rows) of Markdown: with the rate that each method chose for itself and, as that choice may decide more
-    than the method, with all of them at the same rate."""
+    """Returns (header, rows) of Markdown. One column has the rate that each method chose for itself. As that choice may
+    decide more than the method, the others have all methods at the same rate.
+    """
     variants = {"each method at its own rate": group}
     if len(group.rates) > 1:
         variants |= {f"all at {lr:g}": group.at(lr) for lr in group.rates}
@@ -78,7 +81,7 @@ def table(group: Group) -> tuple[list[str], list[list[str]]]:
 
 
 def cell(test: statistics.Paired, pair: str = "seed") -> str:
-    """What is shown of a claim's difference; pair: what a pair of scores has in common."""
+    """Formats a claim's difference. pair: what a pair of scores has in common."""
     pairs = f"{test.n} {pair}" + "s" * (test.n > 1)
     if test.low is None:
         return f"{test.difference:+.2f}, {pairs}"
@@ -86,8 +89,9 @@ def cell(test: statistics.Paired, pair: str = "seed") -> str:
 
 
 def verdict(test: statistics.Paired) -> str:
-    """Of a claim that the difference is above 0, by its confidence interval; two differences of scores as coarse as a
-    count of sentences are equal by chance too often, and their interval is then a point."""
+    """Judges a claim that the difference is above 0, by its confidence interval. Scores as coarse as a count of
+    sentences have two equal differences by chance too often; their interval is then a point.
+    """
     if test.n < 3 or test.low is None or test.high is None:
         return "too few"
     return "holds" if test.low > 0 else "does not hold" if test.high < 0 else "not resolved"
@@ -105,14 +109,16 @@ def _row(claim: str, measured: str, first: dict, second: dict) -> Iterator[tuple
 
 
 def _gains(methods: list[Runs], sft: Runs, columns: list[str]) -> dict[int, float]:
-    """{seed: mean over methods and columns of the score minus SFT's}, of the seeds that all have."""
+    """Returns {seed: mean over methods and columns of the score minus SFT's}, for the seeds that all have."""
     pairs = [(own.scores(column), sft.scores(column)) for own in methods for column in columns]
     seeds = set.intersection(*(first.keys() & second.keys() for first, second in pairs))
     return {seed: statistics.mean([first[seed] - second[seed] for first, second in pairs]) for seed in seeds}
 
 
 def _after(methods: list[Runs], epoch: int) -> dict[int, float]:
-    """{seed: mean over methods and languages of the test score after that epoch}, of the seeds that all have."""
+    """Returns {seed: mean over methods and languages of the test score after that epoch}, for the seeds that all
+    have.
+    """
     found: list[dict[int, float]] = []
     for own in methods:
         tests = {seed: result["test"].get(str(epoch)) for seed, result in own.results.items()}

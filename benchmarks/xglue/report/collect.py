@@ -1,4 +1,4 @@
-"""The results of a folder, in order: by configuration, method and seed, each method at its learning rate."""
+"""Collects the results of a folder, by configuration, method and seed, each method at its learning rate."""
 
 import json
 from dataclasses import dataclass, replace
@@ -14,8 +14,9 @@ from ..titles import TITLES
 
 @dataclass(frozen=True)
 class Runs:
-    """A method's runs at the rate that was chosen for it. results: by seed; tuning: the seeds that the rate was chosen
-    by, none where it was given; by_rate: {rate: results by seed} of all that were run."""
+    """A method's runs at the rate that was chosen for it. results: by seed. tuning: the seeds by which the rate was
+    chosen, none if it was given. by_rate: {rate: results by seed} of all that were run.
+    """
 
     method: str
     lr: float
@@ -24,11 +25,13 @@ class Runs:
     by_rate: dict[float, dict[int, dict]]
 
     def at(self, lr: float) -> "Runs":
-        """Those of another rate."""
+        """Returns the runs at another rate."""
         return replace(self, lr=lr, results=self.by_rate[lr])
 
     def scores(self, column: str) -> dict[int, float]:
-        """{seed: test score in percent} of a language, of the mean over all ("avg") or all but English ("zero")."""
+        """Returns {seed: test score in percent} of a language, of the mean over all ("avg") or over all but English
+        ("zero").
+        """
         found = {}
         for seed, result in self.results.items():
             own = {language: 100 * score["official"] for language, score in test_scores(result).items()}
@@ -44,8 +47,9 @@ class Runs:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but method, seed and learning rate: one table. name: unique among the groups;
-    main: the one with the most runs of its task and model, which stands for them where tasks are compared."""
+    """Runs that differ in nothing but method, seed and learning rate: one table. name: unique among the groups. main:
+    the one with the most runs of its task and model, which represents them where tasks are compared.
+    """
 
     name: str
     configuration: dict
@@ -58,7 +62,7 @@ class Group:
 
     @property
     def data_name(self) -> str:
-        """What the data set is called where people read: a stand-in is not named after the task it stands in for."""
+        """Names the data set for readers: a stand-in does not get the name of the task that it replaces."""
         return f"XGLUE {self.task.folder}" if self.task.official else self.task.name
 
     @property
@@ -66,31 +70,32 @@ class Group:
         return list(self.configuration["languages"])
 
     def at(self, lr: float) -> "Group":
-        """Every method at this rate, without those that were not run at it."""
+        """Returns every method at this rate, without those that were not run at it."""
         return replace(self, runs={name: runs.at(lr) for name, runs in self.runs.items() if lr in runs.by_rate})
 
     @property
     def rates(self) -> list[float]:
-        """Every learning rate of any method."""
+        """Returns every learning rate of any method."""
         return sorted({lr for runs in self.runs.values() for lr in runs.by_rate})
 
     @property
     def result(self) -> dict:
-        """Any one of them, for what they have in common."""
+        """Returns any one of the results, for what all have in common."""
         return next(iter(next(iter(self.runs.values())).results.values()))
 
     def results(self) -> list[dict]:
-        """All that are in the table."""
+        """Returns all results in the table."""
         return [result for runs in self.runs.values() for result in runs.results.values()]
 
 
 def test_scores(result: dict) -> dict[str, dict[str, float]]:
-    """{language: scores} of the best epoch."""
+    """Returns {language: scores} of the best epoch."""
     return result["test"][str(result["best_epoch"])]
 
 
 def collect(folder: Path) -> list[Group]:
-    """The groups of all results in ``folder`` (see ``read_all``), official tasks first, in the order of tasks.TASKS.
+    """Returns the groups of all results in ``folder`` (see ``read_all``), official tasks first, in the order of
+    tasks.TASKS.
 
     Raises:
         FileNotFoundError: no result there.
@@ -103,7 +108,7 @@ def collect(folder: Path) -> list[Group]:
     if not found:
         raise FileNotFoundError(f"no results in {folder}: expected TASK/CONFIGURATION/*.json or *{TABLE}")
     order = list(TASKS)
-    # Of a task's configurations the one with the most runs comes first: it is the one that stands for the task.
+    # The configuration of a task with the most runs comes first: it represents the task.
     keys = sorted(found, key=lambda key: (order.index(json.loads(key)["task"]), -len(found[key]), key))
     pairs = [(json.loads(key)["task"], json.loads(key)["model"]) for key in keys]
     groups = []
@@ -128,7 +133,7 @@ def _chosen(method: str, by_lr: dict[float, dict[int, dict]]) -> Runs:
     scores = {lr: {seed: english_dev(result) for seed, result in own.items()} for lr, own in by_lr.items()}
     try:
         lr, tuning = best_lr(scores)
-    except ValueError:  # rates that cannot be compared, of several sweeps: the one with the most runs
+    except ValueError:  # rates of several sweeps that cannot be compared: takes the one with the most runs
         lr, tuning = max(by_lr, key=lambda rate: (len(by_lr[rate]), -rate)), []
     by_rate = {rate: dict(sorted(by_lr[rate].items())) for rate in sorted(by_lr)}
     return Runs(method, lr, tuple(tuning), by_rate[lr], by_rate)

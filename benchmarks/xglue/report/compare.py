@@ -1,4 +1,6 @@
-"""Are these the committed results? Run by run: the same bits, the same scores, or by how much they differ."""
+"""Compares results with the committed ones, run by run: the same bits, the same scores, or the size of the
+difference.
+"""
 
 from pathlib import Path
 
@@ -9,7 +11,7 @@ COMMITTED = Path(__file__).parents[2] / "results" / "xglue"
 
 
 def compare(ours: Path, theirs: Path = COMMITTED) -> list[str]:
-    """A line per run that both folders have, and one that counts them.
+    """Returns a line per run that both folders have, and one that counts them.
 
     Raises:
         ValueError: as ``read_all``.

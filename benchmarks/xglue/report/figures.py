@@ -1,4 +1,4 @@
-"""The paper's figures 2 to 4 from our results."""
+"""Draws the paper's figures 2 to 4 from our results."""
 
 import math
 import textwrap
@@ -15,7 +15,7 @@ from .collect import Group
 
 
 def mean_by_epoch(group: Group, method: str) -> dict[int, list[float]]:
-    """{epoch: test score in percent, mean over languages, of each seed}, of runs that tested every epoch."""
+    """Returns {epoch: test score in percent, mean over languages, of each seed}, for runs that tested every epoch."""
     found: dict[int, list[float]] = {}
     for result in group.runs[method].results.values():
         if len(result["test"]) > 1:
@@ -26,7 +26,7 @@ def mean_by_epoch(group: Group, method: str) -> dict[int, list[float]]:
 
 
 def by_epoch(path: Path, group: Group) -> None:
-    """Figure 2: a line per method with its band."""
+    """Draws figure 2: a line per method with its band."""
     sheet, axes = _sheet(8, 5.5)
     for number, method in enumerate(group.runs):
         points = mean_by_epoch(group, method)
@@ -47,7 +47,7 @@ def by_epoch(path: Path, group: Group) -> None:
 
 
 def gains(path: Path, group: Group) -> None:
-    """Figure 4: each method's mean gain over SFT by language, in points."""
+    """Draws figure 4: each method's mean gain over SFT by language, in points."""
     methods = [method for method in group.runs if method != "sft"]
     columns = [*group.languages, "avg"]
     values = np.full((len(methods), len(columns)), np.nan)
@@ -66,7 +66,7 @@ def gains(path: Path, group: Group) -> None:
 
 
 def t_matrix(path: Path, groups: list[Group], methods: list[str], tests: list, adjusted: list[float]) -> None:
-    """Figure 3: t of row minus column over the groups; a star where the corrected p is at most 0.05."""
+    """Draws figure 3: t of row minus column over the groups; a star where the corrected p is at most 0.05."""
     place = {method: i for i, method in enumerate(methods)}
     values = np.full((len(methods), len(methods)), np.nan)
     text = [[""] * len(methods) for _ in methods]
@@ -106,9 +106,9 @@ def _sheet(width: float, height: float):
 
 
 def _title(sheet: Figure, groups: list[Group]) -> None:
-    """Data sets, seeds and the model of all of them, in lines as long as the figure is wide."""
+    """Returns data sets, seeds and the model of all groups, in lines as long as the figure is wide."""
     data = ", ".join(f"{group.data_name} ({_seeds(group)})" for group in groups)
-    width = int(13 * sheet.get_figwidth())  # 10 points: 14 characters an inch, about
+    width = int(13 * sheet.get_figwidth())  # at 10 points, about 14 characters per inch
     lines = [line for text in (data, groups[0].result["model"]) for line in textwrap.wrap(text, width)]
     sheet.suptitle("\n".join(lines), fontsize=10)
 

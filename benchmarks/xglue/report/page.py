@@ -1,4 +1,4 @@
-"""A report as Markdown, CSV files and one HTML page that needs no other file."""
+"""Writes a report as Markdown, CSV files and one HTML page that needs no other file."""
 
 import base64
 import csv
@@ -19,7 +19,7 @@ p.note { color: #555; font-size: 13px; }
 
 
 class Page:
-    """Blocks in order. In cells ``**x**`` is bold, as in Markdown."""
+    """Holds blocks in order. In cells ``**x**`` is bold, as in Markdown."""
 
     def __init__(self, folder: Path, title: str):
         self.folder, self.title = folder, title
@@ -32,12 +32,12 @@ class Page:
         self._html.append(f"<h2>{html.escape(text)}</h2>")
 
     def text(self, text: str) -> None:
-        """A caption or a note."""
+        """Adds a caption or a note."""
         self._markdown.append(text)
         self._html.append(f'<p class="note">{_inline(text)}</p>')
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Strings; the first column is text, the others are figures."""
+        """Adds a table of strings; the first column is text, the others are figures."""
         ruler = ["---", *["---:"] * (len(header) - 1)]
         self._markdown.append("\n".join(f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows)))
         line = lambda cells, tag: "".join(f"<{tag}>{_inline(cell)}</{tag}>" for cell in cells)
@@ -46,7 +46,7 @@ class Page:
         self._html.append(f'<div class="table"><table>{head}<tbody>\n{body}\n</tbody></table></div>')
 
     def csv(self, name: str, rows: Sequence[dict]) -> None:
-        """``name``.csv beside the page, numbers unrounded, and a link to it in the Markdown."""
+        """Writes ``name``.csv beside the page, numbers unrounded, and adds a link to it in the Markdown."""
         with (self.folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]) if rows else [])
             writer.writeheader()
@@ -54,14 +54,14 @@ class Page:
         self._markdown.append(f"[{name}.csv]({name}.csv)")
 
     def figure(self, name: str, caption: str) -> None:
-        """The PNG called ``name`` in the folder."""
+        """Adds the PNG called ``name`` in the folder."""
         self._markdown.append(f"![{caption}]({name})")
         data = base64.b64encode((self.folder / name).read_bytes()).decode()
         text = html.escape(caption)
         self._html.append(f'<p><img alt="{text}" src="data:image/png;base64,{data}"></p><p class="note">{text}</p>')
 
     def write(self) -> None:
-        """report.md and report.html."""
+        """Writes report.md and report.html."""
         (self.folder / "report.md").write_text("\n\n".join(self._markdown) + "\n", encoding="utf-8")
         head = f'<meta charset="utf-8"><title>{html.escape(self.title)}</title><style>{STYLE}</style>'
         body = "\n".join(self._html)

@@ -1,4 +1,4 @@
-"""The paper's tables I to X as printed (paper.json), and where they do not add up."""
+"""The paper's tables I to X as printed (paper.json), and their inconsistencies."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A printed table: columns are languages, in table X tasks (``task`` is None there)."""
+    """A printed table. Columns are languages, in table X tasks (``task`` is None there)."""
 
     number: str
     title: str
@@ -30,19 +30,21 @@ class Table:
     notes: tuple[str, ...]
 
     def row(self, method: str) -> Row | None:
-        """The authors' row of a method; of two with one name the second, which is their own run (table VI's SFT)."""
+        """Returns the authors' row of a method; of two with one name the second, which is their own run (table VI's
+        SFT).
+        """
         return next((row for row in reversed(self.rows) if row.method == method), None)
 
 
 @functools.cache
 def tables() -> dict[str, Table]:
-    """{"I": Table, ... "X": Table}."""
+    """Returns {"I": Table, ... "X": Table}."""
     found = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))["tables"]
     return {table["number"]: _table(table) for table in found}
 
 
 def table_of(task: str) -> Table | None:
-    """The table of an official task by its name here ("xnli"); None for a stand-in."""
+    """Returns the table of an official task by its name here ("xnli"); None for a stand-in."""
     return next((table for table in tables().values() if table.task == task), None)
 
 

@@ -1,4 +1,4 @@
-"""The paper's tables and figures from the results in a folder."""
+"""Makes the paper's tables and figures from the results in a folder."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ PAPERS = tuple(TITLES)[:8]  # the methods of the paper's tables
 
 
 def report(results: Path, output: Path) -> None:
-    """Write report.md, report.html, a CSV per table and a PNG per figure into ``output``.
+    """Writes report.md, report.html, a CSV per table and a PNG per figure into ``output``.
 
     Raises:
         FileNotFoundError, ValueError: as ``collect``.
@@ -39,7 +39,7 @@ def report(results: Path, output: Path) -> None:
 
 
 def side_by_side(groups: list[Group]) -> Iterator[list[Group]]:
-    """Those whose numbers may stand beside each other: of one model, on XGLUE's data or on stand-ins."""
+    """Groups tables whose numbers can be compared: those of one model, on XGLUE's data or on stand-ins."""
     for model in dict.fromkeys(group.configuration["model"] for group in groups):
         for official in (True, False):
             own = [g for g in groups if g.configuration["model"] == model and g.task.official is official]
@@ -48,20 +48,21 @@ def side_by_side(groups: list[Group]) -> Iterator[list[Group]]:
 
 
 def _methods(group: Group, groups: list[Group]) -> list[str]:
-    """The rows of a table: what was run for any table (of a task's further configurations only their own), and for
-    XGLUE's tasks what the paper has."""
+    """Returns the rows of a table: methods that were run for any table (for a task's further configurations only their
+    own), and for XGLUE's tasks also the paper's.
+    """
     ran = {method for other in (groups if group.main else [group]) for method in other.runs}
     ran |= set(PAPERS if group.task.official else ())
     return [method for method in TITLES if method in ran]
 
 
 def caption(group: Group) -> str:
-    """Model, data, training and where it ran: all that a table needs beside its numbers."""
+    """Describes model, data, training and devices: all that a table needs beside its numbers."""
     facts, given = group.result, group.configuration
     examples = facts["data"]["examples"]
     tested = sorted({count for name, count in examples.items() if name.startswith("test ")})
     train = f"{examples['train']:,} English examples to train on"
-    test = f"{tested[0]:,}" + (f" to {tested[-1]:,}" if len(tested) > 1 else "") + " a language to test"
+    test = f"{tested[0]:,}" + (f" to {tested[-1]:,}" if len(tested) > 1 else "") + " per language to test"
     best = "English dev" if given["select"] == "en" else "the mean of all languages' dev (not zero-shot)"
     kind = "official data of XGLUE" if group.task.official else "a stand-in, not a task of XGLUE"
     parts = [
@@ -75,7 +76,7 @@ def caption(group: Group) -> str:
 
 
 def ran_on(groups: list[Group]) -> str:
-    """Devices, versions and commits of all their runs."""
+    """Returns devices, versions and commits of all their runs."""
     results = [result for group in groups for result in group.results()]
     several = lambda values: ", ".join(dict.fromkeys(map(str, values)))
     return (
@@ -86,7 +87,7 @@ def ran_on(groups: list[Group]) -> str:
 
 
 def short_commit(commit: str | None) -> str:
-    """Nine digits, and the + of a checkout with changes."""
+    """Returns nine digits, and the + of a checkout with changes."""
     return "unknown" if commit is None else commit[:9] + ("+" if commit.endswith("+") else "")
 
 
@@ -142,7 +143,7 @@ def _task(page: Page, group: Group, methods: list[str]) -> None:
 
 
 def _rates_table(page: Page, group: Group) -> None:
-    """What every learning rate gave: how much of a difference is that of the choice."""
+    """Adds the results of every learning rate, to show how much of a difference is due to the choice of the rate."""
     rates = group.rates
     if len(rates) < 2:
         return
@@ -178,7 +179,7 @@ def _bracket(row: paper.Row | None, column: str) -> str:
 
 
 def _cells(group: Group, methods: Iterable[str], columns: list[str]) -> tuple[dict, list[dict]]:
-    """({(method, column): text}, the same as rows for a CSV)."""
+    """Returns ({(method, column): text}, the same as rows for a CSV)."""
     values = {
         (method, column): list(group.runs[method].scores(column).values())
         for method in methods for column in columns if method in group.runs
@@ -203,7 +204,7 @@ def _cells(group: Group, methods: Iterable[str], columns: list[str]) -> tuple[di
 
 
 def ranks(values: dict[str, float]) -> dict[str, int]:
-    """1 for the best, 2 for the second best, 0 for others; equal values have equal rank. Nothing to rank alone."""
+    """Returns 1 for the best, 2 for the second best, 0 for others. Equal values have equal rank. One alone has none."""
     best = sorted(set(values.values()), reverse=True)[:2]
     if len(values) < 2:
         return dict.fromkeys(values, 0)
@@ -211,12 +212,12 @@ def ranks(values: dict[str, float]) -> dict[str, int]:
 
 
 def marked(text: str, rank: int) -> str:
-    """The table's mark of a rank."""
+    """Adds the table's mark of a rank."""
     return {0: text, 1: f"**{text}**", 2: f"{text}†"}[rank]
 
 
 def against_sft(group: Group, column: str) -> dict[str, statistics.Paired]:
-    """Each method's scores minus SFT's, paired by the seeds that both have."""
+    """Returns each method's scores minus SFT's, paired by the seeds that both have."""
     base, found = group.runs["sft"].scores(column), {}
     for method, runs in group.runs.items():
         own = runs.scores(column)
@@ -227,7 +228,7 @@ def against_sft(group: Group, column: str) -> dict[str, statistics.Paired]:
 
 
 def holm_adjusted(tests: dict[str, statistics.Paired]) -> dict[str, float]:
-    """Each method's p, corrected by Holm for as many; without those of one seed, which have none."""
+    """Corrects each method's p by Holm for their number; without methods of one seed, which have no p."""
     judged = [method for method, test in tests.items() if test.p is not None]
     return dict(zip(judged, statistics.holm([tests[method].p for method in judged])))
 
@@ -269,7 +270,9 @@ def _claims(page: Page, group: Group) -> None:
 
 
 def over_tasks(groups: list[Group], methods: Iterable[str]) -> dict[tuple[str, str], float]:
-    """{(method, group's name or "Avg."): mean over languages and seeds}; "Avg." of what has a score in every group."""
+    """Returns {(method, group's name or "Avg."): mean over languages and seeds}; "Avg." for methods with a score in
+    every group.
+    """
     means = {}
     for method in methods:
         own = {g.name: statistics.mean(list(g.runs[method].scores("avg").values())) for g in groups if method in g.runs}
@@ -280,7 +283,7 @@ def over_tasks(groups: list[Group], methods: Iterable[str]) -> dict[tuple[str, s
 
 
 def _over_tasks(page: Page, groups: list[Group]) -> None:
-    """Table X, and figure 3: one for XGLUE's tasks, one for stand-ins. groups: one of each task."""
+    """Adds table X and figure 3: one for XGLUE's tasks, one for stand-ins. groups: one per task."""
     model, official = groups[0].configuration["model"], groups[0].task.official
     methods = [method for method in TITLES if any(method in g.runs for g in groups) or (official and method in PAPERS)]
     by_name = {group.name: group for group in groups}
@@ -332,7 +335,9 @@ def _over_tasks(page: Page, groups: list[Group]) -> None:
 
 
 def pairwise(groups: list[Group], methods: Iterable[str]) -> list[tuple[str, str, statistics.Paired]]:
-    """Paired t tests between all methods over the groups' mean scores (the paper's figure 3), two groups at least."""
+    """Makes paired t tests between all methods over the groups' mean scores (the paper's figure 3), two groups at
+    least.
+    """
     mean = lambda runs: statistics.mean(list(runs.scores("avg").values()))
     scores = {method: {g.name: mean(g.runs[method]) for g in groups if method in g.runs} for method in methods}
     found, names = [], list(scores)

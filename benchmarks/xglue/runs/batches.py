@@ -1,18 +1,18 @@
-"""The order of training examples: batches of near-equal length, a pure function of (seed, epoch)."""
+"""Orders training examples: batches of near-equal length, a pure function of (seed, epoch)."""
 
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
 
-BUCKET = 8  # batches whose examples are sorted by length together, to pad little
+BUCKET = 8  # batches whose examples are sorted by length together, for little padding
 
 
 class LengthBuckets(Sampler[int]):
-    """Indices of examples; each next ``batch_size`` of them are a batch, only an epoch's last may be smaller.
+    """Yields indices of examples. Each next ``batch_size`` of them are a batch; only an epoch's last may be smaller.
 
-    Nothing needs saving for a resume, and every method sees the same batches under the same seed, also on several
-    processes: they share out each batch.
+    A resume needs no saved state. Every method sees the same batches under the same seed, also on several processes,
+    which share out each batch.
 
     Args:
         lengths: of the examples.
@@ -33,7 +33,7 @@ class LengthBuckets(Sampler[int]):
         for start in range(0, len(order), bucket):
             order[start : start + bucket] = sorted(order[start : start + bucket], key=self.lengths.__getitem__)
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        rest = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # last, or it would shift all others
+        rest = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # goes last, as it would shift all others
         for number in generator.permutation(len(batches)):
             yield from batches[number]
         for batch in rest:

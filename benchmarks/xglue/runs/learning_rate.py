@@ -1,18 +1,18 @@
-"""The learning rate of a method: chosen on English dev, by the same rule for every method."""
+"""Chooses the learning rate of a method on English dev, by the same rule for every method."""
 
 from ..scores import statistics
 
 
 def english_dev(result: dict) -> float:
-    """The official English dev score of a run's best epoch, 0..1."""
+    """Returns the official English dev score of a run's best epoch, 0..1."""
     return result["dev"][str(result["best_epoch"])]["en"]["official"]
 
 
 def best_lr(scores: dict[float, dict[int, float]]) -> tuple[float, list[int]]:
-    """(the rate with the best mean, the seeds that it was chosen by).
+    """Returns (the rate with the best mean, the seeds by which it was chosen).
 
     Args:
-        scores: {lr: {seed: English dev score}}, not empty. Compared are the seeds that every rate has; of equal means
+        scores: {lr: {seed: English dev score}}, not empty. Only seeds that every rate has are compared. Of equal means
             the smaller rate is taken.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Who does which run, when several processes or sweeps share a folder of results."""
+"""Assigns runs when several processes or sweeps share a folder of results."""
 
 import fcntl
 import os
@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextmanager
 def claim(path: Path) -> Iterator[bool]:
-    """Whether this process has ``path`` (a lock file, made for the purpose) for itself inside of the context.
+    """Says whether this process has ``path`` (a lock file, made for the purpose) for itself inside the context.
 
-    The system lets go of it when the process ends, however it ends. On a file system that knows flock (NFS from
-    version 4 on).
+    The system releases it when the process ends, however it ends. Needs a file system with flock (NFS from version 4
+    on).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -21,7 +21,7 @@ def claim(path: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        # The holder before us may have removed the file between our open and our lock: ours is then nobody's.
+        # The previous holder may have removed the file between our open and our lock. Then the lock is worthless.
         mine = path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino
         try:
             yield mine

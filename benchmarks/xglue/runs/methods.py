@@ -1,4 +1,4 @@
-"""The paper's methods by name: the mask of a run's settings."""
+"""Makes the mask of a run's settings from the paper's methods by name."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from ..settings import Settings
 
 
 def policy_of(settings: Settings) -> Policy | None:
-    """The optimizer's mask; None for plain AdamW. Raises ValueError, as policies do, for values that cannot be."""
+    """Returns the optimizer's mask; None for plain AdamW. Raises ValueError for impossible values, as policies do."""
     anneal = LinearAnneal(settings.epochs, settings.anneal_start, settings.anneal_end)
     policy = METHODS[settings.method](settings.epochs, settings.p, anneal)
     if isinstance(policy, GradFreeze) and settings.blocks_per_epoch is not None:

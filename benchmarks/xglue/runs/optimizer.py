@@ -1,4 +1,4 @@
-"""The optimizer that transformers' Trainer makes of a run's settings."""
+"""Makes the optimizer of a run's settings for transformers' Trainer."""
 
 from transformers import TrainingArguments
 
@@ -11,7 +11,7 @@ from .methods import policy_of
 
 
 class WithHeadRate(GradDropFactory):
-    """What Trainer calls for its optimizer: blocks masked, embeddings and head dense, the head at its own rate."""
+    """Makes Trainer's optimizer: blocks masked, embeddings and head dense, the head at its own rate."""
 
     def __call__(self, model, *, head_lr_factor: float, **arguments) -> FusedGradDropAdamW:
         self.head_lr_factor = head_lr_factor
@@ -22,6 +22,6 @@ class WithHeadRate(GradDropFactory):
 
 
 def optimizer_of(settings: Settings, args: TrainingArguments) -> tuple[type[WithHeadRate], dict]:
-    """For ``Trainer(optimizer_cls_and_kwargs=...)``: FusedGradDropAdamW in the paper's scope."""
+    """Makes ``Trainer(optimizer_cls_and_kwargs=...)``: FusedGradDropAdamW in the paper's scope."""
     _, arguments = trainer_optimizer(args, mask=policy_of(settings))
     return WithHeadRate, {**arguments, "head_lr_factor": settings.head_lr_factor}

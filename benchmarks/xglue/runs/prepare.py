@@ -1,4 +1,4 @@
-"""What all runs of a configuration share: the examples, cut into sub-words, and the pretrained encoder."""
+"""Prepares what all runs of a configuration share: the examples, cut into sub-words, and the pretrained encoder."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from ..tasks import TASKS, Task
 
 @dataclass(frozen=True)
 class Split:
-    """Examples, and the features that were made of them (see ``features.encode``)."""
+    """Examples, and their features (see ``features.encode``)."""
 
     examples: list[Example]
     features: list[dict]
@@ -23,7 +23,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The data and the encoder of a configuration. train is English; dev and test are by language."""
+    """Data and encoder of a configuration. train is English; dev and test are by language."""
 
     task: Task
     source: encoders.Source
@@ -33,7 +33,7 @@ class Prepared:
 
 
 def prepare(settings: Settings, root: str | Path | None = None) -> Prepared:
-    """Load, trim and tokenise; the result for the same data, model and lengths is kept for the next run.
+    """Loads, trims and tokenises. The result for the same data, model and lengths is kept for the next run.
 
     Raises:
         FileNotFoundError, ValueError: what ``load`` and ``encoders.load`` raise.
@@ -65,7 +65,7 @@ def _prepare(
 
 
 def check(settings: Settings, root: str | Path | None = None) -> None:
-    """Read every file of the task and look for the model, before anything is run.
+    """Reads every file of the task and looks for the model, before anything is run.
 
     Raises:
         FileNotFoundError, OSError, ValueError, ModuleNotFoundError: a file or the model is missing or cannot be read.
@@ -84,7 +84,7 @@ def check(settings: Settings, root: str | Path | None = None) -> None:
 
 
 def texts_of(example: Example) -> list[str]:
-    """The strings of an example that a tokenizer cuts, each by itself."""
+    """Returns the strings of an example that a tokenizer cuts, each by itself."""
     if isinstance(example, WordsExample):
         return example.words
     if isinstance(example, SpanExample):
@@ -103,7 +103,7 @@ def _with_prefix(example: Example, prefix: str) -> Example:
 
 
 def sizes(prepared: Prepared) -> dict[str, int]:
-    """{"train": examples, "dev en": ..., "test de": ...}."""
+    """Returns {"train": examples, "dev en": ..., "test de": ...}."""
     parts = itertools.chain(
         [("train", prepared.train)],
         ((f"dev {language}", split) for language, split in prepared.dev.items()),

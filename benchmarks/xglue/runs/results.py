@@ -1,4 +1,4 @@
-"""Results of runs: a JSON file each, as a run leaves it, or a table of many, a line of JSON each, compressed."""
+"""Reads and writes results of runs: a JSON file per run, or a compressed table with a line of JSON per run."""
 
 import json
 import lzma
@@ -13,7 +13,7 @@ TABLE = ".jsonl.xz"  # 30 % smaller than gzip
 
 
 def read(path: Path) -> dict:
-    """A result's JSON. Raises ValueError for a file that is none."""
+    """Returns a result's JSON. Raises ValueError for a file that is no result."""
     try:
         return _checked(path.read_text(encoding="utf-8"), path)
     except UnicodeDecodeError as error:
@@ -21,8 +21,8 @@ def read(path: Path) -> dict:
 
 
 def read_all(source: Path) -> list[dict]:
-    """The results of a table; or those of a folder, in its tables and in the files that its runs left. By task,
-    configuration, method, learning rate and seed.
+    """Returns the results of a table; or those of a folder, in its tables and in the files that its runs left. Sorted
+    by task, configuration, method, learning rate and seed.
 
     Raises:
         ValueError: a file that is not a result, or two results of the same settings.
@@ -38,7 +38,7 @@ def read_all(source: Path) -> list[dict]:
 
 
 def key_of(result: dict) -> tuple:
-    """What tells a run from all others: its settings, in an order for tables."""
+    """Returns what distinguishes a run from all others: its settings, in an order for tables."""
     settings = result["settings"]
     same = {name: value for name, value in settings.items() if name not in VARIED}
     varied = (settings["method"], settings["lr"], settings["seed"])
@@ -46,7 +46,7 @@ def key_of(result: dict) -> tuple:
 
 
 def pack(source: Path, table: Path) -> int:
-    """Write the results of ``source`` as one table and return their number. The same results give the same bytes.
+    """Writes the results of ``source`` as one table and returns their number. The same results give the same bytes.
 
     Raises:
         FileNotFoundError: there are none.
@@ -62,7 +62,7 @@ def pack(source: Path, table: Path) -> int:
 
 
 def unpack(table: Path, folder: Path) -> int:
-    """Write a table's results as the files that their runs left and return their number: a sweep goes on from there.
+    """Writes a table's results as the files that their runs left, from which a sweep continues. Returns their number.
 
     Raises:
         FileNotFoundError, ValueError: as ``pack``.
@@ -95,7 +95,7 @@ def _of_tables(source: Path) -> list[tuple[dict, str]]:
 
 
 def _of_files(source: Path) -> list[tuple[dict, str]]:
-    # Results alone lie two folders deep, task and configuration.
+    # Only results are two folders deep, in task and configuration.
     return [(read(path), str(path)) for path in sorted(source.glob("*/*/*-lr*-seed*.json"))]
 
 

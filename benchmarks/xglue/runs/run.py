@@ -1,4 +1,4 @@
-"""One run: fine-tune with a method on English, test in every language, leave one JSON file."""
+"""Makes one run: fine-tunes with a method on English, tests in every language, leaves one JSON file."""
 
 import os
 import shutil
@@ -35,15 +35,15 @@ def run_one(
     predictions: bool = False,
     progress: bool = True,
 ) -> dict:
-    """Train, test, write ``results / settings.file`` whole or not at all, and return what it holds.
+    """Trains, tests, writes ``results / settings.file`` whole or not at all, and returns what it holds.
 
-    A result that is there is returned as it is. A run that was killed goes on from its last epoch, to the bits of an
-    uninterrupted one (on a GPU: with ``deterministic``).
+    A result that is there already is returned as it is. A run that was killed continues from its last epoch, to the
+    bits of an uninterrupted one (on a GPU: with ``deterministic``).
 
     Args:
         root: of the official data, see ``examples.load.load``.
         checkpoints: keep what a killed run needs beside the result, until it is there.
-        eval_batch_size: of a process.
+        eval_batch_size: per process.
         device: "cpu", or None for what Trainer finds.
         predictions: write the best epoch's test predictions too, as official files in ``prediction_folder``.
 
@@ -57,7 +57,7 @@ def run_one(
     if path.is_file():
         if predictions and not predicted.is_dir():
             raise ValueError(f"--predictions: {path} was run without; remove it to run again")
-        shutil.rmtree(folder, ignore_errors=True)  # killed between the last two lines of this function
+        shutil.rmtree(folder, ignore_errors=True)  # was killed between the last two lines of this function
         return read(path)
     check_devices(settings, device)
     policy = policy_of(settings)
@@ -78,7 +78,7 @@ def run_one(
     else:
         trainer.restore(best)
         test = {best: trainer.test_scores()}
-    state = weights.whole(trainer.model)  # on every process: it is a joint operation
+    state = weights.whole(trainer.model)  # on every process, as it is a joint operation
     result = {
         "format": FORMAT,
         "settings": asdict(settings),
@@ -101,17 +101,17 @@ def run_one(
         write_json(path, result)
         shutil.rmtree(folder, ignore_errors=True)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # nobody begins the next run before this one's result is there
+        torch.distributed.barrier()  # no process begins the next run before this one's result is there
     return result
 
 
 def prediction_folder(result: Path) -> Path:
-    """Where the prediction files of a result are, as {TASK}/{language}.prediction: what ``score`` takes."""
+    """Returns the folder of a result's prediction files, {TASK}/{language}.prediction, as ``score`` takes it."""
     return result.with_suffix(".predictions")
 
 
 def check_devices(settings: Settings, device: str | None) -> None:
-    """Raises ValueError where the batch cannot be shared out, or a process would take several GPUs (DataParallel)."""
+    """Raises ValueError if the batch cannot be shared out, or a process would take several GPUs (DataParallel)."""
     per_device(settings)
     if device != "cpu" and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
         raise ValueError(
@@ -121,7 +121,7 @@ def check_devices(settings: Settings, device: str | None) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """Of every package that has a part in the numbers; None for one that is not installed."""
+    """Returns the versions of the packages that influence the results; None if not installed."""
     found = {"graddrop_kernels": graddrop_kernels.__version__}
     for name in PACKAGES:
         try:
@@ -132,7 +132,7 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with a + for changes that are in none; None outside of one."""
+    """Returns the commit of this checkout, with a + for uncommitted changes; None outside of a checkout."""
     here = Path(__file__).parents[1]
     git = lambda *words: subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
     try:
@@ -146,10 +146,11 @@ def commit() -> str | None:
 
 
 def _curves(trainer: XglueTrainer) -> dict:
-    """{"losses": [[step, mean loss since the entry before], ...], "active_fraction": [[step, share of the masked
-    elements that the next step keeps], ...]}; without a mask the share is 1."""
+    """Returns {"losses": [[step, mean loss since the entry before], ...], "active_fraction": [[step, share of the
+    masked elements that the next step keeps], ...]}; without a mask the share is 1.
+    """
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    finite = lambda value: value if abs(value) < float("inf") else None  # JSON knows no NaN
+    finite = lambda value: value if abs(value) < float("inf") else None  # JSON has no NaN
     active = [[entry["step"], entry.get("graddrop_active_fraction", 1.0)] for entry in logs]
     return {"losses": [[entry["step"], finite(entry["loss"])] for entry in logs], "active_fraction": active}
 

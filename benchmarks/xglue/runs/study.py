@@ -1,9 +1,9 @@
-"""Studies: sweeps that a JSON file describes, so that a table can be made again from nothing by one command.
+"""Studies: sweeps that a JSON file describes, so that one command can make a table again from nothing.
 
     {"description": "...", "sweeps": [{"task": "sib200", "model": "e5-small", "methods": ["all"], "seeds": ["0..15"],
      "lrs": [5e-5, 1e-4], "tuning_seeds": ["0..1"], "epochs": 3}]}
 
-Keys of a sweep but methods, seeds, lrs and tuning_seeds are settings.Settings' fields.
+Except methods, seeds, lrs and tuning_seeds the keys of a sweep are settings.Settings' fields.
 """
 
 import json
@@ -17,11 +17,11 @@ FOLDER = Path(__file__).parents[1] / "studies"
 
 
 def plans(file: str) -> list[Plan]:
-    """The sweeps of a study: a path, or the name of one of ours.
+    """Returns the sweeps of a study: a path, or the name of one of ours.
 
     Raises:
         FileNotFoundError: there is none; lists ours.
-        ValueError: not a study, or settings that cannot be; names the file.
+        ValueError: not a study, or impossible settings; names the file.
     """
     path = Path(file) if file.endswith(".json") else FOLDER / f"{file}.json"
     if not path.is_file():

@@ -1,7 +1,7 @@
-"""Many runs: a grid of learning rates for every method on a few seeds, then all seeds at the best one.
+"""Makes many runs: a grid of learning rates for every method on a few seeds, then all seeds at the best one.
 
-Every worker looks at the folder of results, takes the first run that is neither there nor claimed, and goes on until
-none is left. So a sweep that is stopped or killed goes on where it was, and two of them may share a folder.
+Every worker looks at the folder of results, takes the first run that is neither there nor claimed, and repeats this
+until none is left. So a sweep that is stopped or killed can continue, and two of them may share a folder.
 """
 
 import multiprocessing
@@ -29,7 +29,7 @@ _CHOSEN: dict[tuple, float] = {}  # (plan, method, folder): learning rate, so th
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep shall run. With one learning rate nothing is chosen. base: all settings but method, seed and lr."""
+    """The runs of a sweep. With one learning rate nothing is chosen. base: all settings but method, seed and lr."""
 
     base: Settings
     methods: tuple[str, ...]
@@ -38,7 +38,9 @@ class Plan:
     tuning_seeds: tuple[int, ...]
 
     def tuning(self) -> list[Settings]:
-        """The runs of the grid; seed by seed, so that a sweep that is cut short has something of every method."""
+        """Returns the runs of the grid, seed by seed, so that a sweep that is cut short has something of every
+        method.
+        """
         if len(self.lrs) == 1:
             return []
         return [
@@ -47,7 +49,9 @@ class Plan:
         ]  # fmt: skip
 
     def runs(self, results: Path) -> list[Settings]:
-        """The runs known so far: the grid, and those at the rate of each method whose part of the grid is done."""
+        """Returns the runs known so far: the grid, and those at the rate of each method whose part of the grid is
+        done.
+        """
         chosen = {method: self.lr(method, results) for method in self.methods}
         final = [
             replace(self.base, method=method, seed=seed, lr=chosen[method])
@@ -56,7 +60,7 @@ class Plan:
         return list(dict.fromkeys([*self.tuning(), *final]))
 
     def possible(self) -> list[Settings]:
-        """Every run that there may be, checked. Raises ValueError for values that cannot be."""
+        """Returns every run that there may be, checked. Raises ValueError for impossible values."""
         pairs = [(method, lr) for method in self.methods for lr in self.lrs]
         found = [replace(self.base, method=method, seed=self.seeds[0], lr=lr) for method, lr in pairs]
         for settings in found:
@@ -64,14 +68,14 @@ class Plan:
         return found
 
     def total(self) -> int:
-        """How many runs there will be."""
+        """Returns the number of runs that there will be."""
         if len(self.lrs) == 1:
             return len(self.methods) * len(self.seeds)
         again = len(set(self.seeds) - set(self.tuning_seeds))
         return len(self.methods) * (len(self.lrs) * len(self.tuning_seeds) + again)
 
     def lr(self, method: str, results: Path) -> float | None:
-        """The method's learning rate; None while its part of the grid is not done."""
+        """Returns the method's learning rate; None while its part of the grid is not done."""
         if len(self.lrs) == 1:
             return self.lrs[0]
         if (self, method, results) in _CHOSEN:
@@ -90,9 +94,9 @@ class Plan:
 def work(
     plan: Plan, results: Path, options: dict, *, go_on: Callable[[], bool] = lambda: True, started: float | None = None
 ) -> list[Settings]:
-    """Do what is left of the plan that no other process does; returns the runs that failed (here or elsewhere).
+    """Does what is left of the plan and not done by other processes. Returns the runs that failed (here or elsewhere).
 
-    A run that raises leaves its traceback beside where its result would be, and is tried again by the next sweep only.
+    A run that raises leaves its traceback beside the place of its result. Only the next sweep tries it again.
 
     Args:
         options: of ``run_one``.
@@ -109,7 +113,7 @@ def work(
             # The grid of a method that has failed runs is never complete: its other seeds have no learning rate.
             return failed
         if not any(_attempt(settings, results, options) for settings in left):
-            time.sleep(POLL)  # others are at all of them
+            time.sleep(POLL)  # other processes are working on all of them
     return failed
 
 
@@ -122,7 +126,7 @@ def _attempt(settings: Settings, results: Path, options: dict) -> bool:
             return True
         failure = _failure(path)
         try:
-            from .run import run_one  # only in workers: transformers' Trainer takes seconds to import
+            from .run import run_one  # only in workers, as transformers' Trainer takes seconds to import
 
             run_one(settings, results, **options)
             failure.unlink(missing_ok=True)
@@ -144,16 +148,16 @@ def _failed_since(path: Path, started: float) -> bool:
 
 
 def sweep(plan: Plan, results: Path, options: dict, *, workers: int = 1, threads: int | None = None) -> int:
-    """Do all of the plan with ``workers`` processes; a bar shows the runs done and the time left.
+    """Does all of the plan with ``workers`` processes. A bar shows the runs done and the time left.
 
-    Several GPUs are dealt out to the workers in turn; several workers on one GPU are usual for small models.
+    Several GPUs are dealt out to the workers in turn. Several workers on one GPU are usual for small models.
 
     Args:
         options: of ``run_one``.
         threads: of torch in each worker; default: the cores shared out.
 
     Returns:
-        The number of runs that are missing at the end; each said why on stderr.
+        The number of runs that are missing at the end. The reason of each is on stderr.
     """
     started, total = time.time() - 1, plan.total()
     threads = threads or max(1, (os.cpu_count() or 1) // workers)
@@ -168,7 +172,7 @@ def sweep(plan: Plan, results: Path, options: dict, *, workers: int = 1, threads
     try:
         with tqdm(total=total, initial=before, desc=plan.base.task, unit="run", smoothing=0) as bar:
             for process, gpu in zip(processes, deal_gpus(workers, options.get("device"))):
-                with _visible(gpu):  # before it loads CUDA
+                with _visible(gpu):  # before the process loads CUDA
                     process.start()
             while any(process.is_alive() for process in processes):
                 time.sleep(POLL)
@@ -194,7 +198,7 @@ def sweep(plan: Plan, results: Path, options: dict, *, workers: int = 1, threads
 
 
 def deal_gpus(workers: int, device: str | None) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of each worker: the visible GPUs in turn; None, as it is, where there is no choice."""
+    """Returns CUDA_VISIBLE_DEVICES of each worker: the visible GPUs in turn; None, unchanged, if there is no choice."""
     count = 0 if device == "cpu" else torch.cuda.device_count()
     if count < 2:
         return [None] * workers
@@ -217,7 +221,7 @@ def _visible(gpu: str | None) -> Iterator[None]:
 
 
 def _worker(plan: Plan, results: Path, options: dict, number: int, threads: int, started: float, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
     log = (results / "logs" / f"worker-{number}.log").open("a", encoding="utf-8", buffering=1)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)

@@ -1,5 +1,6 @@
 """transformers' Trainer for a run: batches by length, the official score of every dev language after every epoch, and
-checkpoints that a killed run can trust."""
+checkpoints that a killed run can trust.
+"""
 
 import math
 import os
@@ -24,11 +25,11 @@ from .prepare import Prepared, Split
 
 COMPLETE = "complete"  # empty file: everything else of the checkpoint is on the disk
 BEST = "best.pt"  # weights of the best epoch so far
-LOSSES = 200  # values kept of a run's training loss, about
+LOSSES = 200  # approximate number of values kept of a run's training loss
 
 
 class XglueTrainer(Trainer):
-    """``run.run_one`` says how it is used. Dev scores (and with ``test_every_epoch`` test scores) go to the log."""
+    """Used by ``run.run_one``. Dev scores (and with ``test_every_epoch`` test scores) go to the log."""
 
     def __init__(
         self, settings: Settings, prepared: Prepared, folder: Path, *, checkpoints: bool, eval_batch_size: int,
@@ -36,8 +37,8 @@ class XglueTrainer(Trainer):
     ):  # fmt: skip
         self.settings, self.prepared, self.checkpoints = settings, prepared, checkpoints
         self.predictions = predictions  # folder for the best epoch's test predictions
-        self.best: tuple[int, dict] | None = None  # epoch and weights, where no file keeps them
-        # transformers allows bf16 on a CPU only where it was told of it.
+        self.best: tuple[int, dict] | None = None  # epoch and weights, if no file keeps them
+        # transformers allows bf16 on a CPU only with use_cpu.
         on_cpu = device == "cpu" or not torch.accelerator.is_available()
         args = TrainingArguments(
             output_dir=str(folder), num_train_epochs=settings.epochs,
@@ -51,18 +52,18 @@ class XglueTrainer(Trainer):
         )  # fmt: skip
         model = prepared.source.model(settings.seed, settings.dropout)
         if args.device.type == "cpu" and settings.precision == "bf16":
-            # torch 2.13's fused attention in bf16 takes longer than its parts: 0.75 s per step of e5-small, they 0.6 s.
+            # torch 2.13's fused attention in bf16 takes 0.75 s per step of e5-small, its parts only 0.6 s.
             model.set_attn_implementation("eager")
-        logging.disable_progress_bar()  # of files that are written and read
+        logging.disable_progress_bar()  # of files that are read and written
         super().__init__(
             model=model, args=args, data_collator=features.collator(prepared.task, prepared.source.tokenizer),
             train_dataset=prepared.train.features, eval_dataset=prepared.dev["en"].features,
             optimizer_cls_and_kwargs=optimizer_of(settings, args), callbacks=[GradDropCallback()],
         )  # fmt: skip
-        # Trainer leaves the mean over micro-batches to models that take any keyword, whether they do it or not.
+        # Trainer leaves the mean over micro-batches to models that take any keyword, even if they do not compute it.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
-        # After GradDropCallback, so that a step's end is shown when all is done.
+        # After GradDropCallback, so that the end of a step is shown when everything is done.
         self.add_callback(_Log(settings, progress and self.is_world_process_zero()))
         if checkpoints:
             self.add_callback(_Complete())
@@ -73,7 +74,9 @@ class XglueTrainer(Trainer):
         return LengthBuckets(lengths, self.settings.batch_size, self.settings.seed, epoch)
 
     def scores(self, splits: dict[str, Split], predictions_to: Path | None = None) -> dict[str, dict[str, float]]:
-        """{language: ``metrics.score(...)``}; official prediction files too, if there is a folder for them."""
+        """Returns {language: ``metrics.score(...)``}. Writes official prediction files too, if there is a folder for
+        them.
+        """
         task, found = self.prepared.task, {}
         for language, split in splits.items():
             predicted = self._predicted(split)
@@ -84,24 +87,24 @@ class XglueTrainer(Trainer):
         return found
 
     def test_scores(self) -> dict[str, dict[str, float]]:
-        """Of the weights as they are; writes prediction files where they were asked for."""
+        """Returns the scores of the current weights. Writes prediction files if they were asked for."""
         return self.scores(self.prepared.test, self.predictions)
 
     def _predicted(self, split: Split):
-        """``features.decode`` of the model's outputs, in the order of the examples."""
-        order = sorted(range(len(split.features)), key=lambda i: len(split.features[i]["input_ids"]))  # to pad little
+        """Returns ``features.decode`` of the model's outputs, in the order of the examples."""
+        order = sorted(range(len(split.features)), key=lambda i: len(split.features[i]["input_ids"]))  # to pad less
         logits = self.predict([split.features[i] for i in order]).predictions
         place = np.argsort(order)
         logits = tuple(part[place] for part in logits) if isinstance(logits, tuple) else logits[place]
         return features.decode(self.prepared.task, split.examples, split.features, logits)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Trainer calls it after every epoch."""
+        """Scores an epoch. Trainer calls it after each one."""
         found = {"dev": self.scores(self.prepared.dev)}
         epochs = [*self.dev_scores(), found["dev"]]
         best = best_epoch(epochs) == len(epochs)
         if self.settings.test_every_epoch:
-            # Of the epochs so far, the files of the best one stay.
+            # Keeps the files of the best epoch so far.
             found["test"] = self.scores(self.prepared.test, self.predictions if best else None)
         self.log(found)
         if best and not self.settings.test_every_epoch and len(epochs) < self.settings.epochs:
@@ -109,7 +112,7 @@ class XglueTrainer(Trainer):
         return {}
 
     def dev_scores(self) -> list[dict[str, dict[str, float]]]:
-        """``scores`` of the dev sets, after each epoch so far."""
+        """Returns ``scores`` of the dev sets, after each epoch so far."""
         return [entry["dev"] for entry in self.state.log_history if "dev" in entry]
 
     def _keep(self, epoch: int) -> None:
@@ -122,7 +125,7 @@ class XglueTrainer(Trainer):
             self.best = None
 
     def restore(self, epoch: int) -> None:
-        """Put the weights of ``epoch`` (the best one) into the model, if they are not there."""
+        """Puts the weights of ``epoch`` (the best one) into the model, if they are not there."""
         if epoch == self.settings.epochs:
             return
         best = self.best
@@ -136,14 +139,15 @@ class XglueTrainer(Trainer):
 
 
 def best_epoch(dev: list[dict[str, dict[str, float]]]) -> int:
-    """The epoch (1, 2, ...) of the best mean official dev score over the languages that it was computed for; of equal
-    ones the first."""
+    """Returns the epoch (1, 2, ...) of the best mean official dev score over the languages that it was computed for,
+    and the first of equal ones.
+    """
     means = [math.fsum(score["official"] for score in scores.values()) / len(scores) for scores in dev]
     return 1 + means.index(max(means))
 
 
 def per_device(settings: Settings) -> int:
-    """Examples of a process's micro-batch. ValueError where the batch cannot be shared out."""
+    """Returns the examples per process and micro-batch. ValueError if the batch cannot be shared out."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if settings.batch_size % (settings.accumulation * processes):
         raise ValueError(
@@ -154,7 +158,7 @@ def per_device(settings: Settings) -> int:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in ``folder``; None if there is none."""
+    """Returns the newest complete checkpoint in ``folder``; None if there is none."""
     found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
     return max(found, key=_step, default=None)
 
@@ -164,8 +168,9 @@ def _step(path: Path) -> int:
 
 
 class _Complete(TrainerCallback):
-    """Marks a checkpoint as complete when all of it is on the disk, then removes the older ones: a run that is killed
-    at any moment leaves one to go on from."""
+    """Marks a checkpoint as complete when all of it is on the disk, then removes the older ones. So a run that is
+    killed at any moment leaves one to continue from.
+    """
 
     def on_save(self, args, state, control, **kwargs):
         parallel = torch.distributed.is_available() and torch.distributed.is_initialized()

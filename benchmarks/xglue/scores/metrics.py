@@ -1,16 +1,16 @@
-"""The official evaluator's numbers, 0..1, and plain ones beside.
+"""Computes the official evaluator's numbers, 0..1, and plain ones beside.
 
 The rules are those of microsoft/XGLUE's evaluation/xglue_evaluate.py with the seqeval of its time (before 1.0). Where
 they are not what one would expect:
 
-- A sentence with fewer predicted tags than words is filled up with "O". Sentences are then laid end to end, one "O"
-  between them; tags too many are not cut, and would move all that follows.
+- A sentence with fewer predicted tags than words is filled up with "O". Sentences are then concatenated, with one "O"
+  between them. Surplus tags are not cut, and would shift all that follows.
 - POS is the precision of chunks of equal tags, not the accuracy of tags: neighbours of one tag are one chunk, unless
   the tag begins with B, S or E (SCONJ, SYM). seqeval 1.2.2 takes the type of a tag from its second letter on, so that
-  X and O are one type there, and gives other numbers; for IOB2 tags, so for NER, the two agree.
+  X and O are one type there, and gives other numbers. For IOB2 tags, so for NER, the two agree.
 - WPR is the nDCG (scikit-learn's: linear gains, all ranks, ties averaged) of the predicted class, not of a score, over
-  runs of consecutive equal queries; a query with one document is left out, one with none that is relevant counts 0.
-- An unanswered question counts 0. Case, punctuation and articles count nothing; articles are each language's own.
+  runs of consecutive equal queries. A query with one document is left out, one with none that is relevant counts 0.
+- An unanswered question counts 0. Case, punctuation and articles are ignored; each language has its own articles.
 """
 
 import re
@@ -32,15 +32,15 @@ _ARTICLES = {
     "de": r"\b(ein|eine|einen|einem|eines|einer|der|die|das|den|dem|des)\b",
     "ar": "\\sال^|ال",
 }
-# Languages whose answers are compared by character. Thai, which MLQA has not, is ours: it has no spaces either.
+# Languages whose answers are compared by character. Thai is our addition: MLQA lacks it, and it has no spaces either.
 _CHARACTERS = {"zh": "[\u4e00-\u9fa5]", "th": "[\u0e00-\u0e7f]"}
 
 
 def score(task: Task, language: str, examples: Sequence[Example], predictions) -> dict[str, float]:
-    """{"official": the evaluator's number, ...}, all 0..1.
+    """Returns {"official": the evaluator's number, ...}, all 0..1.
 
-    Beside it: "accuracy" and "f1" of labels (of the second of two labels, else the mean over the labels that occur);
-    of tags "accuracy" (of words), and "precision", "recall", "f1" of chunks; of answers "f1" and "exact_match".
+    Beside it: for labels "accuracy" and "f1" (of the second of two labels, else the mean over the labels that occur);
+    for tags "accuracy" (of words), and "precision", "recall", "f1" of chunks; for answers "f1" and "exact_match".
 
     Raises:
         ValueError: not as many predictions as examples; a ranking without any query of two documents.
@@ -60,12 +60,14 @@ def score(task: Task, language: str, examples: Sequence[Example], predictions) -
 
 
 def label_scores(task: Task, gold: Sequence[str], predicted: Sequence[str]) -> dict[str, float]:
-    """Accuracy, and F1 of the second label of two, else the mean of the F1 of the labels in gold or predicted."""
+    """Returns accuracy and F1: of the second of two labels, else the mean of the F1 of the labels in gold or
+    predicted.
+    """
     pairs = Counter(zip(gold, predicted))
     of_gold, of_predicted = Counter(gold), Counter(predicted)
     f1 = {
         label: 2 * pairs[label, label] / (of_gold[label] + of_predicted[label])
-        # sorted: the sum of floats below must not follow the order of a set, which is another in every process.
+        # sorted, as the sum of floats below must not depend on the order of a set, which differs between processes.
         for label in sorted({*gold, *predicted, *(task.labels if len(task.labels) == 2 else ())})
         if of_gold[label] + of_predicted[label]
     }
@@ -77,11 +79,11 @@ def label_scores(task: Task, gold: Sequence[str], predicted: Sequence[str]) -> d
 
 
 def chunks(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """(type, first, last) of the chunks, by the rules of seqeval before 1.0.
+    """Returns (type, first, last) of the chunks, by the rules of seqeval before 1.0.
 
-    They look at a tag's first letter, and at its type: what follows the last "-", or all of it. A chunk ends before
-    anything after S or E; before B, S or O after B or I; before another type after anything but O and ".". It begins
-    with B or S; with E or I after O, S or E; with another type, unless the tag is O or ".".
+    These use a tag's first letter, and its type: what follows the last "-", or all of it. A chunk ends before anything
+    after S or E; before B, S or O after B or I; before another type after anything but O and ".". It begins with B or
+    S; with E or I after O, S or E; with another type, unless the tag is O or ".".
     """
     found, begin = set(), 0
     before, before_type = "O", ""
@@ -97,7 +99,7 @@ def chunks(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 
 
 def chunk_scores(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Accuracy of words, and precision, recall and F1 of chunks, 0 where there are none."""
+    """Returns the accuracy of words, and precision, recall and F1 of chunks, 0 if there are none."""
     filled = [[*ours, *["O"] * (len(tags) - len(ours))] for tags, ours in zip(gold, predicted)]
     wanted = chunks([tag for sentence in gold for tag in (*sentence, "O")])
     found = chunks([tag for sentence in filled for tag in (*sentence, "O")])
@@ -112,7 +114,7 @@ def chunk_scores(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str
 
 
 def ndcg(examples: Sequence[TextExample], predicted: Sequence[str]) -> float:
-    """The mean over the runs of one query of the nDCG of the predicted classes, as numbers."""
+    """Returns the mean over the runs of one query of the nDCG of the predicted classes, as numbers."""
     from sklearn.metrics import ndcg_score
 
     values = []
@@ -126,7 +128,7 @@ def ndcg(examples: Sequence[TextExample], predicted: Sequence[str]) -> float:
 
 
 def normalise(answer: str, language: str) -> list[str]:
-    """The tokens that are compared: MLQA's rules; languages that MLQA has not lose no articles."""
+    """Returns the tokens to compare, by MLQA's rules. In languages that MLQA lacks no articles are removed."""
     text = "".join(c for c in answer.lower() if not _is_punctuation(c))
     if language in _ARTICLES:
         text = re.sub(_ARTICLES[language], " ", text)
@@ -140,7 +142,7 @@ def _is_punctuation(character: str) -> bool:
 
 
 def answer_scores(language: str, examples: Sequence[SpanExample], predicted: dict[str, str]) -> dict[str, float]:
-    """F1 of tokens and exact match: of the best answer to a question, and the mean over the questions."""
+    """Returns F1 of tokens and exact match: of the best answer to a question, and the mean over the questions."""
     f1 = exact = 0.0
     for example in examples:
         if example.guid not in predicted:

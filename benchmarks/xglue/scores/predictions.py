@@ -1,7 +1,7 @@
-"""Official prediction files, {TASK}/{language}.prediction.
+"""Reads and writes official prediction files, {TASK}/{language}.prediction.
 
-The n-th line is the label of the n-th example; for words a tag per line with a blank line after each sentence; for
-spans one JSON object, id -> answer.
+The n-th line is the label of the n-th example. For words there is a tag per line, with a blank line after each
+sentence; for spans one JSON object, id -> answer.
 """
 
 import json
@@ -16,17 +16,17 @@ from ..tasks import Task
 
 
 def path(folder: str | Path, task: Task, language: str) -> Path:
-    """Where the file is."""
+    """Returns the path of the file."""
     return Path(folder) / task.folder / f"{language}.prediction"
 
 
 def write(folder: str | Path, task: Task, language: str, predicted) -> Path:
-    """Writes the file whole or not at all, and returns its path; predicted as features.decode's."""
+    """Writes the file whole or not at all, and returns its path. ``predicted`` is as features.decode returns it."""
     target = path(folder, task, language)
     if task.kind == "span":
         text = json.dumps(predicted, ensure_ascii=False, indent=0) + "\n"
     elif task.kind == "token":
-        # An empty sentence would be no sentence to the evaluator, and shift all that follow; "O" is what it fills with.
+        # The evaluator would not see an empty sentence, which shifts all that follow. "O" is what it fills up with.
         text = "".join("".join(f"{tag}\n" for tag in tags or ["O"]) + "\n" for tags in predicted)
     else:
         text = "".join(f"{label}\n" for label in predicted)
@@ -38,12 +38,12 @@ def write(folder: str | Path, task: Task, language: str, predicted) -> Path:
 
 
 def read(folder: str | Path, task: Task, language: str, examples: Sequence[Example]):
-    """The predictions of a file, as features.decode gives them.
+    """Returns the predictions of a file, as features.decode does.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: other than one prediction for each example, or a label that the task does not have; names file and
-            line. Fewer tags than words are a sentence that was cut; more are refused.
+        ValueError: not exactly one prediction per example, or a label that the task does not have; names file and line.
+            Fewer tags than words are a sentence that was cut; more are refused.
     """
     source = path(folder, task, language)
     text = read_text(source)

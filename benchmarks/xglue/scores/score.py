@@ -13,7 +13,7 @@ Scores = dict[str, dict[str, dict[str, float]]]
 def score_folder(
     folder: str | Path, tasks: Sequence[str] | None = None, split: str = "test", root: str | Path | None = None
 ) -> Scores:
-    """{task: {language: metrics.score(...), ..., "avg": {"official": ..., ...}}}.
+    """Returns {task: {language: metrics.score(...), ..., "avg": {"official": ..., ...}}}.
 
     "avg" is the plain mean over the languages, English included, as the evaluator's.
 

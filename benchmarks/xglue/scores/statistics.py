@@ -8,14 +8,14 @@ from scipy.special import stdtr, stdtrit
 
 
 def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean; ValueError for no values."""
+    """Returns the arithmetic mean; ValueError for no values."""
     if not values:
         raise ValueError("the mean of no values")
     return math.fsum(values) / len(values)
 
 
 def sd(values: Sequence[float]) -> float | None:
-    """Standard deviation of a sample (n - 1); None for fewer than two values."""
+    """Returns the standard deviation of a sample (n - 1); None for fewer than two values."""
     if len(values) < 2:
         return None
     centre = mean(values)
@@ -26,8 +26,8 @@ def sd(values: Sequence[float]) -> float | None:
 class Paired:
     """The paired two-sided t test of n differences: their mean, sd, t, p, and the mean's confidence interval.
 
-    All but ``difference`` and ``n`` are None for n = 1. Where every difference is the same, sd is 0 and t infinite (p
-    0), or, where they are 0, t is 0 (p 1).
+    For n = 1 all but ``difference`` and ``n`` are None. If all differences are equal, sd is 0 and t infinite (p 0); if
+    they are all 0, t is 0 (p 1).
     """
 
     difference: float
@@ -40,7 +40,7 @@ class Paired:
 
 
 def paired(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Paired:
-    """The differences first - second, pair by pair (Student 1908).
+    """Tests the differences first - second, pair by pair (Student 1908).
 
     Args:
         confidence: of the interval ``low`` to ``high``, in (0, 1).
@@ -66,7 +66,7 @@ def paired(first: Sequence[float], second: Sequence[float], confidence: float = 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values adjusted for that many tests, in the given order (Holm 1979): reject where at most alpha."""
+    """Returns p values adjusted for that many tests, in the given order (Holm 1979): reject if at most alpha."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     adjusted, running = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):

@@ -1,4 +1,4 @@
-"""How far a backend may be from "exact": bounds in ulp at the size of a step's operands."""
+"""Bounds on the distance between a backend and "exact", in ulp at the size of a step's operands."""
 
 from typing import NamedTuple
 
@@ -6,18 +6,18 @@ import torch
 
 
 class Bound(NamedTuple):
-    """How far one step may be from the exact one, from the same state, in ulp at ``operand_sizes``.
+    """Bounds on the distance between one step and the exact one from the same state, in ulp at ``operand_sizes``.
 
-    In 16 bits a store may round the other way as well, stochastically or not: there any bound but 0 means one ulp of
-    the 16-bit dtype.
+    In 16 bits a store may also round the other way, stochastically or not: there any bound but 0 means one ulp of the
+    16-bit dtype.
     """
 
     param: float
     moments: float
-    gaussian: float  # for all of them under a Gaussian mask, whose random numbers go through a logarithm and a sine
+    gaussian: float  # for all under a Gaussian mask, whose random numbers go through a logarithm and a sine
 
     def of(self, key: str, gaussian: bool) -> float:
-        """For the parameter (``"param"``) or a part of its state, in float32."""
+        """Returns the bound in float32 of the parameter (``"param"``) or of a part of its state."""
         if key == "step":
             return 0
         return self.gaussian if gaussian else self.param if key in ("param", "master_param") else self.moments
@@ -25,39 +25,39 @@ class Bound(NamedTuple):
 
 # A backend without a row here must have the bits of "exact".
 BOUNDS = {
-    # Two roundings where exact has one in each fma, and torch.sqrt. Over 25 seeds of `verify --quick` at most 4, 1 and
-    # 9 were measured (torch 2.13, CPU).
+    # Rounds twice where exact rounds once in each fma, and takes torch.sqrt. The largest distances over 25 seeds of
+    # `verify --quick` were 4, 1 and 9 (torch 2.13, CPU).
     "reference": Bound(param=8, moments=2, gaussian=16),
 }
 EXACT = Bound(0, 0, 0)
-# The share of stochastically rounded parameters that may be an ulp off. An error in float32 tips a rounding at odds of
-# that error by an ulp of bfloat16: at most 0.002 of the reference's were measured. Another draw gives nothing worse
-# than an ulp either, but in 1.6 % of the elements and more.
+# The share of stochastically rounded parameters that may be an ulp off. An error in float32 tips a rounding with the
+# probability error / (ulp of bfloat16): for the reference at most 0.002 of the parameters were measured. A wrong draw
+# is not worse than an ulp either, but shows in 1.6 % of the elements or more.
 TIPPED = 1 / 128
 
 
 def norm_limit(gaussian: bool) -> float:
-    """How far a norm of gradients may be from the exact one, in ulp of float32; the same for every backend.
+    """Returns the bound on a norm of gradients, in ulp of float32 from the exact one; the same for every backend.
 
     Args:
-        gaussian: the gradients have Gaussian factors, and a backend without a sum of its own takes the reference's.
+        gaussian: the gradients have Gaussian factors. A backend without a sum of its own takes the reference's factors.
     """
     return BOUNDS["reference"].gaussian if gaussian else 2
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bit patterns of a floating-point tensor, as integers."""
+    """Returns the bit patterns of a floating-point tensor, as integers."""
     return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 def in_dtype(bound: float, dtype: torch.dtype) -> float:
-    """A bound in float32 as one in ulp of a tensor's dtype."""
-    # Beside the store's own ulp, the float32 error: a float16's ulp is 2^13 of float32's, a bfloat16's more.
+    """Converts a bound from ulp of float32 to ulp of a tensor's dtype."""
+    # The store's own ulp plus the float32 error: an ulp of float16 is 2^13 ulp of float32, one of bfloat16 is more.
     return bound if dtype is torch.float32 or not bound else 1 + bound / 2**13
 
 
 def ulp_at(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """One ulp of ``dtype`` at numbers of this size, float64."""
+    """Returns one ulp of ``dtype`` at numbers of this size, float64."""
     finfo = torch.finfo(dtype)
     at_size = torch.frexp(size.double())[1].double().exp2() * finfo.eps / 2
     return at_size.masked_fill(size == 0, 0).clamp(min=finfo.smallest_normal * finfo.eps)
@@ -67,17 +67,17 @@ def operand_sizes(
     before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], beta1: float, lr_weight_decay: float,
     exact_moments: bool, grad: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """The size of the operands of one exact step, float64, by tensor: what a rounding error is relative to.
+    """Returns the sizes of the operands of one exact step, float64, by tensor. Rounding errors are relative to these.
 
     A moment may cancel against its gradient, (1 - beta2) g^2 is a difference of numbers of the size of g^2, and the
-    parameter may cancel against its update. Where a backend's moments are not exact, the update errs by as much more as
-    its moments have cancelled.
+    parameter may cancel against its update. If a backend's moments are not exact, the error of the update grows by as
+    much as its moments have cancelled.
 
     Args:
         before, after: {"param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq" with amsgrad, "master_param" where that is
-            what is stepped: float tensors}.
+            stepped: float tensors}.
         exact_moments: whether the backend's moments are those of "exact".
-        grad: the gradient, under a Gaussian mask: a factor 1 + deviation * z near 0 has cancelled. Else None.
+        grad: under a Gaussian mask the gradient, as a factor 1 + deviation * z near 0 has cancelled. Else None.
     """
     stepped = "master_param" if "master_param" in before else "param"
     p, m, v = (before[key].double().abs() for key in (stepped, "exp_avg", "exp_avg_sq"))

@@ -19,7 +19,7 @@ from .bounds import BOUNDS, norm_limit
 from .cases import COLUMNS, DTYPES, Case, make_cases
 from .run_case import Engine, Findings, run_case
 
-_FAILURES_SHOWN = 3  # of one engine and policy
+_FAILURES_SHOWN = 3  # per engine and policy
 
 
 def verify(
@@ -64,7 +64,7 @@ def _default_devices() -> list[str]:
 
 
 def _engines(devices: list[torch.device], only: str | None) -> tuple[list[Engine], dict[str, str]]:
-    """(what to verify, {name of a backend that is left out: why})."""
+    """Returns (engines to verify, {name of a backend that is left out: why})."""
     engines, absent = [], {}
     for backend in backends.BACKENDS:
         if only not in (None, backend.name):
@@ -77,7 +77,7 @@ def _engines(devices: list[torch.device], only: str | None) -> tuple[list[Engine
             absent[backend.name] = reason
             continue
         for device in fitting:
-            if (backend.name, device.type) != ("exact", "cpu"):  # that is what the others are compared with
+            if (backend.name, device.type) != ("exact", "cpu"):  # exact on the CPU is what the others are compared with
                 isas = cpu.available_isas() if backend.name == "cpu" else (None,)
                 engines += [Engine(backend, device, isa) for isa in isas]
     return engines, absent
@@ -90,7 +90,7 @@ def _takes(engine: Engine, case: Case) -> bool:
 
 
 def _progress(done: int, cases: list[Case], seconds: float) -> None:
-    """A line that is written over on a terminal; else one every tenth of the cases."""
+    """Prints a line: on a terminal over the last one, else at every tenth of the cases."""
     line = f"{done} of {len(cases)} cases, {seconds:.0f} s"
     if sys.stderr.isatty():
         print(f"\r{line}{'':10}", end="\n" if done == len(cases) else "", file=sys.stderr, flush=True)
@@ -99,7 +99,7 @@ def _progress(done: int, cases: list[Case], seconds: float) -> None:
 
 
 def _merged(findings: dict[Engine, dict[str, Findings]]) -> dict[tuple[Backend, torch.device, str], list[Findings]]:
-    """By backend, device and policy: instruction sets share a row."""
+    """Groups the findings by backend, device and policy, so that instruction sets share a row."""
     rows: dict[tuple[Any, ...], list[Findings]] = {}
     for engine, by_policy in findings.items():
         for policy, found in by_policy.items():

@@ -1,4 +1,4 @@
-"""One case of `verify`: "exact" and the backends step the same values side by side, compared after every step."""
+"""Runs one case of `verify`: "exact" and the backends step the same values side by side, compared after every step."""
 
 import random
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 class Engine(NamedTuple):
-    """A backend on a device, and for the cpu backend one instruction set."""
+    """A backend on a device and, for the cpu backend, one instruction set."""
 
     backend: Backend
     device: torch.device
@@ -29,29 +29,29 @@ class Engine(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """One step of "exact"."""
+    """Inputs and results of one step of "exact"."""
 
     mask: torch.Tensor
-    ask_mask: bool  # whether the engines are asked for theirs
+    ask_mask: bool  # whether the engines are asked for their masks
     grads: tuple[torch.Tensor, ...]
     before: dict[str, torch.Tensor]
     after: dict[str, torch.Tensor]
-    norm: torch.Tensor | None  # of the gradients, shape (1,), where the case clips
+    norm: torch.Tensor | None  # of the gradients, shape (1,), if the case clips
 
 
 class Mismatch(Exception):
-    """Two tensors that should be alike are not; the message has the first index and both values."""
+    """Two tensors that should be equal differ. The message has the first index and both values."""
 
 
 @dataclass
 class Findings:
-    """What the cases of one backend, device and policy came to."""
+    """Results of the cases of one backend, device and policy."""
 
     cases: int = 0
-    masks: int = 0  # cases whose masks showed in what the steps did
+    masks: int = 0  # cases whose masks show in the results of the steps
     wrong_masks: int = 0
     elements: int = 0
-    differing: int = 0  # elements with other bits than "exact"
+    differing: int = 0  # elements whose bits are not those of "exact"
     ulp: dict[str, float] = field(default_factory=dict)  # {column: the largest distance}
     failures: list[str] = field(default_factory=list)
 
@@ -74,12 +74,12 @@ class Training:
                 self.optimizer.state[param]["master_param"] = self._placed(param.detach().float(), i + 5)
 
     def _placed(self, tensor: torch.Tensor, place: int) -> torch.Tensor:
-        """A copy, which in a misaligned case begins 1 to 7 elements into its memory."""
+        """Returns a copy, which in a misaligned case begins 1 to 7 elements into its memory."""
         offset = 1 + place % 7 if self._misaligned else 0
         return torch.cat((tensor.new_zeros(offset), tensor))[offset:]
 
     def step(self, grads: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-        """One step; returns ``tensors()``."""
+        """Makes one step. Returns ``tensors()``."""
         for i, (param, grad) in enumerate(zip(self.params, grads)):
             param.grad = self._placed(grad.to(self.engine.device), i + 1)
         with cpu.using_isa(self.engine.isa):
@@ -87,16 +87,16 @@ class Training:
         return self.tensors()
 
     def mask(self) -> torch.Tensor:
-        """The masks of the next step, one after the other, on the CPU."""
+        """Returns the masks of the next step, concatenated, on the CPU."""
         return torch.cat([self.optimizer.mask(param) for param in self.params]).cpu()
 
     def norm(self) -> torch.Tensor | None:
-        """The norm of the last step's gradients, shape (1,), on the CPU; None without clipping."""
+        """Returns the norm of the last step's gradients, shape (1,), on the CPU; None without clipping."""
         norm = self.optimizer.grad_norm
         return norm if norm is None else norm.cpu().reshape(1)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Copies of the parameters and of each part of their state, one after the other, on the CPU."""
+        """Returns copies of the parameters and of each part of their state, concatenated, on the CPU."""
         parts: dict[str, list[torch.Tensor]] = {}
         for param in self.params:
             for key, tensor in {"param": param.detach(), **self.optimizer.state[param]}.items():
@@ -105,7 +105,7 @@ class Training:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The inverse of ``tensors``."""
+        """Restores ``tensors()``."""
         for key, joined in tensors.items():
             targets = self.params if key == "param" else [self.optimizer.state[param][key] for param in self.params]
             for target, part in zip(targets, joined.split([target.numel() for target in targets])):
@@ -113,8 +113,8 @@ class Training:
 
 
 def run_case(case: Case, engines: list[Engine], findings: dict[Engine, Findings]) -> None:
-    """Steps the case on "exact" and on each engine. An engine is left out of the rest of the case once it has failed;
-    the failure is added to its findings.
+    """Steps the case on "exact" and on each engine. An engine that fails leaves the case, and the failure is added to
+    its findings.
     """
     rng = random.Random(case.seed)
     generator = torch.Generator().manual_seed(rng.getrandbits(40))
@@ -128,7 +128,7 @@ def run_case(case: Case, engines: list[Engine], findings: dict[Engine, Findings]
     def attempt(engine: Engine, when: str, action: Callable[[], object]) -> None:
         try:
             action()
-        except Exception as error:  # whatever a backend raises is a finding
+        except Exception as error:  # any exception of a backend is a finding
             running.pop(engine, None)
             reason = str(error) if isinstance(error, Mismatch) else f"raised {type(error).__name__}: {error}"
             findings[engine].failures.append(f"FAIL {engine}: {case}: {when}: {reason}\n     with {arguments!r:.400}")
@@ -144,7 +144,7 @@ def run_case(case: Case, engines: list[Engine], findings: dict[Engine, Findings]
         for training in (exact, *running.values()):
             training.optimizer.set_epoch(epoch)
         grads = _gradients(case, before["exp_avg"], scales, generator)
-        # mask() is shared code but for what a device computes: asking each engine once a case is enough.
+        # mask() is shared code except for what a device computes, so each engine is asked only once per case.
         truth = Truth(exact.mask(), step == case.steps - 1, grads, before, exact.step(grads), exact.norm())
         for engine, training in list(running.items()):
             check = partial(_check_step, case, arguments, truth, training, findings[engine])
@@ -163,7 +163,7 @@ def _name(i: int) -> str:
 def _gradients(
     case: Case, exp_avg: torch.Tensor, scales: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients against the first moment, so that the moment of every trained element moves."""
+    """Makes gradients against the first moment, so that the moment of every trained element moves."""
     coin = torch.randint(2, scales.shape, generator=generator) * 2 - 1.0
     against = exp_avg.float().sign() * (1 if "maximize" in case.switches else -1)
     sizes = scales * (0.5 + torch.rand(scales.shape, generator=generator))
@@ -203,20 +203,20 @@ def _check_step(case: Case, arguments: dict[str, Any], truth: Truth, training: T
         limit = norm_limit(gaussian and arguments["norm_after_mask"])
         _compare(case, "grad_norm", norm, truth.norm, limit, None, found)
         if not torch.equal(norm, truth.norm):
-            # Backends add the squares up in orders of their own, in float64: once in millions of steps the norm rounds
-            # to another float32 (more often where they round a Gaussian's factors otherwise). The factor is another
-            # one then, and so are the right bits: the step is not compared, and the next begins where "exact" is.
+            # Each backend adds the squares in its own order, in float64. Once in millions of steps the norm rounds to
+            # another float32, more often if Gaussian factors are rounded differently. Then the factor differs, and with
+            # it the right bits. So this step is not compared, and the next one begins from the state of "exact".
             training.load(after)
             return
     for key, expected in after.items():
         limit = in_dtype(bound.of(key, gaussian), expected.dtype)
         if bound != EXACT and key == "param" and "master_param" in stepped:
-            limit, expected = 0, stepped["master_param"].to(expected.dtype)  # the masters have a bound, not the copy
+            limit, expected = 0, stepped["master_param"].to(expected.dtype)  # the bound is the masters', not the copy's
         _compare(case, key, stepped[key], expected, limit, sizes.get(key), found)
 
 
 def _clip_factor(truth: Truth, arguments: dict[str, Any]) -> float:
-    """About what the step multiplied the gradients by."""
+    """Approximates the factor by which the step multiplied the gradients."""
     return 1.0 if truth.norm is None else min(1.0, arguments["max_grad_norm"] / max(truth.norm.item(), 1e-6))
 
 
@@ -233,9 +233,9 @@ def _compare(
     case: Case, key: str, actual: torch.Tensor, expected: torch.Tensor, limit: float,
     size: torch.Tensor | None, found: Findings,
 ) -> None:  # fmt: skip
-    """Adds to the findings; raises Mismatch where the tensors are more than ``limit`` ulp apart.
+    """Adds to the findings. Raises Mismatch if the tensors are more than ``limit`` ulp apart.
 
-    An ulp is that of ``expected``'s dtype at ``size``, or where that is None at the larger of the two numbers.
+    An ulp is that of ``expected``'s dtype at ``size``, or if that is None at the larger of the two numbers.
     """
     found.elements += len(expected)
     found.ulp.setdefault(case.column, 0.0)
@@ -266,7 +266,7 @@ def _compare(
 
 
 def _place(case: Case, index: int) -> str:
-    """The parameter and the element that an index into all of them means."""
+    """Names the parameter and the element at an index into all of them."""
     for i, size in enumerate(case.sizes):
         if index < size:
             return f"{_name(i)}[{index}] of {size}"
