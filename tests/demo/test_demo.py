@@ -582,7 +582,7 @@ def test_a_folder_needs_no_network(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--method", "graddrop,dropgrad"], "argument --method: unknown 'dropgrad'; choose from sft, graddrop,"),
+        (["--method", "graddrop,dropgrad"], "argument --method: unknown 'dropgrad'; choose from sft, gradfreeze"),
         (["--languages", "xx"], "argument --languages: invalid choice: 'xx'"),
         (["--epochs", "0"], "argument --epochs: must be 1 or more, got 0"),
         (["--seed", "-1"], "argument --seed: must be 0 or more, got -1"),
