@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
 import threading
 import time
 from collections import deque
@@ -74,7 +73,7 @@ def parts(rehearse: bool, folder: Path) -> list[Part]:
     micro = [*pytest, "benchmarks/test_micro.py", "-k", "gpu and GradFreeze" if rehearse else "gpu"]
     on_cpu = {"GRADDROP_REHEARSE": "1"} if rehearse else {}
     verify = [python, "-m", "graddrop_kernels", "verify"]
-    bench = [python, "-m", "graddrop_kernels", "bench", "--quick", "--out", f"{tempfile.gettempdir()}/graddrop-bench"]
+    bench = [python, "-m", "graddrop_kernels", "bench", "--quick"]
     bench += ["--device", "cpu"] if rehearse else []
     one_mode = ("--modes", "float32") if rehearse else ()
     planned = [

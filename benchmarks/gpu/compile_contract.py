@@ -28,13 +28,13 @@ CASES = {
 TURNS, ELEMENTS = 4, 8  # of a program's loop; of a thread in a turn
 
 
-def row(case: str, mode: str, exact: bool) -> dict:
+def row(case: str, mode: str) -> dict:
     """Body: a whole block. Instructions an element: with the share of what comes before the loop."""
-    code = machine_code(compile_update(Variant(mode, exact=exact, **CASES[case])))
+    code = machine_code(compile_update(Variant(mode, **CASES[case])))
     widths = {name: Counter(8 * i.bytes for i in code.body if i.name == name) for name in ("LDG", "STG")}
     accesses = {name: {f"{bits} bit": found[bits] for bits in sorted(found)} for name, found in widths.items()}
     return {
-        "backend": "triton" if exact else "triton-fast",
+        "backend": "triton",
         "case": case,
         "mode": NAMES[mode],
         "registers": code.registers,
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / CONTRACT)
     options = parser.parse_args()
     version = subprocess.run([TOOLS / "ptxas", "--version"], capture_output=True, text=True, check=True).stdout
-    rows = [row(*each) for each in product(CASES, (mode for mode in MODES if mode in NAMES), (True, False))]
+    rows = [row(*each) for each in product(CASES, (mode for mode in MODES if mode in NAMES))]
     result = {
         "benchmark": "compile_contract",
         "when": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

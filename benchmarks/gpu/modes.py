@@ -26,7 +26,6 @@ WORKS = (
     WORK["xlmr_large"],
     Work("25 layers", lambda: encoder(100_000_000), lambda: encoder(1)[:32]),
 )
-APPROXIMATE = ("triton-fast",)  # moves the same bytes
 LATER = f"compiles for long: measured last, on {WORKS[0].label} only"
 
 
@@ -40,7 +39,7 @@ def measure(work: Work, name: str, slow: bool, copy: dict, timer: GpuTimer | Reh
     """Measures one table. ``slow``: only the peers that compile for long, and the baseline; else all others."""
     table = TABLES[name]
     tensors = make_tensors(work.small() if timer.rehearsal else work.tensors(), table.mode, timer.device)
-    backends = [backend for backend in backends_for(timer.device, table.mode) if backend not in APPROXIMATE]
+    backends = backends_for(timer.device, table.mode)
     baseline, *others = (row for row in table.rows if isinstance(row, Theirs))
     rows = [baseline, *(row for row in others if row.peer.slow_start or not slow)]
     variants = [theirs(row, tensors, table.mode, slow, timer) for row in rows]

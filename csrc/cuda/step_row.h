@@ -9,7 +9,7 @@
 
 namespace graddrop {
 
-// What depends on the age: float64 from the float32-rounded betas, rounded once.
+// The scalars that depend on the age. float64 from the float32-rounded betas, rounded once.
 // 1 - pow() and not -expm1(age * log(beta)), which is more accurate, because the CPU backend and the reference have it,
 // and the aim is their bits. The host's pow() is within 0.52 ulp, CUDA's within 2, so 1 - beta^t differs by at most
 // 3e-16; that changes its float32 with a probability of 3e-16 / (1 - beta^t) / 2^-24: 5e-6 for beta 0.999 in the first

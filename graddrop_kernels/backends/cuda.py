@@ -96,7 +96,7 @@ def unavailable() -> str | None:
 
 
 def architectures() -> list[str]:
-    """What the library holds code for: "sm_90" for machine code, "compute_90" for PTX. Empty without a library."""
+    """The architectures of the library: "sm_90" for machine code, "compute_90" for PTX. Empty without a library."""
     library, _ = _load()
     told: bytes = library.graddrop_cuda_architectures() if library else b""
     return told.decode().split("+") if told else []

@@ -8,15 +8,12 @@ from torch import nn
 from .names import (
     SAY_LAYERS,
     WRAPPERS,
-    block_of,
     canonical_module_name,
     canonical_name,
     forward_order,
     in_decoder,
     match_layers,
 )
-
-__all__ = ["block_of", "find_blocks", "match_layers", "parameter_blocks"]
 
 _CHECKPOINTING_LAYER = "transformers.modeling_layers.GradientCheckpointingLayer"
 _SHARED = (

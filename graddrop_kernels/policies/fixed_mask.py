@@ -29,7 +29,6 @@ class FixedMask(Policy):
     """
 
     masked = "frozen"
-    rebuildable = False
     follows_epochs = False
 
     def __init__(self, masks: Mapping[str, torch.Tensor], scale: float = 1.0):

@@ -1,6 +1,6 @@
-"""The paper's methods, one row each: what the demo, `bench`, `verify`, the benchmarks, the study and the tests go by.
+"""The paper's methods, one row each. The demo, `bench`, `verify`, the benchmarks, the study and the tests read them.
 
-FixedMask cannot be a row, since it needs tensors. Each of those readers that steps it adds it.
+FixedMask cannot be a row, since it needs tensors. Readers that step it add it themselves.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,11 @@ class Method:
 
     Args:
         title: the paper's name for it.
-        name: that of `verify` and of the benchmarks, by which results are kept.
+        name: its name in `verify` and in the benchmarks, by which results are stored.
         make: (epochs, p) -> policy, None for plain AdamW.
-        anneals: p follows a LinearAnneal in place of the one given.
-        studied: the demo and the study of transfer train with it.
-        timed: the benchmarks time it. A step of the others costs what that of a timed row does.
+        anneals: whether p follows a LinearAnneal instead of the p given.
+        studied: whether the demo and the study of transfer train with it.
+        timed: whether the benchmarks time it. A step of any other method costs as much as that of a timed one.
     """
 
     title: str
@@ -35,7 +35,7 @@ class Method:
     def __call__(
         self, epochs: int, p: Schedule = 0.2, anneal: LinearAnneal | None = None, layers: tuple[str, ...] | None = None
     ) -> Policy | None:
-        """The policy. ``anneal``: the schedule if it anneals; ``layers``: of a policy of blocks."""
+        """The policy. ``anneal``: the schedule, if it anneals. ``layers``: those of a policy of blocks."""
         policy = self.make(epochs, (anneal or LinearAnneal(epochs)) if self.anneals else p)
         if layers is None or policy is None or not policy.needs_blocks:
             return policy
@@ -48,12 +48,12 @@ class Method:
 
     @property
     def masked(self) -> str | None:
-        """What dropping means by default; None if nothing is dropped."""
+        """The default meaning of dropping; None if nothing is dropped."""
         return getattr(self(1), "masked", None)
 
 
-# By their names on command lines and in files of results. The first eight are the rows of the paper's tables, in their
-# order; then what it describes or names besides.
+# Keyed by their names on command lines and in files of results. The first eight are the rows of the paper's tables, in
+# their order. The others are methods that the paper describes or names besides.
 METHODS = {
     "sft": Method("SFT", "mask=None", lambda epochs, p: None),
     "gradfreeze-topdown": Method("GradFreeze-TopDown", "GradFreeze, top down", lambda epochs, p: GradFreeze(epochs)),

@@ -61,12 +61,6 @@ class Policy:
     def _values(self) -> dict[str, Any]:
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]  # dataclasses all
 
-    @property
-    def rebuildable(self) -> bool:
-        """Whether ``from_json`` can restore the policy. It cannot restore a callable p or a FixedMask."""
-        p = getattr(self, "p", None)
-        return not callable(p) or type(p).__name__ in _SCHEDULES
-
 
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):

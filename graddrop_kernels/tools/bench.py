@@ -5,14 +5,12 @@ time over torch's in the same round. On a GPU the times are those of CUDA events
 queued the step. The repository's benchmarks/ measure more, with more care.
 """
 
-import json
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,19 +37,17 @@ _P = 0.2
 _IN_EPOCH_0 = {"gradfreeze-topdown": ("GradFreeze, half frozen", 2)}  # (name, epochs), where the epoch makes the cost
 
 
-def bench(device: str | torch.device | None = None, out: str | Path | None = None, quick: bool = False) -> int:
-    """Measure, print the table, and write bench.json and, where matplotlib is installed, bench.png.
+def bench(device: str | torch.device | None = None, quick: bool = False) -> int:
+    """Measures, and prints the table.
 
     Args:
         device: "cpu" or "cuda"; default: the GPU if torch sees one.
-        out: folder of the files (default: graddrop-bench).
         quick: tiny tensors and few rounds: shows that it runs, the figures mean nothing.
 
     Returns:
         0, or 1 where no compiled backend can step such tensors, with the reasons.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = Path(out or "graddrop-bench")
     kind = "quick" if quick else device.type if device.type in _SIZES else "cpu"
     found: dict[str, Any] = {"quick": quick, "machine": _machine(device), "modes": []}
     for mode in _MODES:
@@ -62,11 +58,7 @@ def bench(device: str | torch.device | None = None, out: str | Path | None = Non
             print(f"nothing to measure on {device.type}: {reasons}", file=sys.stderr)
             return 1
         found["modes"].append(_measure(mode, backend, device, kind))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
     print(_table(found))
-    written = [folder / "bench.json", _plot(found, folder / "bench.png")]
-    print("\n".join(f"wrote {path}" for path in written if path))
     return 0
 
 
@@ -193,9 +185,8 @@ def _measure(mode: str, backend: str, device: torch.device, kind: str) -> dict[s
     rows = []
     for entry in entries:
         ratios = [own / torchs for own, torchs in zip(entry.seconds, entries[0].seconds)]
-        q1, median, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
-        figures = {"seconds": statistics.median(entry.seconds), "ratio": median, "ratio_q1": q1, "ratio_q3": q3}
-        rows.append({"name": entry.name, **figures})
+        seconds = statistics.median(entry.seconds)
+        rows.append({"name": entry.name, "seconds": seconds, "ratio": statistics.median(ratios)})
     numel = sum(param.numel() for _, param in tensors.named)
     size = {"numel": numel, "tensors": len(tensors.named)}
     return {"mode": mode, "backend": backend, **size, "rounds": rounds, "rows": rows}
@@ -215,29 +206,3 @@ def _table(found: dict[str, Any]) -> str:
         figures = [f"{each['ratio']:.2f} ({each['seconds'] * 1e3:.3f})" for each in own]
         lines.append(f"{row['name']:<34}" + "".join(f"{figure:>28}" for figure in figures))
     return "\n".join(lines)
-
-
-def _plot(found: dict[str, Any], path: Path) -> Path | None:
-    """The same as a figure; None without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no bench.png: matplotlib is not installed", file=sys.stderr)
-        return None
-    names = [row["name"] for row in found["modes"][0]["rows"]]
-    figure = Figure(figsize=(8, 1.6 + 0.36 * len(names)), layout="constrained")
-    axis = figure.subplots()
-    for mode, color, marker in zip(found["modes"], ("#0072B2", "#E69F00", "#009E73"), "oDs"):
-        for place, row in enumerate(mode["rows"]):
-            axis.plot([row["ratio_q1"], row["ratio_q3"]], [-place, -place], color=color, alpha=0.5)
-        ratios = [row["ratio"] for row in mode["rows"]]
-        axis.plot(ratios, [-place for place in range(len(names))], marker, color=color, label=mode["mode"])
-    axis.axvline(1, color="#D55E00")
-    axis.set_yticks([-place for place in range(len(names))], names)
-    axis.set(xscale="log", xlabel="time of a step / time of torch's unmasked fused AdamW; bars: quartiles")
-    doubt = "\nQUICK RUN, NO MEASUREMENT" if found["quick"] else ""
-    axis.set_title(f"{found['machine']['name']}, torch {found['machine']['torch']}{doubt}")
-    axis.grid(axis="x")
-    axis.legend()
-    figure.savefig(path, dpi=130)
-    return path

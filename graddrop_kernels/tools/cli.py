@@ -24,10 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--seed", type=int, help="repeats a run; default: a fresh one")
     command.add_argument("--quick", action="store_true", help="a few seconds instead of half a minute")
 
-    command = commands.add_parser("bench", help="the time of a step against torch's own, as table, JSON and PNG")
+    command = commands.add_parser("bench", help="the time of a step against torch's own")
     command.set_defaults(run=_bench)
     command.add_argument("--device", type=_device, help="default: the GPU where torch sees one, else the CPU")
-    command.add_argument("--out", help="folder of the files; default: graddrop-bench")
     command.add_argument("--quick", action="store_true", help="smaller tensors, fewer rounds")
     arguments = vars(parser.parse_args(argv))
     status: int = arguments.pop("run")(**arguments)
@@ -52,7 +51,7 @@ def _verify(device: str | None, backend: str | None, seed: int | None, quick: bo
     return verify(device, backend, seed, quick)
 
 
-def _bench(device: str | None, out: str | None, quick: bool) -> int:
+def _bench(device: str | None, quick: bool) -> int:
     from .bench import bench
 
-    return bench(device, out, quick)
+    return bench(device, quick)

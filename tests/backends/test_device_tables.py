@@ -210,10 +210,10 @@ def test_the_update_finds_the_tables_of_its_norm(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: looked.append(tensor) or address(tensor))
     asked = [addresses_are_asked(for_norm) for for_norm in (True, True, False, False, True)]
     assert asked == [True, True, False, True, True]
-    batch.grads = [torch.zeros(64) for _ in range(2)]
+    batch.grads, batch.version = [torch.zeros(64) for _ in range(2)], 1
     assert addresses_are_asked(for_norm=False) and tables.addresses == list(map(address, batch.grads))
     assert addresses_are_asked(for_norm=True)
-    batch.hypers = [dataclasses.replace(batch.hypers[0], lr=0.5)]
+    batch.hypers, batch.version = [dataclasses.replace(batch.hypers[0], lr=0.5)], 2
     assert addresses_are_asked(for_norm=False) and tables.hypers.view(torch.float64)[0, 0] == 0.5
 
 

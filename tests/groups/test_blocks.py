@@ -10,8 +10,8 @@ from lazy import transformers
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from graddrop_kernels.groups.blocks import block_of, find_blocks, match_layers, parameter_blocks
-from graddrop_kernels.groups.names import canonical_module_name, canonical_name
+from graddrop_kernels.groups.blocks import find_blocks, parameter_blocks
+from graddrop_kernels.groups.names import block_of, canonical_module_name, canonical_name, match_layers
 
 SIZES = {
     "vocab_size": 40,

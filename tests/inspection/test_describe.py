@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from toy import POLICIES, Encoder, build, every_policy, half, random_grads, snapshot, state_bits, train, warned
+from toy import (
+    BLOCK_POLICIES,
+    POLICIES,
+    Encoder,
+    build,
+    every_policy,
+    half,
+    random_grads,
+    snapshot,
+    state_bits,
+    train,
+    warned,
+)
 
 import graddrop_kernels
 from graddrop_kernels import (
@@ -27,7 +39,6 @@ from graddrop_kernels.inspection.describe import _join_names
 from graddrop_kernels.masks.bitmask import count_kept
 
 ROOT = Path(graddrop_kernels.__file__).resolve().parent.parent
-BLOCK_POLICIES = [name for name in POLICIES if name.startswith(("layer", "freeze"))]
 
 
 def cells(optimizer):

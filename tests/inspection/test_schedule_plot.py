@@ -6,7 +6,7 @@ import re
 import pytest
 from cases import PAST_THE_LAST_EPOCH
 from pictures import image, tick_labels
-from toy import POLICIES, Encoder, build, half
+from toy import BLOCK_POLICIES, POLICIES, Encoder, build, half
 
 from graddrop_kernels import (
     FusedGradDropAdamW,
@@ -17,8 +17,6 @@ from graddrop_kernels import (
     param_groups,
     plot_schedule,
 )
-
-BLOCK_POLICIES = [name for name in POLICIES if name.startswith(("layer", "freeze"))]
 
 
 @pytest.mark.filterwarnings(PAST_THE_LAST_EPOCH)

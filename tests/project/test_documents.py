@@ -272,7 +272,8 @@ def documented() -> dict[str, object]:
     found = {name: getattr(graddrop_kernels, name) for name in graddrop_kernels.__all__}
     methods = vars(graddrop_kernels.FusedGradDropAdamW)
     inherited = vars(torch.optim.AdamW).keys() | vars(torch.optim.Optimizer).keys()
-    found |= {name: each for name, each in methods.items() if name[0] != "_" and name not in inherited and callable(each)}
+    own = {name: each for name, each in methods.items() if name[0] != "_" and name not in inherited}
+    found |= {name: each for name, each in own.items() if callable(each)}
     integration = importlib.import_module("graddrop_kernels.integrations.transformers")
     return found | {name: getattr(integration, name) for name in ("trainer_optimizer", "GradDropCallback")}
 

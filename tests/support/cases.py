@@ -3,25 +3,16 @@
 import itertools
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from graddrop_kernels import (
-    ExponentialAnneal,
-    FixedMask,
-    FusedGradDropAdamW,
-    GaussianGradDrop,
-    GradDrop,
-    GradDropEpoch,
-    GradFreeze,
-    LayerGradDrop,
-    LinearAnneal,
-    available_backends,
-)
+from graddrop_kernels import ExponentialAnneal, FixedMask, FusedGradDropAdamW, LinearAnneal, available_backends
 from graddrop_kernels.backends import BACKENDS, cpu
+from graddrop_kernels.policies.paper import METHODS
+from graddrop_kernels.policies.schedules import Schedule
 
 # --- engines ----------------------------------------------------------------------------------------------------------
 
@@ -62,10 +53,9 @@ class Engine(NamedTuple):
         devices = _ROWS[self.backend].devices
         return "cpu" if devices is None or "cpu" in devices else devices[0]
 
-    def takes(self, dtypes: tuple[torch.dtype, torch.dtype], masters: bool = False, stochastic: bool = False) -> bool:
-        row = _ROWS[self.backend]
-        stepped = (F32, F32) if masters else dtypes
-        return stepped in row.dtypes
+    def takes(self, dtypes: tuple[torch.dtype, torch.dtype]) -> bool:
+        """``dtypes``: of what is stepped, with master weights the masters, and of the moments."""
+        return dtypes in _ROWS[self.backend].dtypes
 
 
 EXACT, PLAIN = Engine("exact"), Engine("reference")
@@ -78,19 +68,16 @@ _COMPILED = tuple(
 ENGINES = (*_COMPILED, EXACT, PLAIN)
 # GRADDROP_TEST_BACKENDS="triton" leaves the others out: for runs in Triton's interpreter.
 _CHOSEN = os.environ.get("GRADDROP_TEST_BACKENDS", "").split() or available_backends()
-# The engines that must have the bits of "exact": "triton-fast" has a bound of its own (verify.py).
-FUSED = tuple(engine for engine in _COMPILED if engine.backend != "triton-fast" and engine.backend in _CHOSEN)
+FUSED = tuple(engine for engine in _COMPILED if engine.backend in _CHOSEN)  # they must have the bits of "exact"
 
 
-def fused_engines(
-    dtypes: tuple[torch.dtype, torch.dtype], masters: bool = False, stochastic: bool = False
-) -> list[Engine]:
-    """Returns the fused engines that take (parameter dtype, moment dtype), and the modes asked for.
+def fused_engines(dtypes: tuple[torch.dtype, torch.dtype]) -> list[Engine]:
+    """The fused engines that take (dtype of what is stepped, moment dtype).
 
     Fails where a table of the cpu's dtypes would leave the test empty.
     """
     require("cpu")
-    return [engine for engine in FUSED if engine.takes(dtypes, masters, stochastic)]
+    return [engine for engine in FUSED if engine.takes(dtypes)]
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -137,36 +124,48 @@ def _random_masks(named) -> FixedMask:
 
 _FROZEN, _GRADIENT, _GLOBAL = {"masked": "frozen"}, {"masked": "gradient"}, {"bias_correction": "global"}
 BLOCKS = ("layers.*",)
+
+
+def _of(row: str, epochs: int = 5, p: Schedule = 0.5, arguments: dict | None = None, **fields) -> Masking:
+    """The policy of a row of the paper's table, with other values of some fields."""
+    policy = METHODS[row](epochs, p, LinearAnneal(epochs=4, start=0.8, end="zero"), BLOCKS)
+    policy = replace(policy, **fields) if fields else policy
+    return Masking(lambda named: policy, arguments or {})
+
+
+_FROM_ROWS = {  # a row's name in the tests, and what it is made with; another row keeps its name
+    "sft": ("none", {}),
+    "graddrop": ("graddrop", {"p": 0.2}),
+    "graddrop-redrawn-each-epoch": ("graddrop-epoch", {"p": 0.37}),
+    "anneal-graddrop": ("graddrop-anneal", {}),
+    "gaussian-graddrop": ("gaussian", {"p": 0.3}),
+    "layer-graddrop": ("layer", {}),
+    "layer-graddrop-redrawn-each-epoch": ("layer-epoch-frozen", {"arguments": _FROZEN}),
+    "anneal-layer-graddrop": ("layer-anneal", {}),
+    "graddrop-epoch": ("buckets-recompute", {}),
+    "graddrop-epoch-bitpacked": ("buckets", {}),
+    "graddrop-epoch-toggle": ("buckets-toggle-recompute", {"epochs": 12}),
+    "gradfreeze-topdown": ("freeze", {"epochs": 3}),
+    "gradfreeze-bottomup": ("freeze-bottom-up-gradient", {"epochs": 4, "blocks_per_epoch": 1, "arguments": _GRADIENT}),
+}
+_PACKED = {"storage": "bitpacked"}
 MASKINGS = {
-    "none": Masking(lambda named: None),
-    "graddrop": Masking(lambda named: GradDrop(p=0.2)),
-    "graddrop-0.9": Masking(lambda named: GradDrop(p=0.9)),
-    "graddrop-epoch": Masking(lambda named: GradDrop(p=0.37, every="epoch")),
-    "graddrop-anneal": Masking(lambda named: GradDrop(p=LinearAnneal(epochs=4, start=0.8, end="zero"))),
-    "graddrop-frozen": Masking(lambda named: GradDrop(p=ExponentialAnneal(0.6, 0.5)), _FROZEN),
-    "graddrop-epoch-frozen": Masking(lambda named: GradDrop(p=0.5, every="epoch"), _FROZEN),
-    "graddrop-frozen-global": Masking(lambda named: GradDrop(p=0.3), _FROZEN | _GLOBAL),
-    "gaussian": Masking(lambda named: GaussianGradDrop(p=0.3)),
-    "layer": Masking(lambda named: LayerGradDrop(p=0.5, layers=BLOCKS)),
-    "layer-epoch-frozen": Masking(lambda named: LayerGradDrop(p=0.5, every="epoch", layers=BLOCKS), _FROZEN),
-    "layer-frozen-global": Masking(lambda named: LayerGradDrop(p=0.5, layers=BLOCKS), _FROZEN | _GLOBAL),
-    "buckets": Masking(lambda named: GradDropEpoch(epochs=5)),
-    "buckets-recompute": Masking(lambda named: GradDropEpoch(epochs=5, storage="recompute")),
-    "buckets-toggle": Masking(lambda named: GradDropEpoch(epochs=3, toggle=True)),
-    "buckets-toggle-recompute": Masking(lambda named: GradDropEpoch(epochs=12, toggle=True, storage="recompute")),
-    "buckets-gradient": Masking(lambda named: GradDropEpoch(epochs=4), _GRADIENT),
-    "buckets-gradient-recompute": Masking(lambda named: GradDropEpoch(epochs=10, storage="recompute"), _GRADIENT),
-    "buckets-global": Masking(lambda named: GradDropEpoch(epochs=6), _GLOBAL),
+    **{name: _of(row, **values) for row in METHODS for name, values in [_FROM_ROWS.get(row, (row, {}))]},
+    "graddrop-0.9": _of("graddrop", p=0.9),
+    "graddrop-frozen": _of("graddrop", p=ExponentialAnneal(0.6, 0.5), arguments=_FROZEN),
+    "graddrop-epoch-frozen": _of("graddrop-redrawn-each-epoch", arguments=_FROZEN),
+    "graddrop-frozen-global": _of("graddrop", p=0.3, arguments=_FROZEN | _GLOBAL),
+    "layer-frozen-global": _of("layer-graddrop", arguments=_FROZEN | _GLOBAL),
+    "buckets-toggle": _of("graddrop-epoch-toggle", 3, **_PACKED),
+    "buckets-gradient": _of("graddrop-epoch", 4, arguments=_GRADIENT, **_PACKED),
+    "buckets-gradient-recompute": _of("graddrop-epoch", 10, arguments=_GRADIENT),
+    "buckets-global": _of("graddrop-epoch", 6, arguments=_GLOBAL, **_PACKED),
     # ages of up to 8, 16 and more buckets are looked up in different ways
-    "buckets-12": Masking(lambda named: GradDropEpoch(epochs=12)),
-    "buckets-20": Masking(lambda named: GradDropEpoch(epochs=20, storage="recompute")),
-    "freeze": Masking(lambda named: GradFreeze(epochs=3, layers=BLOCKS)),
-    "freeze-bottom-up-gradient": Masking(
-        lambda named: GradFreeze(epochs=4, direction="bottom_up", blocks_per_epoch=1, layers=BLOCKS), _GRADIENT
-    ),
+    "buckets-12": _of("graddrop-epoch", 12, **_PACKED),
+    "buckets-20": _of("graddrop-epoch", 20),
     "fixed": Masking(_random_masks),
     "fixed-gradient": Masking(_random_masks, _GRADIENT),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -184,8 +183,8 @@ class Case:
         return f"{self.masking}-{self.hyper}-{param}-{moments}{mode}"
 
     def engines(self) -> list[Engine]:
-        """Returns the fused engines that can step it."""
-        return fused_engines(self.dtypes, self.masters, self.stochastic)
+        """The fused engines that can step it."""
+        return fused_engines((F32, F32) if self.masters else self.dtypes)
 
 
 # Every policy under all hyper-parameters: in float32 under each, in the other dtypes together once under each.

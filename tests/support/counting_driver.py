@@ -6,12 +6,11 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from graddrop_kernels.backends.triton.launch import norm, prologue
-from graddrop_kernels.backends.triton.launch import update as kernels
+from graddrop_kernels.backends.triton import norm, prologue, update
 
 SM_90 = GPUTarget("cuda", 90, 32)
 _KERNELS = {
-    "update": kernels.masked_adamw_kernel, "prologue": prologue.prologue_kernel, "norm": norm.sum_of_squares_kernel,
+    "update": update.masked_adamw_kernel, "prologue": prologue.prologue_kernel, "norm": norm.sum_of_squares_kernel,
 }  # fmt: skip
 
 
@@ -70,5 +69,3 @@ def compile_keys() -> dict[str, int]:
     """Counts how often each launched kernel has been compiled under the counting driver."""
     counts = {name: len(function.device_caches[0][0]) for name, function in _KERNELS.items()}
     return {name: count for name, count in counts.items() if count}
-
-

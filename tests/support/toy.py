@@ -135,6 +135,7 @@ POLICIES = {
     "freeze-up": lambda model: replace(_FROM_ROWS["freeze-up"], blocks_per_epoch=1),
     "fixed": lambda model: FixedMask(keep_some(model), scale=1.25),
 }
+BLOCK_POLICIES = [name for name, policy in POLICIES.items() if getattr(policy(Encoder()), "needs_blocks", False)]
 every_policy = pytest.mark.parametrize("policy", POLICIES)
 
 

@@ -283,8 +283,8 @@ def called(monkeypatch):
             ["verify", "--device", "cpu", "--backend", "reference", "--seed", "12", "--quick"],
             ("verify", "cpu", "reference", 12, True),
         ),
-        (["bench"], ("bench", None, None, False)),
-        (["bench", "--device", "cpu", "--out", "folder", "--quick"], ("bench", "cpu", "folder", True)),
+        (["bench"], ("bench", None, False)),
+        (["bench", "--device", "cpu", "--quick"], ("bench", "cpu", True)),
     ],
     ids=["verify", "verify with all", "bench", "bench with all"],
 )

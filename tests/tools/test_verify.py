@@ -47,7 +47,7 @@ def plant(monkeypatch):
     """
 
     def plant_(step, name="planted", **more):
-        row = dataclasses.replace(EXACT, name=name, masked_adamw_=step, **more)
+        row = dataclasses.replace(backends._BY_NAME.get(name, EXACT), name=name, masked_adamw_=step, **more)
         table = (*(row for row in backends.BACKENDS if row.name != name), row)
         monkeypatch.setattr(backends, "BACKENDS", table)
         monkeypatch.setattr(backends, "_BY_NAME", {row.name: row for row in table})
@@ -353,19 +353,17 @@ def test_a_norm_that_rounds_otherwise_is_let_pass_for_its_step(capsys, plant, on
         assert any(re.search(rf" {policy} +7 +7/7 .* {norms} of \d+ +PASS$", line) for line in lines), lines
 
 
-def test_a_backend_without_a_mode_is_not_asked_for_it(seed):
+def test_a_backend_without_a_dtype_is_not_asked_for_it(seed):
     cases = make_cases(seed, True, [])
-    row = dataclasses.replace(EXACT, name="planted", masters=False, stochastic=False)
-    taken = {case.column for case in cases if verify._takes(Engine(row, CPU), case)}
-    assert taken == {*COLUMNS} - {"masters", "stochastic"}
-    row = dataclasses.replace(row, dtypes=((torch.float32, torch.float32),), masters=True)  # the masters' dtype
+    assert {case.column for case in cases if verify._takes(Engine(EXACT, CPU), case)} == {*COLUMNS}
+    row = dataclasses.replace(EXACT, name="planted", dtypes=((torch.float32, torch.float32),))  # the masters' dtype
     assert {case.column for case in cases if verify._takes(Engine(row, CPU), case)} == {"f32", "masters"}
 
 
 # Bounds.
 
 
-@pytest.mark.parametrize("name, ulps, passes", [("reference", 8, True), ("triton-fast", 4, True), ("other", 1, False)])
+@pytest.mark.parametrize("name, ulps, passes", [("reference", 8, True), ("other", 1, False)])
 def test_bounds_belong_to_names(name, ulps, passes, capsys, plant, only, seed):
     """Within its bound a backend passes; any other must have the bits."""
 
@@ -380,8 +378,8 @@ def test_bounds_belong_to_names(name, ulps, passes, capsys, plant, only, seed):
     assert (code == 0) == passes, lines
 
 
-@pytest.mark.parametrize("part, ulps", [("params", 9), ("exp_avgs", 1)])
-def test_triton_fast_has_a_bound_too(part, ulps, capsys, plant, only, seed):
+@pytest.mark.parametrize("part, ulps", [("params", 20), ("exp_avgs", 20)])
+def test_more_than_the_bound_is_a_failure(part, ulps, capsys, plant, only, seed):
     def step(batch):
         EXACT.masked_adamw_(batch)
         for tensor in getattr(batch, part):
@@ -389,10 +387,10 @@ def test_triton_fast_has_a_bound_too(part, ulps, capsys, plant, only, seed):
                 index = int(tensor.detach().abs().argmax())
                 bounds.bits(tensor.detach())[index] += ulps
 
-    plant(step, "triton-fast")
+    plant(step, "reference")
     only("mask=None")
-    code, lines = run(capsys, seed, name="triton-fast")
-    assert code == 1 and f"more than {4 if part == 'params' else 0} ulp" in failures(lines)[0]
+    code, lines = run(capsys, seed, name="reference")
+    assert code == 1 and f"more than {8 if part == 'params' else 2} ulp" in failures(lines)[0]
 
 
 @pytest.mark.parametrize("ulps, passes", [(1, True), (3, False)])
@@ -403,9 +401,9 @@ def test_a_stochastic_rounding_may_tip_by_one_ulp(ulps, passes, capsys, plant, o
             if param.numel() == 65537:
                 bounds.bits(param.detach())[int(param.detach().abs().argmax())] += ulps
 
-    plant(step, "triton-fast")
+    plant(step, "reference")
     only("mask=None")
-    code, lines = run(capsys, seed, name="triton-fast")
+    code, lines = run(capsys, seed, name="reference")
     assert (code == 0) == passes, lines
     assert passes or "param: 1 of 66645 elements are more than 1 ulp apart" in failures(lines)[0]
 
