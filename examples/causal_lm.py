@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from graddrop_kernels import FusedGradDropAdamW, LayerGradDrop, param_groups
 from graddrop_kernels.demo import sib200
 
-LENGTH = 64  # bytes a row
+LENGTH = 64  # bytes per row
 
 args = options(__doc__, layers=4, sentences=701)
 text = "\n".join(sib200.load("en", "train").texts[: args.sentences]).encode()

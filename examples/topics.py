@@ -1,4 +1,4 @@
-"""What most examples train: multilingual-e5-small on English sentences. Which of seven topics is each one about?"""
+"""Shared by most examples: multilingual-e5-small on English sentences. Which of seven topics is each one about?"""
 
 import argparse
 import zlib
@@ -23,7 +23,7 @@ def options(description: str, layers: int = 12, sentences: int = 192) -> argpars
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Module, list[dict]]:
-    """The model, without dropout of activations, and rows of ``input_ids`` and ``labels``."""
+    """Returns the model, without dropout of activations, and rows of ``input_ids`` and ``labels``."""
     split = sib200.load("en", "train")
     texts = [PREFIX + text for text in split.texts[: args.sentences]]
     pretrained, tokenizer = e5_small.load(texts)
@@ -39,7 +39,7 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, list[dict]]:
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """A batch, padded."""
+    """Makes a padded batch."""
     ids = [row["input_ids"] for row in rows]
     padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=e5_small.PAD)
     labels = torch.tensor([row["labels"] for row in rows])
@@ -52,7 +52,9 @@ def loss_of(model: nn.Module, batch: dict) -> torch.Tensor:
 
 
 def report(losses: list[float], optimizer) -> None:
-    """The same model, sentences and seed have the same masks in every loop: compare the last line."""
+    """Prints losses and a mask. In every loop the same model, sentences and seed have the same masks, thus the same
+    last line.
+    """
     quarter = max(len(losses) // 4, 1)
     first, last = (sum(part) / quarter for part in (losses[:quarter], losses[-quarter:]))
     print(f"loss {first:.3f} in the first quarter of {len(losses)} steps, {last:.3f} in the last")

@@ -197,8 +197,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             A handle, whose ``remove()`` goes back to normal.
 
         Raises:
-            ValueError, RuntimeError: what needs all gradients at once: ``max_grad_norm``, a GradScaler
-                (``fused=True``), more than one process; accumulation too, which shows in the backward pass.
+            ValueError, RuntimeError: ``max_grad_norm``, a GradScaler (``fused=True``) or more than one process, which
+                need all gradients at once. Accumulation also, but only in the backward pass.
         """
         self._skip_dropped.check_outside("step_in_backward()")
         return self._in_backward.start()
@@ -209,19 +209,19 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         is the same bit for bit. Other policies drop no whole blocks, and nothing changes for them.
 
         Inside, the parameters of those blocks have ``requires_grad`` False. A parameter's first step is run in full: it
-        shows whether the parameter has a gradient at all. A parameter that has a gradient only in some steps counts as
-        used in every step that drops it.
+        shows whether the parameter has a gradient at all. A parameter with a gradient in some steps only counts as used
+        in all that drop it.
 
         Args:
             model: as it is called, with its wrappers. Needed with more than one process, unless all parameters are
                 DTensors (``fully_shard``). DistributedDataParallel needs ``find_unused_parameters=True``.
 
         Raises:
-            RuntimeError, ValueError: what cannot be combined with it, and the remedy: nested use; ``step()``,
-                ``set_epoch()``, ``state_dict()`` or ``load_state_dict()`` inside; a plan that has changed between
-                backward pass and step; ``max_grad_norm`` without ``norm_after_mask``; ``differentiable``; a captured or
-                compiled step; DistributedDataParallel without ``find_unused_parameters`` or with ``static_graph``;
-                FSDP1; reentrant checkpointing, as far as the modules of ``model`` show it.
+            RuntimeError, ValueError: an unsupported combination, with its remedy: nested use; ``step()``,
+                ``set_epoch()``, ``state_dict()`` or ``load_state_dict()`` inside; a plan that has changed since the
+                backward pass; ``max_grad_norm`` without ``norm_after_mask``; ``differentiable``; a captured or compiled
+                step; DistributedDataParallel without ``find_unused_parameters`` or with ``static_graph``; FSDP1;
+                reentrant checkpointing, as far as the modules of ``model`` show it.
         """
         return self._skip_dropped.around(model)
 
@@ -319,7 +319,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
         Args:
             pieces: the pieces of each buffer, in order. Elements between them are padding and stay as they are.
-            shapes: all parameters of the model by name, even those held by other processes only: to check a FixedMask.
+            shapes: of all parameters of the model by name, even of those in other processes only: to check a FixedMask.
             last: the last buffer of each group, where an engine steps the buffers of a group one after the other, with
                 a ``step()`` for each. Its step ends the group's.
             has_gradients: group index -> whether any process has gradients of the group in this step. Needed where a
