@@ -95,7 +95,7 @@ SWEEP = tuple(  # the first has nothing frozen
 
 
 def backends_for(device: torch.device, mode: str) -> list[str]:
-    """Those that can step such tensors here, fast ones only."""
+    """Names of the fast backends that can step such tensors here."""
     rows = [backend for backend in BACKENDS if backend.name not in MEANINGS]
     return [backend.name for backend in rows if backend.misfit(device, *MODES[mode]) is None]
 

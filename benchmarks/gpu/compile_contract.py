@@ -29,7 +29,9 @@ TURNS, ELEMENTS = 4, 8  # of a program's loop; of a thread in a turn
 
 
 def row(case: str, mode: str) -> dict:
-    """Body: a whole block. Instructions an element: with the share of what comes before the loop."""
+    """Counts one kernel. ``body_...`` is the loop over whole blocks; ``instructions_per_element`` adds its share of the
+    code before the loop.
+    """
     code = machine_code(compile_update(Variant(mode, **CASES[case])))
     widths = {name: Counter(8 * i.bytes for i in code.body if i.name == name) for name in ("LDG", "STG")}
     accesses = {name: {f"{bits} bit": found[bits] for bits in sorted(found)} for name, found in widths.items()}

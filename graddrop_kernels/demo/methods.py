@@ -22,7 +22,7 @@ WEIGHTS: dict[str, tuple[torch.dtype, dict]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the bits of a run, by the names of the command line; a checkpoint made with other values is refused.
+    """The values that decide the bits of a run, named as on the command line. A checkpoint made with others is refused.
 
     languages is part of it because it decides the vocabulary, and so the shape of the word embedding.
     """

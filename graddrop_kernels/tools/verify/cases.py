@@ -1,4 +1,4 @@
-"""What `verify` steps: policies x dtypes x switches x sizes, with everything else drawn at random from a seed."""
+"""The cases that `verify` steps: policies x dtypes x switches x sizes, with everything else drawn at random from a seed."""
 
 import itertools
 import random
@@ -25,7 +25,7 @@ class Dtypes(NamedTuple):
 
     @property
     def mode(self) -> tuple[Any, ...]:
-        """What Backend.misfit() asks about it beside the device; of master weights the masters are stepped."""
+        """(stepped dtype, moment dtype) as Backend.misfit() takes them; with master weights the masters are stepped."""
         return F32 if self.masters else self.params, self.moments
 
 
@@ -106,7 +106,7 @@ class Case:
 
     @property
     def column(self) -> str:
-        """That of COLUMNS."""
+        """Its key in COLUMNS."""
         return self.dtypes.split()[-1]
 
     def epochs(self, rng: random.Random) -> list[int]:
