@@ -1,4 +1,4 @@
-"""The cases that `verify` steps: policies x dtypes x switches x sizes, with everything else drawn at random from a seed."""
+"""The cases of `verify`: policies x dtypes x switches x sizes, with everything else drawn at random from a seed."""
 
 import itertools
 import random
