@@ -1,5 +1,6 @@
 """FlatBuffers: the pieces of parameters in the flat tensors that engines put among an optimizer's parameters."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +48,12 @@ class FlatBuffers:
         """Notes the last group's tensors as given by the user. Tensors that come into a group later are an engine's."""
         new = groups if self._given is None else groups[-1:]
         self._given = (self._given or []) + [param for group in new for param in filter(_may_be_flat, group["params"])]
+
+    def of_copies(self) -> "FlatBuffers":
+        """Returns the same for copies of the parameters, as a compiled graph makes them. All of them count as given."""
+        same = copy.copy(self)
+        same._given = None
+        return same
 
     def reason(self, param: torch.Tensor) -> str | None:
         """The reason why a parameter must not be stepped before ``attach_pieces``, or None.
