@@ -371,7 +371,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._skip_dropped.check_outside("a copy of the optimizer")
         self._stepper.settle()
         own = ("backend", "max_grad_norm", "norm_after_mask", "grad_norm", "_own_defaults")
-        own_state = {name: vars(self)[name] for name in own}
+        own_state = {name: getattr(self, name) for name in own}
         return {**super().__getstate__(), "policies": self._masking.policies, **own_state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

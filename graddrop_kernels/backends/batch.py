@@ -62,7 +62,7 @@ class TensorBatch:
     copies: list[torch.Tensor] = field(default_factory=list)
     staged: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # (tensor, its contiguous copy)
     table: Any = None  # of a type of the backend's own
-    version: int = 0  # changes with each step's gradients and hyper-parameters
+    version: int = 0  # to be raised with each step's gradients and hyper-parameters
 
     @property
     def parts(self) -> int:

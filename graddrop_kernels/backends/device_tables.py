@@ -7,7 +7,7 @@ import torch
 
 from .batch import Hyper, TensorBatch
 from .capture import capturing
-from .launches import Launch, _Kind, _kind_of, in_eights
+from .launches import Kind, Launch, in_eights, kind_of
 from .tensor_table import hyper_table, tensor_table
 from .upload import Upload
 
@@ -73,7 +73,7 @@ class DeviceTables:
         elif hyper_image != self.hyper_image:
             self.upload.write(hyper_image, self.host.nbytes)
         self.hyper_image = hyper_image
-        self.launches = self._launches_of([_kind_of(hyper.plan) for hyper in batch.hypers])
+        self.launches = self._launches_of([kind_of(hyper.plan) for hyper in batch.hypers])
 
     def refresh_captured(self, hypers: list[Hyper]) -> None:
         """Brings the hyper-parameters up to date for the next replay of the captured step.
@@ -81,7 +81,7 @@ class DeviceTables:
         Raises:
             RuntimeError: they need other launches, or larger tables, than were captured.
         """
-        kinds, _ = self._signature([_kind_of(hyper.plan) for hyper in hypers])
+        kinds, _ = self._signature([kind_of(hyper.plan) for hyper in hypers])
         if kinds != self.captured_kinds or self._lacks_room(hypers):
             raise RuntimeError(
                 "the step that was captured cannot carry out this one: its masks are of another kind, or other blocks "
@@ -97,7 +97,7 @@ class DeviceTables:
         if self.upload is not None:
             self.host["grad"] = addresses
             self.aligned = self._aligned()
-            signature = self._signature([_kind_of(hyper.plan) for hyper in hypers])
+            signature = self._signature([kind_of(hyper.plan) for hyper in hypers])
         if self.upload is None or signature not in self._launches or self._lacks_room(hypers):
             raise RuntimeError(
                 "a step can be captured in a CUDA graph after one that was like it: call step() once before, with the "
@@ -114,7 +114,7 @@ class DeviceTables:
 
     def launches_of_all(self) -> tuple[Launch, ...]:
         """Launches over all rows, dropped or not, as though each kept everything."""
-        return self._launches_of([_Kind("keep")] * len(self.hypers))
+        return self._launches_of([Kind("keep")] * len(self.hypers))
 
     def places(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scratch space for a norm: one float64 slot per program (``count`` or more) for its partial sum, and an int32
@@ -157,7 +157,7 @@ class DeviceTables:
         return aligned
 
     def _launches_of(self, kinds: list[Any]) -> tuple[Launch, ...]:
-        """The launches for the _Kind of each hyper row, which is None if its plan touches nothing."""
+        """The launches for the Kind of each hyper row, which is None if its plan touches nothing."""
         signature = self._signature(kinds)
         if signature not in self._launches:
             while len(self._launches) >= _KEPT_LAUNCHES:
@@ -170,13 +170,13 @@ class DeviceTables:
         keep everything.
         """
         if not any(kind is not None and kind.is_drawn for kind in kinds):
-            kinds = [_Kind("keep") if kind == _Kind("off") else kind for kind in kinds]
+            kinds = [Kind("keep") if kind == Kind("off") else kind for kind in kinds]
         return tuple(kinds), self.aligned.tobytes()
 
     def _make_launches(self, kinds: list[Any]) -> tuple[Launch, ...]:
         """Makes one launch per mask kind, layout, alignment and use of amsgrad, for any number of tensors."""
         drawn = next((kind for kind in kinds if kind is not None and kind.is_drawn), None)
-        members: dict[tuple[str, int, bool, bool, bool], list[tuple[int, _Kind]]] = {}
+        members: dict[tuple[str, int, bool, bool, bool], list[tuple[int, Kind]]] = {}
         for row, (numel, layout) in enumerate(zip(self.host["numel"], self.layouts)):
             kind = kinds[self.hyper_rows[row]]
             if kind is None or numel == 0:

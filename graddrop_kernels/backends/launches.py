@@ -22,7 +22,7 @@ class Launch:
     chunks: Any = None  # int64 tensor: row of a tensor << 40 | number of the chunk in it
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
     """The properties of a MaskPlan that its launch depends on."""
 
     name: str
@@ -36,14 +36,14 @@ class _Kind(NamedTuple):
         return self.name in ("bernoulli", "gaussian", "bucket") and self.planes < 0
 
 
-def _kind_of(plan: MaskPlan) -> _Kind | None:
-    """The _Kind of a plan, or None if the plan touches nothing."""
+def kind_of(plan: MaskPlan) -> Kind | None:
+    """The Kind of a plan, or None if the plan touches nothing."""
     if plan.kind == "off" and plan.frozen:
         return None
     if plan.kind in ("off", "keep"):
-        return _Kind(plan.kind)
+        return Kind(plan.kind)
     planes = num_planes(plan.buckets) if plan.kind == "bucket" and plan.bitpacked else -1
-    return _Kind(plan.kind, planes, plan.frozen, bool(plan.ages))
+    return Kind(plan.kind, planes, plan.frozen, bool(plan.ages))
 
 
 def in_eights(layout: RowBlock, numel: int) -> bool:

@@ -30,8 +30,9 @@ class FlatBuffers:
         self.shapes: dict[str, tuple[int, ...]] | None = None  # of all parameters, where this process has only some
         self.last: frozenset[torch.Tensor] = frozenset()  # see attach_pieces(last=)
         self.has_gradients: Callable[[int], bool] = lambda index: False  # see attach_pieces(has_gradients=)
-        # The tensors given by the user that look like a buffer of an engine. None before note(): all count as given.
-        self._given: list[torch.Tensor] | None = None
+        # The ids of the tensors given by the user that are no nn.Parameters. None before note(): all count as given. No
+        # references: strong ones would keep replaced tensors alive, and torch does not swap what has weak ones.
+        self._given: set[int] | None = None
 
     def attach(
         self, pieces: Mapping[torch.Tensor, Sequence[FlatPiece]], shapes: Mapping[str, Sequence[int]] | None,
@@ -47,7 +48,8 @@ class FlatBuffers:
     def note(self, groups: list[dict[str, Any]]) -> None:
         """Notes the last group's tensors as given by the user. Tensors that come into a group later are an engine's."""
         new = groups if self._given is None else groups[-1:]
-        self._given = (self._given or []) + [param for group in new for param in filter(_may_be_flat, group["params"])]
+        params = (param for group in new for param in group["params"])
+        self._given = (self._given or set()) | {id(param) for param in params if not isinstance(param, nn.Parameter)}
 
     def of_copies(self) -> "FlatBuffers":
         """Returns the same for copies of the parameters, as a compiled graph makes them. All of them count as given."""
@@ -64,7 +66,7 @@ class FlatBuffers:
             return None
         if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
             return "it is (a slice of) a flat parameter of FSDP1: call graddrop_kernels.attach_fsdp1(optimizer, model)"
-        if self._given is not None and _may_be_flat(param) and not any(param is given for given in self._given):
+        if self._given is not None and _may_be_flat(param) and id(param) not in self._given:
             return (
                 "something has put this flat tensor in the place of the parameters: if it was DeepSpeed (ZeRO 1, 2 or "
                 "3), call graddrop_kernels.attach_deepspeed(engine) after deepspeed.initialize(); otherwise tell what "

@@ -35,7 +35,7 @@ class Masking:
 
     def forget(self) -> None:
         self._records: dict[int, tuple[tuple[Any, ...], tuple[list[ParamRecord], tuple[str, ...]]]] = {}
-        self._words: dict[tuple[int, str], tuple[tuple[Any, ...], list[torch.Tensor | None]]] = {}
+        self._words: dict[tuple[Any, ...], list[torch.Tensor | None]] = {}
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -185,11 +185,9 @@ class Masking:
         if not isinstance(policy, FixedMask) and getattr(policy, "storage", None) != "bitpacked":
             return [None] * len(spans)
         made_for = (spans, param.device, self[index]["mask"])
-        cached = self._words.get((index, record.name))
-        if cached is None or cached[0] != made_for:
-            words = [_words_of(policy, span, param.device) for span in spans]
-            cached = self._words[index, record.name] = (made_for, words)
-        return cached[1]
+        if made_for not in self._words:
+            self._words[made_for] = [_words_of(policy, span, param.device) for span in spans]
+        return self._words[made_for]
 
     def keep(self, param: torch.Tensor | str, step: int | None = None) -> torch.Tensor:
         """The keep mask of a parameter, see FusedGradDropAdamW.mask()."""
@@ -227,7 +225,7 @@ def _words_of(policy: Any, span: Span, device: torch.device) -> torch.Tensor | N
 
 def masking_of(function: str, optimizer: Any) -> Masking:
     """The Masking of a FusedGradDropAdamW. Raises TypeError for anything else."""
-    masking = getattr(optimizer, "masking", None)
+    masking = optimizer.masking if hasattr(type(optimizer), "masking") else None  # not a wrapper's __getattr__
     if not isinstance(masking, Masking):
         raise TypeError(
             f"{function}(optimizer) needs a FusedGradDropAdamW, got {type(optimizer).__name__}; "

@@ -8,11 +8,10 @@ from torch import nn
 
 from ..groups.flat_buffers import FlatPiece
 from ..groups.names import canonical_name
+from .engines import Pieces, require, tensors_of
 
 if TYPE_CHECKING:
-
     from ..optimizer import FusedGradDropAdamW
-from .engines import Pieces, require, tensors_of
 
 
 def attach_fsdp1(optimizer: "FusedGradDropAdamW", model: nn.Module) -> None:

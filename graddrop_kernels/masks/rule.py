@@ -12,8 +12,6 @@ from .row_block import RowBlock
 
 # by_runs(): a call costs 300 us, as much as this many more numbers of 40 ns each. So short gaps are drawn too.
 _GAP = 8192
-
-
 _DRAWN_AT_ONCE = 1 << 20
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..tensors.local import local_grads, local_tensors
+from ..tensors.local import local_grads, local_tensors, several_processes
 from .prepare import prepare, prepared_for
 from .prepared import PreparedStep
 from .stepper import Stepper
@@ -42,7 +42,7 @@ class StepInBackward:
         self._stepper = stepper  # refers to its optimizer weakly: the parameters hold the hooks, and those hold self
         self._hooks: list[Any] | None = None  # None: off
         self._prepared: dict[int, PreparedStep] = {}  # by the id of a parameter
-        self._clocks: list[Any] | None = None  # of the step that is under way
+        self._clocks: list[Any] = []  # of the step that is under way
         self._done: dict[torch.Tensor, int] = {}  # parameters stepped in it, and their groups
 
     def start(self) -> "StepInBackward":
@@ -74,7 +74,7 @@ class StepInBackward:
     def finish(self) -> set[int]:
         """Ends the step under way; returns the groups that have stepped in it."""
         indices = set(self._done.values())
-        self._done, self._clocks = {}, None
+        self._done = {}
         return indices
 
     def _check(self) -> None:
@@ -89,8 +89,7 @@ class StepInBackward:
                 "fused=True lets a GradScaler look for infinities in all gradients before a step: "
                 "leave fused=None, and do not use a GradScaler with steps in the backward pass"
             )
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        if several_processes():
             raise RuntimeError(
                 "steps in the backward pass would use gradients that DDP and FSDP have not averaged yet; "
                 "with more than one process call optimizer.step() after backward() instead"
@@ -115,7 +114,7 @@ class StepInBackward:
             prepared = prepare(owner, masking, stepper.warn, [param], grads, fresh=None)
             assert prepared is not None  # with fresh=None it is a step, never a question
             self._prepared[id(param)] = prepared
-        if self._clocks is None:
+        if not self.under_way:
             self._clocks = masking.clocks()
         stepper.run(prepared, tensors, grads, state, self._clocks)
         self._done |= dict.fromkeys([param], *prepared.group_indices)

@@ -21,7 +21,7 @@ from .warn_once import WarnOnce
 
 def prepared_for(owner: Owner, masking: Masking) -> tuple[Any, ...]:
     """The options and the environment variable that a prepared step depends on."""
-    return owner.max_grad_norm is not None, owner.backend, os.environ.get("GRADDROP_BACKEND"), masking.facts()
+    return owner.max_grad_norm is not None, backend_name(owner), os.environ.get("GRADDROP_BACKEND"), masking.facts()
 
 
 def backend_name(owner: Owner) -> str:

@@ -179,7 +179,9 @@ class PreparedStep:
         for part in self.parts:
             part.batch.release()
 
-    def tensors(self, tensors: list[torch.Tensor], state: Mapping[torch.Tensor, Any]) -> list[torch.Tensor]:
+    def addressed_tensors(
+        self, tensors: list[torch.Tensor], state: Mapping[torch.Tensor, Any]
+    ) -> list[torch.Tensor]:
         """All tensors whose addresses the step holds, except the gradients."""
         states = self._picked(list(state.values()))
         staged = [copy for part in self.parts for copy in part.copies.values()]
@@ -240,28 +242,28 @@ def _fill(part: Part, tensors: list[torch.Tensor], states: list[dict[str, Any]])
     """Puts the tensors of a step into a batch, in the form that kernels take. Stages those that are not contiguous."""
     batch, stepped = part.batch, "master_param" if part.master else "param"
     batch.release(but_grads=True)
-    staged: dict[tuple[int, str], torch.Tensor] = {}
+    staged: set[tuple[int, str]] = set()
 
-    def column(name: str, sources: Iterable[_Source]) -> list[torch.Tensor]:
-        return [_span_of(name, source) for source in sources]
-
-    def _span_of(name: str, source: _Source) -> torch.Tensor:
+    def of_source(name: str, source: _Source) -> torch.Tensor:
         tensor = tensors[source.member] if name == "param" else local(states[source.member][name])
-        if not is_plain(tensor):
-            place = (source.member, name)
+        place = (source.member, name)
+        if place in part.copies or not is_plain(tensor):
             if place not in part.copies:
                 part.copies[place] = torch.empty_like(tensor, memory_format=torch.contiguous_format)
             if place not in staged:
-                staged[place] = tensor
+                staged.add(place)
                 batch.staged.append((tensor, part.copies[place]))
             tensor = part.copies[place]
         return as_real(_span(tensor, source.span))
 
-    batch.params = column(stepped, part.sources)
-    batch.copies = column("param", part.sources) if part.master else []
-    batch.exp_avgs, batch.exp_avg_sqs = column("exp_avg", part.sources), column("exp_avg_sq", part.sources)
+    def column(name: str) -> list[torch.Tensor]:
+        return [of_source(name, source) for source in part.sources]
+
+    batch.params = column(stepped)
+    batch.copies = column("param") if part.master else []
+    batch.exp_avgs, batch.exp_avg_sqs = column("exp_avg"), column("exp_avg_sq")
     batch.max_exp_avg_sqs = [
-        _span_of("max_exp_avg_sq", source) if source.amsgrad else None for source in part.sources
+        of_source("max_exp_avg_sq", source) if source.amsgrad else None for source in part.sources
     ]
     batch.steps = [
         states[source.member]["step"] if source.step is None else source.step for source in part.sources

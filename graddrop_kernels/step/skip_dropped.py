@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ..backends.capture import capturing
+from ..tensors.local import several_processes
 from .prepared import present
 from .stepper import Stepper
 
@@ -65,6 +66,7 @@ class SkipDropped:
         self.check_outside("step()")
         if not self.missing or not (present(grads) or under_way):
             return grads
+        self._stepper.settle(only_if_needed=True)
         self._check_optimizer()
         if trained := self.missing - self._dropped():
             name = self._stepper.masking.record_of(next(iter(trained))).name
@@ -141,9 +143,7 @@ def check_model(model: torch.nn.Module | None, params: list[torch.Tensor]) -> No
     """Raises RuntimeError for a wrapper under which requires_grad of parameters cannot change from step to step. With
     several processes it also raises if there is no model that shows the wrapper, unless all parameters are DTensors.
     """
-    distributed = torch.distributed
-    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    if model is None and several and not all(hasattr(param, "placements") for param in params):
+    if model is None and several_processes() and not all(hasattr(param, "placements") for param in params):
         raise RuntimeError(
             "skip_dropped() must see the wrapper that averages the gradients of several processes: pass the wrapped "
             "model, optimizer.skip_dropped(model)"

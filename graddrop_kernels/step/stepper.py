@@ -76,7 +76,7 @@ class Stepper:
         clocks = self.masking.clocks()
         self.run(prepared, tensors, grads, self.owner.state, clocks, grad_scale, found_inf)
         if any(capturing(part.batch.device) for part in prepared.parts):
-            self.captured, self._captured_tensors = prepared, prepared.tensors(tensors, self.owner.state)
+            self.captured, self._captured_tensors = prepared, prepared.addressed_tensors(tensors, self.owner.state)
             return  # a capture runs nothing
         # Count.
         elsewhere = set(filter(self.masking.buffers.has_gradients, self.masking.indices()))
@@ -89,8 +89,8 @@ class Stepper:
     ) -> None:  # fmt: skip
         """Masks and updates the prepared parameters. Counts only the parameters' own steps."""
         owner, parts = self.owner, prepared.parts
-        prepared.take(tensors, grads, state)
         try:
+            prepared.take(tensors, grads, state)
             for part in parts:
                 batch = part.batch
                 batch.hypers = [self.masking.hyper(index, unit, clocks[index]) for index, unit in part.plans_of]

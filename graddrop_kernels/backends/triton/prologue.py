@@ -36,14 +36,8 @@ from .row import (
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, SCALE, AGE_RATE, GLOBAL_STEP, AGES, NUM_AGES, DRAW = (
     tl.constexpr(i) for i in range(11)
 )
-
-
 KIND, FROZEN, THRESHOLD, BUCKETS, FIRST_BUCKET, LAST_BUCKET = (tl.constexpr(i) for i in range(22, 28))
-
-
 MAXIMIZE, LR_AT = tl.constexpr(30), tl.constexpr(31)
-
-
 HYPER_WORDS = tl.constexpr(16)
 
 

@@ -32,8 +32,6 @@ from .row import (
     load_row,
 )
 
-# --- the update -------------------------------------------------------------------------------------------------------
-
 
 @triton.jit
 def update_block(
@@ -133,9 +131,6 @@ def masked_adamw_kernel(
             start = tl.multiple_of(start, BLOCK)
             update_block(row, by_age, divisor, clip, start, P, G, M, KIND_, PLANES, VEC, ROWS, AMSGRAD, FROZEN_, AGES_,
                          COPY_, STOCHASTIC, GRAD_SCALE, CLIP, INTERPRETED, BLOCK, False)  # fmt: skip
-
-
-# --- the scalars of a step --------------------------------------------------------------------------------------------
 
 
 def masked_adamw_(batch: TensorBatch) -> None:
