@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from graddrop_kernels import FixedMask, FusedGradDropAdamW, GradDrop, GradDropEpoch, available_backends
+from graddrop_kernels import FixedMask, FusedGradDropAdamW, GradDrop, GradDropEpoch, available_backends, backends
 
 BACKENDS = [name for name in ("cpu", "reference") if name in available_backends()]
 MODES = {
@@ -120,3 +120,33 @@ def test_another_state_tensor_in_the_memory_of_an_old_one_is_seen(backend, same_
     give_grads(optimizer)
     with pytest.raises(ValueError, match="moments of 'weight' have different dtypes"):
         optimizer.step()
+
+
+def test_bit_planes_are_made_once_for_buffers_that_take_turns(seed, monkeypatch):
+    """DeepSpeed's stage 3 puts one flat buffer after the other into a group, and steps each."""
+    named = [(name, nn.Parameter(torch.randn(6, 8))) for name in "ab"]
+    optimizer = FusedGradDropAdamW(named, mask=GradDropEpoch(epochs=4, storage="bitpacked"), seed=seed)
+    group, buffers = optimizer.param_groups[0], [torch.randn(48) for _ in named]
+    group["params"] = buffers
+    pieces = {buffer: [(name, 0, 0, 48)] for buffer, (name, _) in zip(buffers, named)}
+    optimizer.attach_pieces(pieces, {name: (6, 8) for name, _ in named}, last=buffers[-1:])
+    optimizer.set_epoch(0)
+    made, make = [], backends.bucket_planes
+    monkeypatch.setattr(backends, "bucket_planes", lambda *question: made.append(question) or make(*question))
+    for _ in range(3):
+        for buffer in buffers:
+            group["params"], buffer.grad = [buffer], torch.randn(48)
+            optimizer.step()
+    assert len(made) == 2
+
+
+def test_autograd_that_is_switched_on_later_is_recorded():
+    weight = nn.Parameter(torch.randn(4), requires_grad=False)
+    optimizer = FusedGradDropAdamW([("weight", weight)], lr=0.1, mask=None)
+    weight.grad = torch.randn(4)
+    optimizer.step()
+    for group in (optimizer.defaults, *optimizer.param_groups):
+        group["differentiable"] = True
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, requires_grad=True)
+    optimizer.step()
+    assert weight.grad_fn is not None

@@ -190,3 +190,26 @@ def test_a_copy_of_the_optimizer_steps_normally(seed):
     optimizer.step_in_backward()
     again = copy.deepcopy(optimizer)
     again.step_in_backward().remove()  # else refused: it is on already
+
+
+def test_a_step_that_failed_leaves_no_clock_behind(seed):
+    """The epoch is that of the step that is made, not of one that failed before."""
+    usable = []
+    weight = torch.nn.Parameter(torch.randn(500))
+
+    def p(epoch):
+        if epoch == 1 and not usable:
+            raise ValueError("no p at epoch 1")
+        return 0.1 + 0.2 * epoch
+
+    optimizer = FusedGradDropAdamW([("weight", weight)], mask=GradDrop(p), seed=seed)
+    optimizer.param_groups[0].update(epoch=1, epoch_was_set=True)
+    optimizer.step_in_backward()
+    with pytest.raises(ValueError, match="no p at epoch 1"):
+        weight.square().sum().backward()
+    usable.append(True)
+    weight.grad = None
+    optimizer.set_epoch(4)
+    expected = optimizer.mask("weight")
+    weight.square().sum().backward()
+    assert torch.equal(optimizer.state[weight]["exp_avg"] != 0, expected)

@@ -524,13 +524,13 @@ def test_inside_of_it(what, seed):
         ({"max_grad_norm": 1.0}, {}, ValueError, r"max_grad_norm=1\.0 .* norm_after_mask=True"),
         ({}, {"max_grad_norm": 0.5}, ValueError, r"max_grad_norm=0\.5"),
         ({"differentiable": True}, {}, ValueError, "differentiable"),
-        ({}, {"_captured": "a step"}, RuntimeError, "CUDA graph"),
+        ({}, {"captured": "a step"}, RuntimeError, "CUDA graph"),
     ],
 )
 def test_what_needs_the_gradients(arguments, change, kind, word, seed):
     model, optimizer = make("layer", seed, **arguments)
     for name, value in change.items():
-        setattr(optimizer, name, value)
+        setattr(optimizer._stepper if name == "captured" else optimizer, name, value)
     with refused(kind, word, optimizer=optimizer), optimizer.skip_dropped():
         pytest.fail("inside")
 
@@ -666,3 +666,20 @@ def test_the_example_of_the_guide(seed):
     names = {"optimizer": optimizer, "batches": batches, "loss_of": forward}
     exec(example, names)
     assert optimizer.param_groups[0]["completed_steps"] == 5
+
+
+def test_steps_that_the_device_left_out_do_not_decide_what_was_skipped(seed):
+    """A step that a GradScaler made a no-op, then the same blocks again: what was skipped is still what is dropped."""
+    model, optimizer = make("layer", seed)
+    until(model, optimizer, any, seed)
+    optimizer.zero_grad()
+    with optimizer.skip_dropped():
+        loss_of(model, seed).backward()
+    count = optimizer.param_groups[0]["completed_steps"]
+    for voided in range(1, 9):  # as Stepper.count() leaves it where found_inf is on a GPU
+        for group in optimizer.param_groups:
+            group["completed_steps"] = count + voided
+        optimizer._stepper.voided = {i: torch.tensor(voided) for i in range(len(optimizer.param_groups))}
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        optimizer._skip_dropped.complete(params, [param.grad for param in params], None, False)
+        assert optimizer.param_groups[0]["completed_steps"] == count
