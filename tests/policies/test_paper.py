@@ -62,7 +62,7 @@ assert titles.TITLES["made-up"] == "Made-Up" and "made-up" in methods_of(["all"]
 assert policy_of(settings_for("sib200", method="made-up", seed=0)) == Last(0.2)
 
 assert cases.MASKINGS["made-up"].policy(named) == Last(0.5, layers=cases.BLOCKS)
-assert "made-up" in {case.masking for case in cases.ALL_CASES}
+assert "made-up" in {case.policy for case in cases.ALL_CASES}
 model, optimizer = toy.build("made-up")
 assert optimizer.mask("layer.2.linear.weight").all() and not optimizer.mask("layer.0.linear.weight").any()
 assert "made-up" in toy.BLOCK_POLICIES
