@@ -92,6 +92,7 @@ class PreparedStep:
         """
         self.made_for = made_for
         self.is_there = [grad is not None for grad in grads]
+        self.all_there = all(self.is_there)
         place = {id(param): position for position, param in enumerate(state)}
         places = [place[id(param)] for param in params]
         self.state_size = len(place)
@@ -125,7 +126,7 @@ class PreparedStep:
         """
         if self.lost or self.made_for != made_for or [grad is not None for grad in grads] != self.is_there:
             return False
-        params, tensors, given = self._there(params), self._there(tensors), present(grads)
+        params, tensors, given = self._there(params), self._there(tensors), self._there(grads)
         keys, states = list(state), list(state.values())
         if len(keys) != self.state_size:
             return False
@@ -145,7 +146,7 @@ class PreparedStep:
         self, tensors: list[torch.Tensor], grads: list[torch.Tensor | None], state: Mapping[torch.Tensor, Any]
     ) -> None:
         """Puts the gradients of this step into the parts, and the other tensors where a backend needs them again."""
-        self.grads = present(grads)
+        self.grads: list[torch.Tensor] = self._there(grads)
         self.used_grads = self.grads
         if not self.grads_are_contiguous:
             self.used_grads = [grad if is_plain(grad) else plain_copy(grad) for grad in self.grads]
@@ -189,7 +190,7 @@ class PreparedStep:
 
     def _there(self, items: list[Any]) -> list[Any]:
         """The items of the parameters that have gradients, from one item per parameter."""
-        return items if all(self.is_there) else list(compress(items, self.is_there))
+        return items if self.all_there else list(compress(items, self.is_there))
 
     def _picked(self, items: list[Any]) -> list[Any]:
         """The items of the parameters that have gradients, from one item per parameter that has a state."""
