@@ -14,7 +14,8 @@ demo: $(VENV)/demo-ready
 # A sample of the suite, another one every run, on two cores; a file's tests stay together, as they share what is slow to
 # make. The whole suite: make test-all.
 WORKERS ?= 2
-SUITE = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# In the order of the folders: the default begins with the files of most cases, and ends with one long case on one core.
+SUITE = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: $(VENV)/ready
 	$(SUITE) --sample 1 $(ARGS)
 

@@ -22,9 +22,13 @@ SELECTIONS = {
     "shards": ["backends/test_layout.py", "-k", "slices_of_the_whole or far_shards"],
 }
 
+LONG = ("values", "modes")
+
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize(
+    "selection", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in SELECTIONS]
+)
 def test_in_the_interpreter(selection, seed, request):
     """A part of each long table, another one every run, by the seed."""
     count = request.config.getoption("sample") or (0 if selection == "kernels" else 20)

@@ -475,6 +475,7 @@ def assert_same_run(output: Path, expected: Path):
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tiny, uninterrupted, tmp_path):
     # Stops within the second epoch, and again after it; ends in a new process.
     assert command.main(resumable(tiny, tmp_path, "--max-steps", 29)) == 0

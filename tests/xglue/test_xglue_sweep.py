@@ -134,6 +134,7 @@ def test_a_claim_ends_with_its_process(tmp_path):
         assert mine
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_and_resumed_with_workers(tmp_path):
     """Two processes; the sweep is ended when it has a result, and does the rest when started again."""
     flags = [
