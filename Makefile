@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 .PHONY: demo test test-all study wheel-test deepspeed docs lint bench gpu clean
 
 demo: $(VENV)/demo-ready
-	@echo "== The demo: it trains for 3 minutes on two cores and writes demo-output/demo.png"
+	@echo "== The demo: it trains for 1 to 3 minutes on two cores and writes demo-output/demo.png"
 	$(BIN)/python -m graddrop_kernels.demo $(ARGS)
 
 # A sample of the suite, another one every run, on two cores; a file's tests stay together, as they share what is slow to
