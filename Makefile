@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+unexport PYTHONDONTWRITEBYTECODE # pytest keeps what it has rewritten, which halves the time to collect the tests
 BIN = $(VENV)/bin
 
 .PHONY: demo test test-all study wheel-test deepspeed docs lint bench gpu clean

@@ -9,12 +9,12 @@ import pickle
 
 import pytest
 import torch
-from test_torch_optimizer_inputs import INFO, accepted, inputs, label
+from test_torch_optimizer_inputs import accepted, inputs, label
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
-from torch.testing._internal.common_optimizers import optim_db
 from torch.utils._pytree import tree_map_only
+from torch_inputs import INFO, optim_db
 from toy import bits, random_grads, snapshot, through_a_file
 
 from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch, GradFreeze
