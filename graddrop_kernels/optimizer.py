@@ -239,6 +239,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"set_epoch(epoch) needs the number of the epoch, an int >= 0, got {epoch!r}")
         self._skip_dropped.check_outside("set_epoch()")
+        self._in_backward.check_ended("set_epoch()")
         masking = self.masking
         for policy in map(masking.policy, masking.indices()):
             if policy is not None and policy.follows_epochs:
@@ -292,7 +293,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             ValueError, TypeError: an option out of range, or a policy of blocks without blocks. Nothing has changed.
         """
         if isinstance(param_group, dict):
-            clock = {} if self._constructing else {key: self.param_groups[0][key] for key in ("epoch", "epoch_was_set")}
+            beside = self.param_groups[:1] if not self._constructing else ()  # empty after param_groups.clear()
+            clock = {key: group[key] for group in beside for key in ("epoch", "epoch_was_set")}
             param_group = {**self._own_defaults, **clock, **param_group}
             param_group["mask"] = self._masking.policies.add(param_group["mask"])
             param_group["moment_dtype"] = moment_dtype_name(param_group["moment_dtype"])
@@ -339,6 +341,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
     def state_dict(self) -> dict[str, Any]:
         """As torch's; the groups also hold the policies and our counts."""
         self._skip_dropped.check_outside("state_dict()")
+        self._in_backward.check_ended("state_dict()")
         self._stepper.settle()
         return super().state_dict()
 
@@ -359,6 +362,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     def reloaded(self) -> None:
         """Forgets what was derived from the groups. For engines that load a checkpoint past ``load_state_dict()``."""
+        self._in_backward.finish()
         self._stepper.reloaded()
 
     @_disable_dynamo
@@ -369,6 +373,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         self._skip_dropped.check_outside("a copy of the optimizer")
+        self._in_backward.check_ended("a copy of the optimizer")
         self._stepper.settle()
         own = ("backend", "max_grad_norm", "norm_after_mask", "grad_norm", "_own_defaults")
         own_state = {name: getattr(self, name) for name in own}

@@ -18,7 +18,11 @@ from .records import ParamRecord
 
 
 def check_groups(masking: Masking) -> None:
-    """Raises ValueError or TypeError for options, policies and parameters that no step could use."""
+    """Raises ValueError or TypeError for options, policies and parameters that no step could use.
+
+    Of a parameter that is frozen and has no gradient only the name is looked at: it may be of any kind, as the 8-bit
+    integers of a quantised model are.
+    """
     for index, group in enumerate(masking.groups):
         check_options(index, group)
         policy = masking.policy(index)
@@ -28,11 +32,27 @@ def check_groups(masking: Masking) -> None:
                 "leave it None"
             )
         for param, record in zip(group["params"], masking.records(index)):
-            check_param(record.name, param)
-            check_named(group, param, record)
+            if param.requires_grad or param.grad is not None:
+                check_param(record.name, param)
+                check_named(group, param, record)
         if len(set(group["params"])) != len(group["params"]):
             raise ValueError(f"a parameter appears twice in parameter group {index}; give each parameter once")
+    check_names(masking)
     check_fixed_masks(masking, wait=True)
+
+
+def check_names(masking: Masking) -> None:
+    """Raises ValueError for two parameters of one name, which would get the same masks and the same rounding."""
+    found: dict[str, int] = {}
+    for index in masking.indices():
+        for record in masking.records(index):
+            if record.name in found and not record.flat:
+                raise ValueError(
+                    f"two parameters are called {record.name!r}, in parameter groups {found[record.name]} and {index}: "
+                    "masks are drawn by name, so theirs would be the same; give each its own, for example "
+                    "[*((f'generator.{n}', p) for n, p in generator.named_parameters()), ...]"
+                )
+            found[record.name] = index
 
 
 def check_named(group: dict[str, Any], param: torch.Tensor, record: ParamRecord) -> None:

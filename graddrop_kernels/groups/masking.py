@@ -146,6 +146,16 @@ class Masking:
             cached = self._records[index] = (made_from, made)
         return cached[1]
 
+    def drawn_streams(self) -> dict[int, str]:
+        """{key: name} of the random streams that the steps of these groups draw from."""
+        drawing = [i for i in self.indices() if self[i]["mask"] is not None or self[i]["stochastic_rounding"]]
+        return {
+            key: name
+            for index in drawing
+            for record in self.records(index)
+            for key, name in [(record.key, record.name), *((key, piece.name) for piece, key, _ in record.flat)]
+        }
+
     def find(self, param: torch.Tensor | str) -> tuple[int, int]:
         """(group, position) of a parameter given as a tensor or by name, or of the flat buffer that holds it. Raises
         KeyError for an unknown one.

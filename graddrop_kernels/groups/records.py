@@ -41,10 +41,10 @@ def group_names(group: dict[str, Any], index: int, flat: Flat) -> list[str]:
         return [f"{index}.{position}" for position in range(len(params))]
     if len(names) != len(params):
         raise ValueError(
-            f"parameter group {index} has {len(params)} tensors but {len(names)} names: a wrapper has "
-            "flattened them, and masks drawn for the flat buffer would depend on the sharding; "
-            "build the optimizer from the tensors that it will step, or see graddrop_kernels.attach_fsdp1 and "
-            "attach_deepspeed"
+            f"parameter group {index} has {len(params)} tensors but {len(names)} names. If you took out or put in a "
+            "tensor, do the same with group['param_names']. If a wrapper has flattened them, masks drawn for its buffer "
+            "would depend on the sharding: build the optimizer from the tensors that it will step, or see "
+            "graddrop_kernels.attach_fsdp1 and attach_deepspeed"
         )
     return [canonical_name(name) for name in names]
 

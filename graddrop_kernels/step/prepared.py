@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, compress
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, ge, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from ..backends.batch import TensorBatch
 from ..masks.row_block import RowBlock
 from ..tensors.guards import same_facts
 from ..tensors.local import local, local_tensors
-from ..tensors.memory import as_real, is_plain, plain_copy, turns_of
+from ..tensors.memory import as_real, is_plain, needed_bytes, plain_copy, storage_bytes, turns_of
 
 # For 400 tensors, map() with these takes a third of the time of a list comprehension.
 grad_of = attrgetter("grad")
@@ -101,8 +101,10 @@ class PreparedStep:
         self.amsgrad_members = [member for member, row in enumerate(first_rows) if row.amsgrad]
         self.master_members = [member for member, row in enumerate(first_rows) if row.master]
         tensors = [row.param for row in first_rows]
+        self.all_plain = all(map(is_, params, tensors))
         self.same_params = same_facts(tensors)
         self.same_grads = same_facts([row.grad for row in first_rows])
+        self.grad_bytes = [needed_bytes(row.grad) for row in first_rows]
         self.grads_are_contiguous = all(is_plain(row.grad) for row in first_rows)
         self.has_spans = any(row.span for row in rows)
         self.copied_steps: list[tuple[int, torch.Tensor]] = []  # (member, copy)
@@ -134,6 +136,10 @@ class PreparedStep:
         if len(keys) != len(params) or not all(map(is_, keys, params)):
             return False
         if not self.same_params(tensors) or not self.same_grads(given):
+            return False
+        # A gradient whose storage was freed has the same facts. This takes 0.08 us per tensor. Storages of the others
+        # cannot shrink in place: their addresses would change.
+        if not all(map(ge, storage_bytes(given), self.grad_bytes)):
             return False
         kept = self._kept(states)
         return (
@@ -173,6 +179,13 @@ class PreparedStep:
         for grad, used in zip(self.grads, self.used_grads):
             if used is not grad:
                 grad.copy_(used)
+
+    def written(self, tensors: list[torch.Tensor], state: Mapping[torch.Tensor, Any]) -> list[torch.Tensor]:
+        """The parameters, and their local tensors where these are others. autograd must learn that they have changed,
+        as the kernels know only addresses.
+        """
+        keys = self._picked(list(state))
+        return keys if self.all_plain else [*keys, *self._there(tensors)]
 
     def release(self) -> None:
         """Drops the references to this step's tensors, which would otherwise outlive zero_grad() or a replacement."""

@@ -1,5 +1,7 @@
 """Memory of tensors: strides, overlaps, storages that are too short. The kernels get addresses and trust them."""
 
+from collections.abc import Iterator
+
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -26,6 +28,18 @@ def reach(tensor: torch.Tensor) -> int:
     return tensor.element_size() * (1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape)))
 
 
+def needed_bytes(tensor: torch.Tensor) -> int:
+    """The size of the smallest storage that a strided tensor fits into. 0 if it has no elements, or only zeros."""
+    if not tensor.numel() or tensor._is_zerotensor():
+        return 0
+    return tensor.storage_offset() * tensor.element_size() + reach(tensor)
+
+
+def storage_bytes(tensors: list[torch.Tensor]) -> Iterator[int]:
+    """The size of each tensor's storage."""
+    return map(torch.UntypedStorage.nbytes, map(torch.Tensor.untyped_storage, tensors))
+
+
 def overlaps_itself(tensor: torch.Tensor) -> bool:
     """Whether two elements of a strided tensor may share memory. The answer is exact for expanded, transposed and
     sliced tensors, and on the safe side for others.
@@ -46,9 +60,8 @@ def check_memory(what: str, tensor: torch.Tensor) -> None:
             f"{what} is a {type(tensor).__name__} of layout {tensor.layout} on {tensor.device}, which has no memory of "
             "its own to step in; give the optimizer a plain tensor"
         )
-    if tensor.numel() and not tensor._is_zerotensor():
+    if needed := needed_bytes(tensor):
         storage = tensor.untyped_storage()
-        needed = tensor.storage_offset() * tensor.element_size() + reach(tensor)
         if storage.nbytes() < needed or storage.data_ptr() == 0:
             raise ValueError(
                 f"{what} needs {needed} bytes, but its storage has {storage.nbytes()}: it was freed or resized; "

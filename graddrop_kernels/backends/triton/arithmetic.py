@@ -79,7 +79,7 @@ def store(at, new, old, moves, in_bounds, dtype: tl.constexpr, FROZEN: tl.conste
 def new_moments(g, m, v, vmax, beta1, beta2, AMSGRAD: tl.constexpr, INTERPRETED: tl.constexpr):
     """(exp_avg, exp_avg_sq, max_exp_avg_sq) in float32, in the order of csrc/adamw.h; g is masked and scaled."""
     m = fma(beta1, m, fma(negated(beta1), g, g, INTERPRETED), INTERPRETED)
-    g_squared = g * g
+    g_squared = tl.minimum(g * g, FLOAT32_MAX, propagate_nan=tl.PropagateNan.ALL)  # see csrc/adamw.h
     v = fma(beta2, v, fma(negated(beta2), g_squared, g_squared, INTERPRETED), INTERPRETED)
     if AMSGRAD:
         vmax = tl.where(v > vmax, v, vmax)
