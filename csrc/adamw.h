@@ -48,10 +48,10 @@ template <typename F>
 GRADDROP_FN AdamWDirection<F> adamw_moments(AdamWElement<F>& e, F g, const AdamWScalars<F>& s, bool amsgrad) {
   // first moment: m = b1 m + (1 - b1) g
   e.exp_avg = fma(s.beta1, e.exp_avg, negate_fma(s.beta1, g, g));
-  // second moment: v = b2 v + (1 - b2) g^2, g^2 rounded first. At most the largest number, since the difference of two
-  // infinities would be NaN.
-  const F g_squared = min(F(kFloatMax), g * g);
-  e.exp_avg_sq = fma(s.beta2, e.exp_avg_sq, negate_fma(s.beta2, g_squared, g_squared));
+  // second moment: v = b2 v + (1 - b2) g^2, g^2 rounded first. An infinite g^2 gives an infinite v, by which nothing
+  // moves, and not the difference of two infinities, which is NaN.
+  const F g_squared = g * g;
+  e.exp_avg_sq = fma(s.beta2, e.exp_avg_sq, negate_fma(s.beta2, min(F(kFloatMax), g_squared), g_squared));
   F vhat = e.exp_avg_sq;
   if (amsgrad) vhat = e.max_exp_avg_sq = max(e.exp_avg_sq, e.max_exp_avg_sq);
   return {s.step_size * e.exp_avg, sqrt(vhat)};

@@ -129,6 +129,11 @@ def check_param(name: str, param: torch.Tensor) -> None:
             f"parameter {name!r} has dtype {param.dtype}; "
             "float32, float64, bfloat16, float16, complex64 and complex128 are supported"
         )
+    if param.layout is not torch.strided:
+        raise TypeError(
+            f"parameter {name!r} has the layout {param.layout}, and only dense parameters (torch.strided) are supported; "
+            "convert it (.to_dense()), or leave it out of the optimizer"
+        )
     if not param.is_contiguous() and overlaps_itself(param):
         raise ValueError(
             f"parameter {name!r} has overlapping memory (shape {tuple(param.shape)}, strides {param.stride()}), "

@@ -121,7 +121,9 @@ class StepInBackward:
         state, made_for = {param: owner.state[param]}, prepared_for(owner, masking)
         if prepared is None or not prepared.holds([param], tensors, grads, state, made_for):
             prepared = prepare(owner, masking, stepper.warn, [param], grads, fresh=None)
-            assert prepared is not None  # with fresh=None it is a step, never a question
+            if prepared is None:  # a fake tensor
+                param.grad = None
+                return
             self._prepared[id(param)] = prepared
         if not self.under_way:
             self._clocks = masking.clocks()

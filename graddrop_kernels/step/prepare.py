@@ -15,6 +15,7 @@ from ..groups.owner import Owner
 from ..groups.param_state import has_master, is_stochastic, make_state, mode
 from ..groups.records import spans_of
 from ..tensors.local import any_nonzero, local, several_processes, sharded_over
+from ..tensors.memory import is_fake
 from .prepared import PreparedStep, Row
 from .warn_once import WarnOnce
 
@@ -40,8 +41,8 @@ def prepare(
         fresh: whether there was no step before. None if ``params`` are not all parameters of the step.
 
     Returns:
-        None if the call only made the optimizer create its state, as torch.distributed.checkpoint does, and must not
-        count as a step.
+        None if the call only made the optimizer create its state, as torch.distributed.checkpoint and FakeTensorMode
+        do, and must not count as a step.
 
     Raises before anything has changed.
     """
@@ -62,8 +63,8 @@ def prepare(
     _warn_of_unknown_epochs(masking, warn, {index for index, _, _, _ in found})
     for _, group, param, _ in found:
         make_state(param, group, states[param])
-    if probe:
-        return None
+    if probe or any(is_fake(local(param)) for _, _, param, _ in found):
+        return None  # under FakeTensorMode the state is all that a step would have left in memory
     rows = []
     for (index, group, param, record), backend in zip(found, chosen):
         tensor, spans = local(param), spans_of(param, record)

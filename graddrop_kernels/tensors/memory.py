@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -11,6 +12,11 @@ def is_plain(tensor: torch.Tensor) -> bool:
     conjugates when it is read, and no tensor of zeros without memory.
     """
     return tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj() and not tensor._is_zerotensor()
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is one of FakeTensorMode, which has facts and no memory."""
+    return isinstance(tensor, FakeTensor)
 
 
 def plain_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -54,8 +60,15 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def check_memory(what: str, tensor: torch.Tensor) -> None:
-    """Raises TypeError or ValueError for a tensor without the memory that its shape needs."""
-    if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor) or tensor.device.type == "meta":
+    """Raises TypeError, ValueError or RuntimeError for a tensor without the memory that its shape needs."""
+    if is_fake(tensor):
+        return
+    if tensor.device.type == "meta":  # the first words are torch's
+        raise RuntimeError(
+            "`fused=True` requires all the params to be floating point Tensors of supported devices, but "
+            f"{what} is on the meta device, without memory: move the model with to_empty(device=...) and load its weights"
+        )
+    if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
         raise TypeError(
             f"{what} is a {type(tensor).__name__} of layout {tensor.layout} on {tensor.device}, which has no memory of "
             "its own to step in; give the optimizer a plain tensor"
