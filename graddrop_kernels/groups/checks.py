@@ -131,8 +131,8 @@ def check_param(name: str, param: torch.Tensor) -> None:
         )
     if param.layout is not torch.strided:
         raise TypeError(
-            f"parameter {name!r} has the layout {param.layout}, and only dense parameters (torch.strided) are supported; "
-            "convert it (.to_dense()), or leave it out of the optimizer"
+            f"parameter {name!r} has the layout {param.layout}, and only dense parameters are supported; convert it "
+            "(.to_dense()), or leave it out of the optimizer"
         )
     if not param.is_contiguous() and overlaps_itself(param):
         raise ValueError(

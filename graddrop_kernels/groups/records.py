@@ -42,8 +42,8 @@ def group_names(group: dict[str, Any], index: int, flat: Flat) -> list[str]:
     if len(names) != len(params):
         raise ValueError(
             f"parameter group {index} has {len(params)} tensors but {len(names)} names. If you took out or put in a "
-            "tensor, do the same with group['param_names']. If a wrapper has flattened them, masks drawn for its buffer "
-            "would depend on the sharding: build the optimizer from the tensors that it will step, or see "
+            "tensor, do the same with group['param_names']. If a wrapper has flattened them, masks drawn for its "
+            "buffer would depend on the sharding: build the optimizer from the tensors that it will step, or see "
             "graddrop_kernels.attach_fsdp1 and attach_deepspeed"
         )
     return [canonical_name(name) for name in names]

@@ -38,7 +38,7 @@ def needed_bytes(tensor: torch.Tensor) -> int:
     """The size of the smallest storage that a strided tensor fits into. 0 if it has no elements, or only zeros."""
     if not tensor.numel() or tensor._is_zerotensor():
         return 0
-    return tensor.storage_offset() * tensor.element_size() + reach(tensor)
+    return int(tensor.storage_offset()) * tensor.element_size() + reach(tensor)
 
 
 def storage_bytes(tensors: list[torch.Tensor]) -> Iterator[int]:
@@ -66,7 +66,7 @@ def check_memory(what: str, tensor: torch.Tensor) -> None:
     if tensor.device.type == "meta":  # the first words are torch's
         raise RuntimeError(
             "`fused=True` requires all the params to be floating point Tensors of supported devices, but "
-            f"{what} is on the meta device, without memory: move the model with to_empty(device=...) and load its weights"
+            f"{what} is on the meta device, without memory: move the model with to_empty(device=...), load its weights"
         )
     if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
         raise TypeError(

@@ -18,14 +18,14 @@ import torch
 from graddrop_kernels import FusedGradDropAdamW
 
 LENGTH = 50
-TRACE = False
 # float32 holds these; ours computes with the rounded number where torch takes the exact one.
 BETAS = ((0.875, 0.9921875), (0.5, 0.75))
+DTYPES = (torch.float32, torch.float64)
 SHAPES = ((), (1,), (5,), (0, 3), (3, 4), (2, 3, 2, 2))
 # What ours refuses and torch takes, by a part of the text; any other refusal of ours alone is a fault.
 REFUSED_HERE_ONLY = (
-    "it was freed or resized", "was replaced after its state was made", "they must be alike", "in the state dict has shape",
-    "must be a finite number", "of the state dict is of other parameters",
+    "it was freed or resized", "was replaced after its state was made", "they must be alike",
+    "in the state dict has shape", "must be a finite number", "of the state dict is of other parameters",
 )  # fmt: skip
 
 
@@ -36,7 +36,7 @@ class World:
         rng = random.Random(seed)
         generator = torch.Generator().manual_seed(seed)
         self.params = [
-            torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=rng.choice((torch.float32, torch.float64))))
+            torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=rng.choice(DTYPES)))
             for shape in rng.sample(SHAPES, 4)
         ]
         self.ours, self.names = ours, len(self.params)
@@ -84,12 +84,13 @@ def fresh(param, rng):
     return torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype)
 
 
-# --- actions: (world, rng) ----------------------------------------------------------------------------------------------
+# Actions: (world, rng).
 
 
 def give_gradients(world, rng):
     for param in world.stepped():
-        values, kind = fresh(param, rng), rng.choice(("plain", "plain", "none", "expanded", "strided", "zeros", "slice"))
+        values = fresh(param, rng)
+        kind = rng.choice(("plain", "plain", "none", "expanded", "strided", "zeros", "slice"))
         if kind == "expanded" and param.dim():
             values = values[:1].expand(param.shape) if param.numel() else values
         elif kind == "strided" and param.dim() > 1:
@@ -245,7 +246,7 @@ def empty_a_parameter(world, rng):
 
 def change_the_dtype(world, rng):
     """As ``model.double()``; the moments follow, or are made anew."""
-    to, keep = rng.choice((torch.float32, torch.float64)), rng.random() < 0.5
+    to, keep = rng.choice(DTYPES), rng.random() < 0.5
     for param in world.stepped():
         if not allocated(param) or (param.grad is not None and not allocated(param.grad)):
             return
@@ -340,7 +341,7 @@ ACTIONS = (
 )  # fmt: skip
 
 
-# --- the comparison -----------------------------------------------------------------------------------------------------
+# The comparison.
 
 
 def differences(one, other, exact=False):
@@ -394,7 +395,6 @@ def attempt(world, action, rng):
     try:
         action(world, rng)
     except Exception as error:  # whatever it is, run() judges it
-        if TRACE: import traceback; traceback.print_exc()
         return error
     return None
 
