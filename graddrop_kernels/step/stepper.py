@@ -11,7 +11,7 @@ from ..groups.checks import check_written_grads
 from ..groups.masking import Masking
 from ..groups.options import check_max_grad_norm, check_options
 from ..groups.owner import Owner
-from ..policies.clock import Clock
+from ..policies import Clock, Policy
 from ..tensors.local import local_grads, local_tensors
 from .clip import clip_
 from .prepare import prepare, prepared_for
@@ -115,7 +115,7 @@ class Stepper:
             if not self.masking.buffers.completes_step(group):
                 continue
             if not clock.history or clock.history[-1][0] != clock.epoch:
-                group["epoch_history"] = clock.with_this_step()
+                group["epoch_history"] = clock.with_this_step(self.masking.policy(index) or Policy())
             group["completed_steps"] += 1
             if found_inf is not None:
                 self.voided[index] = self.voided.get(index, 0) + (found_inf != 0).to(torch.int64)
