@@ -32,6 +32,11 @@ class Clock:
         """The clock of a group that keeps its history as ``text``, see ``with_this_step``."""
         return Clock(epoch, completed_steps, *_parse(text))
 
+    @staticmethod
+    def history_of_plain(steps: int) -> str:
+        """The history of a group that has made these steps without a mask: every element was trained in all of them."""
+        return f"~{65536 * steps}" if steps else ""
+
     def with_this_step(self, policy: Policy) -> str:
         """The history as a string for the group: "0:0,1:44", or "~2883584,1:44" where epoch 0 is folded. The step that
         is being made now is counted under its epoch.

@@ -9,7 +9,7 @@ import torch
 from ..backends.capture import capturing
 from ..groups.checks import check_written_grads
 from ..groups.masking import Masking
-from ..groups.options import check_max_grad_norm, check_options
+from ..groups.options import check_clipping, check_options
 from ..groups.owner import Owner
 from ..policies import Clock, Policy
 from ..tensors.local import local_grads, local_tensors
@@ -156,7 +156,7 @@ class Stepper:
                     f"differentiable of parameter group {index} is {group['differentiable']!r}, the optimizer's is "
                     f"{differentiable!r}: choose it for all groups when the optimizer is made"
                 )
-        check_max_grad_norm(owner.max_grad_norm)
+        check_clipping(owner.param_groups)
 
     def forget(self) -> None:
         """Drops everything that was derived from the groups. Call it after a load or a new group."""
