@@ -326,3 +326,4 @@ def _fit_schedule(scheduler: Any, groups: list[dict[str, Any]]) -> None:
         scheduler.min_lrs = [scheduler.min_lrs[0]] * len(groups)
     for group, base, factor in zip(groups, getattr(scheduler, "base_lrs", ()), getattr(scheduler, "lr_lambdas", ())):
         group["lr"] = base * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in groups]  # what Trainer logs
