@@ -9,6 +9,7 @@ import importlib
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -392,7 +393,7 @@ def test_a_module_that_ends_its_epochs_early(seed, tmp_path):
     module.on_train_epoch_end = lambda: frozen.append(sum(not param.requires_grad for param in module.parameters()))
     callback = callback_of("lightning", skip_dropped=True)
     trainer = lightning_trainer("lightning", tmp_path, [callback])
-    trainer.fit(module, Batches(tiny_batches(seed)))
+    trainer.fit(module, torch.utils.data.DataLoader(tiny_batches(seed), batch_size=None))
     assert frozen == [0, 0] and trainer.global_step == 6 and all(param.requires_grad for param in module.parameters())
 
 
@@ -656,9 +657,7 @@ def in_fabric(model, optimizer):
 def in_lightning(model, optimizer):
     """As LightningModule.optimizers() returns it."""
     wrapper = importlib.import_module("lightning.pytorch.core.optimizer").LightningOptimizer(optimizer)
-    wrapper._strategy = importlib.import_module("lightning.pytorch.strategies").SingleDeviceStrategy("cpu")
-    wrapper._strategy._lightning_module = importlib.import_module("lightning.pytorch").LightningModule()
-    wrapper._strategy.precision_plugin.optimizer_step = lambda optimizer, model, closure: optimizer.step(closure)
+    wrapper._strategy = SimpleNamespace(optimizer_step=lambda optimizer, closure: optimizer.step(closure))
     return model, wrapper
 
 

@@ -112,11 +112,13 @@ SAMPLED = {"max_completion_length": 4, "num_generations": 2, "generation_kwargs"
 TRL = {
     "SFTTrainer": (lambda text: {"text": text}, CHOICE, {}),
     "RewardTrainer": (lambda text: {"chosen": text, "rejected": text[::-1]}, CHOICE, {}),
-    "DPOTrainer": (lambda text: {"prompt": text, "chosen": " " + text, "rejected": " of"}, CHOICE, {}),
-    "KTOTrainer": (lambda text: {"prompt": text, "completion": " " + text, "label": len(text) % 2 == 0}, CHOICE, {}),
+    "DPOTrainer": (lambda text: {"prompt": text, "chosen": " " + text, "rejected": " of"}, CHOICE, {"ref_model": None}),
+    "KTOTrainer": (
+        lambda text: {"prompt": text, "completion": " " + text, "label": "e" in text}, CHOICE, {"ref_model": None},
+    ),
     "GRPOTrainer": (lambda text: {"prompt": text}, SAMPLED, {"reward_funcs": lengths}),
-    "RLOOTrainer": (lambda text: {"prompt": text}, SAMPLED, {"reward_funcs": lengths}),
-    "DistillationTrainer": (lambda text: {"prompt": text}, {"max_completion_length": 4}, {"teacher_model": "another"}),
+    "RLOOTrainer": (lambda text: {"prompt": text}, {**SAMPLED, "beta": 0.0}, {"reward_funcs": lengths}),
+    "DistillationTrainer": (lambda text: {"prompt": text}, {"max_completion_length": 4}, {"teacher_model": None}),
 }  # fmt: skip
 
 
@@ -146,8 +148,7 @@ def test_every_trainer_of_trl(name, tmp_path):
             return transformers.LlamaForSequenceClassification(config)
         return transformers.LlamaForCausalLM(config)
 
-    if "teacher_model" in arguments:
-        arguments = {"teacher_model": model_of(4)}
+    arguments = {key: model_of(4) if value is None else value for key, value in arguments.items()}  # another model
     values = {**VALUES, "save_strategy": "no", "max_steps": -1}
     args = getattr(trl, name.replace("Trainer", "Config"))(output_dir=str(tmp_path), **values, **more)
     policy = POLICIES[0]
