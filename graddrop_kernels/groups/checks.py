@@ -11,7 +11,7 @@ from ..policies import FixedMask
 from ..tensors.local import has_processes, is_dtensor, local
 from ..tensors.memory import check_memory, overlaps_itself
 from .masking import Masking
-from .options import check_options
+from .options import check_clipping, check_options
 from .owner import Owner
 from .param_state import check_state
 from .records import ParamRecord
@@ -38,6 +38,7 @@ def check_groups(masking: Masking) -> None:
         if len(set(group["params"])) != len(group["params"]):
             raise ValueError(f"a parameter appears twice in parameter group {index}; give each parameter once")
     check_names(masking)
+    check_clipping(masking.groups)
     check_fixed_masks(masking, wait=True)
 
 

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class Masking:
 
     def clock(self, index: int) -> Clock:
         group = self[index]
-        return Clock(group["epoch"], group["completed_steps"], Clock.parse_history(group["epoch_history"]))
+        return Clock.of(group["epoch"], group["completed_steps"], group["epoch_history"])
 
     def clocks(self) -> list[Clock]:
         """The clock of each group."""
@@ -206,7 +207,7 @@ class Masking:
         self.check_flat(record, tensor)
         clock = self.clock(index)
         if step is not None:
-            clock = Clock(clock.epoch, step, clock.history)
+            clock = replace(clock, completed_steps=step)
         own_step = self.step_of(tensor) if step is None else step
         keep = torch.zeros(local(tensor).numel(), dtype=torch.bool, device=tensor.device)
         spans = spans_of(tensor, record)

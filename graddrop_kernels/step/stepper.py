@@ -10,9 +10,9 @@ from torch.autograd.graph import increment_version
 from ..backends.capture import capturing
 from ..groups.checks import check_written_grads
 from ..groups.masking import Masking
-from ..groups.options import check_max_grad_norm, check_options
+from ..groups.options import check_clipping, check_options
 from ..groups.owner import Owner
-from ..policies.clock import Clock
+from ..policies import Clock, Policy
 from ..tensors.local import local_grads, local_tensors
 from .clip import clip_
 from .prepare import prepare, prepared_for
@@ -119,7 +119,7 @@ class Stepper:
             if not self.masking.buffers.completes_step(group):
                 continue
             if not clock.history or clock.history[-1][0] != clock.epoch:
-                group["epoch_history"] = clock.with_this_step()
+                group["epoch_history"] = clock.with_this_step(self.masking.policy(index) or Policy())
             group["completed_steps"] += 1
             if found_inf is not None:
                 self.voided[index] = self.voided.get(index, 0) + (found_inf != 0).to(torch.int64)
@@ -160,7 +160,7 @@ class Stepper:
                     f"differentiable of parameter group {index} is {group['differentiable']!r}, the optimizer's is "
                     f"{differentiable!r}: choose it for all groups when the optimizer is made"
                 )
-        check_max_grad_norm(owner.max_grad_norm)
+        check_clipping(owner.param_groups)
 
     def forget(self) -> None:
         """Drops everything that was derived from the groups. Call it after a load or a new group."""
