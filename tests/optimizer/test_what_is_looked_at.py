@@ -108,6 +108,14 @@ def test_a_frozen_parameter_that_is_trained_later_is_looked_at_then():
     assert torch.equal(param.detach(), torch.ones(5)) and not optimizer.state
 
 
+def test_integers_with_a_gradient_are_refused_at_the_step():
+    param = torch.nn.Parameter(torch.ones(3, dtype=torch.int32), requires_grad=False)
+    optimizer = FusedGradDropAdamW([("w", param)])
+    param.grad = torch.ones(3, dtype=torch.int32)
+    with refused(TypeError, "parameter 'w' has dtype torch.int32; float32"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("kind, said", [
     ("sparse", "has the layout torch.sparse_coo"), ("csr", "has the layout torch.sparse_csr"),
     ("mkldnn", "has the layout torch._mkldnn"), ("nested", "has the layout torch.jagged"),
@@ -200,6 +208,7 @@ def test_everything_works_under_another_default_device(mask):
     for own, made, elsewhere in ((params, optimizer, False), (twins, twin, True)):
         with torch.device("meta" if elsewhere else "cpu"):
             made.load_state_dict(saved)
+            made.zero_grad()
             for _ in range(2):
                 scaler.scale(sum((p * p).sum() for p in own)).backward()
                 scaler.step(made)
