@@ -109,7 +109,7 @@ def _warn_of_ignored(args: TrainingArguments, arguments: dict[str, Any]) -> None
 
 def _names_of_plain_run(model: nn.Module) -> list[list[str]]:
     """Returns the names in the two groups that Trainer makes for its own AdamW, with and without weight decay."""
-    decays = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # uses no Trainer
+    decays = set(Trainer.get_decay_parameter_names(None, model))  # which uses no Trainer
     names = [name for name, param in model.named_parameters() if param.requires_grad]
     return [[name for name in names if (name in decays) == wanted] for wanted in (True, False)]
 
@@ -186,8 +186,9 @@ def trainer_optimizer(
     Returns:
         The callable that Trainer calls with the model, and the keyword arguments that it adds.
 
-    Raises, when Trainer makes the optimizer:
-        ValueError: a function for ``mask``, and ``args.max_steps`` instead of a number of epochs.
+    Raises:
+        ValueError: when Trainer makes the optimizer, a function for ``mask``, and ``args.max_steps`` instead of a
+            number of epochs.
     """
     factory = {"args": args, "mask": mask, "exclude": exclude, "layers": layers, **arguments}
     return GradDropFactory, factory if model is None else {**factory, "model": model}
