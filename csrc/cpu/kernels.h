@@ -43,6 +43,10 @@ struct Kernels {
   // Bit-planes of the buckets of local elements [begin, end); begin is a multiple of 32.
   void (*bucket_planes)(const TensorRow& row, uint32_t buckets, int num_planes, int64_t begin, int64_t end,
                         uint32_t* planes);
+  // The bits of a drawn mask, or the bit-planes of its buckets, in the order of memory, for the tiles [begin, end) of
+  // matrices [a, b]; see memory_order.h.
+  void (*memory_order_planes)(const PreparedRow& row, int64_t a, int64_t b, int num_planes, int64_t begin, int64_t end,
+                              uint32_t* planes);
 };
 
 extern const Kernels kPortableKernels;

@@ -1,5 +1,6 @@
 """Masking: policies, random streams, plans and masks of an optimizer's parameter groups."""
 
+import math
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
@@ -9,7 +10,8 @@ import torch
 
 from .. import backends
 from ..backends.batch import Hyper
-from ..masks.bitmask import bits_of_layout, count_kept
+from ..masks.bitmask import bits_of_layout, count_kept, pack, unpack
+from ..masks.memory_order import MemoryOrder
 from ..masks.plan import MaskPlan
 from ..policies import KEEP, FixedMask, GradDropEpoch, Policy
 from ..policies.clock import Clock, PlanContext
@@ -149,6 +151,10 @@ class Masking:
             cached = self._records[index] = (made_from, made)
         return cached[1]
 
+    def places(self) -> Iterator[tuple[int, int]]:
+        """(group, position) of every parameter, in order."""
+        return ((index, position) for index in self.indices() for position in range(len(self[index]["params"])))
+
     def find(self, param: torch.Tensor | str) -> tuple[int, int]:
         """(group, position) of a parameter given as a tensor or by name, or of the flat buffer that holds it. Raises
         KeyError for an unknown one.
@@ -196,16 +202,19 @@ class Masking:
 
     # Masks.
 
-    def words(self, index: int, param: torch.Tensor, record: ParamRecord) -> list[torch.Tensor | None]:
+    def words(
+        self, index: int, param: torch.Tensor, record: ParamRecord, order: MemoryOrder | None = None
+    ) -> list[torch.Tensor | None]:
         """Per span, the bit-planes of the buckets or the bits of a fixed mask; None where the policy stores none. They
-        are made once per parameter and kept on its device.
+        are made once per parameter and kept on its device. With an ``order`` they are in that of the memory.
         """
         policy, spans = self.policy(index), spans_of(param, record)
         if not isinstance(policy, FixedMask) and getattr(policy, "storage", None) != "bitpacked":
             return [None] * len(spans)
-        made_for = (spans, param.device, self[index]["mask"])
+        made_for = (spans, param.device, self[index]["mask"], order)
         if made_for not in self._words:
-            self._words[made_for] = [_words_of(policy, span, param.device) for span in spans]
+            words = [_words_of(policy, span, param.device) for span in spans]
+            self._words[made_for] = words if order is None else [_reordered(each, order) for each in words]
         return self._words[made_for]
 
     def keep(self, param: torch.Tensor | str, step: int | None = None) -> torch.Tensor:
@@ -245,6 +254,14 @@ def _words_of(policy: Any, span: Span, device: torch.device) -> torch.Tensor | N
     if span.name not in policy.words:
         return None
     return bits_of_layout(policy.words[span.name], span.layout, span.numel).to(device)
+
+
+def _reordered(words: torch.Tensor | None, order: MemoryOrder) -> torch.Tensor | None:
+    """Bits, or bit-planes, of the elements by index, in the order of memory."""
+    if words is None:
+        return None
+    planes = [pack(order.bits(unpack(plane, math.prod(order.shape)))) for plane in words.view(-1, words.size(-1))]
+    return torch.stack(planes).view_as(words) if planes else words
 
 
 def masking_of(function: str, optimizer: Any) -> Masking:

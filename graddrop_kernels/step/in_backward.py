@@ -111,7 +111,7 @@ class StepInBackward:
         grads, tensors = local_grads([param], [param.grad]), local_tensors([param])
         state, made_for = {param: owner.state[param]}, prepared_for(owner, masking)
         if prepared is None or not prepared.holds([param], tensors, grads, state, made_for):
-            prepared = prepare(owner, masking, stepper.warn, [param], grads, fresh=None)
+            prepared = prepare(owner, masking, stepper.warn, [param], grads, None, prepared)
             assert prepared is not None  # with fresh=None it is a step, never a question
             self._prepared[id(param)] = prepared
         if not self.under_way:

@@ -63,7 +63,7 @@ class Stepper:
         prepared, made_for = self.prepared, prepared_for(self.owner, self.masking)
         tensors = local_tensors(params)
         if prepared is None or not prepared.holds(params, tensors, grads, self.owner.state, made_for):
-            prepared = self.prepared = prepare(self.owner, self.masking, self.warn, params, grads, fresh)
+            prepared = self.prepared = prepare(self.owner, self.masking, self.warn, params, grads, fresh, prepared)
             if prepared is None:
                 return  # the call only asked for the state
         grad_scale, found_inf = (
