@@ -275,8 +275,8 @@ GRADDROP_EXPORT void graddrop_cpu_memory_order_planes(const TensorRow* row, cons
     int64_t a, b, num_planes;
     uint32_t* planes;
   } context = {prepare(*row, *hyper, static_cast<int64_t>(*row->step), {}), a, b, num_planes, planes};
-  const int64_t tiles = row->numel / (a * b) * ((a + 63) / 64);
-  run(tiles, std::max<int64_t>(kGrainUnits * kUnit / (64 * b), 1),
+  const int64_t rows = tile_rows(b), tiles = row->numel / (a * b) * ((a + rows - 1) / rows);
+  run(tiles, std::max<int64_t>(kGrainUnits * kUnit / (rows * b), 1),
       [](int64_t begin, int64_t end, void* pointer) {
         const Context& c = *static_cast<Context*>(pointer);
         chosen->memory_order_planes(c.row, c.a, c.b, static_cast<int>(c.num_planes), begin, end, c.planes);

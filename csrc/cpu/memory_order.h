@@ -13,15 +13,25 @@ namespace {
 constexpr int64_t kColumns = 512;  // of a tile at a time: 64 x 512 bits stay in the first cache
 
 // Transposes: bit j of x[i] becomes bit i of x[j].
-GRADDROP_FN void transpose_64(uint64_t* x) {
-  uint64_t ones = 0x00000000ffffffffull;
-  for (int half = 32; half; half >>= 1, ones ^= ones << half)
-    for (int first = 0; first < 64; first += 2 * half)
-      for (int i = first; i < first + half; ++i) {
-        const uint64_t swapped = (x[i] >> half ^ x[i + half]) & ones;
-        x[i] ^= swapped << half;
-        x[i + half] ^= swapped;
-      }
+template <int kHalf>
+GRADDROP_FN void swap_halves(uint64_t* x) {
+  constexpr uint64_t kOnes = ~0ull / ((1ull << kHalf) + 1);  // kHalf ones, kHalf zeros, and so on
+#pragma GCC unroll 64
+  for (int first = 0; first < 64; first += 2 * kHalf)
+#pragma GCC unroll 64
+    for (int i = first; i < first + kHalf; ++i) {
+      const uint64_t swapped = (x[i] >> kHalf ^ x[i + kHalf]) & kOnes;
+      x[i] ^= swapped << kHalf;
+      x[i + kHalf] ^= swapped;
+    }
+}
+static __attribute__((noinline)) void transpose_64(uint64_t* x) {
+  swap_halves<32>(x);
+  swap_halves<16>(x);
+  swap_halves<8>(x);
+  swap_halves<4>(x);
+  swap_halves<2>(x);
+  swap_halves<1>(x);
 }
 
 // A string of bits: 64 are added or read at any place.
@@ -37,6 +47,11 @@ struct Bits {
   uint64_t read(int64_t at) const {
     const int shift = static_cast<int>(at % 64);
     return words[at / 64] >> shift | (shift ? words[at / 64 + 1] << (64 - shift) : 0);
+  }
+  uint64_t read_32(int64_t at) const {  // in one load; the bits after the first 57 are undefined
+    uint64_t bits;
+    std::memcpy(&bits, reinterpret_cast<const char*>(words) + at / 8, sizeof bits);
+    return bits >> (at % 8);
   }
 };
 
@@ -79,16 +94,16 @@ GRADDROP_FN void set_bits(uint32_t* words, int64_t at, uint64_t bits, int64_t co
     if (parts[i]) __atomic_fetch_or(words + i, parts[i], __ATOMIC_RELAXED);
 }
 
-// The tiles [begin, end) of a row, each 64 rows of one of its matrices [a, b]. `planes` are 0 before: num_planes arrays of
-// ceil(numel / 32) words.
+// The tiles [begin, end) of a row, see tile_rows(). `planes` are 0 before: num_planes arrays of ceil(numel / 32) words.
 static void memory_order_planes(const PreparedRow& row, int64_t a, int64_t b, int num_planes, int64_t begin, int64_t end,
                                 uint32_t* planes) {
   constexpr int kMostPlanes = 12;  // of 4096 buckets
   static thread_local Bits bits[kMostPlanes];
   const PhiloxKeys keys = philox_keys(row.mask.key);
-  const int64_t tiles = (a + 63) / 64, plane_words = (row.tensor.numel + 31) / 32;
+  const int64_t rows = tile_rows(b), tiles = (a + rows - 1) / rows, plane_words = (row.tensor.numel + 31) / 32;
   for (; begin < end; ++begin) {
-    const int64_t matrix = begin / tiles * a * b, first_row = begin % tiles * 64, height = std::min<int64_t>(64, a - first_row);
+    const int64_t matrix = begin / tiles * a * b, first_row = begin % tiles * rows;
+    const int64_t height = std::min(rows, a - first_row);
     for (int64_t column = 0; column < b; column += kColumns) {
       const int64_t width = std::min(kColumns, b - column), first = matrix + first_row * b + column;
       for (int k = 0; k < num_planes; ++k) bits[k].clear(height * width);
@@ -97,11 +112,21 @@ static void memory_order_planes(const PreparedRow& row, int64_t a, int64_t b, in
         for (int64_t i = 0; i < height; ++i) draw_bits(row, keys, num_planes, first + i * b, width, i * width, bits);
       for (int k = 0; k < num_planes; ++k)
         for (int64_t j = 0; j < width; j += 64) {
-          uint64_t square[64] = {};
-          for (int64_t i = 0; i < height; ++i) square[i] = bits[k].read(i * width + j);
+          // A square of 64 rows, of which each holds the columns of row i, i + 64, i + 128 ...
+          alignas(64) uint64_t square[64] = {};
+          const int64_t wide = std::min<int64_t>(64, width - j);
+          const uint64_t ones = wide < 64 ? (1ull << wide) - 1 : ~0ull;
+          if (wide > 32)
+            for (int64_t i = 0; i < height; ++i) square[i] = bits[k].read(i * width + j) & ones;
+          else
+            for (int64_t above = 0, at = j, shift = 0; above < height; above += 64, shift += wide)
+              for (int64_t i = 0; i < std::min<int64_t>(64, height - above); ++i, at += width)
+                square[i] |= (bits[k].read_32(at) & ones) << shift;
           transpose_64(square);
-          for (int64_t i = 0; i < std::min<int64_t>(64, width - j); ++i)
-            set_bits(planes + k * plane_words, matrix + (column + j + i) * a + first_row, square[i], height, a % 64 == 0);
+          for (int64_t above = 0, next = 0; above < height; above += 64)
+            for (int64_t i = 0; i < wide; ++i, ++next)
+              set_bits(planes + k * plane_words, matrix + (column + j + i) * a + first_row + above, square[next],
+                       std::min<int64_t>(64, height - above), a % 64 == 0);
         }
     }
   }

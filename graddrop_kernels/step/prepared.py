@@ -229,7 +229,9 @@ class PreparedStep:
             if not fits
         ]
         index_of = np.cumsum(chosen) - 1
-        self.parts = [part for part in (whole.part(chosen, index_of) for whole in self._wholes) if part is not None]
+        parts = (whole.part(chosen, index_of) for whole in self._wholes)
+        # In the order in which rows made now would be sorted: the sum of a norm depends on it.
+        self.parts = sorted((part for part in parts if part is not None), key=lambda part: part.members[0])
         self.has_spans = any(part.whole.has_spans for part in self.parts)
         self._own_steps = [
             (index, row.own_step)

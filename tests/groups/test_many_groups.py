@@ -1,12 +1,11 @@
 """Costs of many groups and names: the calls of ours that an optimizer makes grow with their number, not its square."""
 
-import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from costs import calls_of
 from torch import nn
 
 from graddrop_kernels import FixedMask, FusedGradDropAdamW, GradDrop, GradFreeze, LayerGradDrop
@@ -26,24 +25,6 @@ def grouped(count: int, mask: Any) -> FusedGradDropAdamW:
 
 def fixed(count: int) -> FixedMask:
     return FixedMask({name: torch.ones(2, dtype=torch.bool) for name, _ in named(count)})
-
-
-def calls_of(work: Callable[[], Any]) -> int:
-    """The number of calls that code of the package makes or is made with, torch's own work left out."""
-    calls = 0
-
-    def count(frame: FrameType, event: str, _: Any) -> None:
-        nonlocal calls
-        if event in ("call", "c_call") and frame.f_globals.get("__name__", "").startswith("graddrop_kernels"):
-            calls += 1
-
-    before = sys.getprofile()
-    sys.setprofile(count)
-    try:
-        work()
-    finally:
-        sys.setprofile(before)
-    return calls
 
 
 def growing(mask: Any) -> Callable[[int], Callable[[], None]]:
