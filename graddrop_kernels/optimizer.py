@@ -334,9 +334,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         super().add_param_group(param_group)
         self._masking.buffers.note(self.param_groups)
         if not self._constructing:
-            self._stepper.forget()
             try:
-                check_groups(self._masking)
+                check_groups(self._masking, first=len(self.param_groups) - 1)
             except Exception:
                 self.param_groups.pop()
                 self._stepper.forget()

@@ -31,6 +31,15 @@ def block_of(name: str, block_names: Collection[str]) -> str | None:
 
 def match_layers(patterns: str | Iterable[str], names: Iterable[str]) -> list[str]:
     """Return the distinct block names that ``patterns`` find among the parameter names ``names``, in forward order.
+    Raises as LayerMatch does.
+    """
+    match = LayerMatch(patterns)
+    match.add(names)
+    return list(match.blocks())
+
+
+class LayerMatch:
+    """The blocks that ``layers`` patterns find among parameter names, which may come in several parts.
 
     A pattern is a whole block name with shell wildcards inside its dotted components: ``*`` is exactly one component,
     and ``encoder.layer.*`` finds ``encoder.layer.0`` from ``encoder.layer.0.attention.weight``. One str is one pattern.
@@ -39,27 +48,60 @@ def match_layers(patterns: str | Iterable[str], names: Iterable[str]) -> list[st
 
     Raises TypeError for anything but str, ValueError for a pattern that finds nothing and for blocks within blocks.
     """
-    patterns = list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else [patterns]
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(f"layers: {pattern!r} is not a pattern: {SAY_LAYERS}")
-    names = [canonical_name(name) for name in names]
-    found: dict[str, None] = {}
-    unused = dict.fromkeys(patterns)
-    for parts in (name.split(".") for name in names):
+
+    def __init__(self, patterns: str | Iterable[str]) -> None:
+        patterns = list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else [patterns]
         for pattern in patterns:
-            wanted = pattern.split(".")
-            # A block is a module: at least the parameter's own name follows.
-            if len(wanted) < len(parts) and all(map(fnmatchcase, parts, wanted)):
-                found[".".join(parts[: len(wanted)])] = None
-                unused.pop(pattern, None)
-    for pattern in unused:
-        near = near_names(pattern, [prefix for name in names for prefix in _prefixes(name)])
-        raise ValueError(f"the layers pattern {pattern!r} finds no block. Nearest names: {near}")
-    for name in found:
-        if outer := block_of(name, found):
-            raise ValueError(f"layers finds block {name!r} inside block {outer!r}: drop the pattern of one of them")
-    return sorted(found, key=forward_order(found))
+            if not isinstance(pattern, str):
+                raise TypeError(f"layers: {pattern!r} is not a pattern: {SAY_LAYERS}")
+        self._wanted = {pattern: pattern.split(".") for pattern in patterns}
+        self._unused = dict.fromkeys(patterns)
+        self._names: list[str] = []
+        self._found: dict[str, None] = {}
+        self._holders: dict[str, str] = {}  # a block inside of each module that holds blocks
+        self._nested: tuple[str, str] | None = None  # a block inside of another
+        self._blocks: tuple[str, ...] | None = None
+
+    def add(self, names: Iterable[str]) -> None:
+        """Looks for blocks among more names. Takes time for these only."""
+        for name in map(canonical_name, names):
+            self._names.append(name)
+            parts = name.split(".")
+            for pattern, wanted in self._wanted.items():
+                # A block is a module: at least the parameter's own name follows.
+                if len(wanted) < len(parts) and all(map(fnmatchcase, parts, wanted)):
+                    self._unused.pop(pattern, None)
+                    self._add_block(".".join(parts[: len(wanted)]))
+
+    def _add_block(self, block: str) -> None:
+        if block in self._found:
+            return
+        if outer := block_of(block, self._found):
+            self._nested = block, outer
+        elif block in self._holders:
+            self._nested = self._holders[block], block
+        self._found[block] = self._blocks = None
+        self._holders.update(dict.fromkeys(_prefixes(block), block))
+
+    def check(self) -> None:
+        """Raises ValueError for the names that there are now."""
+        for pattern in self._unused:
+            near = near_names(pattern, [prefix for name in self._names for prefix in _prefixes(name)])
+            raise ValueError(f"the layers pattern {pattern!r} finds no block. Nearest names: {near}")
+        if self._nested is not None:
+            inner, outer = self._nested
+            raise ValueError(f"layers finds block {inner!r} inside block {outer!r}: drop the pattern of one of them")
+
+    def block_of(self, name: str) -> str | None:
+        """The block of a parameter of this canonical name."""
+        return block_of(name, self._found)
+
+    def blocks(self) -> tuple[str, ...]:
+        """All blocks, in forward order."""
+        self.check()
+        if self._blocks is None:
+            self._blocks = tuple(sorted(self._found, key=forward_order(self._found)))
+        return self._blocks
 
 
 def forward_order(names: Iterable[str]) -> Callable[[str], tuple[bool, int, list[int]]]:

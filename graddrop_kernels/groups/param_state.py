@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from ..tensors.memory import check_memory, is_fake, overlaps_itself, reach
+from ..tensors.local import is_dtensor
+from ..tensors.memory import check_memory, is_fake, laid_out, lies_as, overlaps_itself, reach
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -53,6 +54,15 @@ def make_state(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
     else:  # torch's own AdamW keeps it on the CPU, in the default dtype
         state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
+
+
+def lay_out_state(state: dict[str, Any], stride: tuple[int, ...] | None) -> None:
+    """Puts moments and masters into the order of the parameter in memory (None: contiguous), once, where a checkpoint
+    or a conversion of the model has brought another.
+    """
+    for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param"):
+        if name in state and not is_dtensor(state[name]) and not lies_as(state[name], stride):
+            state[name] = laid_out(state[name], stride)
 
 
 def check_state(name: str, param: torch.Tensor, state: dict[str, Any]) -> None:

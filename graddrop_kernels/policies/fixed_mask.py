@@ -30,6 +30,7 @@ class FixedMask(Policy):
 
     masked = "frozen"
     follows_epochs = False
+    draws = None
 
     def __init__(self, masks: Mapping[str, torch.Tensor], scale: float = 1.0):
         if not isinstance(masks, Mapping) or not masks:

@@ -120,7 +120,7 @@ class StepInBackward:
         grads, tensors = local_grads([param], [param.grad]), local_tensors([param])
         state, made_for = {param: owner.state[param]}, prepared_for(owner, masking)
         if prepared is None or not prepared.holds([param], tensors, grads, state, made_for):
-            prepared = prepare(owner, masking, stepper.warn, [param], grads, fresh=None)
+            prepared = prepare(owner, masking, stepper.warn, [param], grads, None, prepared)
             if prepared is None:  # a fake tensor
                 param.grad = None
                 return

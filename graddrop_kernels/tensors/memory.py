@@ -7,21 +7,31 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's memory holds its values in order. It is then contiguous, no view that torch negates or
-    conjugates when it is read, and no tensor of zeros without memory.
+def is_marked(tensor: torch.Tensor) -> bool:
+    """Whether it is a view that torch negates or conjugates when it is read, or a tensor of zeros without memory."""
+    return tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor()
+
+
+def lies_as(tensor: torch.Tensor, stride: tuple[int, ...] | None) -> bool:
+    """Whether the tensor's memory holds its values in the order of these strides; None: in that of their indices."""
+    if stride is None:
+        return tensor.is_contiguous() and not is_marked(tensor)
+    alike = (own == other or size == 1 for own, other, size in zip(tensor.stride(), stride, tensor.shape))
+    return all(alike) and not is_marked(tensor)
+
+
+def laid_out(tensor: torch.Tensor, stride: tuple[int, ...] | None) -> torch.Tensor:
+    """A copy with the same values and these strides; None: contiguous. It negates and conjugates values where a view
+    only marks it.
     """
-    return tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj() and not tensor._is_zerotensor()
+    if stride is None:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether the tensor is one of FakeTensorMode, which has facts and no memory."""
     return isinstance(tensor, FakeTensor)
-
-
-def plain_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with the same values in order. A clone negates and conjugates values where a view only marks it."""
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def as_real(tensor: torch.Tensor) -> torch.Tensor:
@@ -82,15 +92,11 @@ def check_memory(what: str, tensor: torch.Tensor) -> None:
             )
 
 
-def turns_of(params: list[torch.Tensor]) -> dict[int, int]:
-    """{position: turn} of the parameters that share memory with others. Each turn needs a batch of its own, since the
+def turns_of(memory: list[tuple[int, int]]) -> dict[int, int]:
+    """{position: turn} of the spans of addresses that overlap others. Each turn needs a batch of its own, since the
     threads of one batch would step them at the same time.
     """
-    spans = sorted(
-        (param.data_ptr(), param.data_ptr() + reach(param), position)
-        for position, param in enumerate(params)
-        if param.numel()
-    )
+    spans = sorted((start, stop, position) for position, (start, stop) in enumerate(memory) if start < stop)
     shared: set[int] = set()
     end = last = 0
     for start, stop, position in spans:
