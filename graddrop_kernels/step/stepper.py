@@ -119,7 +119,7 @@ class Stepper:
             if not self.masking.buffers.completes_step(group):
                 continue
             if not clock.history or clock.history[-1][0] != clock.epoch:
-                group["epoch_history"] = clock.with_this_step(self.masking.policy(index) or Policy())
+                group["epoch_history"] = clock.with_this_step((self.masking.policy(index) or Policy()).fold)
             group["completed_steps"] += 1
             if found_inf is not None:
                 self.voided[index] = self.voided.get(index, 0) + (found_inf != 0).to(torch.int64)
