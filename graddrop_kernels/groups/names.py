@@ -76,12 +76,13 @@ class LayerMatch:
     def _add_block(self, block: str) -> None:
         if block in self._found:
             return
-        if outer := block_of(block, self._found):
+        if self._nested is None and (outer := block_of(block, self._found)):
             self._nested = block, outer
-        elif block in self._holders:
+        elif self._nested is None and block in self._holders:
             self._nested = self._holders[block], block
         self._found[block] = self._blocks = None
-        self._holders.update(dict.fromkeys(_prefixes(block), block))
+        for holder in _prefixes(block):
+            self._holders.setdefault(holder, block)
 
     def check(self) -> None:
         """Raises ValueError for the names that there are now."""

@@ -218,8 +218,8 @@ class PreparedStep:
         if -1 in places:
             return False
         self.all_there, self._pick_there = bool(there.all()), _picker(np.flatnonzero(there).tolist())
-        in_order = places == list(range(self.state_size))  # of all parameters that have a state
-        self._pick_state = None if in_order else _picker(places)
+        everything = len(places) == self.state_size and places == list(range(self.state_size))
+        self._pick_state = None if everything else _picker(places)
         self.same_params, self.same_grads = _all_same(pick(columns.same_param)), _all_same(pick(columns.same_grad))
         self._one_by_one = True
         self.grad_bytes = pick(columns.grad_bytes)

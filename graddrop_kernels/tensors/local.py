@@ -45,10 +45,10 @@ def local_grads(params: list[torch.Tensor], grads: list[torch.Tensor | None]) ->
     parallelism is a partial sum; without that, each process would mask and step its own.
     """
     dtensor = _dtensor_type()
-    if dtensor is None or (kinds := {*map(type, params), *map(type, grads)}) <= _PLAIN:
+    if dtensor is None or (kinds := set(map(type, grads))) <= _PLAIN:
         return grads
     # As FSDP2 makes them: DTensors all, with their parameters' own specs.
-    if kinds == {dtensor} and all(map(is_, map(_spec_of, params), map(_spec_of, grads))):
+    if kinds == {dtensor} == set(map(type, params)) and all(map(is_, map(_spec_of, params), map(_spec_of, grads))):
         found = list(map(_local_of, grads))
         if set(map(type, found)) <= _PLAIN:
             return found
