@@ -38,15 +38,19 @@ def check_groups(masking: Masking, first: int = 0) -> None:
                 check_named(group, param, record)
         if len(set(group["params"])) != len(group["params"]):
             raise ValueError(f"a parameter appears twice in parameter group {index}; give each parameter once")
-    check_names(masking)
-    check_clipping(masking.groups)
+    check_names(masking, first)
+    check_clipping(masking.groups, first)
     check_fixed_masks(masking, wait=True, first=first)
 
 
-def check_names(masking: Masking) -> None:
-    """Raises ValueError for two parameters of one name, which would get the same masks and the same rounding."""
-    found: dict[str, int] = {}
-    for index in masking.indices():
+def check_names(masking: Masking, first: int = 0) -> None:
+    """Raises ValueError for two parameters of one name, which would get the same masks and the same rounding. Groups
+    before the one of index ``first`` have been checked before.
+    """
+    checked, found = masking.checked_names
+    if checked != first:
+        checked, found = 0, {}
+    for index in masking.indices()[checked:]:
         for record in masking.records(index):
             if record.name in found and not record.flat:
                 raise ValueError(
@@ -55,6 +59,7 @@ def check_names(masking: Masking) -> None:
                     "[*((f'generator.{n}', p) for n, p in generator.named_parameters()), ...]"
                 )
             found[record.name] = index
+    masking.checked_names = len(masking.groups), found
 
 
 def check_named(group: dict[str, Any], param: torch.Tensor, record: ParamRecord) -> None:

@@ -40,6 +40,7 @@ class Masking:
         self._records: dict[int, tuple[tuple[Any, ...], tuple[list[ParamRecord], Callable[[], tuple[str, ...]]]]] = {}
         self._matches = LayerMatches()
         self._places: dict[str | int, tuple[int, int]] = {}  # where names, and ids of tensors, were last found
+        self.checked_names: tuple[int, dict[str, int]] = 0, {}  # of so many groups, and the group of each name
         self._words: dict[tuple[Any, ...], list[torch.Tensor | None]] = {}
 
     @property
@@ -160,10 +161,6 @@ class Masking:
             for record in self.records(index)
             for key, name in [(record.key, record.name), *((key, piece.name) for piece, key, _ in record.flat)]
         }
-
-    def places(self) -> Iterator[tuple[int, int]]:
-        """(group, position) of every parameter, in order."""
-        return ((index, position) for index in self.indices() for position in range(len(self[index]["params"])))
 
     def find(self, param: torch.Tensor | str) -> tuple[int, int]:
         """(group, position) of a parameter given as a tensor or by name, or of the flat buffer that holds it. Raises
