@@ -136,7 +136,7 @@ def test_a_step_copies_no_tensor(mode, seed):
         assert allocated_by(optimizer.step) <= allowed + 200
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["graddrop", "epoch", "epoch-bitpacked", "fixed", "gaussian"])
 @needs_cpu
 def test_nothing_is_kept_but_stored_masks(mode, seed):
     stored = {"epoch-bitpacked": 3 / 8, "fixed": 1 / 8}.get(mode, 0)
@@ -153,7 +153,6 @@ def test_nothing_is_kept_but_stored_masks(mode, seed):
 
 def storages() -> dict[int, int]:
     """{storage: bytes} of all tensors that are alive."""
-    gc.collect()
     tensors = (each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter))
     return {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in tensors}
 
