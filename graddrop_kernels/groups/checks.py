@@ -38,23 +38,20 @@ def check_groups(masking: Masking, first: int = 0) -> None:
                 check_named(group, param, record)
         if len(set(group["params"])) != len(group["params"]):
             raise ValueError(f"a parameter appears twice in parameter group {index}; give each parameter once")
-    check_names(masking)
-    check_clipping(masking.groups)
+    check_names(masking, first)
+    check_clipping(masking.groups, first)
     check_fixed_masks(masking, wait=True, first=first)
 
 
-def check_names(masking: Masking) -> None:
+def check_names(masking: Masking, first: int = 0) -> None:
     """Raises ValueError for two parameters of one name, which would get the same masks and the same rounding."""
-    found: dict[str, int] = {}
-    for index in masking.indices():
-        for record in masking.records(index):
-            if record.name in found and not record.flat:
-                raise ValueError(
-                    f"two parameters are called {record.name!r}, in parameter groups {found[record.name]} and {index}: "
-                    "masks are drawn by name, so theirs would be the same; give each its own, for example "
-                    "[*((f'generator.{n}', p) for n, p in generator.named_parameters()), ...]"
-                )
-            found[record.name] = index
+    if repeated := masking.repeated_name(first):
+        name, one, other = repeated
+        raise ValueError(
+            f"two parameters are called {name!r}, in parameter groups {one} and {other}: masks are drawn by name, so "
+            "theirs would be the same; give each its own, for example "
+            "[*((f'generator.{n}', p) for n, p in generator.named_parameters()), ...]"
+        )
 
 
 def check_named(group: dict[str, Any], param: torch.Tensor, record: ParamRecord) -> None:

@@ -92,9 +92,11 @@ def check_max_grad_norm(max_grad_norm: float | None) -> float | None:
     return max_grad_norm
 
 
-def check_clipping(groups: list[dict[str, Any]]) -> None:
-    """Raises ValueError for a limit that cannot be used, or one that the groups do not share."""
-    for index, group in enumerate(groups):
+def check_clipping(groups: list[dict[str, Any]], first: int = 0) -> None:
+    """Raises ValueError for a limit that cannot be used, or one that the groups do not share. Groups before the one of
+    index ``first`` have been checked before.
+    """
+    for index, group in list(enumerate(groups))[first:]:
         for name in ("max_grad_norm", "norm_after_mask"):
             if group[name] != groups[0][name]:
                 raise ValueError(
