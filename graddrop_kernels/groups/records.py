@@ -49,12 +49,13 @@ def group_names(group: dict[str, Any], index: int, flat: Flat) -> list[str]:
     return [canonical_name(name) for name in names]
 
 
-def _names_of_model(groups: list[dict[str, Any]], flat: Flat) -> list[str]:
+def _names_of_model(groups: list[dict[str, Any]], flat: Flat, only_trained: bool = False) -> list[str]:
     """Canonical names of all parameters in all groups, with those inside of flat buffers in place of the buffers."""
     return [
         each
         for index, group in enumerate(groups)
         for param, name in zip(group["params"], group_names(group, index, flat))
+        if param.requires_grad or not only_trained
         for each in ([canonical_name(piece.name) for piece in flat[param]] if param in flat else [name])
     ]
 
@@ -78,6 +79,8 @@ def group_blocks(
                 f"{kind}(layers=...) needs parameter names: pass model.named_parameters() instead of model.parameters()"
             )
         blocks = match_layers(policy.layers, _names_of_model(groups, flat))
+        trained = {block_of(name, set(blocks)) for name in _names_of_model(groups, flat, only_trained=True)}
+        blocks = [block for block in blocks if block in trained]  # the others have no turn
         return tuple(blocks), [block_of(name, blocks) for name in names]
     if "block" in group:  # param_groups(..., per_block=True), of which an engine may make any number of tensors
         return tuple(group["blocks"]), [group["block"]] * len(names)
@@ -85,6 +88,8 @@ def group_blocks(
         return tuple(group["blocks"]), list(group["param_blocks"])
     if "blocks" in group and all(param in flat for param in group["params"]):
         return tuple(group["blocks"]), [None] * len(names)  # the pieces of a buffer have blocks of their own
+    if "no_blocks" in group:
+        raise ValueError(f"mask={kind}(...) drops whole transformer blocks: {group['no_blocks']}")
     raise ValueError(
         f"mask={kind}(...) drops whole transformer blocks and must know them: "
         "pass graddrop_kernels.param_groups(model) as the parameters, "
