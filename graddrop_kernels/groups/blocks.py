@@ -1,7 +1,6 @@
 """The transformer blocks of a model (the paper's "layers"): which modules they are and which parameters are theirs."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 

@@ -10,8 +10,8 @@ from .param_state import has_master
 
 # These describe the live model, not the training: a file never overrides them.
 _STRUCTURE = (
-    "param_names", "blocks", "block", "param_blocks", "no_blocks", "notes", "name", "capturable", "differentiable", "master_weights",
-    "stochastic_rounding",
+    "param_names", "blocks", "block", "param_blocks", "no_blocks", "notes", "name", "capturable", "differentiable",
+    "master_weights", "stochastic_rounding",
 )  # fmt: skip
 # A run continues bit for bit only if these are the same.
 _MASKING = ("mask", "seed", "masked", "bias_correction")

@@ -1,5 +1,6 @@
 """Parameter groups with the paper's scope: masks on the transformer blocks, everything outside them dense."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -79,15 +80,16 @@ def param_groups(
         raise ValueError(f"no parameter of this {type(model).__name__} has requires_grad=True: nothing to optimize")
     scope = find_scope(model, trained, excluded, layers, blocks)
     kinds = ("matrices", "dense") if scope.no_blocks else ("blocks", "dense")
-    groups = {}
-    for name in (f"{kind}{ending}" for kind in kinds for ending in ("", "_no_decay")):
-        groups[name] = {"name": name, "params": [], "weight_decay": 0.0 if name.endswith("no_decay") else float(weight_decay)}
-        if name.startswith("dense"):
-            groups[name]["mask"] = None
+    groups: dict[str, dict[str, Any]] = {}
+    for kind, ending in itertools.product(kinds, ("", "_no_decay")):
+        decay = 0.0 if ending else float(weight_decay)
+        group = groups[kind + ending] = {"name": kind + ending, "params": [], "weight_decay": decay}
+        if kind == "dense":
+            group["mask"] = None
         elif scope.no_blocks:
-            groups[name]["no_blocks"] = scope.no_blocks
+            group["no_blocks"] = scope.no_blocks
         else:
-            groups[name] |= {"blocks": list(scope.blocks), "param_blocks": []}
+            group |= {"blocks": list(scope.blocks), "param_blocks": []}
     for name, (module, param) in trained.items():
         is_masked = id(param) in scope.masked and name not in excluded
         group = groups[kinds[not is_masked] + ("" if _decays(name, module) else "_no_decay")]

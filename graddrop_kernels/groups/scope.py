@@ -41,8 +41,8 @@ class Scope:
 def find_scope(
     model: nn.Module, trained: Named, excluded: Collection[str], layers: Layers | None, blocks: Sequence[str] | None
 ) -> Scope:
-    """Return where masks on the parameters ``trained`` act, see ``param_groups``. Gives its warnings, raises its errors."""
-    sizes = {name: _size(param) for name, (module, param) in trained.items() if is_matrix(module, name.rpartition(".")[2], param)}
+    """Return where masks on the parameters ``trained`` act. Warns and raises as ``param_groups`` says."""
+    sizes = {name: _size(param) for name, (module, param) in trained.items() if _is_matrix(name, module, param)}
     inner = [name for name in sizes if not _OUTER.search(name) and not isinstance(trained[name][0], nn.Embedding)]
     try:
         found = find_blocks(model, layers) if blocks is None else _blocks_of_stage(model, layers, blocks)
@@ -53,11 +53,12 @@ def find_scope(
         masked = {id(trained[name][1]): None for name in inner}
         note = f"{error}. Every matrix outside embeddings, head and pooler is masked"
         return Scope(masked, no_blocks=str(error), notes=_warn([note] if inner else []))
-    names = {name: None for name, _ in found}
+    names = [name for name, _ in found]
     of_blocks = {name for name in sizes if id(trained[name][1]) in masked}
-    # What a block shares with the outside is tied to an embedding or a head.
-    left = {name: sizes[name] for name in inner if block_of(name, names) is None and name not in excluded}
-    notes = _left_dense(left, sum(sizes[name] for name in of_blocks.union(inner)), names)
+    tied = {name for name in inner if block_of(name, set(names))} - of_blocks  # to an embedding or a head
+    left = [name for name in inner if name not in of_blocks | tied and name not in excluded]
+    total = sum(sizes[name] for name in of_blocks.union(inner))
+    notes = _left_dense({name: sizes[name] for name in left}, total, names)
     if layers is None and blocks is None and (first := _first_of_stage(model, names)):
         notes.append(
             f"the first block in its list is {first!r}, as in a stage of a pipeline: schedules (GradFreeze) count only "
@@ -128,6 +129,10 @@ def _left_dense(left: Mapping[str, int], total: int, blocks: Sequence[str]) -> l
         f"and train densely. The largest modules: {named}. Name further blocks with layers=[...], or these parameters "
         "with exclude=[...]"
     ]
+
+
+def _is_matrix(name: str, module: nn.Module, param: torch.Tensor) -> bool:
+    return is_matrix(module, name.rpartition(".")[2], param)
 
 
 def _size(param: torch.Tensor) -> int:

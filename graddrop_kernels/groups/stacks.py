@@ -21,8 +21,10 @@ Blocks = list[tuple[str, nn.Module]]  # (canonical name, module)
 
 # What mixes positions, by the name of its class or attribute. Attention makes a layer together with weights beside it.
 # What recurs has its feed-forward part within: a layer of Mamba is a norm and a mixer.
-_ATTENTION = re.compile("attention|attn", re.IGNORECASE)
-_RECURRENCE = re.compile("mixer|mamba|ssm|rwkv|recurrent|retention|[ms]lstm|focal.*modulation", re.IGNORECASE)
+_ATTENTION = re.compile(r"^(?!.*(?:mlp|ffn|feed_?forward)).*(?:attention|attn)", re.IGNORECASE)
+_RECURRENCE = re.compile(
+    "mixer|mamba|ssm|rwkv|recurrent|retention|[ms]lstm|short_?conv|focal.*modulation", re.IGNORECASE
+)
 _INNER = WRAPPERS - {"module"}  # what is called module may have parameters beside it
 _CHECKPOINTING_LAYER = ("transformers.modeling_layers", "GradientCheckpointingLayer")
 
@@ -37,26 +39,34 @@ class _Part:
     has_stack: bool = False
     attends: bool = False
     recurs: bool = False
-    transforms: bool = False  # has weight matrices beside any attention
-    convolves: bool = False
+    transforms: bool = False  # has weights for each position beside any attention
+    multiplies: bool = False  # has weight matrices, those of convolutions aside
+    kernel: int = 0  # the size of the largest convolution
 
     @property
     def is_declared(self) -> bool:
         """Whether transformers says by its class that this is a layer. It says so of convolutions too."""
         # By name, not isinstance: transformers may be absent, and is slow to import.
         classes = ((cls.__module__, cls.__qualname__) for cls in type(self.module).__mro__)
-        return (self.attends or not self.convolves) and _CHECKPOINTING_LAYER in classes
+        return (self.attends or self.recurs or not self.kernel) and _CHECKPOINTING_LAYER in classes
 
     @property
     def is_layer(self) -> bool:
-        return not self.has_stack and (self.recurs or self.attends and self.transforms or self.is_declared)
+        only_convolves = self.kernel > 1 and not self.multiplies  # attention of channels in a convolutional network
+        mixes = self.recurs or self.attends and self.transforms and not only_convolves
+        return not self.has_stack and (mixes or self.is_declared)
 
-    def mixes(self, pattern: re.Pattern[str], attribute: str) -> bool:
-        """Whether this is what mixes positions in the module that holds it as ``attribute``. A norm before attention
-        and a dropout after it are called so too, but have no weights.
-        """
-        has_weights = self.attends or self.recurs or self.transforms or self.convolves
-        return has_weights and pattern.search(f"{attribute} {type(self.module).__name__}") is not None
+    def is_called(self, pattern: re.Pattern[str], attribute: str) -> bool:
+        """Whether the class says so, or the name under which another module holds this one."""
+        return pattern.search(f"{attribute} {type(self.module).__name__}") is not None
+
+    # Norms before attention and dropouts after it are called so too, but have no weights. A mixer that only convolves
+    # makes a convolutional network.
+    def is_attention(self, attribute: str) -> bool:
+        return (self.multiplies or self.kernel > 0) and self.is_called(_ATTENTION, attribute)
+
+    def is_recurrence(self, attribute: str) -> bool:
+        return self.multiplies and self.is_called(_RECURRENCE, attribute)
 
 
 def find_layers(model: nn.Module) -> Blocks:
@@ -73,16 +83,18 @@ def _look(module: nn.Module, name: str, seen: dict[int, _Part]) -> _Part:
     held = [
         (key, _look(child, _inner_name(name, key), seen)) for key, child in module._modules.items() if child is not None
     ]
+    multiplies, kernel = _multiplies(module), max(module.kernel_size) if isinstance(module, _ConvNd) else 0
+    beside = [part for key, part in held if part.attends or not part.is_attention(key)]
     part = _Part(
         module,
         blocks=[block for _, part in held for block in part.blocks],
         single=[block for _, part in held for block in part.single],
         has_stack=any(part.has_stack for _, part in held),
-        attends=any(part.attends or part.mixes(_ATTENTION, key) for key, part in held),
-        recurs=any(part.recurs or part.mixes(_RECURRENCE, key) for key, part in held),
-        transforms=_transforms(module)
-        or any(part.transforms and (part.attends or not part.mixes(_ATTENTION, key)) for key, part in held),
-        convolves=_convolves(module) or any(part.convolves for _, part in held),
+        attends=any(part.attends or part.is_attention(key) for key, part in held),
+        recurs=any(part.recurs or part.is_recurrence(key) for key, part in held),
+        transforms=multiplies or kernel == 1 or any(part.transforms for part in beside),
+        multiplies=multiplies or any(part.multiplies for _, part in held),
+        kernel=max([kernel, *(part.kernel for _, part in held)]),
     )
     if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
         part = _of_list(part, name, held)
@@ -98,7 +110,7 @@ def _of_list(part: _Part, name: str, held: list[tuple[str, _Part]]) -> _Part:
         if inner := each.blocks or each.single * part.has_stack:  # beside stages, a stage of one layer is a stage too
             found += inner
         elif each.is_layer:
-            found.append((_inner_name(name, key), part.module._modules[key]))
+            found.append((_inner_name(name, key), part.module.get_submodule(key)))
     if part.has_stack or len(found) > 1:
         return replace(part, blocks=found, single=[], has_stack=True)
     return part if part.blocks else replace(part, single=found)
@@ -106,8 +118,8 @@ def _of_list(part: _Part, name: str, held: list[tuple[str, _Part]]) -> _Part:
 
 def find_alike(model: nn.Module) -> Blocks:
     """Return the children of the outermost lists of two or more modules of one class, for a model in which nothing
-    tells what mixes positions. Lists of single weights count only where no list is of modules with parts. Convolutions
-    and embedding tables do not count.
+    tells what mixes positions. Lists of single weights count only where no list is of modules with parts. Lists with
+    convolutions and lists of embedding tables do not count.
 
     Two lists of one parent are taken only as encoder and decoder: they may be the halves of layers.
     """
@@ -115,9 +127,8 @@ def find_alike(model: nn.Module) -> Blocks:
     for name, module in walk(model, _is_list):
         if _is_list(module):
             lists.setdefault(module, name)  # a list under two names is one list
-    alike = [stack for stack in lists if len(_classes(stack)) == 1 and not any(map(_convolves, stack.modules()))]
-    stacks = [stack for stack in alike if _has_parts(stack)]
-    stacks = stacks or [stack for stack in alike if not _classes(stack) <= {nn.Embedding}]
+    alike = [stack for stack in lists if len(_classes(stack)) == 1 and _is_linear(stack)]
+    stacks = [stack for stack in alike if _has_parts(stack)] or alike
     places = {(lists[stack].rpartition(".")[0], in_decoder(lists[stack])) for stack in stacks}
     if len(places) < len(stacks):
         return []
@@ -161,16 +172,11 @@ def _inner_name(name: str, key: str) -> str:
     return name if key in WRAPPERS else f"{name}.{key}".removeprefix(".")
 
 
-def _convolves(module: nn.Module) -> bool:
-    """A convolution of one position at a time is a linear layer."""
-    return isinstance(module, _ConvNd) and any(size > 1 for size in module.kernel_size)
-
-
-def _transforms(module: nn.Module) -> bool:
-    if isinstance(module, (nn.Linear, _ConvNd)):
-        return not _convolves(module)
+def _multiplies(module: nn.Module) -> bool:
+    if isinstance(module, (_ConvNd, nn.Embedding)):
+        return False
     tensors = [*module._parameters.items(), *module._buffers.items()]  # quantised weights are buffers
-    return not isinstance(module, nn.Embedding) and any(
+    return isinstance(module, nn.Linear) or any(
         tensor is not None and is_matrix(module, key, tensor) for key, tensor in tensors
     )
 
@@ -183,6 +189,12 @@ def _is_list(module: nn.Module) -> bool:
 
 def _classes(stack: nn.Module) -> set[type[nn.Module]]:
     return {type(unwrapped(child)) for child in stack.children()}
+
+
+def _is_linear(stack: nn.Module) -> bool:
+    """Whether the list holds weight matrices, and no convolutions."""
+    modules = list(stack.modules())
+    return any(map(_multiplies, modules)) and not any(isinstance(module, _ConvNd) for module in modules)
 
 
 def _has_parts(stack: nn.Module) -> bool:

@@ -277,7 +277,9 @@ ADAPTERS = {
         lambda: adapted("LoraConfig", r=2, layer_replication=[[0, 3], [1, 4]]),
         numbered("base_model.model.model.layers", 6),
     ),
-    "IA3": (lambda: adapted("IA3Config", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]), LLAMA),
+    "IA3": (
+        lambda: adapted("IA3Config", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]), LLAMA
+    ),
     "prompt tuning": (lambda: adapted("PromptTuningConfig", num_virtual_tokens=3), []),
 }  # fmt: skip
 
@@ -339,9 +341,7 @@ def test_only_trained_blocks_have_a_turn(seed):
     optimizers = [
         FusedGradDropAdamW(param_groups(model), mask=GradFreeze(epochs=3, direction="bottom_up")),
         FusedGradDropAdamW(param_groups(model, layers=patterns), mask=GradFreeze(epochs=3, direction="bottom_up")),
-        FusedGradDropAdamW(
-            model.named_parameters(), mask=GradFreeze(epochs=3, direction="bottom_up", layers=patterns)
-        ),
+        FusedGradDropAdamW(model.named_parameters(), mask=GradFreeze(epochs=3, direction="bottom_up", layers=patterns)),
     ]
     for optimizer in optimizers:
         for epoch in range(3):
@@ -371,7 +371,7 @@ def test_large_models_take_no_time():
         model = Holder(layers=nn.ModuleList(many(layer, 60)))
     took = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         assert len(find_blocks(model)) == 60
-        took.append(time.perf_counter() - start)
+        took.append(time.process_time() - start)
     assert min(took) < 2  # for 11,900 modules; a quarter of a second where nothing else runs

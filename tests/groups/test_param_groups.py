@@ -289,7 +289,8 @@ def test_one_canonical_name_for_two_parameters():
 @pytest.mark.parametrize("groups_stored", [1, 2])
 def test_albert_is_masked_by_its_matrices(groups_stored):
     model = albert(num_hidden_groups=groups_stored)
-    with pytest.warns(UserWarning, match="share weights.*Every matrix outside embeddings, head and pooler is masked") as caught:
+    words = "share weights.*Every matrix outside embeddings, head and pooler is masked"
+    with pytest.warns(UserWarning, match=words) as caught:
         groups = by_name(param_groups(model, exclude=["*.full_layer_layer_norm.*", "*.ffn_output.weight"]))
     assert len(caught) == 1 and caught[0].filename == __file__
     layers = [f"albert.encoder.albert_layer_groups.{group}.albert_layers.0" for group in range(groups_stored)]
@@ -301,7 +302,8 @@ def test_albert_is_masked_by_its_matrices(groups_stored):
     assert optimizer.active_fraction() == [0.5, 1.0, 1.0]
     assert "Every matrix outside embeddings" in optimizer.describe()
     for policy in (LayerGradDrop(p=0.5), GradFreeze(epochs=2)):
-        with pytest.raises(ValueError, match=rf"drops whole transformer blocks: .*runs 3 layers on {groups_stored} .*layers="):
+        words = rf"drops whole transformer blocks: .*runs 3 layers on {groups_stored} .*layers="
+        with pytest.raises(ValueError, match=words):
             FusedGradDropAdamW(list(groups.values()), mask=policy)
     named = param_groups(model, layers=["albert.encoder.albert_layer_groups.*"])
     check_form(named, numbered("albert.encoder.albert_layer_groups", groups_stored), 1e-2)
