@@ -9,6 +9,12 @@ from itertools import groupby
 from ..masks.names import canonical_name as canonical_name
 
 _TOWER = re.compile("encoder|vision|visual|image|video|audio|speech|tower|embed")
+# Embeddings, heads and poolers, by the names of modules and parameters.
+_OUTER = re.compile(
+    r"embed|(?:^|\.)output\.\w+$|(?:^|[._])"
+    r"(?:wte|wpe|tokens?|heads?|pooler|classifier|score|cls|qa_outputs|logits|predict\w*|vocab\w*)\d*(?:$|\.)",
+    re.IGNORECASE,
+)
 SAY_LAYERS = "pass layers=[...] (patterns on block names such as 'encoder.layer.*', or block modules of the model)"
 
 
@@ -70,6 +76,11 @@ def _is_tower(stack: str, trunk: str) -> bool:
     holder = ".".join(trunk.split(".")[:-2])
     inside = stack.startswith(f"{holder}.") if holder else True
     return inside and _TOWER.search(stack[len(holder) :]) is not None and _TOWER.search(trunk[len(holder) :]) is None
+
+
+def is_outer(name: str) -> bool:
+    """Whether a parameter belongs to an embedding, a head or a pooler."""
+    return _OUTER.search(name) is not None
 
 
 def in_decoder(name: str) -> bool:

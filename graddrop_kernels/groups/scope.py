@@ -1,6 +1,5 @@
 """Where in a model a mask acts: in its blocks or, where it has none, in its matrices. What is left dense."""
 
-import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -12,17 +11,11 @@ from torch.nn.parameter import is_lazy
 
 from ..masks.names import canonical_module_name
 from .blocks import Layers, NoBlocks, find_blocks, parameter_blocks
-from .names import block_of, join_names, prefixes
+from .names import block_of, is_outer, join_names, prefixes
 from .stacks import Blocks, find_alike, find_layers, is_matrix
 
 Named = Mapping[str, tuple[nn.Module, nn.Parameter]]  # {canonical name: (the module that holds it, parameter)}
 
-# Embeddings, heads and poolers, by the names of modules and parameters.
-_OUTER = re.compile(
-    r"embed|(?:^|\.)output\.\w+$|(?:^|[._])"
-    r"(?:wte|wpe|tokens?|heads?|pooler|classifier|score|cls|qa_outputs|logits|predict\w*|vocab\w*)\d*(?:$|\.)",
-    re.IGNORECASE,
-)
 _LITTLE = 0.1  # share of the matrix elements that may be left dense without a word
 
 
@@ -43,7 +36,7 @@ def find_scope(
 ) -> Scope:
     """Return where masks on the parameters ``trained`` act. Warns and raises as ``param_groups`` says."""
     sizes = {name: _size(param) for name, (module, param) in trained.items() if _is_matrix(name, module, param)}
-    inner = [name for name in sizes if not _OUTER.search(name) and not isinstance(trained[name][0], nn.Embedding)]
+    inner = [name for name in sizes if not is_outer(name) and not isinstance(trained[name][0], nn.Embedding)]
     try:
         found = find_blocks(model, layers) if blocks is None else _blocks_of_stage(model, layers, blocks)
         masked: dict[int, str | None] = {**parameter_blocks(model, found)}

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from ..masks.names import WRAPPERS
-from .names import in_decoder
+from .names import in_decoder, is_outer
 
 Blocks = list[tuple[str, nn.Module]]  # (canonical name, module)
 
@@ -119,7 +119,7 @@ def _of_list(part: _Part, name: str, held: list[tuple[str, _Part]]) -> _Part:
 def find_alike(model: nn.Module) -> Blocks:
     """Return the children of the outermost lists of two or more modules of one class, for a model in which nothing
     tells what mixes positions. Lists of single weights count only where no list is of modules with parts. Lists with
-    convolutions and lists of embedding tables do not count.
+    convolutions, of embedding tables and of heads do not count.
 
     Two lists of one parent are taken only as encoder and decoder: they may be the halves of layers.
     """
@@ -127,7 +127,8 @@ def find_alike(model: nn.Module) -> Blocks:
     for name, module in walk(model, _is_list):
         if _is_list(module):
             lists.setdefault(module, name)  # a list under two names is one list
-    alike = [stack for stack in lists if len(_classes(stack)) == 1 and _is_linear(stack)]
+    inner = [stack for stack, name in lists.items() if not is_outer(f"{name}.")]
+    alike = [stack for stack in inner if len(_classes(stack)) == 1 and _is_linear(stack)]
     stacks = [stack for stack in alike if _has_parts(stack)] or alike
     places = {(lists[stack].rpartition(".")[0], in_decoder(lists[stack])) for stack in stacks}
     if len(places) < len(stacks):

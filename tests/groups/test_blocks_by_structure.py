@@ -209,6 +209,9 @@ def test_layers_are_found(name):
 CONVOLUTIONAL = {
     "ResNet": lambda: Holder(layer1=nn.Sequential(*many(conv_block)), layer2=nn.Sequential(*many(conv_block))),
     "ConvNeXt": lambda: Holder(stages=nn.Sequential(*many(lambda: nn.Sequential(*many(convnext_block))))),
+    "heads as well": lambda: Holder(
+        stages=nn.ModuleList(many(conv_block)), heads=nn.ModuleList(many(lambda: Holder(linear=linear())))
+    ),
     "a list": lambda: Holder(blocks=nn.ModuleList(many(conv_block))),
 }
 
@@ -220,7 +223,7 @@ def test_convolutional_networks_have_no_blocks(name):
         find_blocks(model)
     with pytest.warns(UserWarning, match="Every matrix outside embeddings, head and pooler is masked"):
         groups = param_groups(model)
-    kernels = [key for key, param in model.named_parameters() if param.dim() > 1 and not key.startswith("head.")]
+    kernels = [key for key, param in model.named_parameters() if param.dim() > 1 and "head" not in key]
     assert groups[0]["name"] == "matrices" and [key for key, _ in groups[0]["params"]] == kernels
     FusedGradDropAdamW(groups, mask=GradDrop(p=0.5))
     with pytest.raises(ValueError, match=r"drops whole transformer blocks: .*no clear transformer blocks.*layers=\["):
