@@ -34,11 +34,11 @@ class Masking:
         self._owner: Owner = weakref.proxy(owner)
         self.policies = policies
         self.buffers = FlatBuffers()
+        self.matches = LayerMatches()
         self.forget()
 
     def forget(self) -> None:
         self._records: dict[int, tuple[tuple[Any, ...], tuple[list[ParamRecord], Callable[[], tuple[str, ...]]]]] = {}
-        self._matches = LayerMatches()
         self._places: dict[str | int, tuple[int, int]] = {}  # where names, and ids of tensors, were last found
         self._words: dict[tuple[Any, ...], list[torch.Tensor | None]] = {}
         self._group_of_name: dict[str, int] = {}
@@ -149,7 +149,7 @@ class Masking:
             made_from += tuple(map(id, group["params"]))
         cached = self._records.get(index)
         if cached is None or cached[0] != made_from:
-            made = make_records(self.groups, index, self.policy(index), self.buffers.pieces, self._matches)
+            made = make_records(self.groups, index, self.policy(index), self.buffers.pieces, self.matches)
             cached = self._records[index] = (made_from, made)
         return cached[1]
 
