@@ -96,6 +96,11 @@ class LayerMatch:
         """The block of a parameter of this canonical name."""
         return block_of(name, self._trained)
 
+    def idle(self) -> list[str]:
+        """The blocks that have no trained parameter, in forward order."""
+        idle = self._found.keys() - self._trained.keys()
+        return sorted(idle, key=forward_order(self._found)) if idle else []
+
     def blocks(self) -> tuple[str, ...]:
         """All blocks with a trained parameter, in forward order."""
         self.check()

@@ -9,7 +9,7 @@ import torch
 
 from .. import backends
 from ..groups.masking import Masking, masking_of
-from ..groups.names import join_names, match_layers
+from ..groups.names import join_names
 from ..groups.owner import Owner
 from ..groups.param_state import has_master, is_stochastic, mode
 from ..groups.scope import idle_note
@@ -63,7 +63,7 @@ def describe(optimizer: Owner) -> str:
         if policy is not None and policy.needs_blocks:
             kept = [block for block in blocks if masking.plan(index, block).kind != "off"]
             active_blocks.append((index, f"{len(kept)} of {len(blocks)}: {join_names(kept) or 'none'}"))
-            if idle := _idle_blocks(masking, policy.layers, index):
+            if idle := _idle_blocks(masking, policy.layers):
                 notes.append((index, idle_note(idle)))
         notes += [(index, note) for note in _notes(group, policy)]
     share = active / all_elements if all_elements else 1.0
@@ -99,11 +99,9 @@ def _blocks_of_group(masking: Masking, index: int) -> list[str]:
     return [block for block in known if block in own]
 
 
-def _idle_blocks(masking: Masking, layers: Sequence[str] | None, index: int) -> list[str]:
+def _idle_blocks(masking: Masking, layers: tuple[str, ...] | None) -> list[str]:
     """The blocks of ``layers`` patterns that have no turn. Of the groups of ``param_groups`` it is a note already."""
-    records = (record for each in masking.indices() for record in masking.records(each))
-    names = [name for record in records for name in ([piece.name for piece, _, _ in record.flat] or [record.name])]
-    return [block for block in match_layers(layers or (), names) if block not in masking.blocks(index)]
+    return masking.matches.of(layers, masking.groups, masking.buffers.pieces).idle() if layers else []
 
 
 def _meaning(group: dict[str, Any], policy: Policy | None) -> str:
