@@ -44,22 +44,14 @@ def check_groups(masking: Masking, first: int = 0) -> None:
 
 
 def check_names(masking: Masking, first: int = 0) -> None:
-    """Raises ValueError for two parameters of one name, which would get the same masks and the same rounding. Groups
-    before the one of index ``first`` have been checked before.
-    """
-    checked, found = masking.checked_names
-    if checked != first:
-        checked, found = 0, {}
-    for index in masking.indices()[checked:]:
-        for record in masking.records(index):
-            if record.name in found and not record.flat:
-                raise ValueError(
-                    f"two parameters are called {record.name!r}, in parameter groups {found[record.name]} and {index}: "
-                    "masks are drawn by name, so theirs would be the same; give each its own, for example "
-                    "[*((f'generator.{n}', p) for n, p in generator.named_parameters()), ...]"
-                )
-            found[record.name] = index
-    masking.checked_names = len(masking.groups), found
+    """Raises ValueError for two parameters of one name, which would get the same masks and the same rounding."""
+    if repeated := masking.repeated_name(first):
+        name, one, other = repeated
+        raise ValueError(
+            f"two parameters are called {name!r}, in parameter groups {one} and {other}: masks are drawn by name, so "
+            "theirs would be the same; give each its own, for example "
+            "[*((f'generator.{n}', p) for n, p in generator.named_parameters()), ...]"
+        )
 
 
 def check_named(group: dict[str, Any], param: torch.Tensor, record: ParamRecord) -> None:

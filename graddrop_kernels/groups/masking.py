@@ -34,14 +34,15 @@ class Masking:
         self._owner: Owner = weakref.proxy(owner)
         self.policies = policies
         self.buffers = FlatBuffers()
+        self.matches = LayerMatches()
         self.forget()
 
     def forget(self) -> None:
         self._records: dict[int, tuple[tuple[Any, ...], tuple[list[ParamRecord], Callable[[], tuple[str, ...]]]]] = {}
-        self._matches = LayerMatches()
         self._places: dict[str | int, tuple[int, int]] = {}  # where names, and ids of tensors, were last found
-        self.checked_names: tuple[int, dict[str, int]] = 0, {}  # of so many groups, and the group of each name
         self._words: dict[tuple[Any, ...], list[torch.Tensor | None]] = {}
+        self._group_of_name: dict[str, int] = {}
+        self._named_groups = 0  # the groups whose names that has
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -148,7 +149,7 @@ class Masking:
             made_from += tuple(map(id, group["params"]))
         cached = self._records.get(index)
         if cached is None or cached[0] != made_from:
-            made = make_records(self.groups, index, self.policy(index), self.buffers.pieces, self._matches)
+            made = make_records(self.groups, index, self.policy(index), self.buffers.pieces, self.matches)
             cached = self._records[index] = (made_from, made)
         return cached[1]
 
@@ -193,6 +194,25 @@ class Masking:
         if isinstance(param, str):
             return canonical_name(param) in _names_of(self.records(index)[position])
         return self[index]["params"][position] is param
+
+    def repeated_name(self, first: int = 0) -> tuple[str, int, int] | None:
+        """(name, group, group) of two parameters of one name, or None. Names within the groups before ``first`` were
+        looked at before.
+        """
+        if 0 < first == self._named_groups and self._note_names(first) is None:
+            return None
+        self._group_of_name = {}  # what is known may be out of date
+        return self._note_names(0)
+
+    def _note_names(self, first: int) -> tuple[str, int, int] | None:
+        self._named_groups = 0
+        for index in self.indices()[first:]:
+            for record in self.records(index):
+                if record.name in self._group_of_name and not record.flat:
+                    return record.name, self._group_of_name[record.name], index
+                self._group_of_name[record.name] = index
+        self._named_groups = len(self.groups)
+        return None
 
     def record_of(self, param: torch.Tensor | str) -> ParamRecord:
         """The record of a parameter. Raises KeyError for an unknown one."""

@@ -93,7 +93,9 @@ def check_max_grad_norm(max_grad_norm: float | None) -> float | None:
 
 
 def check_clipping(groups: list[dict[str, Any]], first: int = 0) -> None:
-    """Raises ValueError for a limit that cannot be used, or one that a group from index ``first`` on does not share."""
+    """Raises ValueError for a limit that cannot be used, or one that the groups do not share. Groups before the one of
+    index ``first`` have been checked before.
+    """
     for index, group in list(enumerate(groups))[first:]:
         for name in ("max_grad_norm", "norm_after_mask"):
             if group[name] != groups[0][name]:

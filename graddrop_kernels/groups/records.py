@@ -51,7 +51,11 @@ def group_names(group: dict[str, Any], index: int, flat: Flat) -> list[str]:
 
 
 class LayerMatches:
-    """Which blocks the ``layers`` patterns of policies find in an optimizer. A new group costs only its own names."""
+    """Which blocks the ``layers`` patterns of policies find in an optimizer. A new group costs only its own names.
+
+    Whether a block has something to train is seen when its parameters come. It has a turn in schedules ever after, so
+    that the turns of others do not change when it is frozen or leaves out a backward pass.
+    """
 
     def __init__(self) -> None:
         self._matches: dict[tuple[str, ...], tuple[LayerMatch, list[Any]]] = {}
@@ -74,10 +78,10 @@ class LayerMatches:
         return match
 
 
-def _names_with_flat(group: dict[str, Any], index: int, flat: Flat) -> list[str]:
-    """Canonical names of a group's parameters, with those inside of flat buffers in place of the buffers."""
+def _names_with_flat(group: dict[str, Any], index: int, flat: Flat) -> list[tuple[str, bool]]:
+    """(canonical name, whether it is trained) of a group's parameters, with those of flat buffers in place of these."""
     return [
-        each
+        (each, param in flat or param.requires_grad)
         for param, name in zip(group["params"], group_names(group, index, flat))
         for each in ([canonical_name(piece.name) for piece in flat[param]] if param in flat else [name])
     ]
@@ -113,6 +117,8 @@ def group_blocks(
         return lambda: blocks, of_name, list(group["param_blocks"])
     if "blocks" in group and all(param in flat for param in group["params"]):
         return lambda: blocks, of_name, [None] * len(names)  # the pieces of a buffer have blocks of their own
+    if "no_blocks" in group:
+        raise ValueError(f"mask={kind}(...) drops whole transformer blocks: {group['no_blocks']}")
     raise ValueError(
         f"mask={kind}(...) drops whole transformer blocks and must know them: "
         "pass graddrop_kernels.param_groups(model) as the parameters, "

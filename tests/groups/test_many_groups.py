@@ -103,9 +103,9 @@ def test_blocks_found_in_parts_are_those_found_at_once(seed):
     names = [names[i] for i in torch.randperm(len(names), generator=dice)]
     match = LayerMatch(["*.layer.*", "layer.?"])
     for name in names:
-        match.add([name])
+        match.add([(name, True)])
     assert list(match.blocks()) == match_layers(["*.layer.*", "layer.?"], names)
-    match.add(["a.layer.9.weight"])
+    match.add([("a.layer.9.weight", True)])
     assert list(match.blocks()) == match_layers(["*.layer.*", "layer.?"], [*names, "a.layer.9.weight"])
 
 
