@@ -3,13 +3,12 @@ again as a graph does it. On a GPU: test_triton_gpu.py.
 """
 
 import ctypes
-import dataclasses
 
 import pytest
 import torch
-from toy import Encoder, bits, random_grads
+from toy import Encoder, bits, emulate_cuda, random_grads
 
-from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradFreeze, backends, param_groups
+from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradFreeze, param_groups
 from graddrop_kernels.backends import cuda, device_tables
 from graddrop_kernels.backends.upload import Upload
 from graddrop_kernels.policies.paper import METHODS
@@ -70,9 +69,7 @@ def graph(monkeypatch):
         assert not graph.capturing, "a copy of this step's numbers would be copied again at every replay"
         write(upload, data, begin)
 
-    row = next(row for row in backends.BACKENDS if row.name == "cuda")
-    row = dataclasses.replace(row, devices=("cpu",), unavailable=lambda: None)
-    monkeypatch.setitem(backends._BY_NAME, "cuda", row)
+    emulate_cuda(monkeypatch)
     monkeypatch.setattr(cuda, "_call", recording_call)
     monkeypatch.setattr(Upload, "write_captured", recording_write)
     monkeypatch.setattr(Upload, "write", ordinary_write)

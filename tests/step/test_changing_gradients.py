@@ -9,7 +9,7 @@ import pytest
 import torch
 from costs import calls_of
 from torch import nn
-from toy import bits
+from toy import bits, emulate_cuda
 
 from graddrop_kernels import (
     FixedMask,
@@ -19,9 +19,12 @@ from graddrop_kernels import (
     LayerGradDrop,
     available_backends,
 )
+from graddrop_kernels.backends import cuda
 from graddrop_kernels.step import prepare
 
+# "cuda": the emulation of its kernels on the CPU, with the tables that a GPU would get.
 BACKENDS = [name for name in ("cpu", "reference") if name in available_backends()]
+BACKENDS += ["cuda"] * (cuda._load()[0] is not None)
 MODES = {
     "plain": {"mask": None},
     "graddrop": {"mask": GradDrop(0.3), "masked": "frozen"},
@@ -35,14 +38,15 @@ MODES = {
 
 
 def made(mode: str, backend: str = "auto", count: int = 8) -> tuple[list[nn.Parameter], FusedGradDropAdamW]:
-    """Parameters of several dtypes, strides and groups, some of them in 16 bits, complex or with amsgrad."""
+    """Parameters of several dtypes, strides and groups, some of them in 16 bits or with amsgrad."""
+    wide = torch.float64 if backend != "cuda" else torch.float32
     generator = torch.Generator().manual_seed(3)
     draw = lambda *shape: torch.randn(shape, generator=generator)
     named = []
     for i in range(count):
         weight = draw(6, 5) if i % 4 < 2 else draw(5, 6).t()
         named.append((f"layer.{i}.weight", nn.Parameter(weight.to(torch.bfloat16 if i % 3 == 2 else torch.float32))))
-        named.append((f"layer.{i}.bias", nn.Parameter(draw(5).to(torch.float64 if i % 5 == 4 else torch.float32))))
+        named.append((f"layer.{i}.bias", nn.Parameter(draw(5).to(wide if i % 5 == 4 else torch.float32))))
     groups = [{"params": named[:4]}, {"params": named[4:-2], "amsgrad": True}, {"params": named[-2:], "lr": 0.5}]
     optimizer = FusedGradDropAdamW(groups, lr=0.03, weight_decay=0.2, backend=backend, **MODES[mode])
     return [param for _, param in named], optimizer
@@ -75,7 +79,9 @@ def disturb(dice: random.Random, params: list[nn.Parameter], optimizer: FusedGra
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
-def test_steps_are_those_of_an_optimizer_that_prepares_anew(mode, backend, seed):
+def test_steps_are_those_of_an_optimizer_that_prepares_anew(mode, backend, seed, monkeypatch):
+    if backend == "cuda":
+        emulate_cuda(monkeypatch)
     pairs = [made(mode, "auto" if backend == "cpu" else backend) for _ in range(2)]
     dice, present = random.Random(f"{seed} {mode} {backend}"), [True] * len(pairs[0][0])
     for step in range(25):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import ISAS
 from costs import allocated_by
-from toy import bits
+from toy import bits, emulate_cuda
 
 from graddrop_kernels import (
     FixedMask,
@@ -18,7 +18,7 @@ from graddrop_kernels import (
     GradDropEpoch,
     available_backends,
 )
-from graddrop_kernels.backends import cpu
+from graddrop_kernels.backends import cpu, cuda
 
 needs_cpu = pytest.mark.skipif("cpu" not in available_backends(), reason="csrc was not compiled")
 
@@ -115,6 +115,29 @@ def test_the_bits_are_those_of_a_contiguous_parameter(mode, isa, seed):
                 assert state_of(one, ones) == state_of(other, others), (shape, dims, step)
                 assert torch.equal(ones.mask("weight"), others.mask("weight"))
             assert other.stride() == permuted(start, dims).stride()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.skipif(cuda._load()[0] is None, reason="no CUDA library: nvcc was not there when the package was built")
+def test_on_a_gpu_too(mode, seed, monkeypatch):
+    """By the emulation of its kernels. What is drawn there goes through copies, which lie elsewhere in every step."""
+    emulate_cuda(monkeypatch)
+    dice, kept = random.Random(f"{seed} {mode}"), []
+    for _ in range(4):
+        shape, dims = some_shape(dice)
+        start = torch.randn(shape).to(WIDE.get(mode, torch.float32))
+        one, ones = make(mode, start.clone(), seed, backend="cuda")
+        other, others = make(mode, permuted(start, dims), seed, backend="cuda")
+        for step in range(3):
+            one.grad = torch.randn(shape).to(start.dtype)
+            other.grad = permuted(one.grad, dims)
+            ones.step()
+            others.step()
+            kept.append(torch.zeros(shape))  # in the memory that the copies had
+            if mode.startswith("clipping"):
+                assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+            else:
+                assert state_of(one, ones) == state_of(other, others), (shape, dims, step)
 
 
 @pytest.mark.parametrize("mode", MODES)
