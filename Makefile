@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+unexport PYTHONDONTWRITEBYTECODE # pytest keeps what it has rewritten, which halves the time to collect the tests
 BIN = $(VENV)/bin
 
 .PHONY: demo test test-all study wheel-test deepspeed docs lint bench gpu clean
@@ -54,6 +55,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.cpu.memory
 	$(BIN)/python -m benchmarks.cpu.modes
 	$(BIN)/python -m benchmarks.cpu.skip_backward
+	$(BIN)/python -m benchmarks.cpu.growing_costs
 	$(BIN)/python -m benchmarks.cpu.precision
 	$(BIN)/python -m benchmarks.render.figures
 	$(BIN)/python -m benchmarks.render.mask_pictures

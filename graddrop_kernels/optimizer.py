@@ -13,7 +13,7 @@ from .groups import load_state
 from .groups.checks import check_groups
 from .groups.flat_buffers import FlatPiece, check_pieces
 from .groups.masking import Masking
-from .groups.options import GROUP_DEFAULTS, check_max_grad_norm, moment_dtype_name
+from .groups.options import GROUP_DEFAULTS, SHARED_BY_GROUPS, check_max_grad_norm, moment_dtype_name
 from .inspection import describe
 from .policies import GradDrop, Policy, PolicyBook
 from .step.graph import GraphStep, step_in_graph
@@ -272,6 +272,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"set_epoch(epoch) needs the number of the epoch, an int >= 0, got {epoch!r}")
         self._skip_dropped.check_outside("set_epoch()")
+        self._in_backward.check_ended("set_epoch()")
         masking = self.masking
         for policy in map(masking.policy, masking.indices()):
             if policy is not None and policy.follows_epochs:
@@ -325,17 +326,16 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             ValueError, TypeError: an option out of range, or a policy of blocks without blocks. Nothing has changed.
         """
         if isinstance(param_group, dict):
-            shared = ("epoch", "epoch_was_set", "max_grad_norm", "norm_after_mask")
-            clock = {} if self._constructing else {key: self.param_groups[0][key] for key in shared}
-            param_group = {**self._own_defaults, **clock, **param_group}
+            beside = self.param_groups[:1] if not self._constructing else ()  # empty after param_groups.clear()
+            shared = {key: group[key] for group in beside for key in SHARED_BY_GROUPS}
+            param_group = {**self._own_defaults, **shared, **param_group}
             param_group["mask"] = self._masking.policies.add(param_group["mask"])
             param_group["moment_dtype"] = moment_dtype_name(param_group["moment_dtype"])
         super().add_param_group(param_group)
         self._masking.buffers.note(self.param_groups)
         if not self._constructing:
-            self._stepper.forget()
             try:
-                check_groups(self._masking)
+                check_groups(self._masking, first=len(self.param_groups) - 1)
             except Exception:
                 self.param_groups.pop()
                 self._stepper.forget()
@@ -372,6 +372,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; the groups also hold the policies and our counts."""
+        self._in_backward.check_ended("state_dict()")
         self._stepper.settle()
         return super().state_dict()
 
@@ -396,6 +397,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     def reloaded(self) -> None:
         """Forgets what was derived from the groups. For engines that load a checkpoint past ``load_state_dict()``."""
+        self._in_backward.finish()
         self._stepper.reloaded()
 
     @_disable_dynamo
@@ -406,6 +408,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         self._skip_dropped.check_outside("a copy of the optimizer")
+        self._in_backward.check_ended("a copy of the optimizer")
         self._stepper.settle()
         own = ("backend", "strict", "grad_norm", "_own_defaults")
         own_state = {name: getattr(self, name) for name in own}

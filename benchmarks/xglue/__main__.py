@@ -122,7 +122,8 @@ def _unpack(options) -> int:
 def _score(options) -> int:
     from .scores.score import score_folder
 
-    print(json.dumps(score_folder(options.predictions, options.tasks, options.split, options.data), indent=1))
+    scores = score_folder(options.predictions, options.tasks, options.split, options.data, options.languages)
+    print(json.dumps(scores, indent=1))
     return 0
 
 

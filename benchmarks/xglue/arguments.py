@@ -60,6 +60,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     score = commands.add_parser("score", help="official scores of a folder of prediction files")
     score.add_argument("predictions", type=Path, help="folder with {TASK}/{language}.prediction")
     score.add_argument("--tasks", nargs="+", help="(default: those that have a folder)")
+    score.add_argument("--languages", nargs="+", help="of each task (default: all that it has, as the evaluator)")
     score.add_argument("--split", default="test", choices=("dev", "test"))
     _data(score)
     return parser.parse_args(argv)

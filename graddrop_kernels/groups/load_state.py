@@ -13,8 +13,8 @@ from .param_state import has_master
 
 # These describe the live model and how it is stepped, not the training: a file never overrides them.
 _STRUCTURE = (
-    "blocks", "block", "param_blocks", "name", "capturable", "differentiable", "master_weights", "stochastic_rounding",
-    "max_grad_norm", "norm_after_mask",
+    "blocks", "block", "param_blocks", "no_blocks", "notes", "name", "capturable", "differentiable", "master_weights",
+    "stochastic_rounding", "max_grad_norm", "norm_after_mask",
 )  # fmt: skip
 # A run continues bit for bit only if these are the same.
 _MASKING = ("mask", "seed", "masked", "bias_correction")

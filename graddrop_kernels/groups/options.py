@@ -23,6 +23,8 @@ GROUP_DEFAULTS = {
     "completed_steps": 0,  # steps that this group has made; the draw of its block masks
     "epoch_history": "",  # "epoch:first step,...", see policies.clock
 }
+# What all groups share, so that a new one takes it from the others.
+SHARED_BY_GROUPS = ("epoch", "epoch_was_set", "max_grad_norm", "norm_after_mask")
 
 
 def moment_dtype_name(dtype: torch.dtype | str | None) -> str | None:
@@ -90,9 +92,11 @@ def check_max_grad_norm(max_grad_norm: float | None) -> float | None:
     return max_grad_norm
 
 
-def check_clipping(groups: list[dict[str, Any]]) -> None:
-    """Raises ValueError for a limit that cannot be used, or one that the groups do not share."""
-    for index, group in enumerate(groups):
+def check_clipping(groups: list[dict[str, Any]], first: int = 0) -> None:
+    """Raises ValueError for a limit that cannot be used, or one that the groups do not share. Groups before the one of
+    index ``first`` have been checked before.
+    """
+    for index, group in list(enumerate(groups))[first:]:
         for name in ("max_grad_norm", "norm_after_mask"):
             if group[name] != groups[0][name]:
                 raise ValueError(

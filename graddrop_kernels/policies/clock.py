@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .policy import Policy
 
 History = tuple[tuple[int, int], ...]
 
@@ -37,13 +34,13 @@ class Clock:
         """The history of a group that has made these steps without a mask: every element was trained in all of them."""
         return f"~{65536 * steps}" if steps else ""
 
-    def with_this_step(self, policy: Policy) -> str:
+    def with_this_step(self, fold: Callable[[History, int], tuple[History, int]]) -> str:
         """The history as a string for the group: "0:0,1:44", or "~2883584,1:44" where epoch 0 is folded. The step that
-        is being made now is counted under its epoch.
+        is being made now is counted under its epoch. ``fold``: the group's Policy.fold.
         """
         history, folded = self.history, self.folded
         if not history or history[-1][0] != self.epoch:
-            history, folded = policy.fold((*history, (self.epoch, self.completed_steps)), folded)
+            history, folded = fold((*history, (self.epoch, self.completed_steps)), folded)
         entries = [f"{epoch}:{start}" for epoch, start in history]
         return ",".join([f"~{folded}", *entries] if folded else entries)
 

@@ -26,6 +26,7 @@ class GradDrop(Policy):
 
     p: Schedule = 0.2
     every: str = "step"
+    draws = "bits"
 
     def __post_init__(self) -> None:
         _freeze_values(self, p=_check_p(self.p))
@@ -115,6 +116,10 @@ class GradDropEpoch(Policy):
             )
         if self.storage not in ("bitpacked", "recompute"):
             raise ValueError(f"GradDropEpoch(storage=) must be 'bitpacked' or 'recompute', got {self.storage!r}")
+
+    @property
+    def draws(self) -> str | None:  # type: ignore[override]  # depends on a value
+        return "bits" if self.storage == "recompute" else None
 
     def plan(self, context: PlanContext, unit: Hashable) -> MaskPlan:
         epoch = min(context.clock.epoch, self.epochs - 1)

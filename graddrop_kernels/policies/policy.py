@@ -27,6 +27,8 @@ class Policy:
     masked: str | None = "gradient"
     needs_blocks = False
     layers: tuple[str, ...] | None = None
+    # What its plans draw for single elements: "bits" (kept or not, or a bucket), "numbers" (anything), or None.
+    draws: str | None = "numbers"
 
     def plan(self, context: PlanContext, unit: Hashable) -> MaskPlan:
         """The plan of one step for one ``unit``, which is a value that ``unit()`` returns."""
@@ -125,6 +127,7 @@ class BlockPolicy(Policy):
     """
 
     needs_blocks = True
+    draws = None
 
     def unit(self, name: str, block: str | None) -> Hashable:
         return block

@@ -22,7 +22,7 @@ SELECTIONS = {
     "shards": ["backends/test_layout.py", "-k", "slices_of_the_whole or far_shards"],
 }
 
-LONG = ("policies", "values", "modes")
+LONG = ("policies", "values", "modes", "shards")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")

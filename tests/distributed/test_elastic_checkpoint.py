@@ -159,6 +159,7 @@ def assert_equal_runs(run, expected, what=""):
     assert_same_tensors(tensors, expected_tensors, what)
 
 
+@pytest.mark.slow
 def test_every_policy_goes_on_bit_for_bit_on_other_numbers_of_ranks(seed, tmp_path):
     for number, world in enumerate(RANKS):
         steps = range(3 * number, 3 * number + 3)

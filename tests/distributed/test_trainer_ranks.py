@@ -117,6 +117,7 @@ def trained_by(wrappers, folder):
     return [trained(wrapper, mask, folder) for wrapper in wrappers for mask in MASKS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrappers", [
     ["ddp", "fsdp1", "fsdp2", "fsdp2, skipping"], pytest.param(["deepspeed 2", "deepspeed 3"], marks=needs_deepspeed),
 ])  # fmt: skip

@@ -400,17 +400,6 @@ def test_names_of_a_wrapped_model_are_the_bare_ones(seed):
     assert again.param_groups[0]["param_names"][-1] == "embeddings.weight"
 
 
-def test_two_parameters_of_one_name_keep_their_own_state(seed):
-    """Two models in one optimizer: list(a.named_parameters()) + list(b.named_parameters())."""
-    weights = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))]
-    optimizer = FusedGradDropAdamW([("weight", weight) for weight in weights], mask=None)
-    random_grads(weights, torch.Generator().manual_seed(seed))
-    optimizer.step()
-    before = snapshot(optimizer)
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert snapshot(optimizer) == before
-
-
 def test_the_file_is_not_changed(seed):
     model, optimizer = build("graddrop")
     train(optimizer, model.parameters(), BEFORE, seed)

@@ -11,17 +11,12 @@ import re
 import pytest
 import torch
 from cases import BF16, F16, F32, F64, Engine
-from torch.testing._internal.common_optimizers import (
-    OptimizerErrorEnum,
-    _get_optim_inputs_including_global_cliquey_kwargs,
-    optim_db,
-)
+from torch_inputs import INFO, OptimizerErrorEnum, all_inputs
 from toy import refused
 
 from graddrop_kernels import FusedGradDropAdamW
 from graddrop_kernels.tools.verify.bounds import BOUNDS, ulp_at
 
-INFO = next(info for info in optim_db if info.optim_cls is torch.optim.AdamW)
 # What torch's AdamW takes and ours does not: the argument, and what the refusal says.
 REFUSED_TODAY = {
     "capturable": "capturable=True needs parameters on a GPU; leave it False",
@@ -40,7 +35,7 @@ def inputs(dtype=None):
     plain = [entry.kwargs for entry in INFO.optim_inputs_func("cuda", dtype)]
     if dtype is not None:
         return plain
-    return [entry.kwargs for entry in _get_optim_inputs_including_global_cliquey_kwargs("cuda", dtype, INFO)]
+    return [entry.kwargs for entry in all_inputs("cuda", dtype, INFO)]
 
 
 def label(kwargs):

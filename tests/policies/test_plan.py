@@ -29,7 +29,7 @@ def clock_after(epochs_of_steps, epoch, policy=Policy()):  # noqa: B008 (immutab
     """The clock before one more step in ``epoch``, moved as the optimizer moves it: through its text, step by step."""
     text, completed_steps = "", 0
     for past in epochs_of_steps:
-        text = Clock.of(past, completed_steps, text).with_this_step(policy)
+        text = Clock.of(past, completed_steps, text).with_this_step(policy.fold)
         completed_steps += 1
     return Clock.of(epoch, completed_steps, text)
 
@@ -57,7 +57,7 @@ def test_history_and_its_text():
         (Clock(0, 60, ((0, 0), (1, 44))), "0:0,1:44,0:60"),  # and again when it comes again
         (Clock(1, 60, ((1, 44),), folded=123), "~123,1:44"),
     ):
-        assert clock.with_this_step(Policy()) == text
+        assert clock.with_this_step(Policy().fold) == text
 
 
 FOLDING = [
@@ -80,7 +80,7 @@ def test_folded_epochs_leave_every_plan_as_it_was(policy, seed):
         for _ in range(dice.randrange(1, 4)):
             plans = [policy.plan(context(Clock.of(epoch, completed_steps, text)), None) for text in (whole, folded)]
             assert plans[0] == plans[1], epoch
-            folded = Clock.of(epoch, completed_steps, folded).with_this_step(policy)
+            folded = Clock.of(epoch, completed_steps, folded).with_this_step(policy.fold)
             if not whole.rpartition(",")[2].startswith(f"{epoch}:"):
                 whole += f",{epoch}:{completed_steps}"
             completed_steps += 1

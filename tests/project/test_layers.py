@@ -26,13 +26,17 @@ MAY_IMPORT = {  # docs/architecture.md draws it
 }
 LOOPS = {"transformers", "accelerate", "lightning", "pytorch_lightning"}  # each imports the package of its name
 FILES = sorted(ROOT.rglob("*.py"))
-TREES = {path: ast.parse(path.read_text()) for path in FILES}
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def imports(path: Path) -> list[tuple[Path, str]]:
     """(file of the package, name) of everything that a file imports, also in functions and for annotations only."""
     found = []
-    for node in ast.walk(TREES[path]):
+    for node in ast.walk(tree(path)):
         if not isinstance(node, ast.ImportFrom) or not node.level:
             continue
         folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
@@ -99,7 +103,7 @@ def test_private_names_stay_in_their_package():
 def private_members(path: Path) -> set[str]:
     """The private attributes and methods of a file's classes."""
     found = set()
-    for node in ast.walk(TREES[path]):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.ClassDef):
             found |= {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
@@ -112,7 +116,7 @@ def test_nobody_reads_the_private_members_of_another_files_objects():
     wrong = [
         f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}, of {ours[node.attr].relative_to(ROOT)}"
         for path in FILES
-        for node in ast.walk(TREES[path])
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.Attribute) and node.attr in ours and node.attr not in private_members(path)
         if ast.unparse(node.value) not in ("self", "cls")
     ]

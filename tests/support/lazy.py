@@ -19,3 +19,5 @@ class Lazy:
 
 transformers = Lazy("transformers")
 integration = Lazy("graddrop_kernels.integrations.transformers")
+seqeval, sklearn = Lazy("seqeval.metrics"), Lazy("sklearn.metrics")
+scipy_stats = Lazy("scipy.stats")

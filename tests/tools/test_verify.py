@@ -95,6 +95,7 @@ def test_a_backend_with_the_exact_bits_passes(capsys, plant, seed):
     assert lines[-1].startswith("PASS: 98 cases on 1 engines, 98 comparisons in ")
 
 
+@pytest.mark.slow
 def test_every_backend_that_runs_here_passes_in_a_process_without_pytest(seed):
     """As in an installed wheel. The instruction sets of the cpu backend are engines of their own."""
     code = (

@@ -8,9 +8,7 @@ from itertools import groupby
 import numpy as np
 import official_xglue  # noqa: F401  (makes benchmarks importable)
 import pytest
-import sklearn.metrics
-from seqeval.metrics import f1_score as seqeval_f1
-from seqeval.metrics import precision_score as seqeval_precision
+from lazy import seqeval, sklearn
 
 from benchmarks.xglue.examples import standins
 from benchmarks.xglue.examples.kinds import SpanExample, TextExample, WordsExample
@@ -60,7 +58,7 @@ def test_newer_seqeval_gives_other_numbers_for_tags_without_prefix(unicoder):
         examples = load(UD_POS, language, "test")
         predicted = predictions.read(folder, UD_POS, language, examples)
         filled = [[*tags, *["O"] * (len(e.tags) - len(tags))] for tags, e in zip(predicted, examples)]
-        newer = seqeval_precision([example.tags for example in examples], filled)
+        newer = seqeval.precision_score([example.tags for example in examples], filled)
         assert abs(newer - official[language]) > 4e-5
 
 
@@ -75,8 +73,8 @@ def test_entities_agree_with_seqeval(seed):
     predicted = [[tag if rng.random() < 0.7 else rng.choice(NER.labels) for tag in tags] for tags in gold]
     examples = [WordsExample(str(i), tags, tags) for i, tags in enumerate(gold)]
     found = metrics.score(NER, "en", examples, predicted)
-    assert found["official"] == pytest.approx(seqeval_f1(gold, predicted), abs=1e-12)
-    assert found["precision"] == pytest.approx(seqeval_precision(gold, predicted), abs=1e-12)
+    assert found["official"] == pytest.approx(seqeval.f1_score(gold, predicted), abs=1e-12)
+    assert found["precision"] == pytest.approx(seqeval.precision_score(gold, predicted), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +154,8 @@ def test_accuracy_and_f1_agree_with_scikit_learn(task, seed):
     examples = [TextExample(str(i), "", None, label) for i, label in enumerate(gold)]
     found = metrics.score(task, "de", examples, predicted)
     options = {"average": "macro"} if len(task.labels) > 2 else {"pos_label": "1"}
-    assert found["official"] == found["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(gold, predicted))
-    assert found["f1"] == pytest.approx(sklearn.metrics.f1_score(gold, predicted, **options))
+    assert found["official"] == found["accuracy"] == pytest.approx(sklearn.accuracy_score(gold, predicted))
+    assert found["f1"] == pytest.approx(sklearn.f1_score(gold, predicted, **options))
 
 
 def test_f1_without_any_of_the_second_label_is_0():

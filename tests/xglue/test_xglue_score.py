@@ -6,6 +6,7 @@ import random
 import official_xglue
 import pytest
 
+from benchmarks.xglue.__main__ import main
 from benchmarks.xglue.examples.load import load
 from benchmarks.xglue.scores import predictions
 from benchmarks.xglue.scores.score import score_folder
@@ -97,7 +98,9 @@ BROKEN = {
     "two blank lines": ("pos", lambda s: s.replace("\n\n", "\n\n\n", 1), "de.prediction:9: a second blank line"),
     "another tag": ("pos", lambda s: s.replace("ADP", "PREP"), "de.prediction:5: label 'PREP'"),
     "half of JSON": ("mlqa", lambda s: s[:20], "de.prediction:.: not JSON, or cut off"),
-    "a question less": ("mlqa", lambda s: '{"who-de": "x"}', "1 of 2 questions have no answer, as 'where-de'"),
+    "a mark before JSON": ("mlqa", lambda s: "\ufeff" + s, "de.prediction:1: not JSON.*BOM"),
+    "a mark before a number": ("wpr", lambda s: "\ufeff" + s, r"de.prediction:1: label '\\ufeff4'"),
+    "a mark alone": ("qam", lambda s: "\ufeff\n" + s, r"de.prediction:1: label '\\ufeff'"),
     "a list": ("mlqa", lambda s: "[1]", "one JSON object of ids and texts is expected"),
 }
 
@@ -110,6 +113,55 @@ def test_errors_name_the_file_and_the_line(root, folder, case):
     with pytest.raises(ValueError, match=message) as error:
         score_folder(folder, [name], "test", root)
     assert str(path) in str(error.value)
+
+
+def test_a_byte_order_mark_is_a_part_of_the_first_label(root, folder):
+    """As in the evaluator, which opens files as UTF-8 and strips white space alone."""
+    for name in ("qam", "ner", "pos"):
+        path = predictions.path(folder, TASKS[name], "de")
+        path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+        with pytest.warns(UserWarning, match="de.prediction:1: a byte order mark before '(1|B-PER|PROPN)'"):
+            rows = score_folder(folder, [name], "test", root)[name]
+        assert rows["fr" if name != "ner" else "nl"]["official"] == 1
+        found = rows["de"]
+        if name == "qam":
+            assert found["official"] == 0.5
+        else:  # the name of an entity follows the "-", that of a word class begins with the mark
+            tags = [tag for example in load(TASKS[name], "de", "test", root) for tag in example.tags]
+            assert found["accuracy"] == pytest.approx(1 - 1 / len(tags))
+            assert (found["official"] == 1) is (name == "ner")
+
+
+def test_a_question_without_an_answer_counts_0(root, folder):
+    path = predictions.path(folder, TASKS["mlqa"], "de")
+    person, _ = official_xglue.names("de")
+    for answers, wanted in (({"who-de": person}, 0.5), ({"another": "x"}, 0.0)):
+        path.write_text(json.dumps(answers), encoding="utf-8")
+        with pytest.warns(UserWarning, match="de.prediction: [12] of 2 questions have no answer.*they count 0"):
+            rows = score_folder(folder, ["mlqa"], "test", root)["mlqa"]
+        assert rows["de"]["official"] == rows["de"]["exact_match"] == wanted
+        assert rows["en"]["official"] == 1 and rows["avg"]["official"] == pytest.approx((6 + wanted) / 7)
+
+
+def test_languages_are_all_of_the_task_or_those_asked_for(root, folder, capsys):
+    command = ["score", str(folder), "--data", str(root), "--tasks", "qam", "xnli"]
+    assert main(command) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert {name: list(rows) for name, rows in scores.items()} == {
+        name: [*TASKS[name].languages, "avg"] for name in ("qam", "xnli")
+    }
+    for language in TASKS["xnli"].languages:
+        if language not in ("de", "en"):
+            (folder / "XNLI" / f"{language}.prediction").unlink()
+    assert main(command) == 1
+    assert "ar.prediction: no such file" in capsys.readouterr().err
+    predictions.write(folder, TASKS["qam"], "de", ["0", "0"])
+    assert main([*command, "--languages", "de", "en"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert list(scores["qam"]) == list(scores["xnli"]) == ["de", "en", "avg"]
+    assert [row["official"] for row in scores["qam"].values()] == [0.5, 1, 0.75]
+    assert main([*command, "--languages", "sw"]) == 1
+    assert "language 'sw': the test split of qam has en, de, fr" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_named(root, folder, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import stats
+from lazy import scipy_stats as stats
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 

@@ -60,15 +60,17 @@ def file_name(task: Task, language: str, split: str) -> str:
     return f"{language}.{split}" if task.name in ("xnli", "ner", "pos") else f"xglue.{task.name}.{language}.{split}"
 
 
-def read(path: Path) -> str:
+def read(path: Path, encoding: str = "utf-8-sig") -> str:
     """Returns the text of a file, newlines as Python reads them, as the official evaluator counts lines so.
+
+    ``encoding`` is "utf-8" to keep a byte order mark.
 
     Raises FileNotFoundError; ValueError for an empty file and for one that is not UTF-8.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it is expected there")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding=encoding)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: {error}") from error
     if not text.strip():

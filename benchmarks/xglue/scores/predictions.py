@@ -6,6 +6,7 @@ sentence; for spans one JSON object, id -> answer.
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from ..examples.kinds import Example
 from ..examples.official import lines
 from ..examples.official import read as read_text
 from ..tasks import Task
+
+_BOM = "\ufeff"  # a byte order mark, which the evaluator leaves in the text
 
 
 def path(folder: str | Path, task: Task, language: str) -> Path:
@@ -44,9 +47,12 @@ def read(folder: str | Path, task: Task, language: str, examples: Sequence[Examp
         FileNotFoundError: no such file.
         ValueError: not exactly one prediction per example, or a label that the task does not have; names file and line.
             Fewer tags than words are a sentence that was cut; more are refused.
+
+    Warns of questions without an answer, which count 0, and of a byte order mark, which stays a part of its label. Both
+    are so in the evaluator.
     """
     source = path(folder, task, language)
-    text = read_text(source)
+    text = read_text(source, encoding="utf-8")
     if task.kind == "span":
         return _answers(source, text, examples)
     if task.kind == "token":
@@ -83,12 +89,21 @@ def _answers(source: Path, text: str, examples: Sequence[Example]) -> dict[str, 
     if not isinstance(answers, dict) or not all(isinstance(answer, str) for answer in answers.values()):
         raise ValueError(f"{source}: one JSON object of ids and texts is expected")
     if missing := [example.guid for example in examples if example.guid not in answers]:
-        raise ValueError(f"{source}: {len(missing)} of {len(examples)} questions have no answer, as {missing[0]!r}")
+        warnings.warn(
+            f"{source}: {len(missing)} of {len(examples)} questions have no answer, as {missing[0]!r}; they count 0",
+            stacklevel=3,
+        )
     return answers
 
 
 def _check(task: Task, label: str, where: str, *others: str) -> str:
-    if label not in task.labels and label not in others:
+    known = (*task.labels, *others)
+    if task.kind != "ranking" and label.startswith(_BOM) and label[1:] in known:  # of a ranking, it must be a number
+        warnings.warn(
+            f"{where}: a byte order mark before {label[1:]!r}, which makes another label of it, as in the evaluator",
+            stacklevel=2,
+        )
+    elif label not in known:
         raise ValueError(f"{where}: label {label!r}: {task.name} has {', '.join(task.labels)}")
     return label
 

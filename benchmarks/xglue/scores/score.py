@@ -11,8 +11,9 @@ Scores = dict[str, dict[str, dict[str, float]]]
 
 
 def score_folder(
-    folder: str | Path, tasks: Sequence[str] | None = None, split: str = "test", root: str | Path | None = None
-) -> Scores:
+    folder: str | Path, tasks: Sequence[str] | None = None, split: str = "test", root: str | Path | None = None,
+    only: Sequence[str] | None = None,
+) -> Scores:  # fmt: skip
     """Returns {task: {language: metrics.score(...), ..., "avg": {"official": ..., ...}}}.
 
     "avg" is the plain mean over the languages, English included, as the evaluator's.
@@ -22,6 +23,7 @@ def score_folder(
         tasks: names out of tasks.TASKS; default: those that have a folder.
         split: "dev" or "test".
         root: as examples.load.load's.
+        only: languages, of every task; default: all that a task has in this split, as the evaluator.
 
     Raises:
         FileNotFoundError, ValueError: as predictions.read and load; no task has a folder; an unknown task.
@@ -35,12 +37,14 @@ def score_folder(
     if not tasks:
         expected = ", ".join(task.folder for task in TASKS.values())
         raise FileNotFoundError(f"{folder}: no folder of a task in it; their names are {expected}")
-    return {name: _score_task(folder, name, split, root) for name in tasks}
+    return {name: _score_task(folder, name, split, root, only) for name in tasks}
 
 
-def _score_task(folder: str | Path, name: str, split: str, root: str | Path | None) -> dict[str, dict[str, float]]:
+def _score_task(
+    folder: str | Path, name: str, split: str, root: str | Path | None, only: Sequence[str] | None
+) -> dict[str, dict[str, float]]:
     task, scores = TASKS[name], {}
-    for language in languages(task, split):
+    for language in dict.fromkeys(only or languages(task, split)):
         examples = load(task, language, split, root)
         predicted = predictions.read(folder, task, language, examples)
         scores[language] = metrics.score(task, language, examples, predicted)
