@@ -163,10 +163,6 @@ class Masking:
             for key, name in [(record.key, record.name), *((key, piece.name) for piece, key, _ in record.flat)]
         }
 
-    def places(self) -> Iterator[tuple[int, int]]:
-        """(group, position) of every parameter, in order."""
-        return ((index, position) for index in self.indices() for position in range(len(self[index]["params"])))
-
     def find(self, param: torch.Tensor | str) -> tuple[int, int]:
         """(group, position) of a parameter given as a tensor or by name, or of the flat buffer that holds it. Raises
         KeyError for an unknown one.

@@ -42,7 +42,8 @@ class StepInBackward:
         self._stepper = stepper  # refers to its optimizer weakly: the parameters hold the hooks, and those hold self
         self._hooks: list[Any] | None = None  # None: off
         self._prepared: dict[int, PreparedStep] = {}  # by the id of a parameter
-        self._clocks: list[Any] = []  # of the step that is under way
+        self._clocks: list[Any] = []  # of the step that is under way, as the next
+        self._made_for: Any = None
         self._done: dict[torch.Tensor, int] = {}  # parameters stepped in it, and their groups
 
     def start(self) -> "StepInBackward":
@@ -114,19 +115,19 @@ class StepInBackward:
                 "a second gradient for a parameter that has been stepped already: with step_in_backward() call "
                 "optimizer.step() after every backward(); gradients cannot be accumulated, they are gone"
             )
-        self._check()
-        stepper.check()
         owner, masking, prepared = stepper.owner, stepper.masking, self._prepared.get(id(param))
+        if not self.under_way:  # what takes time per group, once per step
+            self._check()
+            stepper.check()
+            self._clocks, self._made_for = masking.clocks(), prepared_for(owner, masking)
         grads, tensors = local_grads([param], [param.grad]), local_tensors([param])
-        state, made_for = {param: owner.state[param]}, prepared_for(owner, masking)
-        if prepared is None or not prepared.holds([param], tensors, grads, state, made_for):
-            prepared = prepare(owner, masking, stepper.warn, [param], grads, None, prepared)
+        state = {param: owner.state[param]}
+        if prepared is None or not prepared.holds([param], tensors, grads, state, self._made_for):
+            prepared = prepare(owner, masking, stepper.warn, [param], grads, None, self._made_for, prepared)
             if prepared is None:  # a fake tensor
                 param.grad = None
                 return
             self._prepared[id(param)] = prepared
-        if not self.under_way:
-            self._clocks = masking.clocks()
         stepper.run(prepared, tensors, grads, state, self._clocks)
         self._done |= dict.fromkeys([param], *prepared.group_indices)
         param.grad = None

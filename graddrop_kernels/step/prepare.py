@@ -3,8 +3,10 @@ makes missing state and masks, then the rows.
 """
 
 import os
+from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,8 @@ from ..groups.param_state import has_master, is_stochastic, lay_out_state, make_
 from ..groups.records import ParamRecord, spans_of
 from ..masks.memory_order import MemoryOrder
 from ..masks.row_block import RowBlock
-from ..tensors.local import any_nonzero, local, several_processes, sharded_over
+from ..policies import FixedMask
+from ..tensors.local import any_nonzero, local, local_tensors, several_processes, sharded_over
 from ..tensors.memory import is_fake, is_marked, lies_as
 from .prepared import Member, PreparedStep, Row, memory_of
 from .warn_once import WarnOnce
@@ -36,7 +39,7 @@ def backend_name(owner: Owner) -> str:
 
 def prepare(
     owner: Owner, masking: Masking, warn: WarnOnce, params: list[torch.Tensor], grads: list[torch.Tensor | None],
-    fresh: Callable[[], bool] | None, before: PreparedStep | None = None,
+    fresh: Callable[[], bool] | None, made_for: object, before: PreparedStep | None,
 ) -> PreparedStep | None:  # fmt: skip
     """Checks the parameters that have gradients, then makes missing state and masks. Does neither for those that the
     step ``before`` has prepared and that have not changed since.
@@ -44,6 +47,7 @@ def prepare(
     Args:
         grads: local tensors, see tensors.local.local_grads.
         fresh: whether there was no step before. None if ``params`` are not all parameters of the step.
+        made_for: prepared_for() of now.
 
     Returns:
         None if the call only made the optimizer create its state, as torch.distributed.checkpoint and FakeTensorMode
@@ -52,16 +56,13 @@ def prepare(
     Raises before anything has changed.
     """
     states, name = owner.state, backend_name(owner)
-    made_for = prepared_for(owner, masking)
-    members = _still_good(before, params, grads, states) if before is not None and before.made_for == made_for else {}
-    found = [
-        _Found(position, index, group, param, record, grad)
-        for position, (index, group, param, record) in enumerate(_records_of(masking, params, fresh is None))
-        if (grad := grads[position]) is not None and position not in members
-    ]
+    members = {} if before is None else _still_good(before, params, grads, states, made_for)
+    missing = [position for position, grad in enumerate(grads) if grad is not None and position not in members]
+    found = list(_found(masking, params, grads, missing, params_of_all=fresh is not None))
     for new in found:
         check_row(owner, masking, new.group, new.param, new.record, new.grad)
-    check_fixed_masks(masking)
+    if any(isinstance(masking.policy(new.index), FixedMask) for new in found):
+        check_fixed_masks(masking)
     _warn_of_position_names(masking, warn)
     chosen = [backends.select(name, *mode(new.param, new.group, states.get(new.param, {}))) for new in found]
     probe = fresh is not None and _is_state_probe(owner, params, grads, fresh)
@@ -89,19 +90,31 @@ class _Found(NamedTuple):
     grad: torch.Tensor
 
 
-def _records_of(
-    masking: Masking, params: list[torch.Tensor], some: bool
-) -> Iterator[tuple[int, dict[str, Any], torch.Tensor, ParamRecord]]:
-    """(group index, group, parameter, record) of each parameter. ``some``: they are not those of all groups."""
-    places = map(masking.find, params) if some else None
-    for index, position in places or masking.places():
-        yield index, masking[index], masking[index]["params"][position], masking.records(index)[position]
+def _found(
+    masking: Masking, params: list[torch.Tensor], grads: list[Any], positions: list[int], params_of_all: bool
+) -> Iterator[_Found]:
+    """The parameters at these positions. ``params_of_all``: ``params`` are those of all groups, in order."""
+    starts = list(accumulate((len(group["params"]) for group in masking.groups), initial=0)) if params_of_all else []
+    for position in positions:
+        if params_of_all:
+            index = bisect(starts, position) - 1
+            place = position - starts[index]
+        else:
+            index, place = masking.find(params[position])
+        record = masking.records(index)[place]
+        yield _Found(position, index, masking[index], params[position], record, grads[position])
 
 
 def _still_good(
-    before: PreparedStep, params: list[torch.Tensor], grads: list[torch.Tensor | None], states: Mapping[Any, Any]
-) -> dict[int, Member]:
+    before: PreparedStep, params: list[torch.Tensor], grads: list[torch.Tensor | None], states: Mapping[Any, Any],
+    made_for: object,
+) -> dict[int, Member]:  # fmt: skip
     """What was prepared before and can be used again. A parameter without a gradient is looked at when it has one."""
+    if before.made_for != made_for:
+        return {}
+    known = [grad if position in before.members else None for position, grad in enumerate(grads)]
+    if before.holds(params, local_tensors(params), known, states, made_for):  # all at once: others are only new
+        return dict(before.members)
     good = {}
     for position, member in before.members.items():
         grad, param = grads[position], params[position]

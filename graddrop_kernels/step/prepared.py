@@ -47,6 +47,7 @@ class Row:
     names: frozenset[str]  # the tensors that it has
     staged: frozenset[str]  # those that the backend cannot take as they lie
     own_step: torch.Tensor | None  # where it counts, if another span of its parameter counts the parameter's steps
+    tensor_row: Any = None  # its TensorRow, once it was met
 
 
 class Member:
@@ -114,8 +115,9 @@ class _Whole:
         }  # fmt: skip
         self._in_rows = ["keys", "layouts", "mask_words"] if any(self._columns["orders"]) else list(self._columns)
         self.has_spans = any(row.span for row in self.rows)
+        self.met = np.array([row.tensor_row is not None for row in self.rows])
         self.table = np.zeros(len(self.rows), TENSOR_ROW)  # the TensorRows of those that were met
-        self.met = np.zeros(len(self.rows), bool)
+        self.table[self.met] = [row.tensor_row for row in self.rows if row.tensor_row is not None]
 
     @property
     def keeps_rows(self) -> bool:
@@ -425,6 +427,8 @@ def _give_rows(part: Part, tensors: list[torch.Tensor], states: list[dict[str, A
         batch.hyper_rows = [0] * len(rows)
         _fill(batch, rows, list(compress(part.members, new)), tensors, states)
         whole.table[positions], whole.met[positions] = tensor_table(batch), True
+        for row, tensor_row in zip(rows, whole.table[positions].tolist()):
+            row.tensor_row = tensor_row
     part.batch.rows = whole.table[part.taken]
     part.batch.rows["hyper"] = part.batch.hyper_rows
 

@@ -68,7 +68,9 @@ class Stepper:
         if prepared is None or prepared.made_for != made_for:
             self.streams.hold(self.masking.drawn_streams())
         if prepared is None or not prepared.holds(params, tensors, grads, self.owner.state, made_for):
-            prepared = self.prepared = prepare(self.owner, self.masking, self.warn, params, grads, fresh, prepared)
+            prepared = self.prepared = prepare(
+                self.owner, self.masking, self.warn, params, grads, fresh, made_for, prepared
+            )
             if prepared is None:
                 return  # the call only asked for the state
         grad_scale, found_inf = _as_float32(grad_scale), _as_float32(found_inf)

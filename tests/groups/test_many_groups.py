@@ -54,6 +54,16 @@ def every_mask(optimizer: FusedGradDropAdamW) -> None:
         optimizer.mask(group["param_names"][0])
 
 
+def in_backward(optimizer: FusedGradDropAdamW) -> None:
+    """Two steps: the first prepares."""
+    params = [group["params"][0] for group in optimizer.param_groups]
+    optimizer.zero_grad()
+    optimizer.step_in_backward()
+    for _ in range(2):
+        sum(param.sum() for param in params).backward()
+        optimizer.step()
+
+
 def attach(optimizer: FusedGradDropAdamW) -> None:
     params = [group["params"][0] for group in optimizer.param_groups]
     optimizer.attach_pieces({param: [(f"layer.{i}.weight", 0, 0, 2)] for i, param in enumerate(params)})
@@ -71,6 +81,7 @@ WORKS: dict[str, Callable[[int], Callable[[], Any]]] = {
     "load": lambda count: looks(count, reload),
     "step": lambda count: looks(count, lambda optimizer: (optimizer.step(), optimizer.step())),
     "step of GradFreeze": lambda count: looks(count, lambda own: (own.set_epoch(1), own.step()), FREEZE),
+    "step in backward": lambda count: looks(count, in_backward),
     "set_epoch": lambda count: looks(count, lambda optimizer: optimizer.set_epoch(1)),
     "masks": lambda count: looks(count, every_mask),
     "pieces": lambda count: looks(count, attach),

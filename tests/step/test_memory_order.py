@@ -1,6 +1,7 @@
 """Parameters whose memory has another order than their indices: the bits of a contiguous one, and no copies."""
 
 import copy
+import gc
 import random
 
 import pytest
@@ -133,6 +134,27 @@ def test_a_step_copies_no_tensor(mode, seed):
         optimizer.step()
         optimizer.step()
         assert allocated_by(optimizer.step) <= allowed + 200
+
+
+@pytest.mark.parametrize("mode", ["graddrop", "epoch", "epoch-bitpacked", "fixed", "gaussian"])
+@needs_cpu
+def test_nothing_is_kept_but_stored_masks(mode, seed):
+    stored = {"epoch-bitpacked": 3 / 8, "fixed": 1 / 8}.get(mode, 0)
+    start = torch.randn(64, 32, 3, 3).to(WIDE.get(mode, torch.float32))
+    weight, optimizer = make(mode, permuted(start, (0, 2, 3, 1)), seed)
+    before = set(storages())
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    optimizer.step()
+    own = {each.untyped_storage()._cdata for each in (weight, weight.grad, *optimizer.state[weight].values())}
+    kept = sum(size for storage, size in storages().items() if storage not in before | own)
+    assert kept <= stored * weight.numel() + 300
+
+
+def storages() -> dict[int, int]:
+    """{storage: bytes} of all tensors that are alive."""
+    tensors = (each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter))
+    return {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in tensors}
 
 
 @needs_cpu
