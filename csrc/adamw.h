@@ -17,13 +17,15 @@ struct AdamWScalars {
   F eps;
 };
 
+constexpr float kFloatMax = 3.402823466e38f;
+
 // a / b, rounded once, for many a >= 0 and one b in (0, 1] with r = 1 / b rounded once: a product and two fma instead
 // of a division, which is four times slower than they are. Exact by Markstein's theorem ("Computation of elementary
 // functions on the IBM RISC System/6000", 1990): q is within an ulp, its remainder is exact, and the last fma rounds
 // once. An infinite a needs the remainder of a finite q.
 template <typename F>
 GRADDROP_FN F div_by_constant(F a, F b, F r) {
-  const F q = min(a * r, F(3.402823466e38f));
+  const F q = min(a * r, F(kFloatMax));
   return fma(negate_fma(q, b, a), r, q);
 }
 
@@ -46,9 +48,10 @@ template <typename F>
 GRADDROP_FN AdamWDirection<F> adamw_moments(AdamWElement<F>& e, F g, const AdamWScalars<F>& s, bool amsgrad) {
   // first moment: m = b1 m + (1 - b1) g
   e.exp_avg = fma(s.beta1, e.exp_avg, negate_fma(s.beta1, g, g));
-  // second moment: v = b2 v + (1 - b2) g^2, g^2 rounded first
+  // second moment: v = b2 v + (1 - b2) g^2, g^2 rounded first. An infinite g^2 gives an infinite v, by which nothing
+  // moves, and not the difference of two infinities, which is NaN.
   const F g_squared = g * g;
-  e.exp_avg_sq = fma(s.beta2, e.exp_avg_sq, negate_fma(s.beta2, g_squared, g_squared));
+  e.exp_avg_sq = fma(s.beta2, e.exp_avg_sq, negate_fma(s.beta2, min(F(kFloatMax), g_squared), g_squared));
   F vhat = e.exp_avg_sq;
   if (amsgrad) vhat = e.max_exp_avg_sq = max(e.exp_avg_sq, e.max_exp_avg_sq);
   return {s.step_size * e.exp_avg, sqrt(vhat)};

@@ -13,7 +13,7 @@ from .groups import load_state
 from .groups.checks import check_groups
 from .groups.flat_buffers import FlatPiece, check_pieces
 from .groups.masking import Masking
-from .groups.options import GROUP_DEFAULTS, check_max_grad_norm, moment_dtype_name
+from .groups.options import GROUP_DEFAULTS, SHARED_BY_GROUPS, check_max_grad_norm, moment_dtype_name
 from .inspection import describe
 from .policies import GradDrop, Policy, PolicyBook
 from .step.graph import GraphStep, step_in_graph
@@ -65,6 +65,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             does not write them. ``optimizer.grad_norm`` is the last step's norm, a 0-d tensor on the device.
         norm_after_mask: take the norm after the masks, and their scale 1/(1-p) where the policy has one, not before.
         backend: ``"auto"``, or one of ``available_backends()``.
+        strict: what ``load_state_dict`` does unless it is told. False lets a run of plain AdamW go on under a mask, and
+            a schedule be lengthened, also where a framework loads the state.
 
     Raises:
         ValueError, TypeError: an argument out of range, with its name, value and remedy.
@@ -105,15 +107,16 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         max_grad_norm: float | None = None,
         norm_after_mask: bool = False,
         backend: str = "auto",
+        strict: bool = True,
     ) -> None:
-        self.backend = backends.check_name(backend)
-        self.max_grad_norm, self.norm_after_mask = check_max_grad_norm(max_grad_norm), norm_after_mask
+        self.backend, self.strict = backends.check_name(backend), strict
         self.grad_norm: torch.Tensor | None = None
         self._assemble(PolicyBook())
         self._own_defaults = {
             **GROUP_DEFAULTS, "mask": self._masking.policies.add(mask), "seed": seed, "masked": masked,
             "bias_correction": bias_correction, "moment_dtype": moment_dtype_name(moment_dtype),
             "master_weights": master_weights, "stochastic_rounding": stochastic_rounding,
+            "max_grad_norm": check_max_grad_norm(max_grad_norm), "norm_after_mask": norm_after_mask,
         }  # fmt: skip
         self._constructing = True
         super().__init__(
@@ -140,6 +143,36 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._stepper = Stepper(self, self._masking)
         self._in_backward = StepInBackward(self._stepper)
         self._skip_dropped = SkipDropped(self._stepper)
+
+    # Frameworks wrap an optimizer in an object of a subclass that has other attributes, but its groups. What is set on
+    # one of those, or in the groups, must arrive.
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The limit on the norm of all gradients, which may change between steps. The groups hold it."""
+        limit: float | None = self._of_all_groups("max_grad_norm")
+        return limit
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, limit: float | None) -> None:
+        self._set_in_all_groups("max_grad_norm", check_max_grad_norm(limit))
+
+    @property
+    def norm_after_mask(self) -> bool:
+        """Whether that norm is of the masked gradients. May change between steps. The groups hold it."""
+        after_mask: bool = self._of_all_groups("norm_after_mask")
+        return after_mask
+
+    @norm_after_mask.setter
+    def norm_after_mask(self, after_mask: bool) -> None:
+        self._set_in_all_groups("norm_after_mask", after_mask)
+
+    def _of_all_groups(self, option: str) -> Any:
+        return next(iter(self.param_groups), self._own_defaults)[option]
+
+    def _set_in_all_groups(self, option: str, value: Any) -> None:
+        for values in (self._own_defaults, *self.param_groups):
+            values[option] = value
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -218,7 +251,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
         Raises:
             RuntimeError, ValueError: an unsupported combination, with its remedy: nested use; ``step()``,
-                ``set_epoch()``, ``state_dict()`` or ``load_state_dict()`` inside; a plan that has changed since the
+                ``set_epoch()`` or ``load_state_dict()`` inside; a plan that has changed since the
                 backward pass; ``max_grad_norm`` without ``norm_after_mask``; ``differentiable``; a captured or compiled
                 step; DistributedDataParallel without ``find_unused_parameters`` or with ``static_graph``; FSDP1;
                 reentrant checkpointing, as far as the modules of ``model`` show it.
@@ -239,6 +272,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"set_epoch(epoch) needs the number of the epoch, an int >= 0, got {epoch!r}")
         self._skip_dropped.check_outside("set_epoch()")
+        self._in_backward.check_ended("set_epoch()")
         masking = self.masking
         for policy in map(masking.policy, masking.indices()):
             if policy is not None and policy.follows_epochs:
@@ -292,16 +326,16 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             ValueError, TypeError: an option out of range, or a policy of blocks without blocks. Nothing has changed.
         """
         if isinstance(param_group, dict):
-            clock = {} if self._constructing else {key: self.param_groups[0][key] for key in ("epoch", "epoch_was_set")}
-            param_group = {**self._own_defaults, **clock, **param_group}
+            beside = self.param_groups[:1] if not self._constructing else ()  # empty after param_groups.clear()
+            shared = {key: group[key] for group in beside for key in SHARED_BY_GROUPS}
+            param_group = {**self._own_defaults, **shared, **param_group}
             param_group["mask"] = self._masking.policies.add(param_group["mask"])
             param_group["moment_dtype"] = moment_dtype_name(param_group["moment_dtype"])
         super().add_param_group(param_group)
         self._masking.buffers.note(self.param_groups)
         if not self._constructing:
-            self._stepper.forget()
             try:
-                check_groups(self._masking)
+                check_groups(self._masking, first=len(self.param_groups) - 1)
             except Exception:
                 self.param_groups.pop()
                 self._stepper.forget()
@@ -338,27 +372,32 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; the groups also hold the policies and our counts."""
-        self._skip_dropped.check_outside("state_dict()")
+        self._in_backward.check_ended("state_dict()")
         self._stepper.settle()
         return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
-        """Loads a state dict of this class or of torch.optim.AdamW. Moments keep the dtype they were saved in.
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool | None = None) -> None:
+        """Loads a copy of a state dict of this class or of torch.optim.AdamW. Moments keep the dtype they were saved
+        in.
 
         Args:
-            state_dict: from ``state_dict()``. Names, blocks and policies stay this optimizer's own. State is matched by
-                name where both have names.
-            strict: refuse a state dict of another mask policy, seed or ``masked``: it could not continue bit for bit.
+            state_dict: from ``state_dict()``. Blocks, policies and ``max_grad_norm`` stay this optimizer's own. Names
+                also, unless it has none and the file has. Groups and state are matched by name where both have names.
+            strict: refuse a state dict of another mask policy, seed or ``masked``, of parameters grouped in another
+                way, or without names where masks are drawn by name: it could not continue bit for bit. Default: the
+                constructor's.
 
         Raises:
-            ValueError: other groups or parameters, or, if strict, another policy. Nothing has changed then.
+            ValueError: another kind of optimizer's, other parameters, or, if strict, another policy. Nothing has
+                changed then.
         """
         self._skip_dropped.check_outside("load_state_dict()")
-        load_state.load(self, super().load_state_dict, state_dict, strict)
+        load_state.load(self, super().load_state_dict, state_dict, self.strict if strict is None else strict)
         self.reloaded()
 
     def reloaded(self) -> None:
         """Forgets what was derived from the groups. For engines that load a checkpoint past ``load_state_dict()``."""
+        self._in_backward.finish()
         self._stepper.reloaded()
 
     @_disable_dynamo
@@ -369,8 +408,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         self._skip_dropped.check_outside("a copy of the optimizer")
+        self._in_backward.check_ended("a copy of the optimizer")
         self._stepper.settle()
-        own = ("backend", "max_grad_norm", "norm_after_mask", "grad_norm", "_own_defaults")
+        own = ("backend", "strict", "grad_norm", "_own_defaults")
         own_state = {name: getattr(self, name) for name in own}
         return {**super().__getstate__(), "policies": self._masking.policies, **own_state}
 

@@ -1,6 +1,7 @@
 """The tables of the CPU's results: {benchmark: its JSON} of one machine -> Markdown."""
 
 import statistics
+from collections.abc import Callable
 
 from .markdown import markdown, number
 
@@ -189,6 +190,30 @@ def _skip_backward(results: dict) -> str:
     return markdown(["saved of a training step, %", "FLOPs", *labels], lines)
 
 
+def _growing_costs(results: dict) -> str:
+    """Returns a table each for patterns of gradients, strides, epochs and groups."""
+    own = results["growing_costs"]
+
+    def crossed(title: str, rows: list[dict], by: str, value: Callable[[dict], str]) -> str:
+        columns = list(dict.fromkeys(row[by] for row in rows))
+        cells = {(row["name"], row[by]): value(row) for row in rows}
+        names = dict.fromkeys(row["name"] for row in rows)
+        return markdown([title, *map(str, columns)], [[name, *(cells[name, by] for by in columns)] for name in names])
+
+    strides = [
+        [row["name"], number(row["seconds"] * 1e3), number(row["over_contiguous"])] for row in own["channels_last"]
+    ]
+    histories = {row["name"]: row["bytes"] for row in own["epochs"] if row["bytes"] is not None}
+    bytes_kept = ", ".join(f"{name} {size}" for name, size in histories.items())
+    return "\n\n".join((
+        crossed("time / torch fused, by gradients", own["experts"], "work", lambda row: number(row["ratio"])),
+        markdown(["one convolution under channels_last", "ms", "/ contiguous"], strides),
+        crossed("ms of a step, by epochs before it", own["epochs"], "epochs", lambda row: number(row["seconds"] * 1e3)),
+        f"Bytes of a group's history at the end: {bytes_kept}.",
+        crossed("seconds, a group per parameter", own["groups"], "work", lambda row: number(row["seconds"], 3)),
+    ))  # fmt: skip
+
+
 def _precision(results: dict) -> str:
     """Returns the mean and, after the sign, the standard deviation over the seeds."""
     rows = results["precision"]["rows"]
@@ -257,6 +282,7 @@ TABLES = {  # name in the marker: (benchmarks, of which one suffices; the table)
     "modes": (("modes_cpu",), _modes),
     "precision": (("precision",), _precision),
     "skip-backward": (("skip_backward",), _skip_backward),
+    "growing-costs": (("growing_costs",), _growing_costs),
     "step-detail": (_STEP, _details),
 }
 EXTRACTS = ("facts", "summary")  # parts of "step", left out of a page with all tables

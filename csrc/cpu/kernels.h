@@ -32,6 +32,9 @@ struct PreparedRow {
   float sign;  // -1 to maximize
 };
 
+// The rows of a matrix [a, b] that are a tile: 64, or as many times 64 as have b bits side by side in 64.
+constexpr int64_t tile_rows(int64_t b) { return b > 32 ? 64 : 64 * (64 / b); }
+
 struct Kernels {
   const char* isa;
   // One step on the elements [begin, end) of a row, local flat indices.
@@ -43,6 +46,10 @@ struct Kernels {
   // Bit-planes of the buckets of local elements [begin, end); begin is a multiple of 32.
   void (*bucket_planes)(const TensorRow& row, uint32_t buckets, int num_planes, int64_t begin, int64_t end,
                         uint32_t* planes);
+  // The bits of a drawn mask, or the bit-planes of its buckets, in the order of memory, for the tiles [begin, end) of a
+  // tensor that holds [b, a] for each matrix [a, b]; see memory_order.h.
+  void (*memory_order_planes)(const PreparedRow& row, int64_t a, int64_t b, int num_planes, int64_t begin, int64_t end,
+                              uint32_t* planes);
 };
 
 extern const Kernels kPortableKernels;

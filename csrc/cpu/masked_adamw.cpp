@@ -266,6 +266,24 @@ GRADDROP_EXPORT void graddrop_cpu_bucket_planes(const TensorRow* row, int64_t bu
       &context);
 }
 
+// The mask of a row's next step, whose elements lie in memory as [b, a] for each matrix [a, b] of their indices: the bits
+// of a mask, or the bit-planes of its buckets, in the order of memory. `planes` is 0 before.
+GRADDROP_EXPORT void graddrop_cpu_memory_order_planes(const TensorRow* row, const HyperRow* hyper, int64_t a, int64_t b,
+                                                      int64_t num_planes, uint32_t* planes) {
+  struct Context {
+    PreparedRow row;
+    int64_t a, b, num_planes;
+    uint32_t* planes;
+  } context = {prepare(*row, *hyper, static_cast<int64_t>(*row->step), {}), a, b, num_planes, planes};
+  const int64_t rows = tile_rows(b), tiles = row->numel / (a * b) * ((a + rows - 1) / rows);
+  run(tiles, std::max<int64_t>(kGrainUnits * kUnit / (rows * b), 1),
+      [](int64_t begin, int64_t end, void* pointer) {
+        const Context& c = *static_cast<Context*>(pointer);
+        chosen->memory_order_planes(c.row, c.a, c.b, static_cast<int>(c.num_planes), begin, end, c.planes);
+      },
+      &context);
+}
+
 // One Philox call per row, from counters and keys as given. For tests against other implementations.
 GRADDROP_EXPORT void graddrop_cpu_philox(const uint32_t* counters, const uint64_t* keys, int64_t count, uint32_t* out) {
   for (int64_t i = 0; i < count; ++i) {

@@ -198,6 +198,15 @@ GRADDROP_FN void keep_bits(uint64_t bits, Keep& keep) {
     store_u16(keep.lanes + i,
               _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(static_cast<int16_t>(bits >> i)), each), each));
 }
+GRADDROP_FN uint64_t bits_of(const Keep& keep) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 64; i += 32) {
+    const __m256i bytes = _mm256_packs_epi16(load_u16(keep.lanes + i), load_u16(keep.lanes + i + 16));
+    const __m256i in_order = _mm256_permute4x64_epi64(bytes, 0xd8);  // packs works on each half of a register
+    bits |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(in_order))) << i;
+  }
+  return bits;
+}
 GRADDROP_FN void keep_at_least(const uint16_t* u16, uint16_t threshold, Keep& keep) {
   const __m256i thresholds = _mm256_set1_epi16(static_cast<int16_t>(threshold));
   for (int i = 0; i < 64; i += 16) {

@@ -167,6 +167,7 @@ struct Keep {
 };
 GRADDROP_FN void lanes_at(const Keep& keep, int i, Lanes& lanes) { lanes = static_cast<Lanes>(keep.bits >> i); }
 GRADDROP_FN void keep_bits(uint64_t bits, Keep& keep) { keep.bits = bits; }
+GRADDROP_FN uint64_t bits_of(const Keep& keep) { return keep.bits; }
 GRADDROP_FN void keep_at_least(const uint16_t* u16, uint16_t threshold, Keep& keep) {
   const __m512i thresholds = _mm512_set1_epi16(static_cast<int16_t>(threshold));
   const uint64_t low = _mm512_cmpge_epu16_mask(_mm512_loadu_si512(u16), thresholds);

@@ -123,6 +123,7 @@ struct Keep {
 };
 GRADDROP_FN void lanes_at(const Keep& keep, int i, Lanes& lanes) { lanes = keep.bits >> i & 1; }
 GRADDROP_FN void keep_bits(uint64_t bits, Keep& keep) { keep.bits = bits; }
+GRADDROP_FN uint64_t bits_of(const Keep& keep) { return keep.bits; }
 GRADDROP_FN void keep_in_range(const uint16_t* u16, uint16_t first, uint16_t last, Keep& keep) {
   keep.bits = 0;
   for (int i = 0; i < 64; ++i) keep.bits |= static_cast<uint64_t>(first <= u16[i] && u16[i] <= last) << i;

@@ -48,6 +48,10 @@ class Backend:
         sum_of_squares: (batch, masked) -> float64 tensor (), the sum of the gradients' squares.
         keep_mask: makes a drawn or fixed mask for ``keep_mask`` below; None if it makes masks only inside of a step.
         bucket_planes: makes bit-planes for ``bucket_planes`` below; None if it makes none.
+        by_address: whether it takes addresses, so that tensors must be contiguous or dense in a MemoryOrder. Else it
+            takes any strides, and orders mean nothing to it.
+        draws_in_order: whether it can draw masks for a MemoryOrder that is a transposition. Stored masks and dropped
+            blocks work in any.
     """
 
     name: str
@@ -60,6 +64,8 @@ class Backend:
     sum_of_squares: Callable[[TensorBatch, bool], torch.Tensor]
     keep_mask: KeepMask | None = None
     bucket_planes: BucketPlanes | None = None
+    by_address: bool = True
+    draws_in_order: bool = False
 
     def misfit(self, device: torch.device, param_dtype: torch.dtype, moment_dtype: torch.dtype) -> str | None:
         """The reason why it cannot step such a tensor, or None."""
@@ -89,6 +95,7 @@ BACKENDS = (
         "cpu", "C++, one pass over memory",
         ("cpu",), _FUSED_DTYPES, True, cpu.unavailable, cpu.masked_adamw_, cpu.sum_of_squares,
         bucket_planes=lambda key, buckets, layout, numel, _: cpu.bucket_planes(key, buckets, layout, numel),
+        draws_in_order=True,
     ),
     Backend(
         "triton", "Triton, one launch for any number of tensors",
@@ -103,12 +110,12 @@ BACKENDS = (
     Backend(
         "reference", "plain PyTorch, slow; defines the meaning",
         None, _ANY_DTYPES, True, lambda: None, step.masked_adamw_,
-        step.sum_of_squares, _keep_mask, _bucket_planes,
+        step.sum_of_squares, _keep_mask, _bucket_planes, by_address=False,
     ),
     Backend(
         "exact", "the reference with every fma rounded once: the bits of the fused backends",
         None, _ANY_DTYPES, False, lambda: None, partial(step.masked_adamw_, exact=True),
-        partial(step.sum_of_squares, exact=True),
+        partial(step.sum_of_squares, exact=True), by_address=False,
     ),
 )  # fmt: skip
 _BY_NAME = {backend.name: backend for backend in BACKENDS}

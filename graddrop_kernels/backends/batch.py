@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..masks.memory_order import MemoryOrder
 from ..masks.plan import MaskPlan
 from ..masks.row_block import RowBlock
 
@@ -26,7 +27,11 @@ class Hyper:
 
 @dataclass
 class TensorBatch:
-    """Parallel lists with one entry per parameter. All tensors are contiguous, on one device, and of the same dtypes.
+    """Parallel lists with one entry per parameter. All tensors are on one device, and of the same dtypes.
+
+    For a backend that goes by addresses they are contiguous, or dense in the order that ``orders`` gives. Layouts and
+    ``keys`` always mean an element's index. ``mask_words`` are in the order of memory. Such a backend may find ``rows``
+    in place of the tensors: the TensorRows that tensor_table() would make, up to their gradients.
 
     It knows nothing of groups or policies. The backend call advances ``steps``. ``max_exp_avg_sqs`` holds None where
     there is no amsgrad. ``hyper_rows`` are indices into ``hypers``. ``hypers`` and ``grads`` are new in every step.
@@ -49,6 +54,7 @@ class TensorBatch:
     steps: list[torch.Tensor] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
     layouts: list[RowBlock] = field(default_factory=list)
+    orders: list[MemoryOrder | None] = field(default_factory=list)  # empty: none
     mask_words: list[torch.Tensor | None] = field(default_factory=list)
     hyper_rows: list[int] = field(default_factory=list)
     grads: list[torch.Tensor] = field(default_factory=list)
@@ -61,6 +67,7 @@ class TensorBatch:
     sharded_over: tuple[Any, ...] = ()  # process groups over which a sum over all elements must still be added up
     copies: list[torch.Tensor] = field(default_factory=list)
     staged: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # (tensor, its contiguous copy)
+    rows: Any = None
     table: Any = None  # of a type of the backend's own
     version: int = 0  # to be raised with each step's gradients and hyper-parameters
 
@@ -70,9 +77,9 @@ class TensorBatch:
         return 2 if self.param_dtype.is_complex else 1
 
     def step_with(self, masked_adamw_: Callable[["TensorBatch"], None]) -> None:
-        """Steps the batch. A tensor with other strides is stepped through a contiguous copy. That is slower, and right
-        where torch's fused CPU kernel is silently wrong. It is copied now, as an earlier batch may have stepped the
-        same memory.
+        """Steps the batch. A tensor that the backend cannot take as it lies is stepped through a contiguous copy, which
+        lives as long as the step. That is slower, and right where torch's fused CPU kernel is silently wrong. It is
+        copied now, as an earlier batch may have stepped the same memory.
         """
         for tensor, copy in self.staged:
             copy.copy_(tensor)
@@ -88,9 +95,7 @@ class TensorBatch:
         self.hypers = hypers
         self.table.refresh_captured(hypers)
 
-    def release(self, but_grads: bool = False) -> None:
+    def release(self) -> None:
         """Drops the references to the tensors. The ``table`` of a backend stays."""
         self.params, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs = [], [], [], []
-        self.steps, self.copies, self.staged = [], [], []
-        if not but_grads:
-            self.grads = []
+        self.steps, self.copies, self.staged, self.grads = [], [], [], []

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         ctypes.c_void_p,
     ]
     library.graddrop_cpu_bucket_planes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    library.graddrop_cpu_memory_order_planes.argtypes = [
+        ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p
+    ]  # fmt: skip
     library.graddrop_cpu_philox.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     library.graddrop_cpu_isa.restype = ctypes.c_char_p
     requested = os.environ.get("GRADDROP_CPU_ISA", "")
@@ -138,6 +142,7 @@ def masked_adamw_(batch: TensorBatch) -> None:
         DTYPES[batch.param_dtype], DTYPES[batch.grad_dtype or batch.param_dtype], DTYPES[batch.moment_dtype],
         batch.stochastic, grad_scale, clip_factor,
     )  # fmt: skip
+    batch.table.planes = []
 
 
 def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
@@ -158,6 +163,9 @@ class _Tables:
     def __init__(self, batch: TensorBatch):
         self.rows = tensor_table(batch)
         self.hypers: Any = None
+        self.ordered = [(row, order) for row, order in enumerate(batch.orders) if order is not None]
+        self.hyper_rows = self.rows["hyper"].copy()
+        self.planes: list[torch.Tensor] = []  # of masks in the order of memory, as long as a step
         self.left_by_norm: int | None = None  # batch version: its update reuses the tables of its norm
 
 
@@ -169,8 +177,42 @@ def _tables(batch: TensorBatch, for_norm: bool) -> tuple[Any, Any]:
     if for_norm or tables.left_by_norm != batch.version:  # 40 us for 400 tensors
         tables.rows["grad"] = list(map(torch.Tensor.data_ptr, batch.grads))
         tables.hypers = hyper_table(batch.hypers)
+        if tables.ordered:
+            _draw_in_order(tables, batch)
     tables.left_by_norm = batch.version if for_norm else None
     return tables.rows, tables.hypers
+
+
+def _draw_in_order(tables: _Tables, batch: TensorBatch) -> None:
+    """Draws the masks of the rows that have an order, and gives each a HyperRow by which the step reads them as stored
+    ones.
+    """
+    stored: dict[int, int] = {}  # HyperRow: the one that reads its mask
+    hypers = list(batch.hypers)
+    for row, order in tables.ordered:
+        drawn = int(tables.hyper_rows[row])
+        plan = batch.hypers[drawn].plan
+        tables.rows["hyper"][row] = drawn
+        if plan.kind != "bernoulli" and (plan.kind != "bucket" or plan.bitpacked):
+            continue
+        shape = order.transposed()
+        assert shape is not None, "policies that draw are given other orders through copies"
+        planes = torch.zeros(
+            num_planes(plan.buckets) if plan.kind == "bucket" else 1, num_words(int(tables.rows["numel"][row])),
+            dtype=torch.int32, device="cpu",
+        )  # fmt: skip
+        library().graddrop_cpu_memory_order_planes(
+            tables.rows[row : row + 1].ctypes.data, ctypes.addressof(tables.hypers[drawn]), *shape, len(planes),
+            planes.data_ptr(),
+        )  # fmt: skip
+        tables.planes.append(planes)
+        if drawn not in stored:
+            stored[drawn] = len(hypers)
+            kind = {"bitpacked": True} if plan.kind == "bucket" else {"kind": "fixed"}
+            hypers.append(replace(batch.hypers[drawn], plan=replace(plan, **kind)))
+        tables.rows["hyper"][row], tables.rows["mask_words"][row] = stored[drawn], planes.data_ptr()
+    if stored:
+        tables.hypers = hyper_table(hypers)
 
 
 def uniform16(key: int, draw: int, domain: int, first: int, count: int) -> torch.Tensor:

@@ -34,11 +34,12 @@ class DeviceTables:
         self.lr_on = batch.device if reads_lr else None
         self.device = batch.device
         self.host = tensor_table(batch)
-        self.layouts = batch.layouts
         self.num_rows = len(self.host)
         self.hyper_rows = np.array(batch.hyper_rows)
-        self.amsgrad = np.array([tensor is not None for tensor in batch.max_exp_avg_sqs])
-        self.has_copies = bool(batch.copies)
+        base, inner, outer, numel = (self.host[name] for name in ("base", "local_inner", "global_inner", "numel"))
+        self.one_run, self.in_eights = numel <= inner, in_eights(base, inner, outer, numel)
+        self.amsgrad = self.host["max_exp_avg_sq"] != 0
+        self.has_copies = bool(self.host["copy"].any())
         self.addresses: list[int] = []
         self.hyper_image = b""
         self.age_room = 0
@@ -65,7 +66,7 @@ class DeviceTables:
             return self._capture(addresses, batch.hypers)
         self._make_room(batch.hypers)
         hyper_image = self._hyper_image(batch.hypers)
-        if addresses != self.addresses:
+        if addresses != self.addresses or batch.staged:  # copies lie elsewhere in every step
             self.host["grad"] = addresses
             self.addresses = addresses
             self.aligned = self._aligned()
@@ -152,8 +153,7 @@ class DeviceTables:
     def _aligned(self) -> np.ndarray[Any, Any]:
         """Whether each row's tensors and layout allow whole vectors and whole Philox calls."""
         together = np.bitwise_or.reduce([self.host[name] for name in _STREAMS])
-        layouts = np.array([in_eights(layout, int(row["numel"])) for layout, row in zip(self.layouts, self.host)])
-        aligned: np.ndarray[Any, Any] = (together % ALIGNMENT == 0) & layouts
+        aligned: np.ndarray[Any, Any] = (together % ALIGNMENT == 0) & self.in_eights
         return aligned
 
     def _launches_of(self, kinds: list[Any]) -> tuple[Launch, ...]:
@@ -177,15 +177,16 @@ class DeviceTables:
         """Makes one launch per mask kind, layout, alignment and use of amsgrad, for any number of tensors."""
         drawn = next((kind for kind in kinds if kind is not None and kind.is_drawn), None)
         members: dict[tuple[str, int, bool, bool, bool], list[tuple[int, Kind]]] = {}
-        for row, (numel, layout) in enumerate(zip(self.host["numel"], self.layouts)):
-            kind = kinds[self.hyper_rows[row]]
+        columns = (self.hyper_rows, self.host["numel"], self.aligned, self.one_run, self.amsgrad)
+        rows = zip(*(column.tolist() for column in columns))
+        for row, (hyper_row, numel, aligned, one_run, amsgrad) in enumerate(rows):
+            kind = kinds[hyper_row]
             if kind is None or numel == 0:
                 continue
             if kind.name == "keep" and drawn is not None:
                 kind = drawn  # the prologue gives such a row a mask that keeps everything
             name = "keep" if kind.name == "off" else kind.name
-            one_run = bool(numel <= layout.local_inner)
-            key = (name, kind.planes, bool(self.aligned[row]), not one_run, bool(self.amsgrad[row]))
+            key = (name, kind.planes, aligned, not one_run, amsgrad)
             members.setdefault(key, []).append((row, kind))
         return tuple(
             Launch(*key, frozen=any(kind.frozen for _, kind in found), ages=any(kind.ages for _, kind in found),

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 from ..masks.bitmask import num_planes
 from ..masks.plan import MaskPlan
-from ..masks.row_block import RowBlock
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ def kind_of(plan: MaskPlan) -> Kind | None:
     return Kind(plan.kind, planes, plan.frozen, bool(plan.ages))
 
 
-def in_eights(layout: RowBlock, numel: int) -> bool:
-    """Whether any eight local elements that begin at a multiple of 8 share one Philox call."""
-    one_run = numel <= layout.local_inner
-    return layout.base % 8 == 0 and (one_run or (layout.local_inner % 8 == 0 and layout.global_inner % 8 == 0))
+def in_eights(base: Any, local_inner: Any, global_inner: Any, numel: Any) -> Any:
+    """Whether any eight local elements of a RowBlock that begin at a multiple of 8 share one Philox call. For numbers,
+    or for arrays of them.
+    """
+    return (base % 8 == 0) & ((numel <= local_inner) | ((local_inner % 8 == 0) & (global_inner % 8 == 0)))

@@ -52,7 +52,12 @@ assert ctypes.sizeof(TensorRow) == 112 and ctypes.sizeof(HyperRow) == 128  # as 
 
 
 def tensor_table(batch: TensorBatch) -> np.ndarray[Any, Any]:
-    """Returns one TensorRow per parameter, without the address of its gradient, which is new in every step."""
+    """Returns one TensorRow per parameter, without the address of its gradient, which is new in every step: those that
+    the batch has, or new ones.
+    """
+    if batch.rows is not None:
+        rows: np.ndarray[Any, Any] = batch.rows
+        return rows
     table = np.zeros(len(batch.params), TENSOR_ROW)
     columns: tuple[tuple[str, Sequence[torch.Tensor | None]], ...] = (
         ("param", batch.params), ("exp_avg", batch.exp_avgs), ("exp_avg_sq", batch.exp_avg_sqs),

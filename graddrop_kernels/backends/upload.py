@@ -18,7 +18,9 @@ class Upload:
         self.captured: list[torch.Tensor] = []
 
     def _pinned(self) -> torch.Tensor:
-        return torch.empty(self.device.numel(), dtype=torch.uint8, pin_memory=self.device.is_cuda)
+        return torch.empty(
+            self.device.numel(), dtype=torch.uint8, device="cpu", pin_memory=self.device.is_cuda
+        )
 
     def write_captured(self, data: bytes) -> None:
         """Records in the graph that is being captured a copy of ``data`` to the beginning of the tensor.

@@ -1,7 +1,7 @@
 """Checks made before anything changes. They refuse groups, parameters, gradients and masks that no step could use."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,15 +11,20 @@ from ..policies import FixedMask
 from ..tensors.local import has_processes, is_dtensor, local
 from ..tensors.memory import check_memory, overlaps_itself
 from .masking import Masking
-from .options import check_options
+from .options import check_clipping, check_options
 from .owner import Owner
 from .param_state import check_state
 from .records import ParamRecord
 
 
-def check_groups(masking: Masking) -> None:
-    """Raises ValueError or TypeError for options, policies and parameters that no step could use."""
-    for index, group in enumerate(masking.groups):
+def check_groups(masking: Masking, first: int = 0) -> None:
+    """Raises ValueError or TypeError for options, policies and parameters that no step could use. Groups before the one
+    of index ``first`` have been checked before.
+
+    Of a parameter that is frozen and has no gradient only the name is looked at: it may be of any kind, as the 8-bit
+    integers of a quantised model are.
+    """
+    for index, group in list(enumerate(masking.groups))[first:]:
         check_options(index, group)
         policy = masking.policy(index)
         if policy is not None and policy.masked is None and group["masked"] is not None:
@@ -28,11 +33,25 @@ def check_groups(masking: Masking) -> None:
                 "leave it None"
             )
         for param, record in zip(group["params"], masking.records(index)):
-            check_param(record.name, param)
-            check_named(group, param, record)
+            if param.requires_grad or param.grad is not None:
+                check_param(record.name, param)
+                check_named(group, param, record)
         if len(set(group["params"])) != len(group["params"]):
             raise ValueError(f"a parameter appears twice in parameter group {index}; give each parameter once")
-    check_fixed_masks(masking, wait=True)
+    check_names(masking, first)
+    check_clipping(masking.groups, first)
+    check_fixed_masks(masking, wait=True, first=first)
+
+
+def check_names(masking: Masking, first: int = 0) -> None:
+    """Raises ValueError for two parameters of one name, which would get the same masks and the same rounding."""
+    if repeated := masking.repeated_name(first):
+        name, one, other = repeated
+        raise ValueError(
+            f"two parameters are called {name!r}, in parameter groups {one} and {other}: masks are drawn by name, so "
+            "theirs would be the same; give each its own, for example "
+            "[*((f'generator.{n}', p) for n, p in generator.named_parameters()), ...]"
+        )
 
 
 def check_named(group: dict[str, Any], param: torch.Tensor, record: ParamRecord) -> None:
@@ -45,14 +64,16 @@ def check_named(group: dict[str, Any], param: torch.Tensor, record: ParamRecord)
         )
 
 
-def check_fixed_masks(masking: Masking, wait: bool = False) -> None:
+def check_fixed_masks(masking: Masking, wait: bool = False, first: int = 0) -> None:
     """Raises ValueError for a FixedMask with a mask of an unknown parameter or of another shape than its parameter.
 
     With ``wait`` it raises nothing while pieces may still be attached to parameters without a name in this process.
+    Groups before the one of index ``first`` have been checked before.
     """
     buffers = masking.buffers
+    checked = {group["mask"] for group in masking.groups[:first]}
     fixed: dict[FixedMask, dict[str, tuple[int, ...] | None]] = {}
-    for index, group in enumerate(masking.groups):
+    for index, group in list(enumerate(masking.groups))[first:]:
         policy = masking.policy(index)
         if not isinstance(policy, FixedMask):
             continue
@@ -65,12 +86,18 @@ def check_fixed_masks(masking: Masking, wait: bool = False) -> None:
             named = named or {record.name: tuple(param.shape)}
             fixed.setdefault(policy, {}).update(named)
     for policy, shapes in fixed.items():
-        check_fixed_mask(policy, shapes if buffers.shapes is None else buffers.shapes)
+        names = policy.shapes if policy.to_json() not in checked else [name for name in shapes if name in policy.shapes]
+        check_fixed_mask(policy, names, shapes if buffers.shapes is None else buffers.shapes)
 
 
-def check_fixed_mask(policy: FixedMask, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
-    """Raises ValueError unless every mask has a parameter of its name and shape. The shape is None in a flat buffer."""
-    for name, shape in policy.shapes.items():
+def check_fixed_mask(
+    policy: FixedMask, names: Iterable[str], shapes: Mapping[str, tuple[int, ...] | None]
+) -> None:
+    """Raises ValueError unless each of these masks has a parameter of its name and shape. The shape is None in a flat
+    buffer.
+    """
+    for name in names:
+        shape = policy.shapes[name]
         if name not in shapes:
             near = difflib.get_close_matches(name, shapes, n=3, cutoff=0.0)
             raise ValueError(f"FixedMask: no parameter is called {name!r}; near names are {', '.join(map(repr, near))}")
@@ -108,6 +135,11 @@ def check_param(name: str, param: torch.Tensor) -> None:
         raise TypeError(
             f"parameter {name!r} has dtype {param.dtype}; "
             "float32, float64, bfloat16, float16, complex64 and complex128 are supported"
+        )
+    if param.layout is not torch.strided:
+        raise TypeError(
+            f"parameter {name!r} has the layout {param.layout}, and only dense parameters are supported; convert it "
+            "(.to_dense()), or leave it out of the optimizer"
         )
     if not param.is_contiguous() and overlaps_itself(param):
         raise ValueError(

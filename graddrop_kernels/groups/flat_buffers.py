@@ -49,7 +49,8 @@ class FlatBuffers:
         """Notes the last group's tensors as given by the user. Tensors that come into a group later are an engine's."""
         new = groups if self._given is None else groups[-1:]
         params = (param for group in new for param in group["params"])
-        self._given = (self._given or set()) | {id(param) for param in params if not isinstance(param, nn.Parameter)}
+        self._given = set() if self._given is None else self._given
+        self._given.update(id(param) for param in params if not isinstance(param, nn.Parameter))
 
     def of_copies(self) -> "FlatBuffers":
         """Returns the same for copies of the parameters, as a compiled graph makes them. All of them count as given."""

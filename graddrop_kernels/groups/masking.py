@@ -1,14 +1,17 @@
 """Masking: policies, random streams, plans and masks of an optimizer's parameter groups."""
 
+import math
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .. import backends
 from ..backends.batch import Hyper
-from ..masks.bitmask import bits_of_layout, count_kept
+from ..masks.bitmask import bits_of_layout, count_kept, pack, unpack
+from ..masks.memory_order import MemoryOrder
 from ..masks.plan import MaskPlan
 from ..policies import KEEP, FixedMask, GradDropEpoch, Policy
 from ..policies.clock import Clock, PlanContext
@@ -17,7 +20,7 @@ from ..tensors.local import as_sharded, local
 from .flat_buffers import FlatBuffers
 from .names import canonical_name
 from .owner import Owner
-from .records import ParamRecord, Span, make_records, spans_of
+from .records import LayerMatches, ParamRecord, Span, make_records, spans_of
 
 
 class Masking:
@@ -31,11 +34,15 @@ class Masking:
         self._owner: Owner = weakref.proxy(owner)
         self.policies = policies
         self.buffers = FlatBuffers()
+        self.matches = LayerMatches()
         self.forget()
 
     def forget(self) -> None:
-        self._records: dict[int, tuple[tuple[Any, ...], tuple[list[ParamRecord], tuple[str, ...]]]] = {}
+        self._records: dict[int, tuple[tuple[Any, ...], tuple[list[ParamRecord], Callable[[], tuple[str, ...]]]]] = {}
+        self._places: dict[str | int, tuple[int, int]] = {}  # where names, and ids of tensors, were last found
         self._words: dict[tuple[Any, ...], list[torch.Tensor | None]] = {}
+        self._group_of_name: dict[str, int] = {}
+        self._named_groups = 0  # the groups whose names that has
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -75,7 +82,7 @@ class Masking:
 
     def clock(self, index: int) -> Clock:
         group = self[index]
-        return Clock(group["epoch"], group["completed_steps"], Clock.parse_history(group["epoch_history"]))
+        return Clock.of(group["epoch"], group["completed_steps"], group["epoch_history"])
 
     def clocks(self) -> list[Clock]:
         """The clock of each group."""
@@ -133,34 +140,83 @@ class Masking:
 
     def blocks(self, index: int) -> tuple[str, ...]:
         """The model's blocks in forward order; empty if the policy needs none."""
-        return self._records_and_blocks(index)[1]
+        return self._records_and_blocks(index)[1]()
 
-    def _records_and_blocks(self, index: int) -> tuple[list[ParamRecord], tuple[str, ...]]:
+    def _records_and_blocks(self, index: int) -> tuple[list[ParamRecord], Callable[[], tuple[str, ...]]]:
         group = self[index]
         made_from: tuple[Any, ...] = (group["seed"], group["mask"], len(group["params"]), group.get("param_names"))
         if self.buffers.pieces:  # DeepSpeed's stage 3 puts one buffer after the other into a group
             made_from += tuple(map(id, group["params"]))
         cached = self._records.get(index)
         if cached is None or cached[0] != made_from:
-            made = make_records(self.groups, index, self.policy(index), self.buffers.pieces)
+            made = make_records(self.groups, index, self.policy(index), self.buffers.pieces, self.matches)
             cached = self._records[index] = (made_from, made)
         return cached[1]
+
+    def drawn_streams(self) -> dict[int, str]:
+        """{key: name} of the random streams that the steps of these groups draw from."""
+        drawing = [i for i in self.indices() if self[i]["mask"] is not None or self[i]["stochastic_rounding"]]
+        return {
+            key: name
+            for index in drawing
+            for record in self.records(index)
+            for key, name in [(record.key, record.name), *((key, piece.name) for piece, key, _ in record.flat)]
+        }
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """(group, position) of every parameter, in order."""
+        return ((index, position) for index in self.indices() for position in range(len(self[index]["params"])))
 
     def find(self, param: torch.Tensor | str) -> tuple[int, int]:
         """(group, position) of a parameter given as a tensor or by name, or of the flat buffer that holds it. Raises
         KeyError for an unknown one.
         """
-        wanted = canonical_name(param) if isinstance(param, str) else None
+        wanted = canonical_name(param) if isinstance(param, str) else id(param)
+        if not self._is_at(self._places.get(wanted), param):
+            self._places = dict(reversed(list(self._keys_and_places())))  # the first counts
+        place = self._places.get(wanted)
+        if place is None:
+            raise KeyError(
+                f"{param!r} is not a parameter of this optimizer"
+                if isinstance(param, str)
+                else "this tensor is not a parameter of this optimizer"
+            )
+        return place
+
+    def _keys_and_places(self) -> Iterator[tuple[str | int, tuple[int, int]]]:
         for index, group in enumerate(self.groups):
             for position, (tensor, record) in enumerate(zip(group["params"], self.records(index))):
-                names = [record.name, *(piece.name for piece, _, _ in record.flat)]
-                if tensor is param or wanted in names:
-                    return index, position
-        raise KeyError(
-            f"{param!r} is not a parameter of this optimizer"
-            if wanted
-            else "this tensor is not a parameter of this optimizer"
-        )
+                yield id(tensor), (index, position)
+                for name in _names_of(record):
+                    yield name, (index, position)
+
+    def _is_at(self, place: tuple[int, int] | None, param: torch.Tensor | str) -> bool:
+        """Whether a parameter still is where it was found before."""
+        if place is None or place[0] >= len(self.groups) or place[1] >= len(self[place[0]]["params"]):
+            return False
+        index, position = place
+        if isinstance(param, str):
+            return canonical_name(param) in _names_of(self.records(index)[position])
+        return self[index]["params"][position] is param
+
+    def repeated_name(self, first: int = 0) -> tuple[str, int, int] | None:
+        """(name, group, group) of two parameters of one name, or None. Names within the groups before ``first`` were
+        looked at before.
+        """
+        if 0 < first == self._named_groups and self._note_names(first) is None:
+            return None
+        self._group_of_name = {}  # what is known may be out of date
+        return self._note_names(0)
+
+    def _note_names(self, first: int) -> tuple[str, int, int] | None:
+        self._named_groups = 0
+        for index in self.indices()[first:]:
+            for record in self.records(index):
+                if record.name in self._group_of_name and not record.flat:
+                    return record.name, self._group_of_name[record.name], index
+                self._group_of_name[record.name] = index
+        self._named_groups = len(self.groups)
+        return None
 
     def record_of(self, param: torch.Tensor | str) -> ParamRecord:
         """The record of a parameter. Raises KeyError for an unknown one."""
@@ -177,16 +233,19 @@ class Masking:
 
     # Masks.
 
-    def words(self, index: int, param: torch.Tensor, record: ParamRecord) -> list[torch.Tensor | None]:
+    def words(
+        self, index: int, param: torch.Tensor, record: ParamRecord, order: MemoryOrder | None = None
+    ) -> list[torch.Tensor | None]:
         """Per span, the bit-planes of the buckets or the bits of a fixed mask; None where the policy stores none. They
-        are made once per parameter and kept on its device.
+        are made once per parameter and kept on its device. With an ``order`` they are in that of the memory.
         """
         policy, spans = self.policy(index), spans_of(param, record)
         if not isinstance(policy, FixedMask) and getattr(policy, "storage", None) != "bitpacked":
             return [None] * len(spans)
-        made_for = (spans, param.device, self[index]["mask"])
+        made_for = (spans, param.device, self[index]["mask"], order)
         if made_for not in self._words:
-            self._words[made_for] = [_words_of(policy, span, param.device) for span in spans]
+            words = [_words_of(policy, span, param.device) for span in spans]
+            self._words[made_for] = words if order is None else [_reordered(each, order) for each in words]
         return self._words[made_for]
 
     def keep(self, param: torch.Tensor | str, step: int | None = None) -> torch.Tensor:
@@ -196,7 +255,7 @@ class Masking:
         self.check_flat(record, tensor)
         clock = self.clock(index)
         if step is not None:
-            clock = Clock(clock.epoch, step, clock.history)
+            clock = replace(clock, completed_steps=step)
         own_step = self.step_of(tensor) if step is None else step
         keep = torch.zeros(local(tensor).numel(), dtype=torch.bool, device=tensor.device)
         spans = spans_of(tensor, record)
@@ -215,12 +274,25 @@ class Masking:
         return int(self._owner.state.get(param, {}).get("step", 0))
 
 
+def _names_of(record: ParamRecord) -> list[str]:
+    """The names that find a parameter: its own, and those of what a flat buffer holds."""
+    return [record.name, *(piece.name for piece, _, _ in record.flat)]
+
+
 def _words_of(policy: Any, span: Span, device: torch.device) -> torch.Tensor | None:
     if isinstance(policy, GradDropEpoch):
         return backends.bucket_planes(span.key, policy.epochs, span.layout, span.numel, device)
     if span.name not in policy.words:
         return None
     return bits_of_layout(policy.words[span.name], span.layout, span.numel).to(device)
+
+
+def _reordered(words: torch.Tensor | None, order: MemoryOrder) -> torch.Tensor | None:
+    """Bits, or bit-planes, of the elements by index, in the order of memory."""
+    if words is None:
+        return None
+    planes = [pack(order.bits(unpack(plane, math.prod(order.shape)))) for plane in words.view(-1, words.size(-1))]
+    return torch.stack(planes).view_as(words) if planes else words
 
 
 def masking_of(function: str, optimizer: Any) -> Masking:

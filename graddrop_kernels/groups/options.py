@@ -16,11 +16,15 @@ GROUP_DEFAULTS = {
     "moment_dtype": None,  # None: the parameter's; or "float32"
     "master_weights": False,  # step a float32 copy of 16-bit parameters
     "stochastic_rounding": False,  # of bfloat16 parameters
+    "max_grad_norm": None,  # this and the next: of the whole optimizer, the same in all groups
+    "norm_after_mask": False,
     "epoch": 0,
     "epoch_was_set": False,  # set_epoch() was called at least once
     "completed_steps": 0,  # steps that this group has made; the draw of its block masks
     "epoch_history": "",  # "epoch:first step,...", see policies.clock
 }
+# What all groups share, so that a new one takes it from the others.
+SHARED_BY_GROUPS = ("epoch", "epoch_was_set", "max_grad_norm", "norm_after_mask")
 
 
 def moment_dtype_name(dtype: torch.dtype | str | None) -> str | None:
@@ -86,3 +90,18 @@ def check_max_grad_norm(max_grad_norm: float | None) -> float | None:
     if isinstance(max_grad_norm, (bool, str)) or not 0 < max_grad_norm <= math.inf:
         raise ValueError(f"max_grad_norm must be a number > 0, or None for no clipping, got {max_grad_norm!r}")
     return max_grad_norm
+
+
+def check_clipping(groups: list[dict[str, Any]], first: int = 0) -> None:
+    """Raises ValueError for a limit that cannot be used, or one that the groups do not share. Groups before the one of
+    index ``first`` have been checked before.
+    """
+    for index, group in list(enumerate(groups))[first:]:
+        for name in ("max_grad_norm", "norm_after_mask"):
+            if group[name] != groups[0][name]:
+                raise ValueError(
+                    f"{name}={group[name]!r} of parameter group {index} must be that of group 0, {groups[0][name]!r}: "
+                    f"the norm is of the gradients of all groups together; set optimizer.{name}, or it in every group"
+                )
+    if groups:
+        check_max_grad_norm(groups[0]["max_grad_norm"])

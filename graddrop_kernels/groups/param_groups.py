@@ -1,15 +1,17 @@
 """Parameter groups with the paper's scope: masks on the transformer blocks, everything outside them dense."""
 
+import itertools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
-from .blocks import Layers, find_blocks, parameter_blocks
+from .blocks import Layers
 from .names import canonical_name, near_names
+from .scope import Named, find_scope
 
 # As transformers' Trainer.get_decay_parameter_names, on lower-case names ...
 _NO_DECAY_NAME = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.|_)norm(?:$|\.)")
@@ -19,7 +21,7 @@ _NORM_CLASS = re.compile(r"norm(?:\dd|gated)?$", re.IGNORECASE)
 
 def param_groups(
     model: nn.Module, weight_decay: float = 1e-2, exclude: str | Iterable[str] = (), layers: Layers | None = None,
-    per_block: bool = False,
+    per_block: bool = False, blocks: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Return parameter groups for the optimizer, so that its mask acts inside the model's blocks only (section III).
 
@@ -34,11 +36,16 @@ def param_groups(
         per_block: makes a group of its own for each block. Policies of whole blocks need this with engines that make
             one flat tensor of a group (DeepSpeed) or distribute its parameters (ZeroRedundancyOptimizer). Parameters
             then have no names, since these engines take none; ``attach_deepspeed`` and ``attach_zero`` add the names.
+        blocks: where ``model`` is a stage of a pipeline, the names of all trained blocks of the whole model in forward
+            order, ``[name for name, _ in find_blocks(whole)]``, so that schedules count all of them. The modules of the
+            stage must have the names that they have in the whole model.
 
     Embeddings, pooler, head and final norm are outside the blocks, hence dense, and so is a parameter that a block
     shares with them. A parameter that one block holds for all blocks belongs to that block; T5 keeps its
-    ``relative_attention_bias`` in block 0. ALBERT-like models, whose layers share weights, are refused as in
-    ``find_blocks``.
+    ``relative_attention_bias`` in block 0. Blocks in which nothing is trained have no turn in a schedule.
+
+    Where there are no blocks, or where they share weights that are trained (ALBERT, Zamba2), every matrix outside
+    embeddings, head and pooler is masked. Policies of whole blocks refuse such groups.
 
     Returns:
         The non-empty ones of these groups, in this order, with parameters in the order of ``model.named_parameters()``:
@@ -46,41 +53,52 @@ def param_groups(
         "blocks": [name of every block, in forward order], "param_blocks": [block name of each of params]}``, and
         ``{"name": "dense" or "dense_no_decay", "params": ..., "weight_decay": ..., "mask": None}``.
         With ``per_block``, params are Parameters only, and a block's groups, called ``"{block}"`` and
-        ``"{block}_no_decay"``, have ``"block": its name`` in place of ``"param_blocks"``.
+        ``"{block}_no_decay"``, have ``"block": its name`` in place of ``"param_blocks"``. Without blocks, the masked
+        groups are called ``"matrices"`` and ``"matrices_no_decay"``, and have ``"no_blocks": the reason``. The first
+        group has ``"notes": [...]`` if there is something to say of what is left out; ``describe()`` shows them.
+
+    Warns:
+        UserWarning: there are no blocks; more than a tenth of the trained matrix elements outside embeddings and head
+            would be dense (the largest modules are named); this looks like a stage of a pipeline.
 
     Raises:
         TypeError: an argument of a wrong type.
         ValueError: ``weight_decay`` negative or not finite, a pattern that matches nothing, no trainable parameter, two
-            parameters with one canonical name, or no usable blocks (see ``find_blocks``).
+            parameters with one canonical name, no usable ``layers`` (see ``find_blocks``), or a block of the model that
+            is not among ``blocks``.
     """
     if isinstance(weight_decay, bool) or not isinstance(weight_decay, (int, float)):
         raise TypeError(f"weight_decay must be a float, not {weight_decay!r}")
     if not (math.isfinite(weight_decay) and weight_decay >= 0):
         raise ValueError(f"weight_decay must be finite and at least 0, not {weight_decay}")
-    blocks = find_blocks(model, layers)
-    owner = parameter_blocks(model, blocks)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     named = _named_parameters(model)
     excluded = _excluded(exclude, named)
-    groups: dict[str, dict[str, Any]] = {
-        "blocks": {"blocks": [name for name, _ in blocks], "param_blocks": []},
-        "blocks_no_decay": {"blocks": [name for name, _ in blocks], "param_blocks": []},
-        "dense": {"mask": None},
-        "dense_no_decay": {"mask": None},
-    }
-    for kind, values in groups.items():
-        decay = 0.0 if kind.endswith("no_decay") else float(weight_decay)
-        groups[kind] = {"name": kind, "params": [], "weight_decay": decay, **values}
-    for name, (module, param) in named.items():
-        if not param.requires_grad:
-            continue
-        block = None if name in excluded else owner.get(id(param))
-        group = groups[("dense" if block is None else "blocks") + ("" if _decays(name, module) else "_no_decay")]
-        group["params"].append((name, param))
-        if block is not None:
-            group["param_blocks"].append(block)
-    result = [group for group in groups.values() if group["params"]]
-    if not result:
+    trained = {name: place for name, place in named.items() if place[1].requires_grad}
+    if not trained:
         raise ValueError(f"no parameter of this {type(model).__name__} has requires_grad=True: nothing to optimize")
+    scope = find_scope(model, trained, excluded, layers, blocks)
+    kinds = ("matrices", "dense") if scope.no_blocks else ("blocks", "dense")
+    groups: dict[str, dict[str, Any]] = {}
+    for kind, ending in itertools.product(kinds, ("", "_no_decay")):
+        decay = 0.0 if ending else float(weight_decay)
+        group = groups[kind + ending] = {"name": kind + ending, "params": [], "weight_decay": decay}
+        if kind == "dense":
+            group["mask"] = None
+        elif scope.no_blocks:
+            group["no_blocks"] = scope.no_blocks
+        else:
+            group |= {"blocks": list(scope.blocks), "param_blocks": []}
+    for name, (module, param) in trained.items():
+        is_masked = id(param) in scope.masked and name not in excluded
+        group = groups[kinds[not is_masked] + ("" if _decays(name, module) else "_no_decay")]
+        group["params"].append((name, param))
+        if "param_blocks" in group:
+            group["param_blocks"].append(scope.masked[id(param)])
+    result = [group for group in groups.values() if group["params"]]
+    if scope.notes:
+        result[0]["notes"] = scope.notes
     return _per_block(result) if per_block else result
 
 
@@ -96,7 +114,7 @@ def _per_block(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(split.values())
 
 
-def _named_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
+def _named_parameters(model: nn.Module) -> Named:
     """{canonical name: (owning module, parameter)}, each parameter once, as in ``model.named_parameters()``."""
     named: dict[str, tuple[nn.Module, nn.Parameter]] = {}
     seen: set[int] = set()

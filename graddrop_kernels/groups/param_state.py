@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from ..tensors.memory import check_memory, overlaps_itself, reach
+from ..tensors.local import is_dtensor
+from ..tensors.memory import check_memory, is_fake, laid_out, lies_as, overlaps_itself, reach
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -55,6 +56,15 @@ def make_state(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]
         state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
 
 
+def lay_out_state(state: dict[str, Any], stride: tuple[int, ...] | None) -> None:
+    """Puts moments and masters into the order of the parameter in memory (None: contiguous), once, where a checkpoint
+    or a conversion of the model has brought another.
+    """
+    for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param"):
+        if name in state and not is_dtensor(state[name]) and not lies_as(state[name], stride):
+            state[name] = laid_out(state[name], stride)
+
+
 def check_state(name: str, param: torch.Tensor, state: dict[str, Any]) -> None:
     """Raises ValueError or TypeError for state that does not fit its parameter. Kernels get only addresses, and would
     write past the end of a tensor that is too short.
@@ -94,6 +104,8 @@ def check_state(name: str, param: torch.Tensor, state: dict[str, Any]) -> None:
             )
         check_memory(f"master_param of {name!r}", master)
         moments["master_param"] = master
+    if any(map(is_fake, moments.values())):
+        return
     spans = sorted((each.data_ptr(), each.data_ptr() + reach(each)) for each in moments.values() if each.numel())
     if any(end > start for (_, end), (start, _) in zip(spans, spans[1:])):
         raise ValueError(f"the tensors in the state of {name!r} share memory: put copies (.clone()) into it")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from ..masks.row_block import RowBlock
 from ..policies import Policy
 from ..tensors.shard_layout import pieces_of
 from .flat_buffers import Flat, FlatPiece
-from .names import block_of, canonical_name, match_layers
+from .names import LayerMatch, block_of, canonical_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,28 +42,56 @@ def group_names(group: dict[str, Any], index: int, flat: Flat) -> list[str]:
         return [f"{index}.{position}" for position in range(len(params))]
     if len(names) != len(params):
         raise ValueError(
-            f"parameter group {index} has {len(params)} tensors but {len(names)} names: a wrapper has "
-            "flattened them, and masks drawn for the flat buffer would depend on the sharding; "
-            "build the optimizer from the tensors that it will step, or see graddrop_kernels.attach_fsdp1 and "
-            "attach_deepspeed"
+            f"parameter group {index} has {len(params)} tensors but {len(names)} names. If you took out or put in a "
+            "tensor, do the same with group['param_names']. If a wrapper has flattened them, masks drawn for its "
+            "buffer would depend on the sharding: build the optimizer from the tensors that it will step, or see "
+            "graddrop_kernels.attach_fsdp1 and attach_deepspeed"
         )
     return [canonical_name(name) for name in names]
 
 
-def _names_of_model(groups: list[dict[str, Any]], flat: Flat) -> list[str]:
-    """Canonical names of all parameters in all groups, with those inside of flat buffers in place of the buffers."""
+class LayerMatches:
+    """Which blocks the ``layers`` patterns of policies find in an optimizer. A new group costs only its own names.
+
+    Whether a block has something to train is seen when its parameters come. It has a turn in schedules ever after, so
+    that the turns of others do not change when it is frozen or leaves out a backward pass.
+    """
+
+    def __init__(self) -> None:
+        self._matches: dict[tuple[str, ...], tuple[LayerMatch, list[Any]]] = {}
+
+    def of(self, layers: tuple[str, ...], groups: list[dict[str, Any]], flat: Flat) -> LayerMatch:
+        """The match of the patterns with the names in all groups.
+
+        Raises ValueError as LayerMatch.check() does.
+        """
+        given: list[Any] = list(map(methodcaller("get", "param_names"), groups))
+        if flat:  # the names in flat buffers change with the buffers, as in DeepSpeed's stage 3
+            given = [(names, *map(id, group["params"])) for names, group in zip(given, groups)]
+        match, seen = self._matches.get(layers, (None, []))
+        if match is None or seen != given[: len(seen)]:
+            match, seen = LayerMatch(layers), []
+        for index in range(len(seen), len(groups)):
+            match.add(_names_with_flat(groups[index], index, flat))
+        self._matches[layers] = match, given
+        match.check()
+        return match
+
+
+def _names_with_flat(group: dict[str, Any], index: int, flat: Flat) -> list[tuple[str, bool]]:
+    """(canonical name, whether it is trained) of a group's parameters, with those of flat buffers in place of these."""
     return [
-        each
-        for index, group in enumerate(groups)
+        (each, param in flat or param.requires_grad)
         for param, name in zip(group["params"], group_names(group, index, flat))
         for each in ([canonical_name(piece.name) for piece in flat[param]] if param in flat else [name])
     ]
 
 
 def group_blocks(
-    groups: list[dict[str, Any]], index: int, policy: Policy, flat: Flat
-) -> tuple[tuple[str, ...], list[str | None]]:
-    """(all blocks in forward order, the block of each parameter of group ``index``), for a policy that needs blocks.
+    groups: list[dict[str, Any]], index: int, policy: Policy, flat: Flat, matches: LayerMatches
+) -> tuple[Callable[[], tuple[str, ...]], Callable[[str], str | None], list[str | None]]:
+    """(() -> all blocks in forward order, name -> its block, the block of each parameter of group ``index``), for a
+    policy that needs blocks.
 
     The blocks come from the policy's ``layers`` patterns, else from the keys that ``param_groups`` puts into a group.
 
@@ -77,14 +106,19 @@ def group_blocks(
             raise ValueError(
                 f"{kind}(layers=...) needs parameter names: pass model.named_parameters() instead of model.parameters()"
             )
-        blocks = match_layers(policy.layers, _names_of_model(groups, flat))
-        return tuple(blocks), [block_of(name, blocks) for name in names]
+        match = matches.of(policy.layers, groups, flat)
+        return match.blocks, match.block_of, list(map(match.block_of, names))
+    blocks = tuple(group.get("blocks", ()))
+    known = dict.fromkeys(blocks)
+    of_name = lambda name: block_of(name, known)
     if "block" in group:  # param_groups(..., per_block=True), of which an engine may make any number of tensors
-        return tuple(group["blocks"]), [group["block"]] * len(names)
+        return lambda: blocks, of_name, [group["block"]] * len(names)
     if "blocks" in group and len(group.get("param_blocks", ())) == len(names):
-        return tuple(group["blocks"]), list(group["param_blocks"])
+        return lambda: blocks, of_name, list(group["param_blocks"])
     if "blocks" in group and all(param in flat for param in group["params"]):
-        return tuple(group["blocks"]), [None] * len(names)  # the pieces of a buffer have blocks of their own
+        return lambda: blocks, of_name, [None] * len(names)  # the pieces of a buffer have blocks of their own
+    if "no_blocks" in group:
+        raise ValueError(f"mask={kind}(...) drops whole transformer blocks: {group['no_blocks']}")
     raise ValueError(
         f"mask={kind}(...) drops whole transformer blocks and must know them: "
         "pass graddrop_kernels.param_groups(model) as the parameters, "
@@ -93,27 +127,29 @@ def group_blocks(
 
 
 def make_records(
-    groups: list[dict[str, Any]], index: int, policy: Policy | None, flat: Flat
-) -> tuple[list[ParamRecord], tuple[str, ...]]:
-    """The records of group ``index``, and the blocks of the model, which are empty if the policy needs none.
+    groups: list[dict[str, Any]], index: int, policy: Policy | None, flat: Flat, matches: LayerMatches
+) -> tuple[list[ParamRecord], Callable[[], tuple[str, ...]]]:
+    """The records of group ``index``, and a function that returns the blocks of the model, which are none if the policy
+    needs none.
 
     Raises ValueError as the functions above do.
     """
     group = groups[index]
     names = group_names(group, index, flat)
-    blocks: tuple[str, ...] = ()
+    blocks: Callable[[], tuple[str, ...]] = tuple
+    of_name: Callable[[str], str | None] = lambda name: None
     param_blocks: list[str | None] = [None] * len(names)
-    if policy is not None and policy.needs_blocks:
-        blocks, param_blocks = group_blocks(groups, index, policy, flat)
+    needs_blocks = policy is not None and policy.needs_blocks
+    if policy is not None and needs_blocks:
+        blocks, of_name, param_blocks = group_blocks(groups, index, policy, flat, matches)
     unit: Callable[[str, str | None], Hashable] = policy.unit if policy is not None else lambda name, block: None
     records = []
     for name, block, param in zip(names, param_blocks, group["params"]):
         pieces = []
         for piece in flat.get(param, ()):
             piece = piece._replace(name=canonical_name(piece.name))
-            own_unit = unit(piece.name, block_of(piece.name, blocks))
-            pieces.append((piece, stream_key(piece.name, group["seed"]), own_unit))
-        if pieces and blocks:
+            pieces.append((piece, stream_key(piece.name, group["seed"]), unit(piece.name, of_name(piece.name))))
+        if pieces and needs_blocks:
             block = _block_of_buffer(name, pieces)
         records.append(ParamRecord(name, stream_key(name, group["seed"]), unit(name, block), tuple(pieces)))
     return records, blocks

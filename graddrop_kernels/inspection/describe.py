@@ -3,15 +3,16 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
 
 from .. import backends
 from ..groups.masking import Masking, masking_of
+from ..groups.names import join_names
 from ..groups.owner import Owner
 from ..groups.param_state import has_master, is_stochastic, mode
+from ..groups.scope import idle_note
 from ..policies import Policy
 
 _HEADER = ("group", "blocks", "tensors", "parameters", "lr", "weight decay", "active now", "dropped", "policy")
@@ -61,7 +62,9 @@ def describe(optimizer: Owner) -> str:
         clocks.append((index, f"{clock_text(group)}, seed {group['seed']}"))
         if policy is not None and policy.needs_blocks:
             kept = [block for block in blocks if masking.plan(index, block).kind != "off"]
-            active_blocks.append((index, f"{len(kept)} of {len(blocks)}: {_join_names(kept) or 'none'}"))
+            active_blocks.append((index, f"{len(kept)} of {len(blocks)}: {join_names(kept) or 'none'}"))
+            if idle := _idle_blocks(masking, policy.layers):
+                notes.append((index, idle_note(idle)))
         notes += [(index, note) for note in _notes(group, policy)]
     share = active / all_elements if all_elements else 1.0
     counts = _counts(all_blocks, all_tensors, all_elements)
@@ -96,6 +99,11 @@ def _blocks_of_group(masking: Masking, index: int) -> list[str]:
     return [block for block in known if block in own]
 
 
+def _idle_blocks(masking: Masking, layers: tuple[str, ...] | None) -> list[str]:
+    """The blocks of ``layers`` patterns that have no turn. Of the groups of ``param_groups`` it is a note already."""
+    return masking.matches.of(layers, masking.groups, masking.buffers.pieces).idle() if layers else []
+
+
 def _meaning(group: dict[str, Any], policy: Policy | None) -> str:
     if policy is None or policy.masked is None:
         return "-"
@@ -103,7 +111,7 @@ def _meaning(group: dict[str, Any], policy: Policy | None) -> str:
 
 
 def _notes(group: dict[str, Any], policy: Policy | None) -> list[str]:
-    notes = []
+    notes = list(group.get("notes", ()))
     untrained = sum(not param.requires_grad for param in group["params"])
     if untrained:
         notes.append(f"{untrained} tensors have requires_grad=False: they get no step")
@@ -159,17 +167,3 @@ def _rounding(param: torch.Tensor, group: dict[str, Any]) -> str:
     if has_master(param, group):
         return ", master weights"
     return ", stochastic rounding" if is_stochastic(param, group) else ""
-
-
-def _join_names(blocks: list[str]) -> str:
-    """``layer.0-2, 5`` for layer.0, layer.1, layer.2 and layer.5; names without a number at the end stay whole."""
-    parts = []
-    for stem, names in groupby(blocks, lambda name: re.sub(r"(?:^|(?<=\.))\d+$", "", name)):
-        runs: list[list[int]] = []
-        for number in (int(name[len(stem) :]) for name in names if name != stem):
-            if runs and runs[-1][1] == number - 1:
-                runs[-1][1] = number
-            else:
-                runs.append([number, number])
-        parts.append(stem + ", ".join(f"{first}-{last}" if first < last else f"{first}" for first, last in runs))
-    return "; ".join(parts)

@@ -42,7 +42,7 @@ def repair_loads(zero: Any, optimizer: "FusedGradDropAdamW") -> None:
                     "1 and 2 then cannot load a universal checkpoint: put its parameters into a larger group, or use "
                     "fewer processes, or stage 3"
                 )
-        return _groups_of(_file(folder), optimizer.param_groups), []
+        return _groups_of(_file(folder), optimizer), []
 
     _around_load(zero, optimizer, read)
 
@@ -56,7 +56,7 @@ def repair_stage3_loads(
         if not load_optimizer_states:
             return [], []
         file = _file(folder)
-        groups, steps = _groups_of(file, optimizer.param_groups), _steps_of(file)
+        groups, steps = _groups_of(file, optimizer), _steps_of(file)
         return groups, [(flat, steps[index]) for index, flat in flats]
 
     _around_load(zero, optimizer, read)
@@ -87,15 +87,15 @@ def _file(folder: str) -> dict[str, Any]:
     return file
 
 
-def _groups_of(file: dict[str, Any], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _groups_of(file: dict[str, Any], optimizer: "FusedGradDropAdamW") -> list[dict[str, Any]]:
     """Returns the values of each group: the file's, but ours where they describe the model."""
-    if any(group["amsgrad"] for group in groups):
+    if any(group["amsgrad"] for group in optimizer.param_groups):
         raise ValueError(
             "amsgrad=True: DeepSpeed's universal checkpoints have no max_exp_avg_sq, which would begin again from 0; "
             "go on with as many ranks as the checkpoint is of, or train without amsgrad"
         )
     found = {"state": {}, "param_groups": file["param_groups"]}
-    values: list[dict[str, Any]] = load_state.prepare(found, groups, strict=True)["param_groups"]
+    values: list[dict[str, Any]] = load_state.prepare(found, optimizer.param_groups, optimizer.strict)["param_groups"]
     return values
 
 

@@ -30,10 +30,18 @@ class GradDropHooks:
         self.skip_dropped = skip_dropped
         self._optimizers: list[FusedGradDropAdamW] = []
         self._skipping = contextlib.ExitStack()
+        self._ahead: list[int] = []  # epochs that each optimizer is ahead of the trainer, see on_train_start
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._skipping.close()  # open if an exception ended the last training
+        known = set(map(id, self._optimizers))
         self._optimizers = [found for found in map(unwrapped, trainer.optimizers) if found is not None]
+        # A state that was loaded past the trainer, whose counter begins at 0, goes on from its own epoch. An optimizer
+        # of the last training begins another one.
+        self._ahead = [
+            0 if id(one) in known else max(0, one.param_groups[0]["epoch"] - trainer.current_epoch)
+            for one in self._optimizers
+        ]
         if not self._optimizers:
             warnings.warn(
                 f"GradDropCallback: the trainer's optimizers are {[type(one).__name__ for one in trainer.optimizers]}, "
@@ -65,12 +73,18 @@ class GradDropHooks:
             found = {name + end: float(value) for name, value in describe_masks(optimizer).items()}
             pl_module.log_dict(found, on_step=True, on_epoch=False)
 
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._skipping.close()  # open if the module's on_train_batch_start() has ended the epoch
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: Any) -> None:
         self._skipping.close()
 
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._skipping.close()
+
     def _set_epoch(self, trainer: Any) -> None:
-        for optimizer in self._optimizers:
-            optimizer.set_epoch(trainer.current_epoch)
+        for optimizer, ahead in zip(self._optimizers, self._ahead):
+            optimizer.set_epoch(trainer.current_epoch + ahead)
 
     def _check_skipping(self, trainer: Any, pl_module: Any) -> None:
         if not pl_module.automatic_optimization:

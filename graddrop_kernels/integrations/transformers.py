@@ -7,15 +7,16 @@
     )
 """
 
+import functools
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..groups.blocks import Layers
 from ..groups.param_groups import param_groups
@@ -26,6 +27,8 @@ from .activation_dropout import warn_of_activation_dropout
 from .deepspeed import attach_deepspeed
 from .fsdp1 import attach_fsdp1
 from .optimizer_of import describe_masks, unwrapped
+
+Mask = Policy | Callable[[int], Policy] | None
 
 
 class GradDropFactory:
@@ -40,7 +43,7 @@ class GradDropFactory:
         return factory if model is None else factory(model, **arguments)
 
     def __call__(
-        self, trained: Any, *, args: TrainingArguments, model: nn.Module | None = None,
+        self, trained: Any, *, args: TrainingArguments, mask: Mask, model: nn.Module | None = None,
         exclude: str | Iterable[str] = (), layers: Layers | None = None, **arguments: Any,
     ) -> FusedGradDropAdamW:  # fmt: skip
         model = trained if model is None else model
@@ -54,9 +57,13 @@ class GradDropFactory:
         groups = param_groups(model, arguments.pop("weight_decay", args.weight_decay), exclude, layers, per_block)
         groups = self.adapt(groups, model, args)
         values = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-        optimizer = FusedGradDropAdamW(groups, **{"seed": args.seed, **values, **arguments})
+        _warn_of_ignored(args, arguments)
+        optimizer = FusedGradDropAdamW(
+            groups, **{"mask": _policy_of(mask, args), "seed": args.seed, **values, **arguments}
+        )
         if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):  # FSDP1
             attach_fsdp1(optimizer, model)
+        optimizer.register_load_state_dict_pre_hook(functools.partial(_name_plain_run, _names_of_plain_run(model)))
         optimizer.register_load_state_dict_post_hook(_forget_that_epoch_was_set)
         optimizer.register_step_pre_hook(_require_epoch)
         return optimizer
@@ -66,6 +73,53 @@ class GradDropFactory:
     ) -> list[dict[str, Any]]:
         """Adapts the optimizer's groups, for subclasses: another learning rate for some parameters, for example."""
         return groups
+
+
+def _policy_of(mask: Mask, args: TrainingArguments) -> Policy | None:
+    """Returns the policy for as many epochs as ``args`` says. A search for hyper-parameters changes it in between."""
+    if mask is None or isinstance(mask, Policy):
+        return mask
+    if args.max_steps > 0:
+        raise ValueError(
+            f"mask={mask!r} needs the number of epochs, but args.max_steps={args.max_steps} decides how long is "
+            "trained: give a policy with its number of epochs"
+        )
+    return mask(math.ceil(args.num_train_epochs))
+
+
+def _warn_of_ignored(args: TrainingArguments, arguments: dict[str, Any]) -> None:
+    """Warns of arguments of Trainer that would have no effect, or one that is not expected."""
+    optim = getattr(args.optim, "value", args.optim)
+    ignored = {} if optim in ("adamw_torch", "adamw_torch_fused") else {"optim": optim}
+    ignored |= {name: getattr(args, name, None) for name in ("optim_args", "optim_target_modules")}
+    for name, value in ignored.items():
+        if value:
+            warnings.warn(
+                f"args.{name}={value!r} has no effect: the optimizer is that of trainer_optimizer(); leave {name} at "
+                "its default, or leave optimizer_cls_and_kwargs out",
+                stacklevel=3,
+            )
+    if arguments.get("max_grad_norm") is not None and args.max_grad_norm:
+        warnings.warn(
+            f"gradients are clipped twice, by Trainer to args.max_grad_norm={args.max_grad_norm!r} and then by the "
+            f"optimizer to max_grad_norm={arguments['max_grad_norm']!r}: set one of them to 0 or None",
+            stacklevel=3,
+        )
+
+
+def _names_of_plain_run(model: nn.Module) -> list[list[str]]:
+    """Returns the names in the two groups that Trainer makes for its own AdamW, with and without weight decay."""
+    decays = set(Trainer.get_decay_parameter_names(None, model))  # which uses no Trainer
+    names = [name for name, param in model.named_parameters() if param.requires_grad]
+    return [[name for name in names if (name in decays) == wanted] for wanted in (True, False)]
+
+
+def _name_plain_run(names: list[list[str]], _: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    """Gives a checkpoint of Trainer's own AdamW the names that it lacks, by which it is brought into our groups."""
+    groups = state_dict["param_groups"]
+    if "mask" in groups[0] or [len(group["params"]) for group in groups] != list(map(len, names)):
+        return None
+    return {**state_dict, "param_groups": [{"param_names": own, **group} for group, own in zip(groups, names)]}
 
 
 def _attach_to_deepspeed(optimizer: Any, model: nn.Module, args: TrainingArguments, state: Any) -> None:
@@ -87,7 +141,9 @@ def _attach_to_deepspeed(optimizer: Any, model: nn.Module, args: TrainingArgumen
 
 
 def _forget_that_epoch_was_set(optimizer: Any) -> None:
-    """Marks the epoch as not set: a checkpoint's epoch would hold for the whole resumed run without the callback."""
+    """Marks the epoch as not set: a checkpoint's epoch would hold for the whole resumed run without the callback. The
+    callback also sees by it that the epoch is a file's.
+    """
     for group in optimizer.param_groups:
         group["epoch_was_set"] = False
 
@@ -106,38 +162,34 @@ def _require_epoch(optimizer: Any, *_: Any) -> None:
 
 def trainer_optimizer(
     args: TrainingArguments,
-    mask: Policy | Callable[[int], Policy] | None = GradDrop(),  # noqa: B008 (immutable)
+    mask: Mask = GradDrop(),  # noqa: B008 (immutable)
     *,
     exclude: str | Iterable[str] = (),
     layers: Layers | None = None,
     model: nn.Module | None = None,
     **arguments: Any,
 ) -> tuple[type[GradDropFactory], dict[str, Any]]:
-    """Makes ``Trainer(optimizer_cls_and_kwargs=...)``: a FusedGradDropAdamW in the paper's scope.
+    """Makes ``Trainer(optimizer_cls_and_kwargs=...)``: a FusedGradDropAdamW in the paper's scope. Give it to a trainer
+    without that argument, as TRL's DPOTrainer, as an attribute: ``trainer.optimizer_cls_and_kwargs = ...``.
 
     Args:
-        args: gives learning rate, betas, eps and weight decay. Trainer clips gradients itself, by
-            ``args.max_grad_norm``.
+        args: gives learning rate, betas, eps and weight decay, as they are when Trainer makes the optimizer. Trainer
+            clips gradients itself, by ``args.max_grad_norm``.
         mask: a policy, or a function of the number of epochs that makes one: ``GradDropEpoch``, ``lambda epochs:
             GradDrop(LinearAnneal(epochs))``.
         exclude, layers: as in ``param_groups``.
         model: the module to train, if not the trainer's model. With sentence-transformers this is a loss that has
             parameters. With transformers 4, which does not pass its model on, it is the trainer's model.
-        arguments: others of FusedGradDropAdamW, as ``seed`` (default: ``args.seed``), ``moment_dtype``.
+        arguments: others of FusedGradDropAdamW, as ``seed`` (default: ``args.seed``), ``moment_dtype``. With
+            ``strict=False`` a checkpoint of Trainer's own AdamW can be resumed, or one of another number of epochs.
 
     Returns:
         The callable that Trainer calls with the model, and the keyword arguments that it adds.
 
     Raises:
-        ValueError: a function for ``mask``, and ``args.max_steps`` instead of a number of epochs.
+        ValueError: when Trainer makes the optimizer, a function for ``mask``, and ``args.max_steps`` instead of a
+            number of epochs.
     """
-    if mask is not None and not isinstance(mask, Policy):
-        if args.max_steps > 0:
-            raise ValueError(
-                f"mask={mask!r} needs the number of epochs, but args.max_steps={args.max_steps} decides how long is "
-                "trained: give a policy with its number of epochs"
-            )
-        mask = mask(math.ceil(args.num_train_epochs))
     factory = {"args": args, "mask": mask, "exclude": exclude, "layers": layers, **arguments}
     return GradDropFactory, factory if model is None else {**factory, "model": model}
 
@@ -164,13 +216,14 @@ class GradDropCallback(TrainerCallback):
     def __init__(self, skip_dropped: bool = False):
         self.skip_dropped = skip_dropped
         self._optimizer: FusedGradDropAdamW | None = None
-        self._skipping: AbstractContextManager[None] | None = None
+        self._stop: Callable[[], None] | None = None  # ends the skipping
         self._epoch: int | None = None
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
-    ) -> None:
-        self._leave()  # open if an exception ended the last training
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        self._stop_skipping()  # on if an exception ended the last training
         self._epoch, self._optimizer = None, unwrapped(optimizer)
         if self._optimizer is None:
             warnings.warn(
@@ -181,7 +234,10 @@ class GradDropCallback(TrainerCallback):
             return
         if self.skip_dropped:
             self._check_skip_dropped(self._optimizer, args)
+            self._stop = _skip_in_training_steps(_calling_trainer(), self._optimizer)
         _attach_to_deepspeed(optimizer, model, args, state)
+        if not self._optimizer.strict:
+            _fit_schedule(lr_scheduler, self._optimizer.param_groups)
         warn_of_activation_dropout(model, self._optimizer)
 
     def _check_skip_dropped(self, optimizer: FusedGradDropAdamW, args: TrainingArguments) -> None:
@@ -201,23 +257,22 @@ class GradDropCallback(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._optimizer is None:
             return
-        self._leave()  # open if a callback ended an epoch between two micro-batches
-        # state.epoch is a fraction after a resume in mid-epoch, and after an epoch that a callback has ended.
-        self._epoch = int(state.epoch) if self._epoch is None else self._epoch + 1
+        if self._epoch is None:
+            # A state that was loaded past Trainer, whose counter begins at 0, goes on from its own epoch.
+            loaded = [group["epoch"] for group in self._optimizer.param_groups if not group["epoch_was_set"]]
+            # state.epoch is a fraction after a resume in mid-epoch, and after an epoch that a callback has ended.
+            self._epoch = max([int(state.epoch), *loaded])
+        else:
+            self._epoch += 1
         self._optimizer.set_epoch(self._epoch)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.skip_dropped and self._optimizer is not None:
-            self._skipping = self._optimizer.skip_dropped()
-            self._skipping.__enter__()
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop_skipping()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
-        if self._skipping is not None:
-            self._skipping.__exit__(None, None, None)
-            self._skipping = None
+    def _stop_skipping(self) -> None:
+        if self._stop is not None:
+            self._stop()
+            self._stop = None
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -228,3 +283,48 @@ class GradDropCallback(TrainerCallback):
         logs.update(found)
         if state.log_history:
             state.log_history[-1].update(found)  # Trainer has already put a copy there
+
+
+def _calling_trainer() -> Trainer:
+    """Returns the trainer whose callback this is. Trainer does not show itself to its callbacks."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        trainer = frame.f_locals.get("self")
+        if isinstance(trainer, Trainer):
+            return trainer
+        frame = frame.f_back
+    raise RuntimeError("GradDropCallback(skip_dropped=True) is called by no Trainer of transformers: give it to one")
+
+
+def _skip_in_training_steps(trainer: Any, optimizer: FusedGradDropAdamW) -> Callable[[], None]:
+    """Lets every ``training_step()`` of the trainer, its forward and backward pass, leave out what is dropped. Whatever
+    ends one, also an interrupt, leaves no parameter frozen. Returns the function that ends this.
+    """
+    own, step = vars(trainer).get("training_step"), trainer.training_step
+
+    @functools.wraps(step)
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        with optimizer.skip_dropped():
+            return step(*args, **kwargs)
+
+    def stop() -> None:
+        if vars(trainer).get("training_step") is training_step:
+            del trainer.training_step
+            if own is not None:
+                trainer.training_step = own
+
+    trainer.training_step = training_step
+    return stop
+
+
+def _fit_schedule(scheduler: Any, groups: list[dict[str, Any]]) -> None:
+    """Gives a schedule that was loaded from a run with other groups a learning rate for each of ours. The next step
+    gets the rate of this schedule, which may be longer, and not the last rate of the loaded one.
+    """
+    if len(getattr(scheduler, "base_lrs", groups)) != len(groups):
+        scheduler.base_lrs = [group["initial_lr"] for group in groups]
+    if len(getattr(scheduler, "min_lrs", groups)) != len(groups):  # ReduceLROnPlateau
+        scheduler.min_lrs = [scheduler.min_lrs[0]] * len(groups)
+    for group, base, factor in zip(groups, getattr(scheduler, "base_lrs", ()), getattr(scheduler, "lr_lambdas", ())):
+        group["lr"] = base * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in groups]  # what Trainer logs

@@ -1,5 +1,6 @@
 """ZeroRedundancyOptimizer: gives the parameters of the optimizer inside their names."""
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -51,8 +52,9 @@ def attach_zero(zero: "ZeroRedundancyOptimizer", model: nn.Module) -> None:
     load = zero.load_state_dict
 
     def load_state_dict(state_dict: dict[str, Any]) -> None:
-        # The wrapper would accept the file's policies and seed silently.
-        load(load_state.prepare(state_dict, zero.param_groups, strict=True))
+        # The wrapper would accept the file's policies and seed silently, keep its tensors, and empty its state.
+        state_dict = {**state_dict, "state": copy.deepcopy(state_dict["state"])}
+        load(load_state.prepare(state_dict, zero.param_groups, strict=inner.strict))
         inner.reloaded()
 
     zero.load_state_dict = load_state_dict  # type: ignore[method-assign]

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from ..masks.plan import MaskPlan
-from .clock import Clock, PlanContext
-from .policy import KEEP, Policy, _check_every, _check_p, _freeze_values
+from .clock import Clock, History, PlanContext, steps_by_epoch
+from .policy import KEEP, KEPT_EPOCHS, Policy, _check_every, _check_p, _freeze_values
 from .schedules import Schedule, drop_probability, quantize, require_epochs
 
 
@@ -25,6 +26,7 @@ class GradDrop(Policy):
 
     p: Schedule = 0.2
     every: str = "step"
+    draws = "bits"
 
     def __post_init__(self) -> None:
         _freeze_values(self, p=_check_p(self.p))
@@ -32,7 +34,7 @@ class GradDrop(Policy):
 
     def plan(self, context: PlanContext, unit: Hashable) -> MaskPlan:
         clock = context.clock
-        threshold = quantize(drop_probability(self.p, clock.epoch))
+        threshold = 65536 - self.kept_draws(clock.epoch)
         age_rate = self._age_rate(clock) if context.frozen and context.count_active_steps else 1.0
         if threshold == 0:
             return replace(KEEP, age_rate=age_rate)
@@ -42,6 +44,9 @@ class GradDrop(Policy):
     def counts_steps(self, frozen: bool) -> bool:
         return frozen
 
+    def kept_draws(self, epoch: int) -> int:
+        return 65536 - quantize(drop_probability(self.p, epoch))
+
     def _age_rate(self, clock: Clock) -> float:
         """The expected share of the past steps in which an element that is active now was active.
 
@@ -50,10 +55,10 @@ class GradDrop(Policy):
         """
         if clock.completed_steps == 0:
             return 1.0
-        keep = {epoch: 1 - quantize(drop_probability(self.p, epoch)) / 65536 for epoch in clock.steps_by_epoch()}
-        if self.every == "epoch":
-            keep[clock.epoch] = 1.0  # the same mask as now
-        return sum(keep[epoch] * steps for epoch, steps in clock.steps_by_epoch().items()) / clock.completed_steps
+        steps = clock.steps_by_epoch()
+        same = steps.pop(clock.epoch, 0) * 65536 if self.every == "epoch" else 0  # drawn as now, hence all active
+        kept = clock.folded + sum(self.kept_draws(epoch) * count for epoch, count in steps.items())
+        return (kept + same) / 65536 / clock.completed_steps
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,10 @@ class GradDropEpoch(Policy):
         if self.storage not in ("bitpacked", "recompute"):
             raise ValueError(f"GradDropEpoch(storage=) must be 'bitpacked' or 'recompute', got {self.storage!r}")
 
+    @property
+    def draws(self) -> str | None:  # type: ignore[override]  # depends on a value
+        return "bits" if self.storage == "recompute" else None
+
     def plan(self, context: PlanContext, unit: Hashable) -> MaskPlan:
         epoch = min(context.clock.epoch, self.epochs - 1)
         first = epoch if self.toggle else 0
@@ -128,6 +137,15 @@ class GradDropEpoch(Policy):
             ages=ages,
         )
 
+    def fold(self, history: History, folded: int) -> tuple[History, int]:
+        """Keeps the steps of every epoch, the last one's and those of all later ones together."""
+        if len(history) <= KEPT_EPOCHS + self.epochs:
+            return history, folded
+        *past, (epoch, start) = history
+        steps = steps_by_epoch(tuple((min(epoch, self.epochs - 1), begin) for epoch, begin in past), start)
+        ends = accumulate((steps[epoch] for epoch in sorted(steps)), initial=past[0][1])
+        return (*zip(sorted(steps), ends), (epoch, start)), folded
+
     def after_last_epoch(self, epoch: int) -> str | None:
         if not self.toggle or epoch < self.epochs:
             return None
@@ -139,9 +157,10 @@ class GradDropEpoch(Policy):
 
     def _ages(self, clock: Clock, first: int, last: int) -> tuple[int, ...]:
         """Per bucket, the number of steps in which it was active, this one included; 0 if it is not active now."""
-        ages = [0] * first + [1] * (last + 1 - first)
-        for epoch, steps in clock.steps_by_epoch().items():
-            epoch = min(epoch, self.epochs - 1)
-            for bucket in range(max(first, epoch if self.toggle else 0), min(last, epoch) + 1):
-                ages[bucket] += steps
-        return tuple(ages)
+        steps = [0] * self.epochs
+        for epoch, count in clock.steps_by_epoch().items():
+            steps[min(epoch, self.epochs - 1)] += count
+        if not self.toggle:  # a bucket is active in its own epoch and in all later ones
+            steps = list(accumulate(reversed(steps)))[::-1]
+        before = 1 + clock.folded // 65536  # this step, and folded ones of another policy
+        return tuple([0] * first + [before + count for count in steps[first : last + 1]])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..masks import bitmask
+from ..masks.names import canonical_name
 from ..masks.plan import MaskPlan
 from .clock import PlanContext
 from .policy import KEEP, Policy
@@ -18,7 +19,8 @@ class FixedMask(Policy):
 
     Args:
         masks: {parameter name: bool tensor of the parameter's shape}, True where trained. Parameters without an entry
-            are trained densely. The masks are kept as 1 bit per element.
+            are trained densely. The masks are kept as 1 bit per element. Names of a wrapped or compiled model
+            (``module.``, ``_orig_mod.``) are taken too.
         scale: factor on the kept gradients, finite and > 0.
 
     Raises:
@@ -30,6 +32,7 @@ class FixedMask(Policy):
 
     masked = "frozen"
     follows_epochs = False
+    draws = None
 
     def __init__(self, masks: Mapping[str, torch.Tensor], scale: float = 1.0):
         if not isinstance(masks, Mapping) or not masks:
@@ -45,6 +48,9 @@ class FixedMask(Policy):
                     f"FixedMask: the mask of {name!r} must be a bool tensor, got {got}; try (weights != 0)"
                 )
         self.scale = float(scale)
+        if len(set(map(canonical_name, masks))) < len(masks):
+            raise ValueError("FixedMask(masks=) names a parameter twice, with and without a wrapper's name: leave one")
+        masks = {canonical_name(name): mask for name, mask in masks.items()}
         self.shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
         self.words = {name: bitmask.pack(mask.detach().cpu()) for name, mask in masks.items()}
         digest = hashlib.blake2b(digest_size=16)

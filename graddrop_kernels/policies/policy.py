@@ -13,10 +13,11 @@ from dataclasses import fields
 from typing import Any
 
 from ..masks.plan import MaskPlan
-from .clock import PlanContext
+from .clock import History, PlanContext
 from .schedules import ExponentialAnneal, LinearAnneal, Schedule, drop_probability, quantize
 
 KEEP = MaskPlan("keep")
+KEPT_EPOCHS = 32  # of a history; older ones are folded
 _SCHEDULES = {cls.__name__: cls for cls in (LinearAnneal, ExponentialAnneal)}
 
 
@@ -26,6 +27,8 @@ class Policy:
     masked: str | None = "gradient"
     needs_blocks = False
     layers: tuple[str, ...] | None = None
+    # What its plans draw for single elements: "bits" (kept or not, or a bucket), "numbers" (anything), or None.
+    draws: str | None = "numbers"
 
     def plan(self, context: PlanContext, unit: Hashable) -> MaskPlan:
         """The plan of one step for one ``unit``, which is a value that ``unit()`` returns."""
@@ -43,6 +46,21 @@ class Policy:
     def counts_steps(self, frozen: bool) -> bool:
         """Whether plans depend on how many steps the group has completed."""
         return True
+
+    def kept_draws(self, epoch: int) -> int:
+        """The expected share of elements that a step of an epoch trains, times 2^16. ``fold`` adds it up."""
+        return 65536
+
+    def fold(self, history: History, folded: int) -> tuple[History, int]:
+        """Shortens a history, so that it does not grow with the training. See Clock for both arguments.
+
+        By default the oldest epochs become a sum of ``kept_draws``, as they were under this policy. A policy that needs
+        more of them returns what it needs.
+        """
+        while len(history) > KEPT_EPOCHS:
+            (epoch, start), (_, end) = history[:2]
+            history, folded = history[1:], folded + self.kept_draws(epoch) * (end - start)
+        return history, folded
 
     def check_epoch(self, epoch: int) -> None:
         """Raises ValueError when a schedule has no usable p at this epoch."""
@@ -109,6 +127,7 @@ class BlockPolicy(Policy):
     """
 
     needs_blocks = True
+    draws = None
 
     def unit(self, name: str, block: str | None) -> Hashable:
         return block

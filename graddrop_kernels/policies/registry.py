@@ -41,6 +41,11 @@ class PolicyBook:
         """The policy of a string. Raises ValueError as ``policies.from_json`` does."""
         if text is None:
             return None
+        if isinstance(text, Policy):
+            raise TypeError(
+                f"group['mask'] is the object {text!r}, and groups keep policies as text, for checkpoints: write "
+                f"group['mask'] = {type(text).__name__}(...).to_json(), or give mask= when the group is made"
+            )
         if text not in self._by_json:
             self._by_json[text] = from_json(text)
         return self._by_json[text]

@@ -271,7 +271,7 @@ def _twin(
         owner.grad_norm,
     )  # fmt: skip
     masking = Masking(twin, stepper.masking.policies)
-    masking.buffers = stepper.masking.buffers.of_copies()
+    masking.buffers, masking.matches = stepper.masking.buffers.of_copies(), stepper.masking.matches
     own = Stepper(twin, masking)
     own.voided, own.warn = stepper.voided, stepper.warn
     return own, twin

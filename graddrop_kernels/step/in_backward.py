@@ -63,10 +63,17 @@ class StepInBackward:
         """Whether parameters have been stepped for a step that ``optimizer.step()`` has not ended yet."""
         return bool(self._done)
 
+    def check_ended(self, what: str) -> None:
+        """Raises RuntimeError while some parameters have made a step that others have not."""
+        if self.under_way:
+            raise RuntimeError(
+                f"{what} between backward() and optimizer.step(): with step_in_backward() some parameters have made "
+                "this step already and others have not; call optimizer.step() first"
+            )
+
     def remove(self) -> None:
         """Goes back to normal steps. ``optimizer.step()`` must have ended a step that was under way."""
-        if self.under_way:
-            raise RuntimeError("a step is under way: call optimizer.step() after backward(), then remove()")
+        self.check_ended("remove()")
         for hook in self._hooks or ():
             hook.remove()
         self._hooks, self._prepared = None, {}
@@ -100,6 +107,8 @@ class StepInBackward:
         stepper = self._stepper
         if stepper.is_orphan:
             return  # nobody is left to step it: the gradient stays
+        if param.grad is None:
+            return  # another hook has taken it
         if param in self._done:
             raise RuntimeError(
                 "a second gradient for a parameter that has been stepped already: with step_in_backward() call "
@@ -111,8 +120,10 @@ class StepInBackward:
         grads, tensors = local_grads([param], [param.grad]), local_tensors([param])
         state, made_for = {param: owner.state[param]}, prepared_for(owner, masking)
         if prepared is None or not prepared.holds([param], tensors, grads, state, made_for):
-            prepared = prepare(owner, masking, stepper.warn, [param], grads, fresh=None)
-            assert prepared is not None  # with fresh=None it is a step, never a question
+            prepared = prepare(owner, masking, stepper.warn, [param], grads, None, prepared)
+            if prepared is None:  # a fake tensor
+                param.grad = None
+                return
             self._prepared[id(param)] = prepared
         if not self.under_way:
             self._clocks = masking.clocks()

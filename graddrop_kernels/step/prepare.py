@@ -3,19 +3,24 @@ makes missing state and masks, then the rows.
 """
 
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import backends
+from ..backends import Backend
 from ..groups.checks import check_fixed_masks, check_row
 from ..groups.masking import Masking
 from ..groups.owner import Owner
-from ..groups.param_state import has_master, is_stochastic, make_state, mode
-from ..groups.records import spans_of
+from ..groups.param_state import has_master, is_stochastic, lay_out_state, make_state, mode
+from ..groups.records import ParamRecord, spans_of
+from ..masks.memory_order import MemoryOrder
+from ..masks.row_block import RowBlock
 from ..tensors.local import any_nonzero, local, several_processes, sharded_over
-from .prepared import PreparedStep, Row
+from ..tensors.memory import is_fake, is_marked, lies_as
+from .prepared import Member, PreparedStep, Row, memory_of
 from .warn_once import WarnOnce
 
 
@@ -31,53 +36,122 @@ def backend_name(owner: Owner) -> str:
 
 def prepare(
     owner: Owner, masking: Masking, warn: WarnOnce, params: list[torch.Tensor], grads: list[torch.Tensor | None],
-    fresh: Callable[[], bool] | None,
+    fresh: Callable[[], bool] | None, before: PreparedStep | None = None,
 ) -> PreparedStep | None:  # fmt: skip
-    """Checks the parameters that have gradients, then makes missing state and masks.
+    """Checks the parameters that have gradients, then makes missing state and masks. Does neither for those that the
+    step ``before`` has prepared and that have not changed since.
 
     Args:
         grads: local tensors, see tensors.local.local_grads.
         fresh: whether there was no step before. None if ``params`` are not all parameters of the step.
 
     Returns:
-        None if the call only made the optimizer create its state, as torch.distributed.checkpoint does, and must not
-        count as a step.
+        None if the call only made the optimizer create its state, as torch.distributed.checkpoint and FakeTensorMode
+        do, and must not count as a step.
 
     Raises before anything has changed.
     """
     states, name = owner.state, backend_name(owner)
-    given = {id(param): grad for param, grad in zip(params, grads) if grad is not None}
+    made_for = prepared_for(owner, masking)
+    members = _still_good(before, params, grads, states) if before is not None and before.made_for == made_for else {}
     found = [
-        (index, group, param, record)
-        for index, group in enumerate(owner.param_groups)
-        for param, record in zip(group["params"], masking.records(index))
-        if id(param) in given
+        _Found(position, index, group, param, record, grad)
+        for position, (index, group, param, record) in enumerate(_records_of(masking, params, fresh is None))
+        if (grad := grads[position]) is not None and position not in members
     ]
-    for _, group, param, record in found:
-        check_row(owner, masking, group, param, record, given[id(param)])
+    for new in found:
+        check_row(owner, masking, new.group, new.param, new.record, new.grad)
     check_fixed_masks(masking)
     _warn_of_position_names(masking, warn)
-    chosen = [backends.select(name, *mode(param, group, states.get(param, {}))) for _, group, param, _ in found]
+    chosen = [backends.select(name, *mode(new.param, new.group, states.get(new.param, {}))) for new in found]
     probe = fresh is not None and _is_state_probe(owner, params, grads, fresh)
-    _warn_of_unknown_epochs(masking, warn, {index for index, _, _, _ in found})
-    for _, group, param, _ in found:
-        make_state(param, group, states[param])
-    if probe:
-        return None
-    rows = []
-    for (index, group, param, record), backend in zip(found, chosen):
-        tensor, spans = local(param), spans_of(param, record)
-        over = sharded_over(param) if owner.max_grad_norm is not None else ()
-        for span, words in zip(spans, masking.words(index, param, record)):
-            elements = None if span.numel == tensor.numel() else slice(span.start, span.start + span.numel)
-            row = Row(
-                tensor, given[id(param)], states[param], group["amsgrad"], span.key, span.layout, (index, span.unit),
-                backend, words, has_master(param, group), is_stochastic(param, group), elements, over,
-            )  # fmt: skip
-            rows.append(row)
-    stepped = [param for param in params if id(param) in given]
+    _warn_of_unknown_epochs(masking, warn, {new.index for new in found})
+    for new in found:
+        make_state(new.param, new.group, states[new.param])
+    if probe or any(is_fake(local(new.param)) for new in found):
+        return None  # under FakeTensorMode the state is all that a step would have left in memory
+    lost = before.lost if before is not None else []
+    for new, backend in zip(found, chosen):
+        members[new.position] = _member(owner, masking, new, backend, lost)
+    lost.clear()  # those that are left have lost nothing
     kept = states if fresh is not None else {param: states[param] for param in params}
-    return PreparedStep(stepped, grads, rows, kept, prepared_for(owner, masking))
+    return PreparedStep(dict(sorted(members.items())), params, grads, kept, made_for, lost)
+
+
+class _Found(NamedTuple):
+    """A parameter to be prepared."""
+
+    position: int  # among all parameters
+    index: int  # type: ignore[assignment]  # of its group, not tuple.index
+    group: dict[str, Any]
+    param: torch.Tensor
+    record: ParamRecord
+    grad: torch.Tensor
+
+
+def _records_of(
+    masking: Masking, params: list[torch.Tensor], some: bool
+) -> Iterator[tuple[int, dict[str, Any], torch.Tensor, ParamRecord]]:
+    """(group index, group, parameter, record) of each parameter. ``some``: they are not those of all groups."""
+    places = map(masking.find, params) if some else None
+    for index, position in places or masking.places():
+        yield index, masking[index], masking[index]["params"][position], masking.records(index)[position]
+
+
+def _still_good(
+    before: PreparedStep, params: list[torch.Tensor], grads: list[torch.Tensor | None], states: Mapping[Any, Any]
+) -> dict[int, Member]:
+    """What was prepared before and can be used again. A parameter without a gradient is looked at when it has one."""
+    good = {}
+    for position, member in before.members.items():
+        grad, param = grads[position], params[position]
+        if member.is_whole if grad is None else member.holds({**states.get(param, {}), "param": local(param)}, grad):
+            good[position] = member
+    return good
+
+
+def _member(owner: Owner, masking: Masking, new: _Found, backend: Backend, lost: list[object]) -> Member:
+    """Makes the rows of a parameter that has been checked."""
+    group, param, state, tensor = new.group, new.param, owner.state[new.param], local(new.param)
+    spans, policy, stochastic = spans_of(param, new.record), masking.policy(new.index), is_stochastic(param, group)
+    master = has_master(param, group)
+    is_whole = len(spans) == 1 and spans[0].layout == RowBlock.whole(tensor.numel())
+    draws = "numbers" if stochastic else policy.draws if policy is not None else None
+    order = _order(tensor, backend, draws) if is_whole else None
+    stride = None if order is None else tensor.stride()
+    if backend.by_address and (order is not None or tensor.is_contiguous()):
+        lay_out_state(state, stride)
+    names = ["step", "exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * group["amsgrad"], *["master_param"] * master]
+    tensors = {"param": tensor, **{name: state[name] for name in names}}
+    fits: Callable[[torch.Tensor], bool] = partial(lies_as, stride=stride)
+    if not backend.by_address and all(span.numel == tensor.numel() for span in spans):
+        fits = lambda tensor: not is_marked(tensor)
+    dtypes = torch.float32 if master else tensor.dtype, state["exp_avg"].dtype, new.grad.dtype
+    facts = (tensor.device, *dtypes, stochastic, sharded_over(param) if owner.max_grad_norm is not None else ())
+    staged = frozenset(name for name, each in tensors.items() if name != "step" and not fits(local(each)))
+    rows = []
+    for number, (span, words) in enumerate(zip(spans, masking.words(new.index, param, new.record, order))):
+        elements = None if span.numel == tensor.numel() else slice(span.start, span.start + span.numel)
+        own_step = state["step"].clone() if number else None
+        rows.append(Row(
+            facts, memory_of(tensor, elements), span.key, span.layout, order, (new.index, span.unit), backend, words,
+            elements, frozenset(tensors), staged, own_step,
+        ))  # fmt: skip
+    return Member(tensors, new.grad, fits(new.grad), stride, rows, lost)
+
+
+def _order(tensor: torch.Tensor, backend: Backend, draws: str | None) -> MemoryOrder | None:
+    """The order in which a backend can step a tensor without a contiguous copy; None: it is contiguous, or needs one.
+
+    Args:
+        draws: as Policy.draws.
+    """
+    if not backend.by_address or tensor.is_contiguous() or is_marked(tensor):
+        return None
+    order = MemoryOrder.of(tuple(tensor.shape), tensor.stride())
+    if order is None or draws is None:
+        return order
+    return order if draws == "bits" and backend.draws_in_order and order.transposed() else None
 
 
 def _is_state_probe(

@@ -39,15 +39,15 @@ class SkipDropped:
         if all(param.grad is None for param in self._everything()):
             self.missing.clear()
         skipped = self._skippable()
-        self._inside = True
         try:
+            self._inside = True
             for param in skipped:
                 param.requires_grad_(False)
             yield
         finally:
-            self._inside = False
             for param in skipped:
                 param.requires_grad_(True)
+            self._inside = False
             self.missing.update(skipped)
 
     def complete(

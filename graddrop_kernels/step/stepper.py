@@ -5,17 +5,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.autograd.graph import increment_version
 
 from ..backends.capture import capturing
 from ..groups.checks import check_written_grads
 from ..groups.masking import Masking
-from ..groups.options import check_max_grad_norm, check_options
+from ..groups.options import check_clipping, check_options
 from ..groups.owner import Owner
-from ..policies.clock import Clock
+from ..policies import Clock, Policy
 from ..tensors.local import local_grads, local_tensors
 from .clip import clip_
 from .prepare import prepare, prepared_for
 from .prepared import PreparedStep
+from .streams import Streams
 from .warn_once import WarnOnce
 
 
@@ -27,6 +29,7 @@ class Stepper:
         self.owner: Owner = weakref.proxy(owner)  # a strong reference would keep its moments alive, see Masking
         self.masking = masking
         self.warn = WarnOnce()
+        self.streams = Streams()
         self.prepared: PreparedStep | None = None
         self.captured: PreparedStep | None = None  # by a CUDA graph, which holds the addresses of these:
         self._captured_tensors: list[torch.Tensor] = []
@@ -62,14 +65,13 @@ class Stepper:
         # Prepare: batches of rows, good for the next step too as long as no tensor moves.
         prepared, made_for = self.prepared, prepared_for(self.owner, self.masking)
         tensors = local_tensors(params)
+        if prepared is None or prepared.made_for != made_for:
+            self.streams.hold(self.masking.drawn_streams())
         if prepared is None or not prepared.holds(params, tensors, grads, self.owner.state, made_for):
-            prepared = self.prepared = prepare(self.owner, self.masking, self.warn, params, grads, fresh)
+            prepared = self.prepared = prepare(self.owner, self.masking, self.warn, params, grads, fresh, prepared)
             if prepared is None:
                 return  # the call only asked for the state
-        grad_scale, found_inf = (
-            scalar if scalar is None else torch.as_tensor(scalar, dtype=torch.float32)  # the int 0 if no gradient came
-            for scalar in (grad_scale, found_inf)
-        )
+        grad_scale, found_inf = _as_float32(grad_scale), _as_float32(found_inf)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf != 0:
             return
         # Plan, clip, update.
@@ -79,6 +81,7 @@ class Stepper:
             self.captured, self._captured_tensors = prepared, prepared.addressed_tensors(tensors, self.owner.state)
             return  # a capture runs nothing
         # Count.
+        self.warn(self.streams.warning_of_step())
         elsewhere = set(filter(self.masking.buffers.has_gradients, self.masking.indices()))
         self.count(prepared.group_indices | stepped() | elsewhere, clocks, found_inf)
 
@@ -105,6 +108,7 @@ class Stepper:
                 part.batch.step_with(part.backend.masked_adamw_)
             if grad_scale is not None:
                 prepared.write_grads_back()
+            increment_version(prepared.written(tensors, state))
         finally:
             prepared.release()
 
@@ -115,7 +119,7 @@ class Stepper:
             if not self.masking.buffers.completes_step(group):
                 continue
             if not clock.history or clock.history[-1][0] != clock.epoch:
-                group["epoch_history"] = clock.with_this_step()
+                group["epoch_history"] = clock.with_this_step((self.masking.policy(index) or Policy()).fold)
             group["completed_steps"] += 1
             if found_inf is not None:
                 self.voided[index] = self.voided.get(index, 0) + (found_inf != 0).to(torch.int64)
@@ -156,7 +160,7 @@ class Stepper:
                     f"differentiable of parameter group {index} is {group['differentiable']!r}, the optimizer's is "
                     f"{differentiable!r}: choose it for all groups when the optimizer is made"
                 )
-        check_max_grad_norm(owner.max_grad_norm)
+        check_clipping(owner.param_groups)
 
     def forget(self) -> None:
         """Drops everything that was derived from the groups. Call it after a load or a new group."""
@@ -167,3 +171,10 @@ class Stepper:
         """Drops what belonged to the groups' earlier values. Call it when a checkpoint has been loaded into them."""
         self.forget()
         self.voided.clear()
+
+
+def _as_float32(scalar: torch.Tensor | float | None) -> torch.Tensor | None:
+    """A number of a GradScaler as a tensor. It leaves the int 0 in place of a tensor if no gradient came."""
+    if scalar is None or isinstance(scalar, torch.Tensor):
+        return scalar if scalar is None else scalar.to(torch.float32)
+    return torch.tensor(scalar, dtype=torch.float32, device="cpu")

@@ -31,8 +31,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def local_tensors(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """``local`` of each tensor. It takes 0.03 us per tensor, DTensor.to_local() 2.4 us."""
     tensors, dtensor = list(tensors), _dtensor_type()
-    kinds = set(map(type, tensors))
-    if dtensor is None or kinds <= _PLAIN:
+    if dtensor is None or (kinds := set(map(type, tensors))) <= _PLAIN:
         return tensors
     if kinds == {dtensor}:
         return list(map(_local_of, tensors))
@@ -46,11 +45,10 @@ def local_grads(params: list[torch.Tensor], grads: list[torch.Tensor | None]) ->
     parallelism is a partial sum; without that, each process would mask and step its own.
     """
     dtensor = _dtensor_type()
-    kinds = {*map(type, params), *map(type, grads)}
-    if dtensor is None or kinds <= _PLAIN:
+    if dtensor is None or (kinds := set(map(type, grads))) <= _PLAIN:
         return grads
     # As FSDP2 makes them: DTensors all, with their parameters' own specs.
-    if kinds == {dtensor} and all(map(is_, map(_spec_of, params), map(_spec_of, grads))):
+    if kinds == {dtensor} == set(map(type, params)) and all(map(is_, map(_spec_of, params), map(_spec_of, grads))):
         found = list(map(_local_of, grads))
         if set(map(type, found)) <= _PLAIN:
             return found

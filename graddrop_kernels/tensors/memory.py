@@ -1,19 +1,37 @@
 """Memory of tensors: strides, overlaps, storages that are too short. The kernels get addresses and trust them."""
 
+from collections.abc import Iterator
+
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's memory holds its values in order. It is then contiguous, no view that torch negates or
-    conjugates when it is read, and no tensor of zeros without memory.
+def is_marked(tensor: torch.Tensor) -> bool:
+    """Whether it is a view that torch negates or conjugates when it is read, or a tensor of zeros without memory."""
+    return tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor()
+
+
+def lies_as(tensor: torch.Tensor, stride: tuple[int, ...] | None) -> bool:
+    """Whether the tensor's memory holds its values in the order of these strides; None: in that of their indices."""
+    if stride is None:
+        return tensor.is_contiguous() and not is_marked(tensor)
+    alike = (own == other or size == 1 for own, other, size in zip(tensor.stride(), stride, tensor.shape))
+    return all(alike) and not is_marked(tensor)
+
+
+def laid_out(tensor: torch.Tensor, stride: tuple[int, ...] | None) -> torch.Tensor:
+    """A copy with the same values and these strides; None: contiguous. It negates and conjugates values where a view
+    only marks it.
     """
-    return tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj() and not tensor._is_zerotensor()
+    if stride is None:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def plain_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with the same values in order. A clone negates and conjugates values where a view only marks it."""
-    return tensor.clone(memory_format=torch.contiguous_format)
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is one of FakeTensorMode, which has facts and no memory."""
+    return isinstance(tensor, FakeTensor)
 
 
 def as_real(tensor: torch.Tensor) -> torch.Tensor:
@@ -24,6 +42,18 @@ def as_real(tensor: torch.Tensor) -> torch.Tensor:
 def reach(tensor: torch.Tensor) -> int:
     """The number of bytes from a strided tensor's first element to the end of its last."""
     return tensor.element_size() * (1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape)))
+
+
+def needed_bytes(tensor: torch.Tensor) -> int:
+    """The size of the smallest storage that a strided tensor fits into. 0 if it has no elements, or only zeros."""
+    if not tensor.numel() or tensor._is_zerotensor():
+        return 0
+    return int(tensor.storage_offset()) * tensor.element_size() + reach(tensor)
+
+
+def storage_bytes(tensors: list[torch.Tensor]) -> Iterator[int]:
+    """The size of each tensor's storage."""
+    return map(torch.UntypedStorage.nbytes, map(torch.Tensor.untyped_storage, tensors))
 
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
@@ -40,15 +70,21 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 
 
 def check_memory(what: str, tensor: torch.Tensor) -> None:
-    """Raises TypeError or ValueError for a tensor without the memory that its shape needs."""
-    if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor) or tensor.device.type == "meta":
+    """Raises TypeError, ValueError or RuntimeError for a tensor without the memory that its shape needs."""
+    if is_fake(tensor):
+        return
+    if tensor.device.type == "meta":  # the first words are torch's
+        raise RuntimeError(
+            "`fused=True` requires all the params to be floating point Tensors of supported devices, but "
+            f"{what} is on the meta device, without memory: move the model with to_empty(device=...), load its weights"
+        )
+    if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
         raise TypeError(
             f"{what} is a {type(tensor).__name__} of layout {tensor.layout} on {tensor.device}, which has no memory of "
             "its own to step in; give the optimizer a plain tensor"
         )
-    if tensor.numel() and not tensor._is_zerotensor():
+    if needed := needed_bytes(tensor):
         storage = tensor.untyped_storage()
-        needed = tensor.storage_offset() * tensor.element_size() + reach(tensor)
         if storage.nbytes() < needed or storage.data_ptr() == 0:
             raise ValueError(
                 f"{what} needs {needed} bytes, but its storage has {storage.nbytes()}: it was freed or resized; "
@@ -56,15 +92,11 @@ def check_memory(what: str, tensor: torch.Tensor) -> None:
             )
 
 
-def turns_of(params: list[torch.Tensor]) -> dict[int, int]:
-    """{position: turn} of the parameters that share memory with others. Each turn needs a batch of its own, since the
+def turns_of(memory: list[tuple[int, int]]) -> dict[int, int]:
+    """{position: turn} of the spans of addresses that overlap others. Each turn needs a batch of its own, since the
     threads of one batch would step them at the same time.
     """
-    spans = sorted(
-        (param.data_ptr(), param.data_ptr() + reach(param), position)
-        for position, param in enumerate(params)
-        if param.numel()
-    )
+    spans = sorted((start, stop, position) for position, (start, stop) in enumerate(memory) if start < stop)
     shared: set[int] = set()
     end = last = 0
     for start, stop, position in spans:

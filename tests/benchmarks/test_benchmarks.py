@@ -274,7 +274,7 @@ def test_tables_are_rendered_once_and_checked(folder, readme, capsys):
         and text.startswith("before – \n\n<!-- benchmark: machine -->\n")
         and text.endswith("-->\n\nafter\n")
     )
-    elsewhere = 2 * len(("modes", "precision", "skip-backward"))  # test_benchmarks_modes.py, _skip.py
+    elsewhere = 2 * len(("modes", "precision", "skip-backward", "growing-costs"))  # in tests of their own
     assert text.count("\nbetween\n") == tables - 1 and text.count("No results yet") == elsewhere
     assert sum("a quick run, no measurement" in line for line in text.splitlines()) == tables - elsewhere
     render_well("--check", *arguments)
@@ -297,7 +297,7 @@ def test_a_machine_has_a_page_of_every_table(folder, tmp_path):
     render_well(*arguments)
     path = copy / "some-machine" / "tables.md"
     text = path.read_text()
-    left_out = ("modes", "precision", "skip-backward", *cpu_tables.EXTRACTS)  # without results here; parts of "step"
+    left_out = ("modes", "precision", "skip-backward", "growing-costs", *cpu_tables.EXTRACTS)  # no results here; parts
     wanted = [name for name in cpu_tables.TABLES if name not in left_out]
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == wanted and "No results yet" not in text
     render_well("--check", *arguments)

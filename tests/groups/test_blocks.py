@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from graddrop_kernels.groups.blocks import find_blocks, parameter_blocks
-from graddrop_kernels.groups.names import block_of, canonical_module_name, canonical_name, match_layers
+from graddrop_kernels.groups.names import block_of, match_layers
+from graddrop_kernels.masks.names import canonical_module_name, canonical_name
 
 SIZES = {
     "vocab_size": 40,
@@ -331,8 +332,11 @@ def test_lists_that_are_not_stacks():
     stack = nn.ModuleList(Block() for _ in range(2))
     mixed = nn.ModuleList([Block(), nn.Linear(4, 4)])
     single = nn.ModuleList([Block()])
-    assert names_of(find_blocks(Holder(a=tables, b=mixed, c=single, d=stack))) == ["d.0", "d.1"]
-    assert names_of(find_blocks(Holder(a=tables))) == numbered("a", 4)
+    weights = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+    assert names_of(find_blocks(Holder(a=tables, b=mixed, c=single, d=stack, e=weights))) == ["d.0", "d.1"]
+    assert names_of(find_blocks(Holder(a=tables, e=weights))) == numbered("e", 4)
+    with pytest.raises(ValueError, match=r"no clear transformer blocks.*'a' \(4 of Embedding\)"):
+        find_blocks(Holder(a=tables))
     assert names_of(find_blocks(stack)) == ["0", "1"]
     # A list of one tower is looked into, and a list under two names is one list.
     assert names_of(find_blocks(Holder(towers=nn.ModuleList([Holder(stack=stack)]), again=stack))) == numbered(
@@ -376,7 +380,7 @@ def test_nothing_found_lists_the_candidates():
 )
 def test_albert_is_refused(groups):
     stored = groups["num_hidden_groups"]
-    with pytest.raises(ValueError, match=rf"runs 3 layers on {stored} stored group.*named_parameters.*layers=\["):
+    with pytest.raises(ValueError, match=rf"runs 3 layers on {stored} stored group.*single elements.*layers=\["):
         find_blocks(albert(**groups))
     with pytest.raises(ValueError, match="share weights"):
         find_blocks(Holder(module=Holder(image=vit(), text=albert(**groups))))

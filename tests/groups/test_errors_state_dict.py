@@ -6,9 +6,10 @@ import re
 import pytest
 import torch
 from torch import nn
-from toy import Encoder, named_params, random_grads, refused
+from toy import Encoder, named_params, random_grads, refused, state_bits
 
 from graddrop_kernels import FixedMask, FusedGradDropAdamW, GradDrop, GradDropEpoch, LinearAnneal, param_groups
+from graddrop_kernels.groups import load_state
 from graddrop_kernels.optimizer import GROUP_DEFAULTS
 
 # State dicts.
@@ -112,14 +113,75 @@ def test_a_state_dict_of_other_shapes(theirs, ours):
         optimizer.load_state_dict(other.state_dict())
 
 
-def test_a_state_dict_of_another_kind_of_optimizer():
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("kind", ["SGD", "RMSprop", "Adagrad", "Adamax"])
+def test_a_state_dict_of_another_kind_of_optimizer(kind, steps):
+    """Without state too, of which only the options would be taken over."""
     weight = nn.Parameter(torch.ones(3))
     weight.grad = torch.ones(3)
-    other = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
-    other.step()
+    other = getattr(torch.optim, kind)([weight], lr=0.1)
+    for _ in range(steps):
+        other.step()
     optimizer = one_group((3,))
-    with refused((ValueError, KeyError), "exp_avg|step", optimizer=optimizer):
+    if kind == "Adamax" and not steps:  # has all of AdamW's options, as torch sees it, too
         optimizer.load_state_dict(other.state_dict())
+        assert optimizer.param_groups[0]["lr"] == 0.1
+        optimizer.step()
+        return
+    with refused(ValueError, "another kind of optimizer's", optimizer=optimizer):
+        optimizer.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("late", ["a hook", "an interrupt", "a step that is no number", "no memory for a copy"])
+def test_a_load_that_fails_late(late, seed, monkeypatch):
+    """After torch has put the new state and groups in place."""
+    model = Encoder()
+    optimizer = FusedGradDropAdamW(param_groups(model), lr=0.25)
+    random_grads(model.parameters(), torch.Generator().manual_seed(seed))
+    optimizer.step()
+    saved, twin = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model)
+    other = FusedGradDropAdamW(param_groups(twin), lr=0.25)
+    other.load_state_dict(saved)
+    saved["param_groups"][1]["lr"] = 0.5
+    kinds = {"an interrupt": KeyboardInterrupt, "a step that is no number": (ValueError, TypeError)}
+    kind = kinds.get(late, MemoryError)
+
+    def fail(*_, **__):
+        raise kind("late")
+
+    if late == "a step that is no number":
+        saved["state"][14]["step"] = "many"
+    elif late == "no memory for a copy":
+        monkeypatch.setattr(load_state, "make_own", fail)
+    else:
+        optimizer.register_load_state_dict_post_hook(fail)
+    with refused(kind, optimizer=optimizer):
+        optimizer.load_state_dict(saved)
+    for each, its in ((model, optimizer), (twin, other)):
+        random_grads(each.parameters(), torch.Generator().manual_seed(seed + 1))
+        its.step()
+    assert state_bits(model, optimizer) == state_bits(twin, other)
+
+
+@pytest.mark.parametrize("key", ["max_exp_avg_sq", "master_param"])
+def test_a_state_dict_of_other_maxima_or_masters(key):
+    weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    weight.grad = torch.ones_like(weight)
+    optimizer = FusedGradDropAdamW([weight], amsgrad=True, master_weights=True, mask=None)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for wrong in (torch.ones(4), [1.0, 1.0, 1.0]):
+        saved["state"][0][key] = wrong
+        with refused(ValueError, key, optimizer=optimizer):
+            optimizer.load_state_dict(saved)
+
+
+def test_a_file_does_not_set_the_clipping():
+    """It describes how this run is stepped, as the constructor says."""
+    saved = FusedGradDropAdamW(named_params("a"), max_grad_norm=5.0, norm_after_mask=True).state_dict()
+    optimizer = FusedGradDropAdamW(named_params("a"), max_grad_norm=2.0)
+    optimizer.load_state_dict(saved)
+    assert (optimizer.max_grad_norm, optimizer.norm_after_mask) == (2.0, False)
 
 
 def test_a_refusal_in_one_group_leaves_the_groups_before_it_alone(seed):

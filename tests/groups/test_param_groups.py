@@ -10,6 +10,7 @@ from lazy import transformers
 from test_blocks import MODELS, Block, HandWritten, Holder, albert, gpt2, numbered, t5, xlm_roberta
 from torch import nn
 
+from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradFreeze, LayerGradDrop
 from graddrop_kernels.groups.param_groups import param_groups
 
 ORDER = ["blocks", "blocks_no_decay", "dense", "dense_no_decay"]
@@ -229,7 +230,9 @@ def test_model_of_a_wrong_type():
 
 def test_layers():
     model = HandWritten(depth=4)
-    groups = param_groups(model, layers=["stack.[12]"])
+    with pytest.warns(UserWarning, match=r"50% .* 'stack\.0' \(25%\), 'stack\.3' \(25%\)"):
+        groups = param_groups(model, layers=["stack.[12]"])
+    groups[0].pop("notes")
     check_form(groups, ["stack.1", "stack.2"], 1e-2)
     assert where(groups)["stack.0.project.weight"] == "dense" and where(groups)["stack.2.project.weight"] == "blocks"
     assert param_groups(model, layers=[model.stack[2], model.stack[1]])[0]["blocks"] == ["stack.2", "stack.1"]
@@ -242,7 +245,10 @@ def test_frozen_parameters_are_left_out():
     model.roberta.embeddings.requires_grad_(False)
     model.roberta.encoder.layer[0].requires_grad_(False)
     groups = param_groups(model)
-    check_form(groups, numbered("roberta.encoder.layer"), 1e-2)  # all blocks, the frozen one too
+    assert groups[0].pop("notes") == [
+        "blocks without a turn in schedules, since nothing in them is trained: roberta.encoder.layer.0"
+    ]
+    check_form(groups, numbered("roberta.encoder.layer")[1:], 1e-2)
     assert set(where(groups)) == {name for name, param in model.named_parameters() if param.requires_grad}
     assert set(groups[0]["param_blocks"]) == {"roberta.encoder.layer.1", "roberta.encoder.layer.2"}
     model.roberta.encoder.requires_grad_(False)
@@ -280,11 +286,27 @@ def test_one_canonical_name_for_two_parameters():
         param_groups(model)
 
 
-def test_albert():
-    with pytest.raises(ValueError, match=r"named_parameters\(\).*layers="):
-        param_groups(albert(num_hidden_groups=1))
-    groups = param_groups(albert(num_hidden_groups=2), layers=["albert.encoder.albert_layer_groups.*"])
-    check_form(groups, numbered("albert.encoder.albert_layer_groups", 2), 1e-2)
+@pytest.mark.parametrize("groups_stored", [1, 2])
+def test_albert_is_masked_by_its_matrices(groups_stored):
+    model = albert(num_hidden_groups=groups_stored)
+    words = "share weights.*Every matrix outside embeddings, head and pooler is masked"
+    with pytest.warns(UserWarning, match=words) as caught:
+        groups = by_name(param_groups(model, exclude=["*.full_layer_layer_norm.*", "*.ffn_output.weight"]))
+    assert len(caught) == 1 and caught[0].filename == __file__
+    layers = [f"albert.encoder.albert_layer_groups.{group}.albert_layers.0" for group in range(groups_stored)]
+    inner = ["attention.query", "attention.key", "attention.value", "attention.dense", "ffn"]
+    assert names_in(groups.values(), "matrices") == [f"{layer}.{name}.weight" for layer in layers for name in inner]
+    assert "matrices_no_decay" not in groups and "blocks" not in groups["matrices"]
+    assert set(where(groups.values())) == {name for name, _ in model.named_parameters()}
+    optimizer = FusedGradDropAdamW(list(groups.values()), mask=GradDrop(p=0.5))
+    assert optimizer.active_fraction() == [0.5, 1.0, 1.0]
+    assert "Every matrix outside embeddings" in optimizer.describe()
+    for policy in (LayerGradDrop(p=0.5), GradFreeze(epochs=2)):
+        words = rf"drops whole transformer blocks: .*runs 3 layers on {groups_stored} .*layers="
+        with pytest.raises(ValueError, match=words):
+            FusedGradDropAdamW(list(groups.values()), mask=policy)
+    named = param_groups(model, layers=["albert.encoder.albert_layer_groups.*"])
+    check_form(named, numbered("albert.encoder.albert_layer_groups", groups_stored), 1e-2)
 
 
 def test_torch_optimizer_takes_the_groups_and_nothing_is_changed(capfd):
@@ -315,7 +337,9 @@ def test_random_model_loses_nothing(seed):
     drop = f"stack.{rng.randrange(depth)}"
     weight_decay = rng.random()
     groups = param_groups(Holder(module=model), weight_decay=weight_decay, exclude=[f"{drop}.*"])
-    check_form(groups, numbered("stack", depth), weight_decay)
+    trained = {".".join(name.split(".")[:2]) for name, param in model.named_parameters() if param.requires_grad}
+    groups[0].pop("notes", None)
+    check_form(groups, [block for block in numbered("stack", depth) if block in trained], weight_decay)
     expected = {}
     for name, param in model.named_parameters():
         inside = name.startswith("stack.") and not name.startswith(f"{drop}.") and name != f"{tied}.project.weight"

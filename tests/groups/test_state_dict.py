@@ -170,6 +170,37 @@ def test_loading_the_state_of_a_fresh_optimizer(policy, seed):
     assert_train_alike((model, optimizer), (twin, untouched), BEFORE, seed)
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "master weights", "float32 moments"])
+def test_a_snapshot_can_be_restored_any_number_of_times(kind, seed):
+    """Training after a load does not change the file, not even where torch would share its tensors."""
+    more = {
+        "master weights": {"master_weights": True}, "float32 moments": {"moment_dtype": torch.float32}
+    }.get(kind, {})  # fmt: skip
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    model, optimizer = build("layer", Encoder(dtype=dtype), amsgrad=True, lr=torch.tensor(0.02), **more)
+    train(optimizer, model.parameters(), BEFORE, seed)
+    saved = optimizer.state_dict()  # shares its tensors with the optimizer, until that has loaded it
+    snap = {**saved, "state": {number: dict(state) for number, state in saved["state"].items()}}
+    snap["state"]["of no parameter"] = [torch.ones(2)]
+    snap["state"][0]["unknown"] = (torch.ones(2),)
+    at_first, as_it_was = (*snapshot(optimizer)[::2], state_bits(model, optimizer)), copy.deepcopy(snap)
+    weights = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(snap)
+        first = optimizer.param_groups[0]["params"][0]
+        assert optimizer.state[first].pop("unknown")[0] is not snap["state"][0]["unknown"][0]
+        optimizer.state.pop("of no parameter")[0].add_(1)
+        assert (*snapshot(optimizer)[::2], state_bits(model, optimizer)) == at_first
+        train(optimizer, model.parameters(), AFTER, seed)
+        for group in optimizer.param_groups:
+            group["lr"].mul_(0.5)
+        assert str(snap) == str(as_it_was)  # to four digits of all
+        for number, state in as_it_was["state"].items():
+            for key, value in state.items() if number != "of no parameter" else ():
+                assert key == "unknown" or bits(value) == bits(snap["state"][number][key]), (number, key)
+
+
 # What a file cannot hold.
 
 
@@ -257,6 +288,100 @@ def test_a_changed_order_is_put_right_by_name(seed):
     assert_train_alike((model, optimizer), (twin, again), AFTER, seed)
 
 
+def groups_of(model, count):
+    """Returns ``count`` groups of named parameters, each of another learning rate."""
+    named = list(model.named_parameters())
+    return [{"params": named[number::count], "lr": 0.01 * (number + 1)} for number in range(count)]
+
+
+def test_groups_in_another_order_are_put_right_by_name(seed):
+    """With their options: learning rates by layer, listed from the top and from the bottom."""
+    model, twin = Encoder(), Encoder()
+    optimizer = FusedGradDropAdamW(groups_of(model, 3), mask=GradDrop(p=0.4))
+    train(optimizer, model.parameters(), BEFORE, seed)
+    groups = [{**group, "lr": 1.0, "params": group["params"][::-1]} for group in reversed(groups_of(twin, 3))]
+    again = FusedGradDropAdamW(groups, mask=GradDrop(p=0.4))
+    twin.load_state_dict(model.state_dict())
+    again.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert [group["lr"] for group in again.param_groups] == [0.01 * number for number in (3, 2, 1)]
+    assert_train_alike((model, optimizer), (twin, again), AFTER, seed)
+
+
+def test_not_strict_regroups_by_name(seed):
+    """Plain AdamW with two groups goes on with the four of the paper's scope, and back in one."""
+    model, twin = Encoder(), Encoder()
+    named = list(model.named_parameters())
+    decays = lambda name: "bias" not in name and "norm" not in name
+    groups = [{"params": [pair for pair in named if decays(pair[0]) == wanted]} for wanted in (True, False)]
+    groups[0] |= {"lr": 0.3, "weight_decay": 0.7, "initial_lr": 0.5}
+    groups[1] |= {"lr": 0.2, "weight_decay": 0.0, "initial_lr": 0.4}
+    plain = torch.optim.AdamW(groups, betas=(0.7, 0.9))
+    train(plain, model.parameters(), BEFORE, seed, set_epoch=False)
+    saved = through_a_file(plain.state_dict())
+    optimizer = FusedGradDropAdamW(param_groups(twin), mask=GradDrop(p=0.4), seed=7)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="has 2 parameter groups, this optimizer has 4.*strict=False regroups"):
+        optimizer.load_state_dict(saved)
+    assert snapshot(optimizer) == before
+    optimizer.load_state_dict(saved, strict=False)
+    for (name, param), (_, its) in zip(model.named_parameters(), twin.named_parameters()):
+        assert all(bits(value) == bits(optimizer.state[its][key]) for key, value in plain.state[param].items()), name
+    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.2, 0.3, 0.2]
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [0.5, 0.4, 0.5, 0.4]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.7, 0.0, 0.7, 0.0]
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.7, 0.9)}
+    assert [group["mask"] is None for group in optimizer.param_groups] == [False, False, True, True]
+    assert all(group["blocks"] == ["layer.0", "layer.1", "layer.2"] for group in optimizer.param_groups[:2])
+    train(optimizer, twin.parameters(), AFTER, seed)
+
+    whole = FusedGradDropAdamW(model.named_parameters(), lr=0.9, betas=(0.1, 0.2), mask=None, strict=False)
+    whole.load_state_dict(through_a_file(optimizer.state_dict()))
+    [group] = whole.param_groups  # what the four say alike, and its own where they do not
+    assert (group["lr"], group["betas"], group["epoch"]) == (0.9, (0.7, 0.9), 3)
+    for param, its in zip(model.parameters(), twin.parameters()):
+        assert bits(whole.state[param]["exp_avg"]) == bits(optimizer.state[its]["exp_avg"])
+    whole.step()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("theirs, ours", [(True, False), (False, True), (False, False), (True, True)])
+def test_with_names_and_without(theirs, ours, masked, seed):
+    """Names are the file's or ours, as in torch. Masks are drawn by name, and stay those of the saved run."""
+    params = lambda model, named: model.named_parameters() if named else model.parameters()
+    options = {"mask": GradDrop(p=0.4) if masked else None, "lr": 0.02}
+    model, twin = Encoder(), Encoder()
+    optimizer = FusedGradDropAdamW(params(model, theirs), **options)
+    again = FusedGradDropAdamW(params(twin, ours), **options)
+    again.load_state_dict(optimizer.state_dict())  # no step was made: nothing is to be continued
+    assert ("param_names" in again.param_groups[0]) == (theirs or ours)
+    again = FusedGradDropAdamW(params(twin, ours), **options)
+    train(optimizer, model.parameters(), BEFORE, seed)
+    twin.load_state_dict(model.state_dict())
+    if masked and ours and not theirs:
+        before = snapshot(again)
+        with pytest.raises(ValueError, match=r"group 0 .* has no names.*model\.parameters\(\).*strict=False"):
+            again.load_state_dict(optimizer.state_dict())
+        assert snapshot(again) == before
+        again.load_state_dict(optimizer.state_dict(), strict=False)
+    else:
+        again.load_state_dict(optimizer.state_dict())
+        assert_train_alike((model, optimizer), (twin, again), AFTER, seed)
+        [group], [its] = (each.state_dict()["param_groups"] for each in (optimizer, again))
+        assert {**group, "param_names": None} == {**its, "param_names": None}
+    names = [name for name, _ in model.named_parameters()] if theirs or ours else None
+    assert again.state_dict()["param_groups"][0].get("param_names") == names
+
+
+def test_rounding_noise_is_drawn_by_name_too():
+    params = [nn.Parameter(torch.ones(3, dtype=torch.bfloat16))]
+    options = {"mask": None, "stochastic_rounding": True}
+    optimizer = FusedGradDropAdamW(params, **options)
+    random_grads(params, torch.Generator().manual_seed(1))
+    optimizer.step()
+    with pytest.raises(ValueError, match="rounding noise"):
+        FusedGradDropAdamW([("weight", params[0])], **options).load_state_dict(optimizer.state_dict())
+
+
 def test_names_of_a_wrapped_model_are_the_bare_ones(seed):
     class Wrapper(nn.Module):
         def __init__(self, module):
@@ -273,17 +398,6 @@ def test_names_of_a_wrapped_model_are_the_bare_ones(seed):
     )  # state_dict() itself shares its tensors, as torch's does
     assert_train_alike((model, optimizer), (twin, again), AFTER, seed)
     assert again.param_groups[0]["param_names"][-1] == "embeddings.weight"
-
-
-def test_two_parameters_of_one_name_keep_their_own_state(seed):
-    """Two models in one optimizer: list(a.named_parameters()) + list(b.named_parameters())."""
-    weights = [nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))]
-    optimizer = FusedGradDropAdamW([("weight", weight) for weight in weights], mask=None)
-    random_grads(weights, torch.Generator().manual_seed(seed))
-    optimizer.step()
-    before = snapshot(optimizer)
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert snapshot(optimizer) == before
 
 
 def test_the_file_is_not_changed(seed):

@@ -24,7 +24,7 @@ from toy import (
     train,
 )
 
-from graddrop_kernels import FusedGradDropAdamW, GradDrop, LayerGradDrop, param_groups
+from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop, param_groups
 from graddrop_kernels.optimizer import GROUP_DEFAULTS
 
 pytestmark = pytest.mark.filterwarnings(
@@ -103,6 +103,35 @@ def test_a_file_of_torch_under_a_mask(seed):
     ours.load_state_dict(theirs.state_dict())
     assert torch.equal(ours.mask("head.weight"), third)
     assert ours.param_groups[0]["mask"] == GradDrop(p=0.5).to_json() and ours.param_groups[0]["seed"] == 7
+
+
+@pytest.mark.parametrize("bias_correction", ["active", "global"])
+@pytest.mark.parametrize("mask, masked", [
+    (GradDropEpoch(4), None), (GradDropEpoch(4, toggle=True), None), (GradDrop(p=0.5), "frozen"),
+    (LayerGradDrop(p=0.5), "frozen"), (GradFreeze(4), None),
+])  # fmt: skip
+def test_a_plain_run_that_goes_on_frozen_in_part(mask, masked, bias_correction, seed):
+    """Its steps count as steps in which everything was active: bias corrections go on, and do not begin anew."""
+    theirs_model, ours_model = Encoder(), Encoder()
+    theirs = torch.optim.AdamW(param_groups(theirs_model, weight_decay=0.2), **{**ARGUMENTS, "lr": 0.003})
+    train(theirs, theirs_model.parameters(), range(1, 8), seed, set_epoch=False)
+    groups = param_groups(ours_model, weight_decay=0.2)
+    ours = FusedGradDropAdamW(groups, mask=mask, masked=masked, bias_correction=bias_correction)
+    ours_model.load_state_dict(theirs_model.state_dict())
+    ours.load_state_dict(through_a_file(theirs.state_dict()))
+    ours.set_epoch(1)
+    masks = {name: ours.mask(param) for name, param in ours_model.named_parameters()}
+    for model in (theirs_model, ours_model):
+        random_grads(model.parameters(), torch.Generator().manual_seed(seed))
+    if isinstance(mask, GradDrop):
+        for param in theirs_model.layer.parameters():
+            param.grad *= 2  # 1 / (1 - p)
+    theirs.step()
+    ours.step()
+    for (name, a), b in zip(theirs_model.named_parameters(), ours_model.parameters()):
+        torch.testing.assert_close(a[masks[name]], b[masks[name]])
+    assert not all(keep.all() for keep in masks.values())
+    assert {group["completed_steps"] for group in ours.param_groups} == {8}
 
 
 def test_through_torch_and_home_again(seed):

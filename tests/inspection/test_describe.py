@@ -35,7 +35,7 @@ from graddrop_kernels import (
     plot_mask,
     plot_schedule,
 )
-from graddrop_kernels.inspection.describe import _join_names
+from graddrop_kernels.groups.names import join_names
 from graddrop_kernels.masks.bitmask import count_kept
 
 ROOT = Path(graddrop_kernels.__file__).resolve().parent.parent
@@ -116,7 +116,7 @@ def test_active_blocks_are_those_that_the_masks_keep(policy, seed):
         optimizer.set_epoch(step // 3)
         kept = [i for i in range(7) if optimizer.mask(f"layer.{i}.linear.weight").all()]
         (line,) = lines_of(optimizer, "active blocks (group 0, 1): ")
-        names = _join_names([f"layer.{i}" for i in kept]) or "none"
+        names = join_names([f"layer.{i}" for i in kept]) or "none"
         assert line.removeprefix("active blocks (group 0, 1): ") == f"{len(kept)} of 7: {names}"
         random_grads(model.parameters(), torch.Generator().manual_seed(step))
         optimizer.step()
@@ -147,7 +147,7 @@ def test_blocks_of_a_late_group_are_those_of_its_own_steps(seed):
         names = [f"layer.{i}" for i in numbers]
         kept = [name for name in names if optimizer.mask(f"{name}.norm.weight").all()]
         (line,) = lines_of(optimizer, f"active blocks (group {index}): ")
-        assert line == f"active blocks (group {index}): {len(kept)} of 24: {_join_names(kept)}"
+        assert line == f"active blocks (group {index}): {len(kept)} of 24: {join_names(kept)}"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_blocks_of_a_late_group_are_those_of_its_own_steps(seed):
     ],
 )
 def test_names_of_blocks_in_short(names, text):
-    assert _join_names(names) == text
+    assert join_names(names) == text
 
 
 # describe(): the unusual.

@@ -9,6 +9,7 @@ import importlib
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -384,6 +385,42 @@ def test_two_optimizers_and_an_exception(seed, tmp_path):
     assert failing.global_step == 2 and all(param.requires_grad for param in failing.parameters())
 
 
+def test_a_module_that_ends_its_epochs_early(seed, tmp_path):
+    """Between the callbacks' and the end of a batch, which then has none. Nothing is left frozen in between."""
+    module = lightning_module("lightning", Tiny(), "freeze", seed)
+    frozen = []
+    module.on_train_batch_start = lambda batch, batch_idx: -1 if batch_idx == 3 else None
+    module.on_train_epoch_end = lambda: frozen.append(sum(not param.requires_grad for param in module.parameters()))
+    callback = callback_of("lightning", skip_dropped=True)
+    trainer = lightning_trainer("lightning", tmp_path, [callback])
+    trainer.fit(module, torch.utils.data.DataLoader(tiny_batches(seed), batch_size=None))
+    assert frozen == [0, 0] and trainer.global_step == 6 and all(param.requires_grad for param in module.parameters())
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_state_that_was_loaded_past_lightning_goes_on_from_its_epoch(epochs, seed, tmp_path):
+    """In a run of its own, whose trainer counts from 0. An optimizer that goes on without a load begins anew."""
+    first = lightning_module("lightning", Tiny(), "annealed", seed)
+    lightning_trainer("lightning", tmp_path, [callback_of("lightning")], max_epochs=epochs).fit(
+        first, Batches(tiny_batches(seed))
+    )
+    saved = copy.deepcopy(first.optimizers().optimizer.state_dict())
+    module, optimizers, callback = lightning_module("lightning", Tiny(), "annealed", seed), [], callback_of("lightning")
+
+    def configure_optimizers():
+        if not optimizers:
+            optimizers.append(optimizer_of(module.model, "annealed", seed))
+            optimizers[0].load_state_dict(saved)
+        return optimizers
+
+    module.configure_optimizers = configure_optimizers
+    for expected in ([epochs - 1, epochs], [0, 1]):
+        kept = Kept(PACKAGES["lightning"])
+        trainer = lightning_trainer("lightning", tmp_path, [callback], logger=kept.logger)
+        trainer.fit(module, Batches(tiny_batches(seed)))
+        assert kept["graddrop_epoch"] == [epoch for epoch in expected for _ in range(PER_EPOCH)]
+
+
 def fitted_by_ddp(seed, folder, skip):
     """Each rank sees the same batches, so that the mean of gradients is that of each."""
     module = lightning_module("lightning", Tiny(), "layer", seed)
@@ -604,6 +641,107 @@ def test_two_ranks_are_a_plain_loop(seed, tmp_path):
             assert its_rates == rates, kind
             assert all(map(torch.equal, params, expected)), kind
             assert all(map(torch.equal, resumed, expected)), kind
+
+
+# What is set on a wrapper reaches the step.
+
+
+def fabric_of():
+    return importlib.import_module("lightning.fabric").Fabric(accelerator="cpu", devices=1)
+
+
+def in_fabric(model, optimizer):
+    return fabric_of().setup(model, optimizer)
+
+
+def in_lightning(model, optimizer):
+    """As LightningModule.optimizers() returns it."""
+    wrapper = importlib.import_module("lightning.pytorch.core.optimizer").LightningOptimizer(optimizer)
+    wrapper._strategy = SimpleNamespace(optimizer_step=lambda optimizer, closure: optimizer.step(closure))
+    return model, wrapper
+
+
+def in_accelerate(model, optimizer):
+    return accelerator_of().prepare(model, optimizer)
+
+
+def set_attribute(optimizer, name, value):
+    setattr(optimizer, name, value)
+
+
+def set_in_groups(optimizer, name, value):
+    for group in optimizer.param_groups:
+        group[name] = value
+
+
+WRAPPED = [
+    (in_fabric, set_attribute), (in_fabric, set_in_groups), (in_lightning, set_attribute),
+    (in_lightning, set_in_groups), (in_accelerate, set_in_groups),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrap, set_option", WRAPPED, ids=lambda part: part.__name__)
+def test_options_set_on_a_wrapper_reach_the_step(wrap, set_option, seed):
+    """The norm limit, which side of the mask it counts, and a group that is added afterwards has them too."""
+
+    def trained(wrap, set_option):
+        model = Tiny()
+        model.added = nn.Linear(3, 2)
+        optimizer = inner = optimizer_of(model.model, "layer", seed, max_grad_norm=1e9)
+        model, optimizer = wrap(model, optimizer)
+        found = []
+        for number, batch in enumerate(tiny_batches(seed)):
+            if number == 1:
+                set_option(optimizer, "max_grad_norm", 0.01)
+            if number == 2:
+                set_option(optimizer, "norm_after_mask", True)
+                optimizer.add_param_group({"params": list(model.added.named_parameters()), "mask": None})
+            if number == 4:
+                set_option(optimizer, "max_grad_norm", None)
+            optimizer.zero_grad()
+            (loss_of(model, batch) + sum(param.sum() for param in model.added.parameters())).backward()
+            optimizer.step()
+            found.append((inner.max_grad_norm, inner.norm_after_mask, inner.grad_norm.item()))
+        return [bits(param) for param in model.parameters()], found
+
+    params, found = trained(wrap, set_option)
+    limits = [1e9, 0.01, 0.01, 0.01, None]
+    assert [entry[:2] for entry in found] == list(zip(limits, [False, False, True, True, True]))
+    assert (params, found) == trained(lambda *parts: parts, set_attribute)
+
+
+def test_limits_that_differ_between_groups(seed):
+    model = Tiny()
+    optimizer = optimizer_of(model, "annealed", seed, max_grad_norm=1.0)
+    optimizer.param_groups[2]["max_grad_norm"] = 2.0
+    loss_of(model, tiny_batches(seed)[0]).backward()
+    before = [bits(param) for param in model.parameters()]
+    with pytest.raises(ValueError, match=r"max_grad_norm=2.0 of parameter group 2 .* group 0, 1.0.*every group"):
+        optimizer.step()
+    assert [bits(param) for param in model.parameters()] == before
+    with pytest.raises(ValueError, match="max_grad_norm must be a number > 0"):
+        optimizer.max_grad_norm = -1
+
+
+def test_steps_in_the_backward_pass_through_fabric(seed):
+    model = Tiny()
+    inner = optimizer_of(model, "annealed", seed)
+    inner.set_epoch(0)
+    fabric = fabric_of()
+    wrapped, optimizer = fabric.setup(model, inner)
+    optimizer.step_in_backward()
+    for batch in tiny_batches(seed):
+        fabric.backward(loss_of(wrapped, batch))
+        assert all(param.grad is None for param in model.parameters())
+        optimizer.step()
+    plain = Tiny()
+    its_optimizer = optimizer_of(plain, "annealed", seed)
+    its_optimizer.set_epoch(0)
+    for batch in tiny_batches(seed):
+        loss_of(plain, batch).backward()
+        its_optimizer.step()
+        its_optimizer.zero_grad()
+    assert_same_training(model, inner, plain, its_optimizer)
 
 
 # PEFT.

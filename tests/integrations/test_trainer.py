@@ -334,7 +334,7 @@ def test_other_errors_and_warnings(tmp_path):
     with pytest.raises(ValueError, match="skip_dropped=True.* with 2 processes needs FSDP2.*skip_dropped=False"):
         integration.GradDropCallback(skip_dropped=True).on_train_begin(several, None, None, model_of(), optimizer)
     with pytest.raises(ValueError, match="max_steps=5.*number of epochs"):
-        integration.trainer_optimizer(arguments(tmp_path, max_steps=5), GradDropEpoch)
+        trainer_of(arguments(tmp_path, max_steps=5), GradDropEpoch).create_optimizer()
     with pytest.warns(UserWarning, match="not a FusedGradDropAdamW.*trainer_optimizer"):
         transformers.Trainer(
             model=model_of(), args=arguments(tmp_path, max_steps=1), train_dataset=sentences(),

@@ -1,6 +1,9 @@
 """Trainers of other packages that are transformers' Trainer underneath: TRL, sentence-transformers."""
 
 import copy
+import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,6 +98,90 @@ def test_trl(policy, tmp_path):
     loss_of = lambda inputs: compute_loss(start, inputs, num_items_in_batch=next(counts))
     assert_plain_loop(trainer, start, loss_of, policy, batches, found)
     assert_resumed(trainer, again, tmp_path)
+
+
+
+
+def lengths(completions, **_):
+    return [float(len(text)) for text in completions]
+
+
+CHOICE = {"max_length": 32}
+SAMPLED = {"max_completion_length": 4, "num_generations": 2, "generation_kwargs": {"min_new_tokens": 2}}
+# Trainer: columns of its rows, made from a text; further arguments of its configuration; of itself.
+TRL = {
+    "SFTTrainer": (lambda text: {"text": text}, CHOICE, {}),
+    "RewardTrainer": (lambda text: {"chosen": text, "rejected": text[::-1]}, CHOICE, {}),
+    "DPOTrainer": (lambda text: {"prompt": text, "chosen": " " + text, "rejected": " of"}, CHOICE, {"ref_model": None}),
+    "KTOTrainer": (
+        lambda text: {"prompt": text, "completion": " " + text, "label": "e" in text}, CHOICE, {"ref_model": None},
+    ),
+    "GRPOTrainer": (lambda text: {"prompt": text}, SAMPLED, {"reward_funcs": lengths}),
+    "RLOOTrainer": (lambda text: {"prompt": text}, {**SAMPLED, "beta": 0.0}, {"reward_funcs": lengths}),
+    "DistillationTrainer": (lambda text: {"prompt": text}, {"max_completion_length": 4}, {"teacher_model": None}),
+}  # fmt: skip
+
+
+def documented_ways():
+    """Returns {trainer of TRL: what docs/loops.md says of it}."""
+    page = Path(__file__).resolve().parents[2].joinpath("docs/loops.md").read_text()
+    rows = re.findall(r"^\| (`\w+Trainer`.*) \| (.*) \|$", page, re.MULTILINE)
+    return {name: way for names, way in rows for name in re.findall(r"`(\w+Trainer)`", names)}
+
+
+@pytest.mark.parametrize("name", TRL)
+def test_every_trainer_of_trl(name, tmp_path):
+    """By the way that the documents name: the steps of a plain loop on the same gradients."""
+    trl = pytest.importorskip("trl")
+    columns, more, arguments = TRL[name]
+    texts = texts_of(24)
+    tokenizer = tokenizer_of([*texts, *(text[::-1] for text in texts)])
+    tokenizer.padding_side = "left" if "max_completion_length" in more else "right"
+    sizes = {**SIZES, "vocab_size": len(tokenizer), "num_key_value_heads": 1}
+    config = transformers.LlamaConfig(
+        **sizes, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, num_labels=1
+    )
+
+    def model_of(seed):
+        transformers.set_seed(seed)
+        if name == "RewardTrainer":
+            return transformers.LlamaForSequenceClassification(config)
+        return transformers.LlamaForCausalLM(config)
+
+    arguments = {key: model_of(4) if value is None else value for key, value in arguments.items()}  # another model
+    values = {**VALUES, "save_strategy": "no", "max_steps": -1}
+    args = getattr(trl, name.replace("Trainer", "Config"))(output_dir=str(tmp_path), **values, **more)
+    policy = POLICIES[0]
+    pair = integration.trainer_optimizer(args, policy)
+    kind = getattr(trl, name)
+    takes_it = "optimizer_cls_and_kwargs" in inspect.signature(kind.__init__).parameters
+    assert ("argument" in documented_ways()[name]) == takes_it
+    trainer = kind(
+        model_of(3), args=args, train_dataset=datasets.Dataset.from_list(list(map(columns, texts))),
+        processing_class=tokenizer, callbacks=[integration.GradDropCallback(skip_dropped=True)],
+        **arguments, **({"optimizer_cls_and_kwargs": pair} if takes_it else {}),
+    )  # fmt: skip
+    if not takes_it:
+        trainer.optimizer_cls_and_kwargs = pair
+    start, grads = copy.deepcopy(trainer.model), []
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: grads.append([copy.deepcopy(param.grad) for param in trainer.model.parameters()])
+    )
+    trainer.train()
+    optimizer = FusedGradDropAdamW(param_groups(start, weight_decay=0.1), lr=3e-3, mask=policy, seed=7)
+    dropped = 0
+    for number, of_step in enumerate(grads):
+        optimizer.set_epoch(number * 2 // len(grads))
+        for param, grad in zip(start.parameters(), of_step, strict=True):
+            skipped = grad is None and param in optimizer.state
+            param.grad = torch.zeros_like(param) if skipped else grad
+            dropped += skipped
+        optimizer.step()
+    assert len(grads) >= 12 and dropped > 0
+    for (its_name, a), b in zip(trainer.model.named_parameters(), start.parameters(), strict=True):
+        assert bits(a) == bits(b), its_name
+    assert all(param.requires_grad for param in trainer.model.parameters())
 
 
 def sentence_model(folder):

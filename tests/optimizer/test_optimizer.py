@@ -33,6 +33,7 @@ def test_arguments_are_those_of_torch_in_their_order():
         "max_grad_norm": None,
         "norm_after_mask": False,
         "backend": "auto",
+        "strict": True,
     }
     assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in extra)
 

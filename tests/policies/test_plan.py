@@ -20,17 +20,18 @@ from graddrop_kernels import (
     param_groups,
 )
 from graddrop_kernels.masks.plan import MaskPlan
-from graddrop_kernels.policies.clock import Clock, PlanContext
+from graddrop_kernels.policies import Clock, PlanContext, Policy
+from graddrop_kernels.policies.policy import KEPT_EPOCHS
 from graddrop_kernels.policies.schedules import quantize
 
 
-def clock_after(epochs_of_steps, epoch):
+def clock_after(epochs_of_steps, epoch, policy=Policy()):  # noqa: B008 (immutable)
     """The clock before one more step in ``epoch``, moved as the optimizer moves it: through its text, step by step."""
     text, completed_steps = "", 0
     for past in epochs_of_steps:
-        text = Clock(past, completed_steps, Clock.parse_history(text)).with_this_step()
+        text = Clock.of(past, completed_steps, text).with_this_step(policy.fold)
         completed_steps += 1
-    return Clock(epoch, completed_steps, Clock.parse_history(text))
+    return Clock.of(epoch, completed_steps, text)
 
 
 def random_epochs(dice, last=6, steps=25):
@@ -46,12 +47,74 @@ def context(clock, frozen=True, count_active_steps=True, **others):
 
 
 def test_history_and_its_text():
-    assert Clock.parse_history("") == ()
-    assert Clock.parse_history("0:0,1:44,7:90") == ((0, 0), (1, 44), (7, 90))
-    assert Clock(0, 0, ()).with_this_step() == "0:0"
-    assert Clock(1, 44, ((0, 0),)).with_this_step() == "0:0,1:44"
-    assert Clock(1, 60, ((0, 0), (1, 44))).with_this_step() == "0:0,1:44"  # an epoch is written once
-    assert Clock(0, 60, ((0, 0), (1, 44))).with_this_step() == "0:0,1:44,0:60"  # and again when it comes again
+    assert Clock.of(3, 99, "") == Clock(3, 99, ())
+    assert Clock.of(7, 99, "0:0,1:44,7:90") == Clock(7, 99, ((0, 0), (1, 44), (7, 90)))
+    assert Clock.of(7, 99, "~123,1:44,7:90") == Clock(7, 99, ((1, 44), (7, 90)), folded=123)
+    for clock, text in (
+        (Clock(0, 0, ()), "0:0"),
+        (Clock(1, 44, ((0, 0),)), "0:0,1:44"),
+        (Clock(1, 60, ((0, 0), (1, 44))), "0:0,1:44"),  # an epoch is written once
+        (Clock(0, 60, ((0, 0), (1, 44))), "0:0,1:44,0:60"),  # and again when it comes again
+        (Clock(1, 60, ((1, 44),), folded=123), "~123,1:44"),
+    ):
+        assert clock.with_this_step(Policy().fold) == text
+
+
+FOLDING = [
+    GradDrop(p=0.3),
+    GradDrop(p=LinearAnneal(epochs=300, start=0.7)),
+    GradDrop(p=LinearAnneal(epochs=300, start=0.7), every="epoch"),
+    GradDrop(p=lambda epoch: 0.1 * (epoch % 7)),
+    GradDropEpoch(epochs=5),
+    GradDropEpoch(epochs=250),
+    GradDropEpoch(epochs=90, toggle=True),
+]
+
+
+@pytest.mark.parametrize("policy", FOLDING, ids=range(len(FOLDING)))
+def test_folded_epochs_leave_every_plan_as_it_was(policy, seed):
+    """Plans of a folded history are equal, bit for bit, to those of one that names every epoch."""
+    dice = random.Random(seed)
+    whole, folded, completed_steps = "", "", 0
+    for epoch in range(300):
+        for _ in range(dice.randrange(1, 4)):
+            plans = [policy.plan(context(Clock.of(epoch, completed_steps, text)), None) for text in (whole, folded)]
+            assert plans[0] == plans[1], epoch
+            folded = Clock.of(epoch, completed_steps, folded).with_this_step(policy.fold)
+            if not whole.rpartition(",")[2].startswith(f"{epoch}:"):
+                whole += f",{epoch}:{completed_steps}"
+            completed_steps += 1
+    entries = folded.count(":")
+    assert entries <= KEPT_EPOCHS + (policy.epochs if isinstance(policy, GradDropEpoch) else 0)
+    assert Clock.of(0, completed_steps, whole).history != Clock.of(0, completed_steps, folded).history
+
+
+@pytest.mark.parametrize(
+    "mask", [None, GradDrop(0.3, every="epoch"), GradDrop(LinearAnneal(9000)), GradDropEpoch(7), LayerGradDrop(0.5)]
+)
+def test_what_a_group_keeps_does_not_grow_with_the_epochs(mask, seed):
+    dice = random.Random(seed)
+    named = [("layer.0.weight", nn.Parameter(torch.zeros(2)))]
+    mask = LayerGradDrop(0.5, layers="layer.*") if isinstance(mask, LayerGradDrop) else mask
+    optimizer = FusedGradDropAdamW(named, mask=mask, masked="frozen" if mask else None)
+    named[0][1].grad = torch.ones(2)
+    sizes, epoch = [], 0
+    for _ in range(400):
+        optimizer.set_epoch(epoch)
+        for _ in range(dice.randrange(1, 3)):
+            optimizer.step()
+        epoch += dice.randrange(1, 3)
+        sizes.append(len(optimizer.param_groups[0]["epoch_history"]))
+    assert max(sizes[200:]) < 500, sizes[-1]  # some digits more
+    again = FusedGradDropAdamW(named, mask=mask, masked="frozen" if mask else None)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.masking.clocks() == optimizer.masking.clocks()
+
+
+def test_folded_steps_of_a_policy_before_count_for_every_bucket():
+    clock = clock_after(range(100), 200)  # plain AdamW
+    assert clock.folded == 65536 * (100 - KEPT_EPOCHS)
+    assert GradDropEpoch(epochs=3).plan(context(clock), None).ages == (101,) * 3
 
 
 def test_steps_by_epoch_are_the_steps_that_were_made(seed):
@@ -79,7 +142,7 @@ def test_the_optimizer_keeps_this_history(seed):
     for group in optimizer.param_groups:
         expected = epochs if group["name"] == "dense" else counted
         assert group["completed_steps"] == len(expected), group["name"]
-        clock = Clock(0, group["completed_steps"], Clock.parse_history(group["epoch_history"]))
+        clock = Clock.of(0, group["completed_steps"], group["epoch_history"])
         assert clock.steps_by_epoch() == Counter(expected)
 
 

@@ -181,7 +181,11 @@ def test_what_cannot_be_a_norm(value, seed):
         make("graddrop", F32, "auto", seed, max_grad_norm=value)
     params, optimizer = make("graddrop", F32, "auto", seed)
     give_grads(params, 0, seed)
-    optimizer.max_grad_norm = value
+    with pytest.raises(ValueError, match="max_grad_norm"):
+        optimizer.max_grad_norm = value
+    assert optimizer.max_grad_norm is None
+    for group in optimizer.param_groups:
+        group["max_grad_norm"] = value
     before = list(map(bits, params))
     with pytest.raises(ValueError, match="max_grad_norm"):
         optimizer.step()

@@ -191,7 +191,7 @@ def test_the_first_compiled_step_makes_the_state(seed):
 def test_groups_with_policies_and_amsgrad_of_their_own(seed):
     def pair():
         model = Encoder(blocks=2)
-        parts = [list(part.named_parameters()) for part in (model.embeddings, model.layer, model.head)]
+        parts = [list(getattr(model, part).named_parameters(part)) for part in ("embeddings", "layer", "head")]
         groups = [
             {"params": parts[0], "mask": None, "amsgrad": True, "lr": 0.5},
             {"params": parts[1], "mask": GradDropEpoch(epochs=3, storage="bitpacked"), "seed": 5},

@@ -1,11 +1,12 @@
 """Steps in the backward pass: those of a normal loop, with no gradient left; and what cannot work so is refused."""
 
 import copy
+import re
 import weakref
 
 import pytest
 import torch
-from toy import Encoder, bits
+from toy import Encoder, bits, refused
 
 from graddrop_kernels import (
     FusedGradDropAdamW,
@@ -131,7 +132,7 @@ def test_accumulation_is_refused(seed):
     loss_of(model, 0, seed).backward()
     with pytest.raises(RuntimeError, match=r"call optimizer\.step\(\) after every backward\(\)"):
         loss_of(model, 1, seed).backward()
-    with pytest.raises(RuntimeError, match="a step is under way"):
+    with pytest.raises(RuntimeError, match="between backward.. and optimizer.step"):
         handle.remove()
     optimizer.step()
     handle.remove()
@@ -213,3 +214,59 @@ def test_a_step_that_failed_leaves_no_clock_behind(seed):
     expected = optimizer.mask("weight")
     weight.square().sum().backward()
     assert torch.equal(optimizer.state[weight]["exp_avg"] != 0, expected)
+
+
+def test_a_gradient_that_another_hook_has_taken_is_none(seed):
+    """As where an earlier optimizer steps in the backward pass too."""
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(2, 2)
+    model.weight.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
+    optimizer = FusedGradDropAdamW(model.named_parameters(), mask=None)
+    optimizer.step_in_backward()
+    before = model.weight.detach().clone()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert torch.equal(model.weight.detach(), before) and list(optimizer.state) == [model.bias]
+
+
+BETWEEN = {
+    "state_dict()": lambda optimizer: optimizer.state_dict(),
+    "set_epoch()": lambda optimizer: optimizer.set_epoch(1),
+    "a copy of the optimizer": copy.deepcopy,
+    "remove()": lambda optimizer: optimizer.handle.remove(),
+}
+
+
+@pytest.mark.parametrize("what", BETWEEN)
+def test_what_would_see_half_of_a_step_is_refused(what):
+    model = torch.nn.Linear(2, 2)
+    optimizer = FusedGradDropAdamW(model.named_parameters(), mask=GradDrop(0.5))
+    optimizer.handle = optimizer.step_in_backward()
+    model(torch.ones(1, 2)).sum().backward()
+    with refused(RuntimeError, re.escape(what) + r" between backward\(\) and optimizer.step\(\)"):
+        BETWEEN[what](optimizer)
+    optimizer.step()
+    optimizer.handle.remove()
+
+
+def test_a_load_ends_a_step_that_was_broken_off(seed):
+    """After an exception in the backward pass a checkpoint brings everything back."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    optimizer = FusedGradDropAdamW(model.named_parameters(), mask=GradDrop(0.5))
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.step_in_backward()
+
+    def fail(_):
+        raise KeyboardInterrupt
+
+    hidden = model[0](torch.ones(1, 2))
+    hidden.register_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        model[1](hidden).sum().backward()
+    optimizer.load_state_dict(saved)
+    optimizer.zero_grad()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert [float(state["step"]) for state in optimizer.state.values()] == [1.0] * 4
+    assert optimizer.param_groups[0]["completed_steps"] == 1

@@ -501,7 +501,7 @@ def test_an_exception_inside_leaves_everything_as_it_was(where, seed):
 
 @pytest.mark.parametrize(
     "what",
-    ["skip_dropped", "step", "state_dict", "load_state_dict", "set_epoch", "step_in_backward", "a copy"],
+    ["skip_dropped", "step", "load_state_dict", "set_epoch", "step_in_backward", "a copy"],
 )
 def test_inside_of_it(what, seed):
     model, optimizer = make("layer", seed)
@@ -516,6 +516,17 @@ def test_inside_of_it(what, seed):
     with optimizer.skip_dropped(), refused(RuntimeError, what, "leave the with block first", params=model.parameters()):
         actions.get(what, getattr(optimizer, what, None))()
     assert all(param.requires_grad for param in model.parameters())
+
+
+def test_a_checkpoint_inside_of_it(seed):
+    """As a signal asks for one: it is that of the completed steps, before it and after it."""
+    model, optimizer = make("layer", seed)
+    until(model, optimizer, any, seed)
+    before = copy.deepcopy(optimizer.state_dict())
+    optimizer.zero_grad()
+    with optimizer.skip_dropped():
+        loss_of(model, seed).backward()
+        assert str(optimizer.state_dict()) == str(before) and not all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,8 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
         p = fma(neg_lr_wd, p, p)
     m = fma(beta1, m, fma(-beta1, g, g))
     g_squared = g * g
-    v = fma(beta2, v, fma(-beta2, g_squared, g_squared))
+    # An infinite square gives an infinite v, by which nothing moves, and not infinity - infinity, which is NaN.
+    v = fma(beta2, v, fma(-beta2, g_squared.clamp(max=torch.finfo(dtype).max), g_squared))
     vhat = v
     if hyper.amsgrad:
         vhat = vmax = torch.where(v > vmax, v, vmax)

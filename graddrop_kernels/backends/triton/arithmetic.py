@@ -80,7 +80,8 @@ def new_moments(g, m, v, vmax, beta1, beta2, AMSGRAD: tl.constexpr, INTERPRETED:
     """(exp_avg, exp_avg_sq, max_exp_avg_sq) in float32, in the order of csrc/adamw.h; g is masked and scaled."""
     m = fma(beta1, m, fma(negated(beta1), g, g, INTERPRETED), INTERPRETED)
     g_squared = g * g
-    v = fma(beta2, v, fma(negated(beta2), g_squared, g_squared, INTERPRETED), INTERPRETED)
+    finite = tl.minimum(g_squared, FLOAT32_MAX)  # an infinite square gives an infinite v, not NaN: see csrc/adamw.h
+    v = fma(beta2, v, fma(negated(beta2), finite, g_squared, INTERPRETED), INTERPRETED)
     if AMSGRAD:
         vmax = tl.where(v > vmax, v, vmax)
     return m, v, vmax

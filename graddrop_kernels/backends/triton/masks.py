@@ -75,11 +75,12 @@ def _run(plan: MaskPlan, key: int, completed_steps: int, layout: RowBlock, words
     scalars[9:14] = plan.threshold, draw & 0xFFFFFFFF, plan.buckets, plan.first_bucket, plan.last_bucket
     to_device = lambda array, dtype: torch.from_numpy(array.view(dtype)).to(out.device)
     block = _block()
+    eights = in_eights(layout.base, layout.local_inner, layout.global_inner, numel)
     with on_device(out.device):
         mask_kernel[(-(-numel // block),)](
             to_device(row, np.int64), to_device(scalars, np.int32), out, numel,
             KIND_=MASK_KINDS[plan.kind], PLANES_=num_planes(plan.buckets) if plan.bitpacked else -1,
-            VEC=8 if in_eights(layout, numel) else 1, ROWS=numel > layout.local_inner, NUM_PLANES=planes,
+            VEC=8 if eights else 1, ROWS=numel > layout.local_inner, NUM_PLANES=planes,
             BLOCK=block,
         )  # fmt: skip
 
