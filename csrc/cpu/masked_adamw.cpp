@@ -266,8 +266,8 @@ GRADDROP_EXPORT void graddrop_cpu_bucket_planes(const TensorRow* row, int64_t bu
       &context);
 }
 
-// The mask of a row's next step, whose elements lie in memory as [b, a] for each matrix [a, b] of their indices: the bits
-// of a mask, or the bit-planes of its buckets, in the order of memory. `planes` is 0 before.
+// The mask of a row's next step. Its elements lie in memory as [b, a] for each matrix [a, b] of their indices. Makes
+// the bits of a mask, or the bit-planes of its buckets, in the order of memory. `planes` is 0 before.
 GRADDROP_EXPORT void graddrop_cpu_memory_order_planes(const TensorRow* row, const HyperRow* hyper, int64_t a, int64_t b,
                                                       int64_t num_planes, uint32_t* planes) {
   struct Context {
