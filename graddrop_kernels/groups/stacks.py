@@ -174,12 +174,12 @@ def _inner_name(name: str, key: str) -> str:
 
 
 def _multiplies(module: nn.Module) -> bool:
+    """Whether a module has a weight matrix of its own. Quantised layers that keep it in buffers are called linear."""
     if isinstance(module, (_ConvNd, nn.Embedding)):
         return False
-    tensors = [*module._parameters.items(), *module._buffers.items()]  # quantised weights are buffers
-    return isinstance(module, nn.Linear) or any(
-        tensor is not None and is_matrix(module, key, tensor) for key, tensor in tensors
-    )
+    if not module._modules and "Linear" in type(module).__name__:
+        return True
+    return any(param is not None and is_matrix(module, key, param) for key, param in module._parameters.items())
 
 
 def _is_list(module: nn.Module) -> bool:

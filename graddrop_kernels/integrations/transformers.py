@@ -323,8 +323,6 @@ def _fit_schedule(scheduler: Any, groups: list[dict[str, Any]]) -> None:
     """
     if len(getattr(scheduler, "base_lrs", groups)) != len(groups):
         scheduler.base_lrs = [group["initial_lr"] for group in groups]
-    if len(getattr(scheduler, "min_lrs", groups)) != len(groups):  # ReduceLROnPlateau
-        scheduler.min_lrs = [scheduler.min_lrs[0]] * len(groups)
     for group, base, factor in zip(groups, getattr(scheduler, "base_lrs", ()), getattr(scheduler, "lr_lambdas", ())):
         group["lr"] = base * factor(scheduler.last_epoch)
     scheduler._last_lr = [group["lr"] for group in groups]  # what Trainer logs

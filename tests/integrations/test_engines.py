@@ -393,6 +393,29 @@ def test_a_run_goes_on_bit_for_bit(engines, seed, tmp_path):
     assert run_ranks(2, continued, engines, policies, seed, tmp_path, timeout=180) == [[], []]
 
 
+def restored_twice(seed):
+    """The first moments after a step from one snapshot, twice; whether it stayed as it was; what is said of a limit."""
+    optimizer, step, _ = zero("graddrop")
+    wrapper, found = step.args[-1], []
+    step(seed)
+    wrapper.consolidate_state_dict(to=0)
+    saved = copy.deepcopy(wrapper.state_dict())
+    as_it_was = copy.deepcopy(saved)
+    for _ in range(2):
+        wrapper.load_state_dict(saved)
+        step(seed + 1)
+        found.append([bits(state["exp_avg"]) for state in optimizer.state.values()])
+    for group in wrapper.param_groups:
+        group["max_grad_norm"] = 0.5
+    return found, str(saved) == str(as_it_was), _error_of(lambda: step(seed))
+
+
+def test_a_snapshot_through_zero_redundancy_optimizer(seed):
+    """It can be restored again. What is set in the wrapper's groups reaches the step."""
+    [((once, again), unchanged, said)] = run_ranks(1, restored_twice, seed)
+    assert once == again and unchanged and "max_grad_norm=0.5 cannot be used with the flat buffer" in said
+
+
 # Refusals.
 
 

@@ -80,7 +80,10 @@ def test_arguments_that_say_nothing_else(more, tmp_path):
 
 # Checkpoints of another run.
 
-RATES = {"linear": {}, "cosine_with_min_lr": {"lr_scheduler_kwargs": {"min_lr": 1e-4}}, "reduce_lr_on_plateau": {}}
+RATES = {
+    "linear": {}, "cosine_with_min_lr": {"lr_scheduler_kwargs": {"min_lr": 1e-4}},
+    "reduce_lr_on_plateau": {"lr_scheduler_kwargs": {"patience": 0, "threshold": 10.0}},  # after every epoch
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("schedule", RATES)
