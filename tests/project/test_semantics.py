@@ -558,26 +558,26 @@ def test_parameters_without_names_are_named_by_their_place(seed):
 
 
 def test_weight_decay_is_one_fma(seed):
-    """p and lr * weight_decay whose product is nearly half a last digit of p: p decides only if it is rounded once."""
-    rng, decays, values = np.random.default_rng(seed), [], []
-    while len(values) < 20:
+    """p less a product that is nearly half of p's last digit: a sum in float64 would be a tie, which goes to even."""
+    rng, cases = np.random.default_rng(seed), []
+    while len(cases) < 20:
         b = int(rng.integers(2**23, 2**24))
         a = round(2**47 / b)
-        rest = a * b - 2**47
-        p, decay = F32(b / 2**23), F32(a / 2**48)
-        rounded_twice = F32(F64(p) - F64(decay) * F64(p))
-        if a < 2**24 and 0 < abs(rest) < 2**18 and fma(-decay, p, p) != rounded_twice:
-            decays.append(float(decay))
-            values.append(np.array([p]))
+        rest = a * b - 2**47  # in units of 2^-71, half of the last digit being 2^-24
+        if a < 2**24 and 0 < abs(rest) < 2**18 and (b % 2 == 1) is (rest < 0):
+            cases.append((F32(b / 2**23), F32(a / 2**48), F32((b - (rest > 0)) / 2**23)))
+    for p, decay, wanted in cases:
+        assert fma(-decay, p, p) == wanted != F32(F64(p) - F64(decay) * F64(p))
     for backend in ("exact", "cpu"):
-        tensors = [torch.nn.Parameter(torch.from_numpy(value.copy())) for value in values]
-        groups = [{"params": [tensor], "weight_decay": 2 * decay} for tensor, decay in zip(tensors, decays)]
+        tensors = [torch.nn.Parameter(torch.tensor([p])) for p, _, _ in cases]
+        groups = [
+            {"params": [tensor], "weight_decay": 2 * float(decay)} for tensor, (_, decay, _) in zip(tensors, cases)
+        ]
         optimizer = FusedGradDropAdamW(groups, lr=0.5, mask=None, backend=backend)
         for tensor in tensors:
             tensor.grad = torch.zeros(1)
         optimizer.step()
-        for tensor, value, decay in zip(tensors, values, decays):
-            assert_same(numpy_of(tensor, F32), fma(-F32(decay), value, value), f"{value} with {backend}")
+        assert [tensor.item() for tensor in tensors] == [wanted for _, _, wanted in cases], backend
 
 
 @pytest.mark.parametrize("unscaled", [False, True])
