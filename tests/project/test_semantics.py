@@ -25,6 +25,11 @@ from graddrop_kernels import (
     LinearAnneal,
 )
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*GradDropEpoch.*toggle=True"),
+    pytest.mark.filterwarnings("ignore:two optimizers are stepped in turn"),  # one for each backend
+]
+
 F16, F32, F64, U32, U64 = np.float16, np.float32, np.float64, np.uint32, np.uint64
 MASK = U64(0xFFFFFFFF)
 
@@ -423,8 +428,9 @@ def numpy_of(tensor, work):
 
 
 def drawn(rng, size, kind):
-    """Numbers that the dtype can hold, of many magnitudes."""
+    """Numbers that the dtype can hold, of many magnitudes, and a few zeros of both signs."""
     values = rng.standard_normal(size * kind.parts) * 10 ** rng.uniform(-3, 1, size * kind.parts)
+    values *= rng.random(size * kind.parts) < 0.9
     return STORED[kind.param](values.astype(kind.work))
 
 
@@ -526,10 +532,8 @@ MEANINGS = {
     "frozen": {"masked": "frozen"},
     "frozen, global": {"masked": "frozen", "bias_correction": "global"},
 }
-quiet = pytest.mark.filterwarnings("ignore:.*GradDropEpoch.*toggle=True")
 
 
-@quiet
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_training_has_the_bits_of_the_page(rule, kind, seed):
@@ -551,6 +555,29 @@ def test_parameters_without_names_are_named_by_their_place(seed):
     run = Run(RULES["graddrop"](rng), KINDS["bfloat16, stochastic"], {}, rng, named=False)
     for epoch in (0, 0, 1):
         run.step(epoch, run.gradients())
+
+
+def test_weight_decay_is_one_fma(seed):
+    """p less a product that is nearly half of p's last digit: a sum in float64 would be a tie, which goes to even."""
+    rng, cases = np.random.default_rng(seed), []
+    while len(cases) < 20:
+        b = int(rng.integers(2**23, 2**24))
+        a = round(2**47 / b)
+        rest = a * b - 2**47  # in units of 2^-71, half of the last digit being 2^-24
+        if a < 2**24 and 0 < abs(rest) < 2**18 and (b % 2 == 1) is (rest < 0):
+            cases.append((F32(b / 2**23), F32(a / 2**48), F32((b - (rest > 0)) / 2**23)))
+    for p, decay, wanted in cases:
+        assert fma(-decay, p, p) == wanted != F32(F64(p) - F64(decay) * F64(p))
+    for backend in ("exact", "cpu"):
+        tensors = [torch.nn.Parameter(torch.tensor([p])) for p, _, _ in cases]
+        groups = [
+            {"params": [tensor], "weight_decay": 2 * float(decay)} for tensor, (_, decay, _) in zip(tensors, cases)
+        ]
+        optimizer = FusedGradDropAdamW(groups, lr=0.5, mask=None, backend=backend)
+        for tensor in tensors:
+            tensor.grad = torch.zeros(1)
+        optimizer.step()
+        assert [tensor.item() for tensor in tensors] == [wanted for _, _, wanted in cases], backend
 
 
 @pytest.mark.parametrize("unscaled", [False, True])
