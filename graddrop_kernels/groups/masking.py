@@ -40,7 +40,7 @@ class Masking:
     def forget(self) -> None:
         self._records: dict[int, tuple[tuple[Any, ...], tuple[list[ParamRecord], Callable[[], tuple[str, ...]]]]] = {}
         self._places: dict[str | int, tuple[int, int]] = {}  # where names, and ids of tensors, were last found
-        self._words: dict[tuple[Any, ...], list[torch.Tensor | None]] = {}
+        self._words: dict[tuple[Any, ...], tuple[tuple[Any, ...], list[torch.Tensor | None]]] = {}
         self._group_of_name: dict[str, int] = {}
         self._named_groups = 0  # the groups whose names that has
 
@@ -239,10 +239,12 @@ class Masking:
         if not isinstance(policy, FixedMask) and getattr(policy, "storage", None) != "bitpacked":
             return [None] * len(spans)
         made_for = (spans, param.device, self[index]["mask"], order)
-        if made_for not in self._words:
+        # By name: a parameter that is replaced by one of another size again and again leaves nothing behind.
+        place = index, tuple(span.name for span in spans), order is None
+        if place not in self._words or self._words[place][0] != made_for:
             words = [_words_of(policy, span, param.device) for span in spans]
-            self._words[made_for] = words if order is None else [_reordered(each, order) for each in words]
-        return self._words[made_for]
+            self._words[place] = made_for, words if order is None else [_reordered(each, order) for each in words]
+        return self._words[place][1]
 
     def keep(self, param: torch.Tensor | str, step: int | None = None) -> torch.Tensor:
         """The keep mask of a parameter, see FusedGradDropAdamW.mask()."""

@@ -140,6 +140,25 @@ def test_bit_planes_are_made_once_for_buffers_that_take_turns(seed, monkeypatch)
     assert len(made) == 2
 
 
+def test_bit_planes_of_replaced_parameters_are_gone(seed):
+    """As 3D Gaussian splatting replaces parameters, by ones of other sizes."""
+    optimizer = FusedGradDropAdamW(
+        [("weight", nn.Parameter(torch.randn(4)))], mask=GradDropEpoch(epochs=4, storage="bitpacked"), seed=seed
+    )
+    optimizer.set_epoch(1)
+    params, planes = optimizer.param_groups[0]["params"], []
+    for count in range(5, 25):
+        optimizer.state.pop(params[0], None)
+        params[0] = nn.Parameter(torch.randn(count))
+        params[0].grad = torch.randn(count)
+        optimizer.step()
+        masking = optimizer.masking
+        planes.append(weakref.ref(masking.words(0, params[0], masking.records(0)[0])[0]))
+        assert optimizer.mask("weight").shape == (count,)
+    gc.collect()
+    assert [ref() is not None for ref in planes] == [False] * 19 + [True]
+
+
 def test_autograd_that_is_switched_on_later_is_recorded():
     weight = nn.Parameter(torch.randn(4), requires_grad=False)
     optimizer = FusedGradDropAdamW([("weight", weight)], lr=0.1, mask=None)
