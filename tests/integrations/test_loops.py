@@ -397,6 +397,24 @@ def test_a_module_that_ends_its_epochs_early(seed, tmp_path):
     assert frozen == [0, 0] and trainer.global_step == 6 and all(param.requires_grad for param in module.parameters())
 
 
+def test_a_checkpoint_in_the_middle_of_a_batch(seed, tmp_path):
+    """As the handler of a cluster's signal saves one: with the state of the completed steps."""
+    module, saved = lightning_module("lightning", Tiny(), "freeze", seed), []
+
+    def save(model, _):
+        if not saved and not all(param.requires_grad for param in model.parameters()):
+            saved.append(copy.deepcopy(trainer.optimizers[0].state_dict()))
+            trainer.save_checkpoint(tmp_path / "signal.ckpt")
+
+    module.model.register_forward_pre_hook(save)
+    trainer = lightning_trainer("lightning", tmp_path, [callback_of("lightning", skip_dropped=True)])
+    trainer.fit(module, Batches(tiny_batches(seed)))
+    [in_file] = torch.load(tmp_path / "signal.ckpt", weights_only=False)["optimizer_states"]
+    assert saved and str(in_file) == str(saved[0])
+    assert all(bits(value) == bits(in_file["state"][number][key])
+               for number, state in saved[0]["state"].items() for key, value in state.items())  # fmt: skip
+
+
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_a_state_that_was_loaded_past_lightning_goes_on_from_its_epoch(epochs, seed, tmp_path):
     """In a run of its own, whose trainer counts from 0. An optimizer that goes on without a load begins anew."""

@@ -6,7 +6,7 @@ import signal
 import pytest
 from lazy import Lazy, integration, transformers
 from toy import bits
-from trainer_runs import arguments, losses, model_of, optimizer_in, trainer_of
+from trainer_runs import GIVES_NO_MODEL, arguments, losses, model_of, optimizer_in, trainer_of
 
 from graddrop_kernels import GradDrop, LayerGradDrop, param_groups
 
@@ -122,6 +122,7 @@ def test_a_callback_that_ends_it(event, act, order, tmp_path):
     assert acted == [0] and not frozen(trainer.model)
 
 
+@pytest.mark.skipif(GIVES_NO_MODEL, reason="transformers 4 saves none on a signal")
 @pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end"])
 @pytest.mark.parametrize("skip_dropped", [True, False])
 def test_a_checkpoint_that_is_asked_for(event, skip_dropped, tmp_path):
