@@ -35,7 +35,7 @@ class _Part:
 
     module: nn.Module  # without its wrappers
     blocks: Blocks = field(default_factory=list)  # the layers of its stacks, and declared ones
-    single: Blocks = field(default_factory=list)  # layers that are the only one in their list
+    single: Blocks = field(default_factory=list)  # layers that are the only one in their list, also declared ones
     has_stack: bool = False
     attends: bool = False
     recurs: bool = False
@@ -99,7 +99,7 @@ def _look(module: nn.Module, name: str, seen: dict[int, _Part]) -> _Part:
     if isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
         part = _of_list(part, name, held)
     elif part.is_layer and part.is_declared:
-        part = replace(part, blocks=[(name, module)], single=[])
+        part = replace(part, blocks=[(name, module)])
     seen[id(module)] = part
     return part
 
@@ -107,13 +107,14 @@ def _look(module: nn.Module, name: str, seen: dict[int, _Part]) -> _Part:
 def _of_list(part: _Part, name: str, held: list[tuple[str, _Part]]) -> _Part:
     found: Blocks = []
     for key, each in held:
-        if inner := each.blocks or each.single * part.has_stack:  # beside stages, a stage of one layer is a stage too
+        of_stage = part.has_stack and not each.has_stack and each.single  # beside stages, a stage of one layer is one
+        if inner := of_stage or each.blocks:
             found += inner
         elif each.is_layer:
             found.append((_inner_name(name, key), part.module.get_submodule(key)))
     if part.has_stack or len(found) > 1:
         return replace(part, blocks=found, single=[], has_stack=True)
-    return part if part.blocks else replace(part, single=found)
+    return replace(part, single=found)
 
 
 def find_alike(model: nn.Module) -> Blocks:

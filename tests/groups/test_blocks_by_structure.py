@@ -206,6 +206,46 @@ def test_layers_are_found(name):
     assert names_of(find_blocks(Holder(module=Holder(_orig_mod=build())))) == expected
 
 
+def wav2vec2():
+    """Its convolutions are declared as layers, its feature encoder is frozen in every recipe."""
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, num_feat_extract_layers=3,
+        conv_dim=(8, 8, 8), conv_kernel=(10, 3, 1), conv_stride=(5, 2, 1), num_conv_pos_embedding_groups=2,
+        classifier_proj_size=16,
+    )  # fmt: skip
+    model = transformers.Wav2Vec2ForSequenceClassification(config)
+    model.freeze_feature_encoder()
+    return model
+
+
+def hugging_swin():
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[2, 1], num_heads=[1, 2], window_size=4
+    )
+    return transformers.SwinForImageClassification(config)
+
+
+def wav2vec2_and_bert():
+    """Of a speech encoder and a text decoder."""
+    text = transformers.BertConfig(
+        vocab_size=9, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    return Holder(decoder=transformers.BertModel(text), encoder=wav2vec2().wav2vec2)
+
+
+TRANSFORMERS = {
+    "speech": (wav2vec2, numbered("wav2vec2.encoder.layers")),
+    "stages": (hugging_swin, [*numbered("swin.encoder.layers.0.blocks", 2), "swin.encoder.layers.1.blocks.0"]),
+    "both": (wav2vec2_and_bert, numbered("encoder.encoder.layers") + numbered("decoder.encoder.layer", 2)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_layers_are_found_among_what_transformers_declares(name):
+    build, expected = TRANSFORMERS[name]
+    assert names_of(find_blocks(build())) == expected
+
+
 CONVOLUTIONAL = {
     "ResNet": lambda: Holder(layer1=nn.Sequential(*many(conv_block)), layer2=nn.Sequential(*many(conv_block))),
     "ConvNeXt": lambda: Holder(stages=nn.Sequential(*many(lambda: nn.Sequential(*many(convnext_block))))),

@@ -109,7 +109,8 @@ def test_nearly_all_classes_are_right():
     if len(seen) < 0.8 * len(class_names()):
         pytest.skip("runs after all parts, in one process")
     transformer = [name for name, layers in seen.items() if layers]
-    wrong = [name for name in transformer if name in EXCEPTIONS and EXCEPTIONS[name]["verdict"] in ("wrong", "refused")]
+    missed = {name for name, row in EXCEPTIONS.items() if row["verdict"] in ("wrong", "refused")}
+    wrong = missed.intersection(transformer)
     print(f"{len(seen)} classes built, {len(transformer)} with layers, {len(wrong)} not found right")
     assert len(wrong) <= 0.03 * len(transformer)
     assert set(EXCEPTIONS) <= set(seen)
@@ -129,4 +130,5 @@ def test_drawn_classes(seed):
 def test_the_table_says_why():
     assert len(EXCEPTIONS) == len(TABLE.read_text().splitlines()) - 1
     for row in EXCEPTIONS.values():
-        assert row["verdict"] in ("right", "shared", "wrong", "refused") and row["reason"] and row["found"] != row["counted"], row
+        assert row["verdict"] in ("right", "shared", "wrong", "refused") and row["reason"], row
+        assert row["found"] != row["counted"], row
