@@ -278,6 +278,7 @@ def test_what_is_copied_to_a_gpu_lies_in_pinned_memory(device, monkeypatch):
     upload.device = mock.Mock(torch.Tensor, device=torch.device(device), is_cuda=device == "cuda")
     upload.device.numel.return_value = 48
     asked, empty = [], torch.empty
-    monkeypatch.setattr(torch, "empty", lambda size, dtype, pin_memory: asked.append(pin_memory) or empty(size))
+    ask = lambda size, dtype, device, pin_memory: asked.append((device, pin_memory)) or empty(size)
+    monkeypatch.setattr(torch, "empty", ask)
     upload._pinned()
-    assert asked == [device == "cuda"]
+    assert asked == [("cpu", device == "cuda")]
