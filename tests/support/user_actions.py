@@ -350,8 +350,8 @@ def differences(one, other, exact=False):
         return f"{len(one)} values against {len(other)}"
     for i, (a, b) in enumerate(zip(one, other)):
         if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-            # An ulp a step of float32, over the steps of one sequence.
-            near = (0.0, 0.0) if exact else (1e-5, 1e-6)
+            # An ulp per step of float32, over the steps of one sequence, of values up to 8.
+            near = (0.0, 0.0) if exact else (1e-5, 2e-5)
             if a.shape != b.shape or not torch.allclose(a.double(), b.double(), *near, equal_nan=True):
                 return f"value {i}: {a.dtype} {a.flatten()[:4].tolist()} against {b.dtype} {b.flatten()[:4].tolist()}"
         elif a is not b and a != b:
@@ -385,6 +385,8 @@ def run(seed: int, refusals: collections.Counter, length: int = LENGTH) -> None:
                 break  # a closure has changed the gradients already
             continue
         if (error := attempt(theirs, action, rng())) is not None:
+            if "use_count" in str(error):  # autograd holds the parameter that torch is to swap
+                return
             raise AssertionError(f"{story}: torch alone raises {error!r}") from error
         what = differences(ours.contents(), theirs.contents())
         assert what is None, f"{story}: {what}"
@@ -395,7 +397,8 @@ def attempt(world, action, rng):
     try:
         action(world, rng)
     except Exception as error:  # whatever it is, run() judges it
-        return error
+        error.__context__ = error.__cause__ = None
+        return error.with_traceback(None)  # its frames would hold tensors, which torch then does not swap
     return None
 
 
