@@ -163,6 +163,18 @@ def multimodal():
     return Holder(layers=nn.ModuleList(many(vit_block)), embed_tokens_extend=inputs)
 
 
+def memory_attention():
+    """Of SAM 2's kind: the feed-forward part's class says attention, too."""
+
+    class MemoryAttentionMLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = linear(), linear()
+
+    layers = many(lambda: Holder(self_attn=Attention(), norm=nn.LayerNorm(SIZE), mlp=MemoryAttentionMLP()))
+    return Holder(vision=nn.ModuleList(many(vit_block)), memory_attention=Holder(layers=nn.ModuleList(layers)))
+
+
 def compiled_blocks():
     return Holder(blocks=nn.Sequential(*map(torch.compile, many(vit_block))))
 
@@ -194,6 +206,7 @@ MODELS = {
         + numbered("embed_tokens_extend.audio_embed.encoder.layers", 2)
         + numbered("layers"),
     ),
+    "attention in every name": (memory_attention, numbered("vision") + numbered("memory_attention.layers")),
     "compiled blocks": (compiled_blocks, numbered("blocks")),
     "stage of a pipeline": (pipeline_stage, [f"layers.{number}" for number in (2, 3, 4)]),
 }  # fmt: skip
@@ -251,6 +264,9 @@ CONVOLUTIONAL = {
     "ConvNeXt": lambda: Holder(stages=nn.Sequential(*many(lambda: nn.Sequential(*many(convnext_block))))),
     "heads as well": lambda: Holder(
         stages=nn.ModuleList(many(conv_block)), heads=nn.ModuleList(many(lambda: Holder(linear=linear())))
+    ),
+    "attention of channels": lambda: nn.Sequential(
+        *many(lambda: Holder(conv=conv_block(), attention=nn.Sequential(nn.Conv2d(SIZE, SIZE, 1), nn.Sigmoid())))
     ),
     "a list": lambda: Holder(blocks=nn.ModuleList(many(conv_block))),
 }
@@ -387,6 +403,7 @@ def test_only_trained_blocks_have_a_turn(seed):
         FusedGradDropAdamW(model.named_parameters(), mask=GradFreeze(epochs=3, direction="bottom_up", layers=patterns)),
     ]
     for optimizer in optimizers:
+        assert optimizer.masking.blocks(0) == tuple(busy)
         for epoch in range(3):
             optimizer.set_epoch(epoch)
             for number, name in enumerate(busy):
