@@ -63,7 +63,7 @@ def _names_of_model(groups: list[dict[str, Any]], flat: Flat, only_trained: bool
 def group_blocks(
     groups: list[dict[str, Any]], index: int, policy: Policy, flat: Flat
 ) -> tuple[tuple[str, ...], list[str | None]]:
-    """(all blocks in forward order, the block of each parameter of group ``index``), for a policy that needs blocks.
+    """(blocks with a turn, in forward order; the block of each parameter of group ``index``), for a policy of blocks.
 
     The blocks come from the policy's ``layers`` patterns, else from the keys that ``param_groups`` puts into a group.
 
@@ -79,9 +79,10 @@ def group_blocks(
                 f"{kind}(layers=...) needs parameter names: pass model.named_parameters() instead of model.parameters()"
             )
         blocks = match_layers(policy.layers, _names_of_model(groups, flat))
-        trained = {block_of(name, set(blocks)) for name in _names_of_model(groups, flat, only_trained=True)}
-        blocks = [block for block in blocks if block in trained]  # the others have no turn
-        return tuple(blocks), [block_of(name, blocks) for name in names]
+        known = set(blocks)
+        trained = {block_of(name, known) for name in _names_of_model(groups, flat, only_trained=True)}
+        turns = [block for block in blocks if block in trained] or blocks
+        return tuple(turns), [block_of(name, known) for name in names]
     if "block" in group:  # param_groups(..., per_block=True), of which an engine may make any number of tensors
         return tuple(group["blocks"]), [group["block"]] * len(names)
     if "blocks" in group and len(group.get("param_blocks", ())) == len(names):
