@@ -94,7 +94,7 @@ class LayerMatch:
 
     def block_of(self, name: str) -> str | None:
         """The block of a parameter of this canonical name."""
-        return block_of(name, self._trained)
+        return block_of(name, self._found)
 
     def idle(self) -> list[str]:
         """The blocks that have no trained parameter, in forward order."""
@@ -102,10 +102,10 @@ class LayerMatch:
         return sorted(idle, key=forward_order(self._found)) if idle else []
 
     def blocks(self) -> tuple[str, ...]:
-        """All blocks with a trained parameter, in forward order."""
+        """The blocks that have a turn, in forward order: those with a trained parameter, or all if none has one."""
         self.check()
         if self._blocks is None:
-            self._blocks = tuple(sorted(self._trained, key=forward_order(self._found)))
+            self._blocks = tuple(sorted(self._trained or self._found, key=forward_order(self._found)))
         return self._blocks
 
 

@@ -90,8 +90,8 @@ def _names_with_flat(group: dict[str, Any], index: int, flat: Flat) -> list[tupl
 def group_blocks(
     groups: list[dict[str, Any]], index: int, policy: Policy, flat: Flat, matches: LayerMatches
 ) -> tuple[Callable[[], tuple[str, ...]], Callable[[str], str | None], list[str | None]]:
-    """(() -> all blocks in forward order, name -> its block, the block of each parameter of group ``index``), for a
-    policy that needs blocks.
+    """(() -> blocks with a turn, in forward order; name -> its block; the block of each parameter of group ``index``),
+    for a policy of blocks.
 
     The blocks come from the policy's ``layers`` patterns, else from the keys that ``param_groups`` puts into a group.
 

@@ -47,11 +47,11 @@ def find_scope(
         note = f"{error}. Every matrix outside embeddings, head and pooler is masked"
         return Scope(masked, no_blocks=str(error), notes=_warn([note] if inner else []))
     names = [name for name, _ in found]
+    known = set(names)
     of_blocks = {name for name in sizes if id(trained[name][1]) in masked}
-    tied = {name for name in inner if block_of(name, set(names))} - of_blocks  # to an embedding or a head
-    left = [name for name in inner if name not in of_blocks | tied and name not in excluded]
-    total = sum(sizes[name] for name in of_blocks.union(inner))
-    notes = _left_dense({name: sizes[name] for name in left}, total, names)
+    # What has a block's name and is not the block's is tied to an embedding or a head.
+    left = {name: sizes[name] for name in inner if name not in excluded and block_of(name, known) is None}
+    notes = _left_dense(left, sum(sizes[name] for name in of_blocks.union(inner)), names)
     if layers is None and blocks is None and (first := _first_of_stage(model, names)):
         notes.append(
             f"the first block in its list is {first!r}, as in a stage of a pipeline: schedules (GradFreeze) count only "
@@ -77,8 +77,9 @@ def _blocks_of_stage(model: nn.Module, layers: Layers | None, blocks: Sequence[s
         raise ValueError(f"blocks must name each block of the whole model once, got {list(blocks)!r}")
     if layers is not None:
         raise ValueError("layers and blocks exclude each other: blocks names those of this stage too")
+    known = set(blocks)
     for name, _ in find_layers(model) or find_alike(model):
-        if block_of(f"{name}.", blocks) is None:
+        if block_of(f"{name}.", known) is None:
             raise ValueError(
                 f"this stage holds the block {name!r}, which is not among blocks: give its modules the names that they "
                 f"have in the whole model, as find_blocks(whole) lists them; blocks begins with {blocks[0]!r}"

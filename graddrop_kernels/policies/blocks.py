@@ -70,6 +70,8 @@ class GradFreeze(BlockPolicy):
 
     def keeps(self, context: PlanContext, block: str) -> bool:
         blocks, epoch = context.blocks, context.clock.epoch
+        if block not in blocks:
+            return True  # nothing in it was trained when the schedule was made
         if self.blocks_per_epoch is None:
             active = -(-len(blocks) * (epoch + 1) // self.epochs)
         else:

@@ -413,6 +413,19 @@ def test_only_trained_blocks_have_a_turn(seed):
         assert any(line.startswith("note") and "nothing in them is trained: model." in line for line in lines)
 
 
+def test_what_is_thawed_late_is_trained_and_drawn_by_its_name():
+    model = timm_vit()
+    model.blocks[1].requires_grad_(False)
+    freeze = FusedGradDropAdamW(model.named_parameters(), mask=GradFreeze(epochs=2, layers=["blocks.*"]))
+    drop = FusedGradDropAdamW(model.named_parameters(), mask=LayerGradDrop(p=0.5, layers=["blocks.*"]))
+    model.blocks[1].requires_grad_(True)
+    assert freeze.mask("blocks.1.mlp.0.weight").all() and not freeze.mask("blocks.0.mlp.0.weight").any()
+    whole = FusedGradDropAdamW(param_groups(timm_vit()), mask=LayerGradDrop(p=0.5))
+    for step in range(20):
+        name = "blocks.1.mlp.0.weight"
+        assert torch.equal(drop.mask(name, step), whole.mask(name, step))
+
+
 def test_what_is_shared_but_frozen_is_not_shared():
     model = timm_vit()
     model.blocks[2] = model.blocks[0]
