@@ -165,8 +165,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def is_matrix(module: nn.Module, key: str, tensor: torch.Tensor) -> bool:
     """Whether ``module`` holds a matrix under ``key``, also where an engine keeps a flat part of it only."""
-    if isinstance(module, (nn.Linear, _ConvNd)) and key == "weight":
-        return True
+    if isinstance(module, (nn.Linear, _ConvNd)) and key == "weight" or getattr(tensor, "_is_flat_param", False):
+        return True  # FSDP1 calls it so
     return not is_lazy(tensor) and len(getattr(tensor, "ds_shape", tensor.shape)) > 1  # DeepSpeed's name
 
 
