@@ -84,5 +84,5 @@ def test_of_the_suite_itself():
     """That all processes draw the same part is seen in every run of `make test`: pytest-xdist compares."""
     (full, said), (sample, _) = collected(), collected("--sample=1")
     assert f"{len(full)} tests collected" in said and "deselected" not in said
-    assert len(sample) < len(full) / 2 and set(sample) < set(full)
+    assert len(sample) < 0.6 * len(full) and set(sample) < set(full)
     assert {name.partition("[")[0] for name in sample} == {name.partition("[")[0] for name in full}
