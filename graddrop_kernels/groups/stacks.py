@@ -165,8 +165,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def is_matrix(module: nn.Module, key: str, tensor: torch.Tensor) -> bool:
     """Whether ``module`` holds a matrix under ``key``, also where an engine keeps a flat part of it only."""
-    if isinstance(module, (nn.Linear, _ConvNd)) and key == "weight" or getattr(tensor, "_is_flat_param", False):
-        return True  # FSDP1 calls it so
+    if isinstance(module, (nn.Linear, _ConvNd)) and key == "weight":
+        return True
     return not is_lazy(tensor) and len(getattr(tensor, "ds_shape", tensor.shape)) > 1  # DeepSpeed's name
 
 
@@ -180,7 +180,13 @@ def _multiplies(module: nn.Module) -> bool:
         return False
     if not module._modules and "Linear" in type(module).__name__:
         return True
-    return any(param is not None and is_matrix(module, key, param) for key, param in module._parameters.items())
+    params = [(key, param) for key, param in module._parameters.items() if param is not None]
+    return any(is_matrix(module, key, param) or _is_of_fsdp1(param) for key, param in params)
+
+
+def _is_of_fsdp1(param: torch.Tensor) -> bool:
+    """Whether FSDP1 has flattened it, or many into it: nothing tells what shape the weights had."""
+    return getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False)
 
 
 def _is_list(module: nn.Module) -> bool:
