@@ -9,7 +9,7 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from ..policies import FixedMask
 from ..tensors.local import has_processes, is_dtensor, local
-from ..tensors.memory import check_memory, overlaps_itself
+from ..tensors.memory import check_memory, is_fake, overlaps_itself
 from .masking import Masking
 from .options import check_clipping, check_options
 from .owner import Owner
@@ -114,6 +114,8 @@ def check_row(
     tensor = local(param)
     check_param(record.name, param)
     check_grad(record.name, tensor, grad)
+    if is_fake(tensor):
+        return  # no kernel is given its address
     state = {key: local(value) for key, value in owner.state.get(param, {}).items()}
     check_state(record.name, tensor, state)
     check_memory(f"parameter {record.name!r}", tensor)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..tensors.local import is_dtensor
-from ..tensors.memory import check_memory, is_fake, laid_out, lies_as, overlaps_itself, reach
+from ..tensors.memory import check_memory, laid_out, lies_as, overlaps_itself, reach
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -104,8 +104,6 @@ def check_state(name: str, param: torch.Tensor, state: dict[str, Any]) -> None:
             )
         check_memory(f"master_param of {name!r}", master)
         moments["master_param"] = master
-    if any(map(is_fake, moments.values())):
-        return
     spans = sorted((each.data_ptr(), each.data_ptr() + reach(each)) for each in moments.values() if each.numel())
     if any(end > start for (_, end), (start, _) in zip(spans, spans[1:])):
         raise ValueError(f"the tensors in the state of {name!r} share memory: put copies (.clone()) into it")

@@ -71,14 +71,12 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 
 def check_memory(what: str, tensor: torch.Tensor) -> None:
     """Raises TypeError, ValueError or RuntimeError for a tensor without the memory that its shape needs."""
-    if is_fake(tensor):
-        return
     if tensor.device.type == "meta":  # the first words are torch's
         raise RuntimeError(
             "`fused=True` requires all the params to be floating point Tensors of supported devices, but "
             f"{what} is on the meta device, without memory: move the model with to_empty(device=...), load its weights"
         )
-    if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor):
+    if tensor.layout is not torch.strided or is_traceable_wrapper_subclass(tensor) or is_fake(tensor):
         raise TypeError(
             f"{what} is a {type(tensor).__name__} of layout {tensor.layout} on {tensor.device}, which has no memory of "
             "its own to step in; give the optimizer a plain tensor"

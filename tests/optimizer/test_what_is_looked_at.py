@@ -189,7 +189,7 @@ def test_every_tensor_of_the_package_is_made_on_a_named_device():
                 if depth == 0:
                     break
             at_import = path.name == "guards.py"
-            assert "device" in call or at_import, f"{path.name}: {found[0]}{call[1:]} names no device"
+            assert "device=" in call or at_import, f"{path.name}: {found[0]}{call[1:]} names no device"
 
 
 @pytest.mark.parametrize("mask", [*POLICIES, "fixed"])
@@ -242,6 +242,25 @@ def test_fake_tensors_get_a_state(mask, options):
         handle = optimizer.step_in_backward() if not options.get("max_grad_norm") else None
         model(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
         assert handle is None or model[0].weight.grad is None
+
+
+@pytest.mark.parametrize("after_steps", [False, True])
+@pytest.mark.parametrize("what", ["grad", "exp_avg", "exp_avg_sq"])
+def test_a_fake_tensor_beside_real_ones_is_refused(what, after_steps):
+    """A kernel would be given its address, which is 0."""
+    params, optimizer = trained(GradDrop(0.3))
+    if not after_steps:
+        optimizer.load_state_dict(optimizer.state_dict())
+    with FakeTensorMode():
+        fake = torch.zeros(17)
+    if what == "grad":
+        params[1].grad = fake
+    else:
+        optimizer.state[params[1]][what] = fake
+    before = params[0].detach().clone()
+    with refused((TypeError, ValueError), "of '1.w' is a FakeTensor"):
+        optimizer.step()
+    assert torch.equal(params[0].detach(), before)
 
 
 def test_parameters_on_the_meta_device_get_torchs_error_at_the_step():
