@@ -165,10 +165,10 @@ def check_grad(name: str, param: torch.Tensor, grad: torch.Tensor) -> None:
         )
 
 
-def check_written_grads(masking: Masking, params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> None:
+def check_written_grads(masking: Masking, params: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
     """Raises ValueError for a gradient that cannot be unscaled in place."""
     for param, grad in zip(params, grads):
-        if grad is not None and not grad.is_contiguous() and overlaps_itself(grad):
+        if not grad.is_contiguous() and overlaps_itself(grad):
             raise ValueError(
                 f"the gradient of {masking.record_of(param).name!r} has overlapping memory, as after expand(): it "
                 "cannot be unscaled in place; give param.grad a copy (.clone())"

@@ -122,8 +122,8 @@ class StepInBackward:
             self._clocks, self._made_for = masking.clocks(), prepared_for(owner, masking)
         grads, tensors = local_grads([param], [param.grad]), local_tensors([param])
         state = {param: owner.state[param]}
-        if prepared is None or not prepared.holds([param], tensors, grads, state, self._made_for):
-            prepared = prepare(owner, masking, stepper.warn, [param], grads, None, self._made_for, prepared)
+        if prepared is None or not prepared.holds([0], [param], tensors, grads, state, self._made_for):
+            prepared = prepare(owner, masking, stepper.warn, [0], [param], grads, None, self._made_for, prepared)
             if prepared is None:  # a fake tensor
                 param.grad = None
                 return

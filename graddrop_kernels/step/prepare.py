@@ -38,15 +38,16 @@ def backend_name(owner: Owner) -> str:
 
 
 def prepare(
-    owner: Owner, masking: Masking, warn: WarnOnce, params: list[torch.Tensor], grads: list[torch.Tensor | None],
-    fresh: Callable[[], bool] | None, made_for: object, before: PreparedStep | None,
+    owner: Owner, masking: Masking, warn: WarnOnce, there: list[int], params: list[torch.Tensor],
+    grads: list[torch.Tensor], fresh: Callable[[], bool] | None, made_for: object, before: PreparedStep | None,
 ) -> PreparedStep | None:  # fmt: skip
     """Checks the parameters that have gradients, then makes missing state and masks. Does neither for those that the
     step ``before`` has prepared and that have not changed since.
 
     Args:
+        there, params: the parameters that have gradients, and their positions among all of the step.
         grads: local tensors, see tensors.local.local_grads.
-        fresh: whether there was no step before. None if ``params`` are not all parameters of the step.
+        fresh: whether there was no step before. None if the step is of one parameter, not of all groups.
         made_for: prepared_for() of now.
 
     Returns:
@@ -56,16 +57,16 @@ def prepare(
     Raises before anything has changed.
     """
     states, name = owner.state, backend_name(owner)
-    members = {} if before is None else _still_good(before, params, grads, states, made_for)
-    missing = [position for position, grad in enumerate(grads) if grad is not None and position not in members]
-    found = list(_found(masking, params, grads, missing, params_of_all=fresh is not None))
+    members = {} if before is None else _still_good(before, there, params, grads, states, made_for)
+    missing = [each for each in zip(there, params, grads) if each[0] not in members]
+    found = list(_found(masking, missing, params_of_all=fresh is not None))
     for new in found:
         check_row(owner, masking, new.group, new.param, new.record, new.grad)
     if any(isinstance(masking.policy(new.index), FixedMask) for new in found):
         check_fixed_masks(masking)
     _warn_of_position_names(masking, warn)
     chosen = [backends.select(name, *mode(new.param, new.group, states.get(new.param, {}))) for new in found]
-    probe = fresh is not None and _is_state_probe(owner, params, grads, fresh)
+    probe = fresh is not None and _is_state_probe(owner, grads, fresh)
     _warn_of_unknown_epochs(masking, warn, {new.index for new in found})
     for new in found:
         make_state(new.param, new.group, states[new.param])
@@ -76,7 +77,7 @@ def prepare(
         members[new.position] = _member(owner, masking, new, backend, lost)
     lost.clear()  # those that are left have lost nothing
     kept = states if fresh is not None else {param: states[param] for param in params}
-    return PreparedStep(dict(sorted(members.items())), params, grads, kept, made_for, lost)
+    return PreparedStep(dict(sorted(members.items())), there, params, kept, made_for, lost)
 
 
 class _Found(NamedTuple):
@@ -91,34 +92,41 @@ class _Found(NamedTuple):
 
 
 def _found(
-    masking: Masking, params: list[torch.Tensor], grads: list[Any], positions: list[int], params_of_all: bool
+    masking: Masking, missing: list[tuple[int, torch.Tensor, torch.Tensor]], params_of_all: bool
 ) -> Iterator[_Found]:
-    """The parameters at these positions. ``params_of_all``: ``params`` are those of all groups, in order."""
+    """The parameters of these (position, parameter, gradient). ``params_of_all``: positions are among the parameters
+    of all groups, in order.
+    """
     starts = list(accumulate((len(group["params"]) for group in masking.groups), initial=0)) if params_of_all else []
-    for position in positions:
+    for position, param, grad in missing:
         if params_of_all:
             index = bisect(starts, position) - 1
             place = position - starts[index]
         else:
-            index, place = masking.find(params[position])
+            index, place = masking.find(param)
         record = masking.records(index)[place]
-        yield _Found(position, index, masking[index], params[position], record, grads[position])
+        yield _Found(position, index, masking[index], param, record, grad)
 
 
 def _still_good(
-    before: PreparedStep, params: list[torch.Tensor], grads: list[torch.Tensor | None], states: Mapping[Any, Any],
-    made_for: object,
+    before: PreparedStep, there: list[int], params: list[torch.Tensor], grads: list[torch.Tensor],
+    states: Mapping[Any, Any], made_for: object,
 ) -> dict[int, Member]:  # fmt: skip
     """What was prepared before and can be used again. A parameter without a gradient is looked at when it has one."""
     if before.made_for != made_for:
         return {}
-    known = [grad if position in before.members else None for position, grad in enumerate(grads)]
-    if before.holds(params, local_tensors(params), known, states, made_for):  # all at once: others are only new
+    known = {each: (param, grad) for each, param, grad in zip(there, params, grads) if each in before.members}
+    params, grads = [param for param, _ in known.values()], [grad for _, grad in known.values()]
+    if before.holds(list(known), params, local_tensors(params), grads, states, made_for):  # all at once: others are new
         return dict(before.members)
     good = {}
     for position, member in before.members.items():
-        grad, param = grads[position], params[position]
-        if member.is_whole if grad is None else member.holds({**states.get(param, {}), "param": local(param)}, grad):
+        if position not in known:
+            holds = member.is_whole
+        else:
+            param, grad = known[position]
+            holds = member.holds({**states.get(param, {}), "param": local(param)}, grad)
+        if holds:
             good[position] = member
     return good
 
@@ -167,17 +175,15 @@ def _order(tensor: torch.Tensor, backend: Backend, draws: str | None) -> MemoryO
     return order if draws == "bits" and backend.draws_in_order and order.transposed() else None
 
 
-def _is_state_probe(
-    owner: Owner, params: list[torch.Tensor], grads: list[torch.Tensor | None], fresh: Callable[[], bool]
-) -> bool:
+def _is_state_probe(owner: Owner, grads: list[torch.Tensor], fresh: Callable[[], bool]) -> bool:
     """Whether the call only asks for the state. torch.distributed.checkpoint makes a fresh optimizer create its state
     by a step with lr 0 and zero gradients, which must not count as a step.
     """
     return (
         fresh()
-        and any(grad is not None for grad in grads)
+        and bool(grads)
         and all(float(group["lr"]) == 0 for group in owner.param_groups)
-        and not any_nonzero(params, grads)
+        and not any_nonzero([param for group in owner.param_groups for param in group["params"]], grads)
     )
 
 

@@ -17,7 +17,7 @@ from ..backends.batch import TensorBatch
 from ..backends.tensor_table import TENSOR_ROW, tensor_table
 from ..masks.memory_order import MemoryOrder
 from ..masks.row_block import RowBlock
-from ..tensors.guards import same_fact, same_facts
+from ..tensors.guards import same_facts
 from ..tensors.local import local, local_tensors
 from ..tensors.memory import as_real, laid_out, needed_bytes, reach, storage_bytes, turns_of
 
@@ -64,10 +64,9 @@ class Member:
                 it is contiguous.
             lost: receives an item when a tensor of the state is gone.
         """
-        self.same_param, self.same_grad = same_fact(tensors["param"]), same_fact(grad)
+        self.same_pair = same_facts(tensors["param"], grad)
         self.grad_bytes = needed_bytes(grad)
         self.fits, self.stride, self.rows = fits, stride, rows
-        self.place = -1  # among the keys of the state, see PreparedStep
         kept = {name: tensors[name] for name in STATE if name in tensors}
         self.ids = {name: id(tensor) for name, tensor in kept.items()}
         self.addresses = {name: local(tensor).data_ptr() for name, tensor in tensors.items()}
@@ -81,8 +80,7 @@ class Member:
     def holds(self, tensors: _Tensors, grad: torch.Tensor) -> bool:
         """Whether rows made now would be the same."""
         return (
-            self.same_param(tensors["param"])
-            and self.same_grad(grad)
+            self.same_pair(tensors["param"], grad)
             and next(storage_bytes([grad])) >= self.grad_bytes
             and self.is_whole
             and all(watched() is tensors.get(name) for name, watched in self._watched.items())
@@ -124,18 +122,24 @@ class _Whole:
         """Whether its batches have TensorRows in place of tensors."""
         return self.backend.by_address and not self.is_staged
 
-    def part(self, chosen: Any, index_of: Any) -> "Part | None":
-        """The rows of the members that are ``chosen``, or None if there are none. ``index_of``: of each among them."""
-        taken = chosen[self._members]
-        if not taken.any():
+    def part(self, index_of: Any) -> "Part | None":
+        """The rows of the members that have gradients, or None if there are none.
+
+        Args:
+            index_of: each member's index among those; -1: it has none.
+        """
+        indices = index_of[self._members]
+        taken = indices >= 0
+        members = indices[taken].tolist()
+        if not members:
             return None
         batch, plans_of = self.batch_of(taken, without=self._in_rows if self.keeps_rows else ()), self._plans
         if len(plans_of) == 1:
-            batch.hyper_rows = [0] * int(taken.sum())
+            batch.hyper_rows = [0] * len(members)
         else:
             used, hyper_rows = np.unique(self._hyper_rows[taken], return_inverse=True)
             batch.hyper_rows, plans_of = hyper_rows.tolist(), [self._plans[index] for index in used]
-        return Part(batch, self, taken, index_of[self._members[taken]].tolist(), plans_of)
+        return Part(batch, self, taken, members, plans_of)
 
     def batch_of(self, taken: Any, without: Collection[str] = ()) -> TensorBatch:
         """A batch of some rows, without their tensors and hyper-parameters. ``without``: what its TensorRows tell."""
@@ -182,48 +186,38 @@ class PreparedStep:
     """
 
     def __init__(
-        self, members: Mapping[int, Member], params: list[torch.Tensor], grads: list[torch.Tensor | None],
+        self, members: Mapping[int, Member], there: list[int], params: list[torch.Tensor],
         state: Mapping[torch.Tensor, Any], made_for: object, lost: list[object],
     ) -> None:  # fmt: skip
         """
         Args:
-            members: by their position among ``params``, in order. All that have gradients now are among them.
-            params: all parameters of the step, as keys of the state.
-            grads: their local gradients, or None.
+            members: by their position among the parameters of the step, in order.
+            there: the positions of those that have gradients now. All are members.
+            params: these, as keys of the state.
             state: the state of all parameters that have been stepped.
             lost: has an item as soon as a tensor of the members' state is gone.
         """
         self.members, self.made_for, self.lost = members, made_for, lost
-        place = {id(param): position for position, param in enumerate(state)}
-        self.state_size = len(place)
-        for position, member in members.items():
-            member.place = place.get(id(params[position]), -1)
+        self._place_of = {id(param): place for place, param in enumerate(state)}
         self._columns = _Columns(list(members.values()))
-        self._positions = np.array(list(members), np.int64)
-        self._is_unknown = np.ones(len(params), bool)
-        self._is_unknown[self._positions] = False
+        self._index_of = {position: index for index, position in enumerate(members)}
         self._wholes = self._sort(list(members.values()))
         self.parts: list[Part] = []
         self._own_steps: list[tuple[int, torch.Tensor]] = []
-        self.is_there: list[bool] | None = None
-        known = self._choose([grad is not None for grad in grads])
+        self.there: list[int] | None = None
+        known = self._choose(there, params)
         assert known, "every parameter with a gradient is a member"
 
-    def _choose(self, is_there: list[bool]) -> bool:
+    def _choose(self, there: list[int], params: list[torch.Tensor]) -> bool:
         """Takes the rows of the parameters that have gradients. Returns False if one of them is no member."""
-        there = np.frombuffer(bytes(is_there), bool)
-        if (there & self._is_unknown).any():
+        indices: list[Any] = list(map(self._index_of.get, there))
+        places: list[Any] = list(map(self._place_of.get, map(id, params)))
+        if None in indices or None in places:
             return False
-        chosen, columns = there[self._positions], self._columns
-        pick = _picker(np.flatnonzero(chosen).tolist())
-        places = pick(columns.places)
-        if -1 in places:
-            return False
-        self.all_there, self._pick_there = bool(there.all()), _picker(np.flatnonzero(there).tolist())
-        everything = len(places) == self.state_size and places == list(range(self.state_size))
-        self._pick_state = None if everything else _picker(places)
-        self.same_params, self.same_grads = _all_same(pick(columns.same_param)), _all_same(pick(columns.same_grad))
-        self._one_by_one = True
+        columns, pick = self._columns, picker(indices)
+        self._pick_state = None if places == list(self._place_of.values()) else picker(places)
+        self._same_pair = pick(columns.same_pair)
+        self._same_facts: Callable[..., bool] | None = None  # of all in one call, once it pays to make it
         self.grad_bytes = pick(columns.grad_bytes)
         self._wanted = {name: having and pick(having) for name, having in columns.having.items()}
         self.kept_ids = columns.picked(columns.ids, pick)
@@ -233,8 +227,9 @@ class PreparedStep:
             for index, (fits, stride) in enumerate(() if columns.all_fit else pick(columns.fits))
             if not fits
         ]
-        index_of = np.cumsum(chosen) - 1
-        parts = (whole.part(chosen, index_of) for whole in self._wholes)
+        index_of = np.full(len(self.members), -1)
+        index_of[indices] = np.arange(len(indices))
+        parts = (whole.part(index_of) for whole in self._wholes)
         # In the order in which rows made now would be sorted: the sum of a norm depends on it.
         self.parts = sorted((part for part in parts if part is not None), key=lambda part: part.members[0])
         self.has_spans = any(part.whole.has_spans for part in self.parts)
@@ -245,52 +240,52 @@ class PreparedStep:
             if row.own_step is not None
         ]
         self.group_indices = {index for part in self.parts for index, _ in part.plans_of}
-        self.is_there = is_there
+        self.there = there
         return True
 
     def holds(
-        self, params: list[torch.Tensor], tensors: list[torch.Tensor], grads: list[torch.Tensor | None],
-        state: Mapping[torch.Tensor, Any], made_for: object,
+        self, there: list[int], params: list[torch.Tensor], tensors: list[torch.Tensor],
+        grads: list[torch.Tensor], state: Mapping[torch.Tensor, Any], made_for: object,
     ) -> bool:  # fmt: skip
         """Whether rows made now would be the same, except for the gradients' addresses. Takes the rows of those that
         have gradients now.
 
         Args:
-            params, tensors: all parameters, as keys of the state and as local tensors.
-            grads, state, made_for: as in __init__.
+            params, tensors, grads: of those that have gradients: as keys of the state, local tensors, local gradients.
+            there, state, made_for: as in __init__.
         """
         if self.lost or self.made_for != made_for:
             return False
-        is_there = [grad is not None for grad in grads]
-        again = is_there == self.is_there
-        if not again and not self._choose(is_there):
+        again = there == self.there
+        if not again and not self._choose(there, params):
             return False
-        params, tensors, given = self._there(params), self._there(tensors), self._there(grads)
         keys, states = list(state), list(state.values())
-        if len(keys) != self.state_size:
+        if len(keys) != len(self._place_of):
             return False
         keys, states = self._picked(keys), self._picked(states)
         if len(keys) != len(params) or not all(map(is_, keys, params)):
             return False
-        if not self.same_params(tensors) or not self.same_grads(given):
+        if self._same_facts is not None:
+            if not self._same_facts(*tensors, *grads):
+                return False
+        elif not all(map(call, self._same_pair, tensors, grads)):
             return False
         # A gradient whose storage was freed has the same facts. Asking for its size takes 0.08 us. That of the other
         # tensors cannot shrink in place: they would be at another address.
-        if not all(map(ge, storage_bytes(given), self.grad_bytes)):
+        if not all(map(ge, storage_bytes(grads), self.grad_bytes)):
             return False
         kept = self._kept(states)
         if kept is None or list(map(id, kept)) != self.kept_ids or self._addresses(tensors, kept) != self.addresses:
             return False
-        if again and self._one_by_one:  # it pays to compare them in one call
-            self.same_params, self.same_grads, self._one_by_one = same_facts(tensors), same_facts(given), False
+        if again and self._same_facts is None:
+            self._same_facts = same_facts(*tensors, *grads)
         return True
 
     def take(
-        self, tensors: list[torch.Tensor], grads: list[torch.Tensor | None], state: Mapping[torch.Tensor, Any]
+        self, tensors: list[torch.Tensor], grads: list[torch.Tensor], state: Mapping[torch.Tensor, Any]
     ) -> None:
         """Puts the gradients of this step into the parts, and the other tensors where a backend needs them again."""
-        self.grads: list[torch.Tensor] = self._there(grads)
-        self.used_grads = self.grads
+        self.grads = self.used_grads = grads
         if self._misfits:
             self.used_grads = list(self.grads)
             for index, stride in self._misfits:
@@ -308,7 +303,7 @@ class PreparedStep:
         wanting = [part for part in self.parts if not part.whole.keeps_rows]
         unaddressed = [part for part in self.parts if part.whole.keeps_rows and part.batch.rows is None]
         if wanting or unaddressed or self._own_steps:
-            tensors, states = self._there(tensors), self._picked(list(state.values()))
+            states = self._picked(list(state.values()))
             for part in wanting:
                 _fill(part.batch, part.rows, part.members, tensors, states)
                 if part.backend.by_address:
@@ -328,7 +323,7 @@ class PreparedStep:
         """The parameters, and their local tensors where these are others. autograd must learn that they have changed,
         as the kernels know only addresses.
         """
-        keys, tensors = self._picked(list(state)), self._there(tensors)
+        keys = self._picked(list(state))
         return keys if all(map(is_, keys, tensors)) else [*keys, *tensors]
 
     def release(self) -> None:
@@ -340,11 +335,7 @@ class PreparedStep:
     def addressed_tensors(self, tensors: list[torch.Tensor], state: Mapping[torch.Tensor, Any]) -> list[torch.Tensor]:
         """All tensors whose addresses the step holds, except the gradients."""
         states = self._picked(list(state.values()))
-        return [*self._there(tensors), *(self._kept(states) or ())]
-
-    def _there(self, items: list[Any]) -> list[Any]:
-        """The items of the parameters that have gradients, from one item per parameter."""
-        return items if self.all_there else self._pick_there(items)
+        return [*tensors, *(self._kept(states) or ())]
 
     def _picked(self, items: list[Any]) -> list[Any]:
         """The items of the parameters that have gradients, from one item per parameter that has a state."""
@@ -383,9 +374,7 @@ class _Columns:
     """Facts of all members, one list each."""
 
     def __init__(self, members: list[Member]) -> None:
-        self.places = [member.place for member in members]
-        self.same_param = [member.same_param for member in members]
-        self.same_grad = [member.same_grad for member in members]
+        self.same_pair = [member.same_pair for member in members]
         self.grad_bytes = [member.grad_bytes for member in members]
         self.fits = [(member.fits, member.stride) for member in members]
         self.all_fit = all(member.fits for member in members)
@@ -404,16 +393,12 @@ class _Columns:
         return picked
 
 
-def _picker(indices: list[int]) -> _Pick:
+def picker(indices: list[int]) -> _Pick:
     """A function that returns the items at these indices. It takes half of the time of a comprehension."""
     if len(indices) < 2:
         return lambda items: [items[index] for index in indices]
     pick = itemgetter(*indices)
     return lambda items: list(pick(items))
-
-
-def _all_same(checks: list[Callable[[torch.Tensor], bool]]) -> Callable[[list[torch.Tensor]], bool]:
-    return lambda tensors: all(map(call, checks, tensors))
 
 
 def _give_rows(part: Part, tensors: list[torch.Tensor], states: list[dict[str, Any]]) -> None:
@@ -479,8 +464,3 @@ def memory_of(tensor: torch.Tensor, span: slice | None) -> tuple[int, int]:
         tensor = _span(tensor, span)
     start = tensor.data_ptr()
     return start, start + reach(tensor) if tensor.numel() else start
-
-
-def present(grads: list[torch.Tensor | None]) -> list[torch.Tensor]:
-    """The gradients that are not None."""
-    return [grad for grad in grads if grad is not None]

@@ -8,7 +8,6 @@ import torch
 
 from ..backends.capture import capturing
 from ..tensors.local import several_processes
-from .prepared import present
 from .stepper import Stepper
 
 
@@ -64,7 +63,7 @@ class SkipDropped:
             ValueError: the step needs gradients that were skipped.
         """
         self.check_outside("step()")
-        if not self.missing or not (present(grads) or under_way):
+        if not self.missing or not (under_way or any(grad is not None for grad in grads)):
             return grads
         self._stepper.settle(only_if_needed=True)
         self._check_optimizer()

@@ -16,7 +16,7 @@ from ..policies import Clock, Policy
 from ..tensors.local import local_grads, local_tensors
 from .clip import clip_
 from .prepare import prepare, prepared_for
-from .prepared import PreparedStep
+from .prepared import PreparedStep, picker
 from .streams import Streams
 from .warn_once import WarnOnce
 
@@ -59,17 +59,22 @@ class Stepper:
         # Check.
         self.check()
         self.settle(only_if_needed=True)
-        grads = local_grads(params, grads)
+        there = [position for position, grad in enumerate(grads) if grad is not None]
+        given: list[Any] = grads
+        if len(there) < len(grads):
+            pick = picker(there)
+            params, given = pick(params), pick(grads)
+        given = local_grads(params, given)
         if grad_scale is not None:
-            check_written_grads(self.masking, params, grads)
+            check_written_grads(self.masking, params, given)
         # Prepare: batches of rows, good for the next step too as long as no tensor moves.
         prepared, made_for = self.prepared, prepared_for(self.owner, self.masking)
         tensors = local_tensors(params)
         if prepared is None or prepared.made_for != made_for:
             self.streams.hold(self.masking.drawn_streams())
-        if prepared is None or not prepared.holds(params, tensors, grads, self.owner.state, made_for):
+        if prepared is None or not prepared.holds(there, params, tensors, given, self.owner.state, made_for):
             prepared = self.prepared = prepare(
-                self.owner, self.masking, self.warn, params, grads, fresh, made_for, prepared
+                self.owner, self.masking, self.warn, there, params, given, fresh, made_for, prepared
             )
             if prepared is None:
                 return  # the call only asked for the state
@@ -78,7 +83,7 @@ class Stepper:
             return
         # Plan, clip, update.
         clocks = self.masking.clocks()
-        self.run(prepared, tensors, grads, self.owner.state, clocks, grad_scale, found_inf)
+        self.run(prepared, tensors, given, self.owner.state, clocks, grad_scale, found_inf)
         if any(capturing(part.batch.device) for part in prepared.parts):
             self.captured, self._captured_tensors = prepared, prepared.addressed_tensors(tensors, self.owner.state)
             return  # a capture runs nothing
@@ -88,11 +93,15 @@ class Stepper:
         self.count(prepared.group_indices | stepped() | elsewhere, clocks, found_inf)
 
     def run(
-        self, prepared: PreparedStep, tensors: list[torch.Tensor], grads: list[torch.Tensor | None],
+        self, prepared: PreparedStep, tensors: list[torch.Tensor], grads: list[torch.Tensor],
         state: Mapping[torch.Tensor, Any], clocks: list[Clock], grad_scale: torch.Tensor | None = None,
         found_inf: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Masks and updates the prepared parameters. Counts only the parameters' own steps."""
+        """Masks and updates the prepared parameters. Counts only the parameters' own steps.
+
+        Args:
+            tensors, grads: the local tensors of the parameters that have gradients, and those.
+        """
         owner, parts = self.owner, prepared.parts
         try:
             prepared.take(tensors, grads, state)

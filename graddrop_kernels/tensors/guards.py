@@ -1,4 +1,4 @@
-"""same_facts, same_fact: whether tensors still have the shapes, strides, dtypes, layouts and devices of others."""
+"""same_facts: whether tensors still have the shapes, strides, dtypes, layouts and devices of others."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,25 +20,15 @@ except (ImportError, TypeError, AttributeError):
 _facts = attrgetter("shape", "dtype", "layout", "device")
 
 
-def same_facts(tensors: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], bool]:
-    """Returns a function that says whether other tensors agree with these in number and, pairwise, in all facts.
+def same_facts(*tensors: torch.Tensor) -> Callable[..., bool]:
+    """Returns a function that says whether as many other tensors agree with these, pairwise, in all facts.
 
     It keeps none of the tensors alive. A no may be wrong (another subclass, another requires_grad), a yes never is.
     """
-    count = len(tensors)
     if guards_of is None or not tensors:
         facts = [(_facts(tensor), tensor.stride()) for tensor in tensors]
-        return lambda others: len(others) == count and all(
+        return lambda *others: len(others) == len(facts) and all(
             _facts(tensor) == fact and tensor.stride() == stride for tensor, (fact, stride) in zip(others, facts)
         )
-    guards = guards_of(*tensors)
-    return lambda others: len(others) == count and guards.check(*others)
-
-
-def same_fact(tensor: torch.Tensor) -> Callable[[torch.Tensor], bool]:
-    """As same_facts, for one tensor. For many it takes twice as long."""
-    if guards_of is None:
-        same = same_facts([tensor])
-        return lambda other: same([other])
-    check: Callable[[torch.Tensor], bool] = guards_of(tensor).check
+    check: Callable[..., bool] = guards_of(*tensors).check
     return check

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # map() with these takes half the time of a list comprehension.
 _local_of = attrgetter("_local_tensor")
 _spec_of = attrgetter("_spec")
-_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def _dtensor_type() -> Any:
@@ -38,7 +38,7 @@ def local_tensors(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return [tensor._local_tensor if isinstance(tensor, dtensor) else tensor for tensor in tensors]
 
 
-def local_grads(params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+def local_grads(params: list[torch.Tensor], grads: list[torch.Tensor]) -> list[torch.Tensor]:
     """The gradients' local tensors, placed like those of their parameters.
 
     A gradient with other placements is redistributed first. For example, the gradient of a norm under sequence
@@ -99,9 +99,9 @@ def sharded_over(param: torch.Tensor) -> tuple[Any, ...]:
     )
 
 
-def any_nonzero(params: list[torch.Tensor], grads: list[torch.Tensor | None]) -> bool:
+def any_nonzero(params: list[torch.Tensor], grads: list[torch.Tensor]) -> bool:
     """Whether any element of the local gradients is not 0, in any process. All processes get the same answer."""
-    found = any(bool(grad.any()) for grad in grads if grad is not None)
+    found = any(bool(grad.any()) for grad in grads)
     groups = dict.fromkeys(group for param in params for group in sharded_over(param))
     if not groups:
         return found
