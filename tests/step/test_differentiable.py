@@ -62,9 +62,11 @@ def test_derivatives_are_torchs(more, seed):
         param, *grads, lr = (value.clone().requires_grad_() for value in inputs)
         out = stepped(make, param, [grad * grad for grad in grads], lr)
         found.append(torch.autograd.grad(out.square().sum(), [param, *grads, lr]))
-    for expected, actual in zip(*found):
-        assert expected.abs().max() > 1e-3
-        assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-8)
+    largest = [expected.abs().max() for expected in found[0]]
+    assert min(largest[:3]) > 1e-3
+    largest[3] = largest[0]  # the one by lr is a sum over all elements, which may cancel
+    for expected, actual, size in zip(*found, largest):
+        assert (actual - expected).abs().max() <= 1e-6 * size
 
 
 @pytest.mark.parametrize("more", [{}, {"amsgrad": True}], ids=str)
