@@ -2,6 +2,7 @@
 // (-ffp-contract=off, -fmad=false): every fused multiply-add of the project is written out.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 #if defined(__CUDACC__)
 #define GRADDROP_FN static __host__ __device__ __forceinline__
@@ -12,6 +13,17 @@
 #endif
 
 namespace graddrop {
+
+GRADDROP_FN uint32_t bits_of(float x) {
+  uint32_t u;
+  memcpy(&u, &x, sizeof u);
+  return u;
+}
+GRADDROP_FN float float_of(uint32_t u) {
+  float x;
+  memcpy(&x, &u, sizeof x);
+  return x;
+}
 
 GRADDROP_FN float fma(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)

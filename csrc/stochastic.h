@@ -9,12 +9,8 @@ namespace graddrop {
 // Returns one of the two bfloat16 around x, as a float. Infinity and NaN are returned as they are, to be rounded as
 // usual. The upper half of a random word is added to the half that a bfloat16 lacks, and the sum is truncated.
 GRADDROP_FN float round_stochastically(float x, uint32_t word) {
-  union {
-    float f;
-    uint32_t u;
-  } bits = {x};
-  if ((bits.u & 0x7f800000u) != 0x7f800000u) bits.u = (bits.u + (word >> 16)) & 0xffff0000u;
-  return bits.f;
+  const uint32_t u = bits_of(x);
+  return (u & 0x7f800000u) == 0x7f800000u ? x : float_of((u + (word >> 16)) & 0xffff0000u);
 }
 
 }  // namespace graddrop

@@ -82,9 +82,8 @@ template <Variant kVariant>
 GRADDROP_FN void make_mask(const PreparedRow& row, const PhiloxKeys& keys, int64_t local, int64_t global, int count,
                            PartMask& part) {
   uint16_t* u16 = reinterpret_cast<uint16_t*>(part.words);
-  part.mask.factors = part.factors;
   if (kVariant == kFactor) {
-    make_factors(row.mask, keys, global, count, part.factors);
+    part.mask.factors = make_factors(row.mask, keys, global, count, part.factors);
   } else if (selects(kVariant) && row.mask.kind == kFixed) {
     keep_bits(bits_at(row.tensor.mask_words, row.tensor.numel, local), part.mask.keep);
   } else if (selects(kVariant) && row.mask.kind == kBucket && row.mask.num_planes >= 0) {

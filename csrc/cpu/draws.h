@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../gaussian.h"
 #include "kernels.h"
 
 namespace graddrop {
@@ -101,7 +100,7 @@ GRADDROP_FN void for_each_part(const TensorRow& row, int64_t begin, int64_t end,
 
 // Random words of 32 bits, four per call, for up to 64 elements from any global index on.
 struct Words {
-  alignas(64) uint32_t word[kBlock + 32 + Vec::kWidth];
+  alignas(64) uint32_t word[kBlock + 32 + 2 * Vec::kWidth];
 };
 // Makes the words of count elements and returns the first one's. The last vector may read some words after them.
 GRADDROP_FN const uint32_t* make_words(uint32_t draw, uint32_t domain, const PhiloxKeys& keys, int64_t global,
@@ -118,12 +117,19 @@ static __attribute__((noinline)) const uint32_t* make_rounding(const PreparedRow
   return make_words(row.rounding_draw, kDomainRounding, keys, global, count, words);
 }
 
-// Makes the factors 1 + scale * z of count <= 64 elements from a global index on.
-GRADDROP_FN void make_factors(const MaskSpec& mask, const PhiloxKeys& keys, int64_t global, int count, float* factors) {
+// Makes the factors 1 + scale * z of count elements from a global index on, and returns the first one's. Pairs begin at
+// even indices; count and the element before are 64 at most, see part_of.
+GRADDROP_FN const float* make_factors(const MaskSpec& mask, const PhiloxKeys& keys, int64_t global, int count,
+                                      float (&factors)[kBlock]) {
+  const int lead = static_cast<int>(global & 1);
   Words words;
-  const uint32_t* first = make_words(mask.draw, kDomainGaussian, keys, global, count, words);
-  for (int i = 0; i < count; i += Vec::kWidth)
-    store(factors + i, fma(normal_from_uniform(symmetric_uniform(first + i)), Vec(mask.scale), Vec(1.0f)));
+  const uint32_t* first = make_words(mask.draw, kDomainGaussian, keys, global - lead, lead + count, words);
+  for (int i = 0; i < lead + count; i += 2 * Vec::kWidth) {
+    Vec even, odd;
+    normal_pair(load_uniforms(first + i), even, odd);
+    store_pairs(factors + i, fma(even, Vec(mask.scale), Vec(1.0f)), fma(odd, Vec(mask.scale), Vec(1.0f)));
+  }
+  return factors + lead;
 }
 
 static void uniform16(uint64_t key, uint32_t draw, uint32_t domain, int64_t first, int64_t count, uint16_t* out) {

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "../gaussian.h"
 #include "../mask.h"
 
 namespace graddrop {
@@ -34,19 +35,28 @@ GRADDROP_FN Vec keep_or_zero(Lanes keep, Vec a) { return Vec(_mm256_and_ps(_mm25
 GRADDROP_FN Vec select(Lanes keep, Vec yes, Vec no) {
   return Vec(_mm256_blendv_ps(no.x, yes.x, _mm256_castsi256_ps(keep.x)));
 }
-GRADDROP_FN Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
-  return Vec(_mm256_blendv_ps(no.x, yes.x, _mm256_cmp_ps(a.x, b.x, _CMP_LT_OQ)));
-}
-GRADDROP_FN bool all_less(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.x, b.x, _CMP_LT_OQ)) == 0xff; }
 GRADDROP_FN Vec exponent_and_mantissa(Vec y, Vec& mantissa) {
   const __m256i sqrt_half = _mm256_set1_epi32(0x3f3504f3);
   const __m256i shifted = _mm256_sub_epi32(_mm256_castps_si256(y.x), sqrt_half);
   mantissa.x = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_and_si256(shifted, _mm256_set1_epi32(0x7fffff)), sqrt_half));
   return Vec(_mm256_cvtepi32_ps(_mm256_srai_epi32(shifted, 23)));
 }
-GRADDROP_FN Vec symmetric_uniform(const uint32_t* words) {
-  const __m256i top = _mm256_srai_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(words)), 8);
-  return Vec(_mm256_mul_ps(_mm256_add_ps(_mm256_cvtepi32_ps(top), _mm256_set1_ps(0.5f)), _mm256_set1_ps(0x1p-23f)));
+GRADDROP_FN Vec flip(Vec a, Vec sign) { return Vec(_mm256_xor_ps(a.x, sign.x)); }
+// Of 8 pairs of words, in an order that store_pairs() undoes.
+GRADDROP_FN Uniforms<Vec> load_uniforms(const uint32_t* words) {
+  const float* floats = reinterpret_cast<const float*>(words);
+  const __m256 low = _mm256_loadu_ps(floats), high = _mm256_loadu_ps(floats + 8);
+  const __m256i first = _mm256_castps_si256(_mm256_shuffle_ps(low, high, 0x88));
+  const __m256i second = _mm256_castps_si256(_mm256_shuffle_ps(low, high, 0xdd));
+  const __m256i one = _mm256_set1_epi32(0x3f800000), sign = _mm256_set1_epi32(static_cast<int>(0x80000000u));
+  const __m256i angle = _mm256_and_si256(_mm256_srli_epi32(second, 8), _mm256_set1_epi32(0x7fffff));
+  return {Vec(_mm256_castsi256_ps(_mm256_or_si256(_mm256_srli_epi32(first, 9), one))),
+          Vec(_mm256_castsi256_ps(_mm256_or_si256(angle, one))), Vec(_mm256_castsi256_ps(_mm256_and_si256(second, sign)))};
+}
+GRADDROP_FN void store_pairs(float* target, Vec even, Vec odd) {
+  const __m256 low = _mm256_unpacklo_ps(even.x, odd.x), high = _mm256_unpackhi_ps(even.x, odd.x);
+  _mm256_storeu_ps(target, low);
+  _mm256_storeu_ps(target + 8, high);
 }
 
 // As in csrc/stochastic.h, for 8 floats and their random words.

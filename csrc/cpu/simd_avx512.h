@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "../gaussian.h"
 #include "../mask.h"
 
 namespace graddrop {
@@ -30,20 +31,26 @@ GRADDROP_FN Vec min(Vec a, Vec b) { return Vec(_mm512_min_ps(a.x, b.x)); }
 GRADDROP_FN Vec negate_fma(Vec a, Vec b, Vec c) { return Vec(_mm512_fnmadd_ps(a.x, b.x, c.x)); }
 GRADDROP_FN Vec max(Vec a, Vec b) { return Vec(_mm512_max_ps(a.x, b.x)); }
 GRADDROP_FN Vec keep_or_zero(Lanes keep, Vec a) { return Vec(_mm512_maskz_mov_ps(keep, a.x)); }
-GRADDROP_FN Vec select(Lanes keep, Vec yes, Vec no) { return Vec(_mm512_mask_mov_ps(no.x, keep, yes.x)); }
-GRADDROP_FN Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
-  return select(_mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ), yes, no);
-}
-GRADDROP_FN bool all_less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ) == 0xffff; }
 GRADDROP_FN Vec exponent_and_mantissa(Vec y, Vec& mantissa) {
   const __m512i sqrt_half = _mm512_set1_epi32(0x3f3504f3);
   const __m512i shifted = _mm512_sub_epi32(_mm512_castps_si512(y.x), sqrt_half);
   mantissa.x = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_and_si512(shifted, _mm512_set1_epi32(0x7fffff)), sqrt_half));
   return Vec(_mm512_cvtepi32_ps(_mm512_srai_epi32(shifted, 23)));
 }
-GRADDROP_FN Vec symmetric_uniform(const uint32_t* words) {
-  const __m512i top = _mm512_srai_epi32(_mm512_loadu_si512(words), 8);
-  return Vec(_mm512_mul_ps(_mm512_add_ps(_mm512_cvtepi32_ps(top), _mm512_set1_ps(0.5f)), _mm512_set1_ps(0x1p-23f)));
+GRADDROP_FN Vec flip(Vec a, Vec sign) { return Vec(_mm512_xor_ps(a.x, sign.x)); }
+// Of 16 pairs of words, in an order that store_pairs() undoes.
+GRADDROP_FN Uniforms<Vec> load_uniforms(const uint32_t* words) {
+  const __m512 low = _mm512_loadu_ps(words), high = _mm512_loadu_ps(words + 16);
+  const __m512i first = _mm512_castps_si512(_mm512_shuffle_ps(low, high, 0x88));
+  const __m512i second = _mm512_castps_si512(_mm512_shuffle_ps(low, high, 0xdd));
+  const __m512i one = _mm512_set1_epi32(0x3f800000), sign = _mm512_set1_epi32(static_cast<int>(0x80000000u));
+  const __m512i angle = _mm512_and_si512(_mm512_srli_epi32(second, 8), _mm512_set1_epi32(0x7fffff));
+  return {Vec(_mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(first, 9), one))),
+          Vec(_mm512_castsi512_ps(_mm512_or_si512(angle, one))), Vec(_mm512_castsi512_ps(_mm512_and_si512(second, sign)))};
+}
+GRADDROP_FN void store_pairs(float* target, Vec even, Vec odd) {
+  _mm512_storeu_ps(target, _mm512_unpacklo_ps(even.x, odd.x));
+  _mm512_storeu_ps(target + 16, _mm512_unpackhi_ps(even.x, odd.x));
 }
 
 GRADDROP_FN void load(const float* source, Vec& a) { a.x = _mm512_loadu_ps(source); }

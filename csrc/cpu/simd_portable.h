@@ -28,22 +28,17 @@ GRADDROP_FN Vec min(Vec a, Vec b) { return Vec(graddrop::min(a.x, b.x)); }
 GRADDROP_FN Vec negate_fma(Vec a, Vec b, Vec c) { return Vec(graddrop::fma(-a.x, b.x, c.x)); }
 GRADDROP_FN Vec max(Vec a, Vec b) { return Vec(graddrop::max(a.x, b.x)); }
 GRADDROP_FN Vec keep_or_zero(Lanes keep, Vec a) { return keep ? a : Vec(0.0f); }
-GRADDROP_FN Vec select_less(Vec a, Vec b, Vec yes, Vec no) { return a.x < b.x ? yes : no; }
-GRADDROP_FN bool all_less(Vec a, Vec b) { return a.x < b.x; }
 GRADDROP_FN Vec exponent_and_mantissa(Vec y, Vec& mantissa) {
   return Vec(graddrop::exponent_and_mantissa(y.x, mantissa.x));
 }
-GRADDROP_FN Vec symmetric_uniform(const uint32_t* words) { return Vec(graddrop::symmetric_uniform(*words)); }
-
-GRADDROP_FN uint32_t bits_of(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, sizeof u);
-  return u;
+GRADDROP_FN Vec flip(Vec a, Vec sign) { return Vec(graddrop::flip(a.x, sign.x)); }
+GRADDROP_FN Uniforms<Vec> load_uniforms(const uint32_t* words) {  // of a pair of words
+  const Uniforms<float> u = graddrop::uniforms(words[0], words[1]);
+  return {Vec(u.radius), Vec(u.angle), Vec(u.sign)};
 }
-GRADDROP_FN float float_of(uint32_t u) {
-  float x;
-  std::memcpy(&x, &u, sizeof x);
-  return x;
+GRADDROP_FN void store_pairs(float* target, Vec even, Vec odd) {
+  target[0] = even.x;
+  target[1] = odd.x;
 }
 
 GRADDROP_FN void load(const float* source, Vec& a) { a.x = *source; }

@@ -236,8 +236,7 @@ GRADDROP_FN void whole_blocks(const PreparedRow& row, const PhiloxKeys& keys, in
     if (T::kStochastic) mask.rounding = rounding[slot];
     slot = slot == 2 ? 0 : slot + 1;
     if (kVariant == kFactor) {
-      make_factors(spec, keys, global + block * kBlock, kBlock, factors);
-      mask.factors = factors;
+      mask.factors = make_factors(spec, keys, global + block * kBlock, kBlock, factors);
     } else if (kDrawn) {
       mask_from_draws(spec, u16, mask);
     } else if (selects(kVariant) && spec.kind == kFixed) {

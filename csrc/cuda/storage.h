@@ -4,8 +4,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <cstring>
-
 #include "../host_device.h"
 
 namespace graddrop {
@@ -16,17 +14,6 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-
-GRADDROP_FN uint32_t bits_of(float x) {
-  uint32_t u;
-  memcpy(&u, &x, sizeof u);
-  return u;
-}
-GRADDROP_FN float float_of(uint32_t u) {
-  float x;
-  memcpy(&x, &u, sizeof x);
-  return x;
-}
 
 GRADDROP_FN float widen(float x) { return x; }
 GRADDROP_FN float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }

@@ -161,8 +161,12 @@ GRADDROP_LONG_FN void make_mask(const TensorRow& row, const StepRow& step, const
       const int64_t i = turn.first + group_offset<kVector>(turn.lane, four / kVector) + four % kVector;
       const PhiloxWords words = philox_call(global_index(row, i) / 4, step.draw, kDomainGaussian, row.key);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        mask.factor[four + i] = fma(normal_from_uniform(symmetric_uniform(words.word[i])), step.deviation, 1.0f);
+      for (int i = 0; i < 4; i += 2) {
+        float even, odd;
+        normal_pair(uniforms(words.word[i], words.word[i + 1]), even, odd);
+        mask.factor[four + i] = fma(even, step.deviation, 1.0f);
+        mask.factor[four + i + 1] = fma(odd, step.deviation, 1.0f);
+      }
     }
   }
 }
@@ -202,8 +206,10 @@ GRADDROP_LONG_FN ElementMask element_mask(int32_t kind, bool planes, const Tenso
   if (kind == kBernoulli) {
     mask.keep = draw_of(index, step.draw, kDomainElement, row.key) >= step.threshold;
   } else if (kind == kGaussian) {
-    const uint32_t word = word_at(philox_call(index / 4, step.draw, kDomainGaussian, row.key), index);
-    mask.factor = fma(normal_from_uniform(symmetric_uniform(word)), step.deviation, 1.0f);
+    const PhiloxWords words = philox_call(index / 4, step.draw, kDomainGaussian, row.key);
+    float even, odd;
+    normal_pair(uniforms(word_at(words, index & ~1ull), word_at(words, index | 1)), even, odd);
+    mask.factor = fma(index & 1 ? odd : even, step.deviation, 1.0f);
   } else if (kind == kBucket || kind == kFixed) {
     mask.bucket = kind == kFixed || planes ? bucket_from_planes(row, step.buckets, i)
                                            : bucket_of(draw_of(index, 0, kDomainBucket, row.key), step.buckets);

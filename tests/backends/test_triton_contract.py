@@ -97,11 +97,11 @@ SLOW = [
 # Ceilings: the largest of fff, bbf, bbb by Triton 3.7.1 on sm_90 plus 10 %. Instructions an element: those of a whole
 # block and its share of what comes before the loop.
 INSTRUCTIONS = {
-    "keep": 54, "bernoulli": 70, "gaussian": 139, "bucket": 78, "planes": 72, "fixed": 60
+    "keep": 54, "bernoulli": 70, "gaussian": 97, "bucket": 78, "planes": 72, "fixed": 60
 }  # fmt: skip
 ADDED = {"amsgrad": 6, "frozen": 8, "ages": 16, "grad_scale": 13, "clip": 3, "copies": 4, "stochastic": 22}
 # 64 registers (which 3.9 takes where 3.7 takes 48): eight programs of 128 threads share 65536; 96: five; 128: four.
-REGISTERS = {"keep": 64, "bernoulli": 64, "gaussian": 96, "bucket": 72, "planes": 64, "fixed": 64}
+REGISTERS = {"keep": 64, "bernoulli": 64, "gaussian": 80, "bucket": 72, "planes": 64, "fixed": 64}
 MOST_REGISTERS = 128
 ELEMENTS, TURNS = 8, 4  # of a thread in a turn of the loop; of a program
 
@@ -156,9 +156,8 @@ def test_update_of_whole_vectors(variant):
     copy_read = "g" * (variant.copies and variant.frozen)  # its dropped elements stay
     if variant.planes >= 0 or variant.kind == "fixed":
         assert loads.pop(1) == max(variant.planes, 1) * ELEMENTS // variant.vector, "a byte of bits a vector"
-    if variant.ages:
-        assert loads.pop(4) == ELEMENTS * 3
-    assert loads == widths(variant, "pg" + moments + copy_read)
+    of_buckets = Counter({8: ELEMENTS, 4: ELEMENTS} if variant.ages else {})  # three scalars of each element's bucket
+    assert loads == widths(variant, "pg" + moments + copy_read) + of_buckets
     assert code.accesses("STG") == widths(variant, "p" + moments + "g" * (variant.grad_scale + variant.copies))
 
     added = sum(more for flag, more in ADDED.items() if getattr(variant, flag))

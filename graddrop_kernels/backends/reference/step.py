@@ -6,15 +6,16 @@ bits as they do. Without it an fma is a multiplication and an addition.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from ...masks.philox import DOMAIN_GAUSSIAN, DOMAIN_ROUNDING, words32
+from ...masks.philox import DOMAIN_ROUNDING, words32
 from ...masks.plan import MaskPlan
 from ...masks.rule import by_runs, keep_and_bucket
 from ..batch import Hyper, TensorBatch
-from .gaussian import normal_from_words
+from .gaussian import normals
 from .rounding import EXACT, PLAIN, Rounding, stochastic_bfloat16
 
 
@@ -119,9 +120,8 @@ def _masked_gradient(
     if plan.kind == "off":
         return torch.zeros_like(g)  # the fused backends do not even read it
     if plan.kind == "gaussian":
-        words = lambda *run: words32(batch.keys[row], completed_steps, DOMAIN_GAUSSIAN, *run)
-        z = normal_from_words(by_runs(batch.layouts[row], g.numel() // batch.parts, g.device, words), rounding)
-        z = z.repeat_interleave(batch.parts)
+        numbers = partial(normals, batch.keys[row], completed_steps, rounding=rounding)
+        z = by_runs(batch.layouts[row], g.numel() // batch.parts, g.device, numbers).repeat_interleave(batch.parts)
         return g * rounding.fma(z, z.new_tensor(plan.scale), z.new_tensor(1.0)).to(g.dtype)
     if keep is not None:
         # Selection, not multiplication: a dropped inf or NaN is dropped.

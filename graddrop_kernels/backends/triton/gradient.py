@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..tensor_table import MASK_KINDS
 from .arithmetic import fma
-from .random import DOMAIN_BUCKET, DOMAIN_ELEMENT, DOMAIN_GAUSSIAN, high16, join4, join8, normal, words32
+from .random import DOMAIN_BUCKET, DOMAIN_ELEMENT, high16, join4, join8, normals
 
 KEEP, OFF, BERNOULLI, GAUSSIAN, BUCKET, FIXED = (
     tl.constexpr(MASK_KINDS[kind]) for kind in ("keep", "off", "bernoulli", "gaussian", "bucket", "fixed")
@@ -79,7 +79,7 @@ def masked_gradient(
     g = g * row.factor
     if KIND_ == GAUSSIAN:
         start = block_start + tl.arange(0, BLOCK // VEC) * VEC
-        z = normal(words32(start, row, row.draw, DOMAIN_GAUSSIAN, VEC, ROWS), INTERPRETED)
+        z = normals(start, row, VEC, ROWS, INTERPRETED)
         g = g * fma(z, row.deviation, tl.full(z.shape, 1.0, tl.float32), INTERPRETED)
     keep, bucket = True, 0
     if KIND_ != KEEP and KIND_ != GAUSSIAN:

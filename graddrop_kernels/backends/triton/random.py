@@ -98,42 +98,60 @@ def words32(start, row, draw, domain: tl.constexpr, VEC: tl.constexpr, ROWS: tl.
 
 
 @triton.jit
-def horner9(t, c0, c1, c2, c3, c4, c5, c6, c7, c8, INTERPRETED: tl.constexpr):
-    """((c0 t + c1) t + ...) t + c8."""
-    z = fma(tl.full(t.shape, c0, tl.float32), t, tl.full(t.shape, c1, tl.float32), INTERPRETED)
-    z = fma(z, t, tl.full(t.shape, c2, tl.float32), INTERPRETED)
-    z = fma(z, t, tl.full(t.shape, c3, tl.float32), INTERPRETED)
-    z = fma(z, t, tl.full(t.shape, c4, tl.float32), INTERPRETED)
-    z = fma(z, t, tl.full(t.shape, c5, tl.float32), INTERPRETED)
-    z = fma(z, t, tl.full(t.shape, c6, tl.float32), INTERPRETED)
-    z = fma(z, t, tl.full(t.shape, c7, tl.float32), INTERPRETED)
-    return fma(z, t, tl.full(t.shape, c8, tl.float32), INTERPRETED)
+def add_power(total, x, coefficient, INTERPRETED: tl.constexpr):
+    """A turn of Horner's method."""
+    return fma(total, x, tl.full(x.shape, coefficient, tl.float32), INTERPRETED)
 
 
 @triton.jit
-def normal(word, INTERPRETED: tl.constexpr):
-    """Standard normal numbers from 32-bit words: csrc/gaussian.h, operation by operation."""
-    x = ((word.to(tl.int32, bitcast=True) >> 8).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
-    y = (1.0 - x) * (1.0 + x)
-    # ln(y) = exponent ln(2) + ln(1 + f)
+def normal_pair(first, second, INTERPRETED: tl.constexpr):
+    """Two standard normal numbers from two uint32 words: csrc/gaussian.h, operation by operation."""
+    y = 2.0 - ((first >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
+    # -2 ln(y) = -2 exponent ln(2) - 2 ln(1 + f)
     shifted = y.to(tl.int32, bitcast=True) - 0x3F3504F3
     f = ((shifted & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
-    polynomial = horner9(
-        f, 7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
-        -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1, INTERPRETED,
-    )  # fmt: skip
-    square = f * f
-    log1p = f + fma(polynomial, f * square, -0.5 * square, INTERPRETED)
-    log = fma((shifted >> 23).to(tl.float32), tl.full(f.shape, 0.6931471805599453, tl.float32), log1p, INTERPRETED)
-    w = 0.0 - log
-    t = w - 2.5
-    centre = horner9(
-        t, 2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087,
-        -0.00125372503, -0.00417768164, 0.246640727, 1.50140941, INTERPRETED,
-    )  # fmt: skip
-    t = tl.sqrt_rn(w) - 3.0
-    tail = horner9(
-        t, -0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573950773,
-        -0.0076224613, 0.00943887047, 1.00167406, 2.83297682, INTERPRETED,
-    )  # fmt: skip
-    return tl.where(w < 5.0, centre, tail) * x * 1.4142135623730951
+    log = add_power(tl.full(f.shape, 0.21372777, tl.float32), f, -0.3234426, INTERPRETED)
+    log = add_power(log, f, 0.3413759, INTERPRETED)
+    log = add_power(log, f, -0.3981573, INTERPRETED)
+    log = add_power(log, f, 0.49969336, INTERPRETED)
+    log = add_power(log, f, -0.66669166, INTERPRETED)
+    log = add_power(log, f, 1.0000015, INTERPRETED)
+    log = fma(log, f * f, -2.0 * f, INTERPRETED)
+    log = fma((shifted >> 23).to(tl.float32), tl.full(f.shape, -1.3862944, tl.float32), log, INTERPRETED)
+    radius = tl.sqrt_rn(log).to(tl.uint32, bitcast=True) ^ (second & 0x80000000)
+    radius = radius.to(tl.float32, bitcast=True)  # its sign turns by half a turn
+    x = 1.5 - (((second >> 8) & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)  # half turns in (-1/2, 1/2]
+    s = x * x
+    cosine = add_power(tl.full(s.shape, 0.2196968, tl.float32), s, -1.3318802, INTERPRETED)
+    cosine = add_power(cosine, s, 4.058412, INTERPRETED)
+    cosine = add_power(cosine, s, -4.934793, INTERPRETED)
+    cosine = add_power(cosine, s, 0.99999994, INTERPRETED)
+    sine = add_power(tl.full(s.shape, 0.077659406, tl.float32), s, -0.5982922, INTERPRETED)
+    sine = add_power(sine, s, 2.5500777, INTERPRETED)
+    sine = add_power(sine, s, -5.1677103, INTERPRETED)
+    sine = add_power(sine, s, 3.1415927, INTERPRETED)
+    return radius * cosine, radius * (x * sine)
+
+
+@triton.jit
+def normals(start, row, VEC: tl.constexpr, ROWS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Standard normal numbers of the VEC elements from each local index in start: float32 [VEC * N]. Those of the
+    global indices 2 k and 2 k + 1 are a pair.
+    """
+    element = global_index(start, row, ROWS)
+    q = element >> 2
+    w0, w1, w2, w3 = philox(q, row.draw, DOMAIN_GAUSSIAN, row.k0, row.k1)
+    if VEC == 1:
+        upper = (element & 2) != 0
+        even, odd = normal_pair(tl.where(upper, w2, w0), tl.where(upper, w3, w1), INTERPRETED)
+        return tl.where((element & 1) != 0, odd, even)
+    else:
+        a, b = normal_pair(w0, w1, INTERPRETED)
+        c, d = normal_pair(w2, w3, INTERPRETED)
+        if VEC == 4:
+            return join4(a, b, c, d)
+        else:
+            w4, w5, w6, w7 = philox(q + 1, row.draw, DOMAIN_GAUSSIAN, row.k0, row.k1)
+            e, f = normal_pair(w4, w5, INTERPRETED)
+            g, h = normal_pair(w6, w7, INTERPRETED)
+            return join8(a, b, c, d, e, f, g, h)

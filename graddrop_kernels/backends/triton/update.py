@@ -89,8 +89,11 @@ def update_block(
 
     step_size, bc2_sqrt, bc2_sqrt_reciprocal = row.step_size, row.bc2_sqrt, row.bc2_sqrt_reciprocal
     if AGES_:  # every bucket has its own bias corrections
-        at = by_age + 4 * tl.minimum(bucket, row.num_ages - 1)
-        step_size, bc2_sqrt, bc2_sqrt_reciprocal = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+        at = by_age + 2 * tl.minimum(bucket, row.num_ages - 1)
+        pair = tl.load(at)
+        step_size = pair.to(tl.uint32).to(tl.float32, bitcast=True)
+        bc2_sqrt = (pair >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+        bc2_sqrt_reciprocal = tl.load(at + 1).to(tl.uint32).to(tl.float32, bitcast=True)
     p = new_parameter(
         to_float32(p_old, INTERPRETED), m, vmax if AMSGRAD else v, row.lr_weight_decay, row.eps,
         step_size, bc2_sqrt, bc2_sqrt_reciprocal, (flags & DECAY_FLAG) != 0, INTERPRETED,
@@ -115,7 +118,7 @@ def masked_adamw_kernel(
     chunk = tl.load(chunks + tl.program_id(0))
     tensor = chunk >> 40
     row = load_row(rows + tensor * TENSOR_WORDS, step_rows + tensor * STEP_WORDS, P, G, M, VEC)
-    by_age = by_age_table + tensor * age_stride * 4
+    by_age = by_age_table.to(tl.pointer_type(tl.uint64)) + tensor * age_stride * 2  # two of its four float32 at once
     if (row.flags & SKIP_FLAG) == 0:
         divisor = tl.load(grad_scale) if GRAD_SCALE else 1.0
         clip = tl.load(clip_factor) if CLIP else 1.0
