@@ -7,7 +7,9 @@
 namespace graddrop {
 
 // The number of blocks that a multiprocessor must hold. It bounds the registers to 80 per thread, or 128.
-constexpr int min_blocks(Variant variant, bool amsgrad) { return amsgrad || by_age(variant) ? 2 : 3; }
+constexpr int min_blocks(Variant variant, bool amsgrad) {
+  return amsgrad || by_age(variant) || variant == kFactor ? 2 : 3;
+}
 
 template <Variant kVariant, bool kAmsgrad, typename T>
 __global__ void __launch_bounds__(kThreads, min_blocks(kVariant, kAmsgrad))

@@ -41,18 +41,18 @@ TURNS = 2  # of a block in a chunk
 # Ceilings of instructions an element on the way of whole groups, what comes before the turns included: without amsgrad,
 # and what amsgrad adds. The largest of all dtypes on sm_80 and sm_90 by nvcc 13.0, plus 10 %. Bits: of one plane.
 INSTRUCTIONS = {
-    "plain": 55, "factor": 127, "draws": 72, "draws_frozen": 84, "buckets": 89, "buckets_by_age": 102,
+    "plain": 55, "factor": 106, "draws": 72, "draws_frozen": 84, "buckets": 89, "buckets_by_age": 102,
     "bits": 74, "bits_by_age": 83,
 }  # fmt: skip
 AMSGRAD_INSTRUCTIONS = 8
 STOCHASTIC_INSTRUCTIONS = 30  # a Philox call for four elements
-# With amsgrad or ages, or without: two or three blocks of 256 threads share 65536 registers.
+# With amsgrad, ages or Gaussian factors, or without: two or three blocks of 256 threads share 65536 registers.
 REGISTERS = {True: 128, False: 80}
 THREADS = 256
-# The norm: one launch a mask kind and gradient dtype. Eight blocks share the registers, five, and of rows of any layout
-# three.
+# The norm: one launch a mask kind and gradient dtype. Eight blocks share the registers, five, of Gaussian factors four,
+# and of rows of any layout three.
 NORM_VARIANTS = ("plain", "factor", "draws", "buckets", "bits")
-NORM_REGISTERS = dict.fromkeys(NORM_VARIANTS, 48) | {"plain": 32, "general": 80}
+NORM_REGISTERS = dict.fromkeys(NORM_VARIANTS, 48) | {"plain": 32, "factor": 64, "general": 80}
 
 
 def tool(name: str) -> str | None:
@@ -196,7 +196,8 @@ def test_nothing_spills_and_registers_are_bounded(kernels):
         assert (kernel.stack, kernel.local) == (0, 0), name
         assert not any(i.name in sass.LOCAL for i in kernel.instructions), name
     for (variant, amsgrad, types), kernel in aligned(kernels).items():
-        assert kernel.registers <= REGISTERS[amsgrad or variant.endswith("by_age")], (variant, amsgrad, types)
+        many = amsgrad or variant == "factor" or variant.endswith("by_age")
+        assert kernel.registers <= REGISTERS[many], (variant, amsgrad, types)
     for (variant, dtype), kernel in norms(kernels).items():
         assert kernel.registers <= NORM_REGISTERS[variant], (variant, dtype, kernel.registers)
 
