@@ -10,11 +10,22 @@ from .integrations.deepspeed import attach_deepspeed
 from .integrations.fsdp1 import attach_fsdp1
 from .integrations.zero_redundancy import attach_zero
 from .optimizer import FusedGradDropAdamW
-from .policies import FixedMask, GaussianGradDrop, GradDrop, GradDropEpoch, GradFreeze, LayerGradDrop
+from .policies import (
+    CycleBlocks,
+    FixedMask,
+    GaussianGradDrop,
+    GradDrop,
+    GradDropEpoch,
+    GradFreeze,
+    LayerGradDrop,
+    RandomMask,
+    SampleBlocks,
+)
 from .policies.schedules import ExponentialAnneal, LinearAnneal
 
 __version__ = "0.1.0"
 __all__ = [
+    "CycleBlocks",
     "ExponentialAnneal",
     "FixedMask",
     "FusedGradDropAdamW",
@@ -24,6 +35,8 @@ __all__ = [
     "GradFreeze",
     "LayerGradDrop",
     "LinearAnneal",
+    "RandomMask",
+    "SampleBlocks",
     "attach_deepspeed",
     "attach_fsdp1",
     "attach_zero",

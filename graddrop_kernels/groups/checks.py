@@ -32,6 +32,8 @@ def check_groups(masking: Masking, first: int = 0) -> None:
                 f"masked={group['masked']!r} does not apply to {type(policy).__name__}, which drops nothing; "
                 "leave it None"
             )
+        if policy is not None and policy.needs_blocks:
+            policy.check_blocks(masking.blocks(index))
         for param, record in zip(group["params"], masking.records(index)):
             if param.requires_grad or param.grad is not None:
                 check_param(record.name, param)

@@ -82,6 +82,12 @@ def uniform16(
     return halves[first & 1 : (first & 1) + count]
 
 
+def block_uniform64(key: int, draw: int) -> int:
+    """The 64-bit draw by which blocks are ordered: word 0 of their own stream, and word 1 above it."""
+    low, high, *_ = philox4x32_10(0, 0, draw & MASK32, DOMAIN_BLOCK, key)
+    return int(high) << 32 | int(low)
+
+
 def block_uniform16(key: int, draw: int) -> int:
     """The one 16-bit draw that decides a whole transformer block: element 0 of the block's own stream."""
     return philox4x32_10(0, 0, draw & MASK32, DOMAIN_BLOCK, key)[0] & 0xFFFF

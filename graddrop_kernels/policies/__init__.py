@@ -6,14 +6,15 @@ An extension imports from here: ``from graddrop_kernels.policies import Policy, 
 from ..masks.plan import MaskPlan
 from .blocks import GradFreeze, LayerGradDrop
 from .clock import Clock, PlanContext
-from .elements import GaussianGradDrop, GradDrop, GradDropEpoch
+from .elements import GaussianGradDrop, GradDrop, GradDropEpoch, RandomMask
 from .fixed_mask import FixedMask
 from .policy import KEEP, BlockPolicy, Policy
 from .registry import POLICIES, PolicyBook, from_json
 from .schedules import ExponentialAnneal, LinearAnneal, quantize
+from .turns import CycleBlocks, SampleBlocks
 
 __all__ = [
-    "KEEP", "POLICIES", "BlockPolicy", "Clock", "ExponentialAnneal", "FixedMask", "GaussianGradDrop", "GradDrop",
-    "GradDropEpoch", "GradFreeze", "LayerGradDrop", "LinearAnneal", "MaskPlan", "PlanContext", "Policy", "PolicyBook",
-    "from_json", "quantize",
+    "KEEP", "POLICIES", "BlockPolicy", "Clock", "CycleBlocks", "ExponentialAnneal", "FixedMask", "GaussianGradDrop",
+    "GradDrop", "GradDropEpoch", "GradFreeze", "LayerGradDrop", "LinearAnneal", "MaskPlan", "PlanContext", "Policy",
+    "PolicyBook", "RandomMask", "SampleBlocks", "from_json", "quantize",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Policies of single elements: GradDrop, GaussianGradDrop, GradDropEpoch."""
+"""Policies of single elements: GradDrop, GaussianGradDrop, RandomMask, GradDropEpoch."""
 
 import math
 from collections.abc import Hashable
@@ -82,6 +82,38 @@ class GaussianGradDrop(Policy):
     def plan(self, context: PlanContext, unit: Hashable) -> MaskPlan:
         threshold = quantize(drop_probability(self.p, context.clock.epoch))
         return MaskPlan("gaussian", scale=math.sqrt(threshold / (65536 - threshold))) if threshold else KEEP
+
+    def counts_steps(self, frozen: bool) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class RandomMask(Policy):
+    """Trains one random share of the elements, the same in every step; the others are frozen (beyond the paper). The
+    kernels draw the mask anew in each step, so nothing is stored.
+
+    Args:
+        density: share of the elements that is trained, in (0, 1). It is quantised to 2^-16.
+
+    Raises:
+        ValueError: ``density`` is missing or outside of (0, 1), or rounds to 0 or 1.
+    """
+
+    density: float = None  # type: ignore[assignment]  # left out, it is refused with a message that says what it is
+    masked = "frozen"
+    draws = "bits"
+
+    def __post_init__(self) -> None:
+        density = self.density
+        usable = isinstance(density, (int, float)) and not isinstance(density, bool) and 0 < density < 1
+        if not usable or not 0 < round(density * 65536) < 65536:
+            raise ValueError(
+                "RandomMask(density=) must be the share of elements to train, between 2^-16 = 1.53e-05 and 1 - 2^-16, "
+                f"got {density!r}; for all of them use mask=None"
+            )
+
+    def plan(self, context: PlanContext, unit: Hashable) -> MaskPlan:
+        return MaskPlan("bernoulli", context.frozen, threshold=65536 - round(self.density * 65536), draw=0)
 
     def counts_steps(self, frozen: bool) -> bool:
         return False

@@ -1,4 +1,5 @@
-"""The paper's methods, one row each. The demo, `bench`, `verify`, the benchmarks, the study and the tests read them.
+"""The paper's methods, one row each, then those beyond the paper. The demo, `bench`, `verify`, the benchmarks, the
+study and the tests read them.
 
 FixedMask cannot be a row, since it needs tensors. Readers that step it add it themselves.
 """
@@ -7,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .blocks import GradFreeze, LayerGradDrop
-from .elements import GaussianGradDrop, GradDrop, GradDropEpoch
+from .elements import GaussianGradDrop, GradDrop, GradDropEpoch, RandomMask
 from .policy import Policy
 from .schedules import LinearAnneal, Schedule
+from .turns import CycleBlocks, SampleBlocks
 
 
 @dataclass(frozen=True)
@@ -84,5 +86,13 @@ METHODS = {
     "graddrop-epoch-bitpacked": Method(
         "GradDrop-Epoch, bit-packed", "GradDropEpoch, bit-packed",
         lambda epochs, p: GradDropEpoch(epochs, storage="bitpacked"), studied=False,
+    ),
+    # Beyond the paper.
+    "random-mask": Method("Random mask", "RandomMask", lambda epochs, p: RandomMask(0.05), studied=False),
+    "sample-blocks": Method(
+        "Sampled blocks", "SampleBlocks", lambda epochs, p: SampleBlocks(k=1, every=2), studied=False, timed=False
+    ),
+    "cycle-blocks": Method(
+        "Blocks in turns", "CycleBlocks", lambda epochs, p: CycleBlocks(every=2), studied=False, timed=False
     ),
 }  # fmt: skip

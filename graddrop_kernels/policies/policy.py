@@ -8,7 +8,7 @@ block). It knows no tensors, except that FixedMask has its own. ``masked`` says 
 """
 
 import json
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -67,6 +67,9 @@ class Policy:
         p = getattr(self, "p", None)
         if callable(p):
             quantize(drop_probability(p, epoch))
+
+    def check_blocks(self, blocks: Sequence[str]) -> None:
+        """Raises ValueError if the policy cannot work with these blocks, which are all that are trained."""
 
     def after_last_epoch(self, epoch: int) -> str | None:
         """The warning to give when training goes on to this epoch, or None."""

@@ -4,9 +4,10 @@ import json
 from typing import Any
 
 from .blocks import GradFreeze, LayerGradDrop
-from .elements import GaussianGradDrop, GradDrop, GradDropEpoch
+from .elements import GaussianGradDrop, GradDrop, GradDropEpoch, RandomMask
 from .fixed_mask import FixedMask
 from .policy import _SCHEDULES, Policy
+from .turns import CycleBlocks, SampleBlocks
 
 
 class PolicyBook:
@@ -81,5 +82,9 @@ def from_json(text: str) -> Policy:
 
 
 POLICIES = {
-    cls.__name__: cls for cls in (GradDrop, GaussianGradDrop, LayerGradDrop, GradDropEpoch, GradFreeze, FixedMask)
-}
+    cls.__name__: cls
+    for cls in (
+        GradDrop, GaussianGradDrop, LayerGradDrop, GradDropEpoch, GradFreeze, FixedMask, RandomMask, SampleBlocks,
+        CycleBlocks,
+    )
+}  # fmt: skip

@@ -85,7 +85,7 @@ def test_active_fraction_is_the_share_of_the_next_mask(policy, seed):
         for group, fraction in zip(optimizer.param_groups, optimizer.active_fraction(), strict=True):
             numel = sum(param.numel() for param in group["params"])
             kept = sum(int(optimizer.mask(param).sum()) for param in group["params"])
-            random = policy.startswith(("graddrop", "epoch", "toggle")) and group["mask"] is not None
+            random = policy.startswith(("graddrop", "epoch", "toggle", "random")) and group["mask"] is not None
             assert abs(fraction - kept / numel) <= (6 * (fraction * (1 - fraction) / numel) ** 0.5 if random else 1e-12)
         random_grads(model.parameters(), torch.Generator().manual_seed(step))
         optimizer.step()

@@ -21,7 +21,7 @@ PUBLIC = {
     "ExponentialAnneal", "FixedMask", "FusedGradDropAdamW", "GaussianGradDrop", "GradDrop", "GradDropEpoch",
     "GradFreeze", "LayerGradDrop", "LinearAnneal", "attach_deepspeed", "attach_fsdp1", "attach_zero",
     "available_backends", "describe", "find_blocks", "param_groups",
-    "plot_mask", "plot_schedule",
+    "plot_mask", "plot_schedule", "CycleBlocks", "RandomMask", "SampleBlocks",
 }  # fmt: skip
 every_public_name = pytest.mark.parametrize("name", sorted(PUBLIC))
 

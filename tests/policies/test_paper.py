@@ -105,7 +105,7 @@ def words_of(policy):
     if policy is None:
         return ["None`"]
     values = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
-    changed = {name for name, value in values.items() if value != getattr(type(policy), name)}
+    changed = {name for name, value in values.items() if value != getattr(type(policy), name, None)}
     numbers = {name for name, value in values.items() if type(value) in (int, float)}
     return [f"`{type(policy).__name__}(", *(SAID[name](values[name]) for name in sorted(changed - numbers))]
 

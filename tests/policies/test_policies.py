@@ -9,6 +9,7 @@ import torch
 from toy import Encoder, bits, random_grads
 
 from graddrop_kernels import (
+    CycleBlocks,
     ExponentialAnneal,
     FixedMask,
     FusedGradDropAdamW,
@@ -18,6 +19,8 @@ from graddrop_kernels import (
     GradFreeze,
     LayerGradDrop,
     LinearAnneal,
+    RandomMask,
+    SampleBlocks,
     param_groups,
 )
 from graddrop_kernels.policies import POLICIES
@@ -209,6 +212,9 @@ def test_defaults_of_the_table():
     assert defaults(GradDropEpoch) == {"epochs": None, "toggle": False, "storage": "recompute"}
     assert defaults(GradFreeze) == {"epochs": None, "direction": "top_down", "blocks_per_epoch": None, "layers": None}
     assert defaults(FixedMask) == {"masks": empty, "scale": 1.0}
+    assert defaults(RandomMask) == {"density": None}
+    assert defaults(SampleBlocks) == {"k": empty, "every": empty, "layers": None}
+    assert defaults(CycleBlocks) == {"every": empty, "order": "forward", "layers": None}
     assert defaults(LinearAnneal) == {"epochs": empty, "start": 0.9, "end": "paper"}
     assert defaults(ExponentialAnneal) == {"start": empty, "decay": empty}
     assert set(POLICIES) == {
@@ -218,6 +224,9 @@ def test_defaults_of_the_table():
         "GradDropEpoch",
         "GradFreeze",
         "FixedMask",
+        "RandomMask",
+        "SampleBlocks",
+        "CycleBlocks",
     }
 
 

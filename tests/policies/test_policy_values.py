@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from graddrop_kernels import (
+    CycleBlocks,
     ExponentialAnneal,
     FixedMask,
     FusedGradDropAdamW,
@@ -17,6 +18,8 @@ from graddrop_kernels import (
     GradFreeze,
     LayerGradDrop,
     LinearAnneal,
+    RandomMask,
+    SampleBlocks,
 )
 from graddrop_kernels.policies import from_json
 
@@ -36,6 +39,9 @@ POLICY_VALUES = [
     GradDropEpoch(epochs=9, toggle=True, storage="bitpacked"),
     GradFreeze(epochs=6),
     GradFreeze(epochs=6, direction="bottom_up", blocks_per_epoch=2, layers="layer.*"),
+    RandomMask(0.25),
+    SampleBlocks(k=2, every=3, layers="layer.*"),
+    CycleBlocks(every=4, order="random"),
 ]
 
 

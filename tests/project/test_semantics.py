@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from graddrop_kernels import (
+    CycleBlocks,
     ExponentialAnneal,
     FixedMask,
     FusedGradDropAdamW,
@@ -23,6 +24,8 @@ from graddrop_kernels import (
     GradFreeze,
     LayerGradDrop,
     LinearAnneal,
+    RandomMask,
+    SampleBlocks,
 )
 
 pytestmark = [
@@ -238,6 +241,35 @@ def freeze(epochs, direction, per_epoch=None):
     return of_blocks(GradFreeze(epochs, direction, per_epoch, layers=PATTERN), True, keeps)
 
 
+def shuffled(seed, draw):
+    def drawn(block):
+        low, high = Stream(block, seed).words(draw, BLOCK, 2)
+        return int(low) + 2**32 * int(high), block
+
+    return sorted(BLOCKS, key=drawn)
+
+
+def sample(k, every):
+    keeps = lambda at, block: block in shuffled(at.stream.seed, len(at.past) // every)[:k]
+    return of_blocks(SampleBlocks(k, every, layers=PATTERN), True, keeps)
+
+
+def cycle(every, order):
+    def keeps(at: Moment, block: str) -> bool:
+        turn = len(at.past) // every
+        orders = {"forward": BLOCKS, "backward": BLOCKS[::-1], "random": shuffled(at.stream.seed, turn // len(BLOCKS))}
+        return block == orders[order][turn % len(BLOCKS)]
+
+    return of_blocks(CycleBlocks(every, order, layers=PATTERN), True, keeps)
+
+
+def random_mask(density):
+    def plan(at: Moment) -> Plan:
+        return Plan(at.stream.u16(0, ELEMENT, at.count) >= U64(65536 - round(65536 * density)))
+
+    return Rule(RandomMask(density), True, plan)
+
+
 def fixed(masks, scale):
     def plan(at: Moment) -> Plan:
         keep = masks.get(at.stream.name)
@@ -288,6 +320,11 @@ RULES = {
     "freeze, bottom up": lambda rng: freeze(int(rng.integers(1, 7)), "bottom_up"),
     "freeze, by number": lambda rng: freeze(4, "top_down", int(rng.integers(1, 3))),
     "fixed": lambda rng: fixed(random_masks(rng), float(rng.uniform(0.5, 2))),
+    "random mask": lambda rng: random_mask(float(rng.uniform(0.05, 0.95))),
+    "sampled blocks": lambda rng: sample(int(rng.integers(1, 6)), int(rng.integers(1, 4))),
+    "blocks in turns": lambda rng: cycle(
+        int(rng.integers(1, 3)), ["forward", "backward", "random"][rng.integers(3)]
+    ),
 }
 
 # --- the step ---------------------------------------------------------------------------------------------------------
