@@ -200,6 +200,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._in_backward.is_on:
+            self._in_backward.check_not_captured()
         params = [param for group in self.param_groups for param in group["params"]]
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
@@ -220,6 +222,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             RuntimeError: no step was captured, or the captured launches do not fit this step (other blocks are frozen,
                 for example): capture it again.
         """
+        self._skip_dropped.check_outside("advance_captured_step()")
+        self._in_backward.check_ended("advance_captured_step()")
         self._stepper.advance_captured()
 
     def step_in_backward(self) -> StepInBackward:
@@ -368,6 +372,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             check_pieces(tensor, own)
         self._masking.buffers.attach(pieces, shapes, last, has_gradients)
         self._stepper.forget()
+        self._stepper.retire_captured()
         check_groups(self._masking)
 
     def state_dict(self) -> dict[str, Any]:

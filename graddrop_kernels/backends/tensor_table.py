@@ -13,7 +13,7 @@ from .batch import Hyper, TensorBatch
 
 TABLE_VERSION = 3  # kTableVersion
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType
-LR_AT = {torch.float32: 1, torch.float64: 2}  # HyperRow.lr_at
+LR_AT = {torch.float32: 1, torch.float64: 2}  # LrAt
 # MaskKind
 MASK_KINDS = {kind: number for number, kind in enumerate(("keep", "off", "bernoulli", "gaussian", "bucket", "fixed"))}
 

@@ -315,8 +315,10 @@ class PreparedStep:
                     _readdress(part.batch)
             for part in unaddressed:
                 _give_rows(part, tensors, states)
-            for index, step in self._own_steps:
-                step.copy_(states[index]["step"])
+            if self._own_steps:  # in one launch
+                torch._foreach_copy_(
+                    [step for _, step in self._own_steps], [states[index]["step"] for index, _ in self._own_steps]
+                )
 
     def write_grads_back(self) -> None:
         """Copies the gradients that the step used as copies back into the tensors that they came from."""
