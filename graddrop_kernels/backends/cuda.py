@@ -141,8 +141,8 @@ def why_unfit(capability: tuple[int, int], architectures: list[str], built_with:
         )
     if driver < built_with:
         return (
-            f"{_LIBRARY.name} has only PTX for this GPU of compute capability {gpu}, from CUDA {_told(built_with)}, and "
-            f"the driver supports CUDA up to {_told(driver)}; update the driver, or run pip install again with "
+            f"{_LIBRARY.name} has only PTX for this GPU of compute capability {gpu}, from CUDA {_told(built_with)}, "
+            f"and the driver supports CUDA up to {_told(driver)}; update the driver, or run pip install again with "
             f"GRADDROP_CUDA_ARCHS={gpu.replace('.', '')}"
         )
     return None
