@@ -15,6 +15,7 @@ class Upload:
 
     def __init__(self, size: int, device: torch.device):
         self.device: torch.Tensor = torch.zeros(-(-size // 16) * 16, dtype=torch.uint8, device=device)
+        self._array = self.device.numpy() if self.device.device.type == "cpu" else None
         self._ring: list[tuple[torch.Tensor, Any, torch.cuda.Event]] = []
         # Nothing can be allocated while a graph is captured. It copies from this buffer in every replay.
         self._image = self._pinned()
@@ -35,8 +36,8 @@ class Upload:
         Args:
             pieces: arrays or bytes, which follow each other.
         """
-        if self.device.device.type == "cpu":
-            _fill(self.device.numpy()[begin:], pieces)
+        if self._array is not None:
+            _fill(self._array[begin:], pieces)
             return
         if not self._ring or not self._ring[0][2].query():
             buffer = self._pinned()
