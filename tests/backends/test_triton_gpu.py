@@ -214,7 +214,7 @@ def test_the_norm_is_that_of_the_reference(name, after, seed):
     assert abs(norms[0] - norms[1]) <= 2**-22 * norms[1]
 
 
-@pytest.mark.parametrize("name", ["triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_an_lr_on_the_gpu_is_never_fetched(name, seed):
     params = parameters([(1000,), (77,)], seed)
     lr = torch.tensor(1e-2, device="cuda")
