@@ -364,7 +364,8 @@ def test_a_norm_after_one_that_was_interrupted(masked, seed, monkeypatch):
     """Between two of its launches, as by Ctrl+C. The programs that had finished were counted."""
     torch.manual_seed(seed)
     layouts = [(size, RowBlock.whole(size)) for size in (5000, 70, 9000)]
-    batch = batch_of(generator_of(seed), [PLANS["bernoulli"], PLANS["buckets"], PLANS["bernoulli"]], (F32, F32), layouts)
+    plans = [PLANS["bernoulli"], PLANS["buckets"], PLANS["bernoulli"]]
+    batch = batch_of(generator_of(seed), plans, (F32, F32), layouts)
     batch.grads[1] = torch.randn(71)[1:]  # misaligned: a launch of its own
     finite(batch)
     expected, calls, call = cuda.sum_of_squares(copy_of(batch), masked), [], cuda._call

@@ -34,8 +34,8 @@ def graph(monkeypatch):
     return emulate_graphs(monkeypatch)
 
 
-def make(policy, **more):
-    model = Encoder()
+def make(policy, device="cpu", **more):
+    model = Encoder().to(device)
     mask, masked = POLICIES[policy] if isinstance(policy, str) else (policy, {})
     made = FusedGradDropAdamW(
         param_groups(model, weight_decay=0.1), mask=mask,

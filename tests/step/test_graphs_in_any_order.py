@@ -32,7 +32,7 @@ class Worlds:
     """The optimizer, its eager twin, and the graphs that have captured the optimizer's step."""
 
     def __init__(self, policy, rng, graph, options):
-        self.rng, self.graph, self.seen = rng, graph, Counter()
+        self.rng, self.graph, self.seen, self.device = rng, graph, Counter(), options.get("device", "cpu")
         (self.params, self.made), (self.others, self.eager) = (make(policy, **options) for _ in range(2))
         self.places = [torch.empty_like(param) for param in self.params]  # of the gradients of some eager steps
         self.graphs = []  # (what the optimizer keeps of it, what was recorded, its gradients)
@@ -116,7 +116,7 @@ class Worlds:
         kind = self.rng.choice(("number", "number", "float32", "float64"))
         for _, made in self.both():
             for group in made.param_groups:
-                group["lr"] = lr if kind == "number" else torch.tensor(lr, dtype=getattr(torch, kind))
+                group["lr"] = lr if kind == "number" else torch.tensor(lr, dtype=getattr(torch, kind), device=self.device)
                 group["betas"], group["weight_decay"], group["maximize"] = (beta, 0.95), decay, lr == 0.003
 
     def change_lr_in_its_tensor(self):
@@ -150,10 +150,10 @@ class Worlds:
         if len(self.params) > 12:
             return
         for params, made in self.both():
-            param = torch.nn.Parameter(torch.linspace(1, 2, 9))
+            param = torch.nn.Parameter(torch.linspace(1, 2, 9, device=self.device))
             made.add_param_group({"params": [(f"added{len(params)}", param)], "lr": 0.01})
             params.append(param)
-        self.places.append(torch.empty(9))
+        self.places.append(torch.empty(9, device=self.device))
         self.refused_or(self.made.advance_captured_step)
         self.graphs = []
 
@@ -164,10 +164,11 @@ class Worlds:
     }  # fmt: skip
 
 
-def run(policy, seed, graph) -> Counter:
+def run(policy, seed, graph, **where) -> Counter:
+    """``where``: the device and the backend."""
     rng = random.Random(seed)
     options = dict(rng.choice(({}, {"max_grad_norm": 0.7}, {"max_grad_norm": 0.7, "norm_after_mask": True})))
-    options |= {"amsgrad": rng.random() < 0.3, "masked": MASKED.get(policy)}
+    options |= where | {"amsgrad": rng.random() < 0.3, "masked": MASKED.get(policy)}
     worlds = Worlds(POLICIES[policy], rng, graph, options)
     for _, made in worlds.both():
         made.set_epoch(0)
