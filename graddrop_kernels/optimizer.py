@@ -214,13 +214,17 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         return loss
 
     def advance_captured_step(self) -> None:
-        """Prepares a replay of a CUDA graph in which ``step()`` was captured; call it before each one. Updates lr, p,
-        the epoch and the masks of blocks without waiting for the GPU, and counts the step. Element masks, step counts
-        and bias corrections advance on the GPU by themselves.
+        """Prepares a replay of a CUDA graph in which ``step()`` was captured; call it right before each one. Updates
+        lr, p, the epoch and the masks of blocks without waiting for the GPU, and counts the step. Element masks, step
+        counts and bias corrections advance on the GPU by themselves.
+
+        Steps outside of the graph may come in between. Several graphs of the same parameters may be captured, with a
+        ``step()`` outside before each capture; one call then prepares whichever is replayed.
 
         Raises:
-            RuntimeError: no step was captured, or the captured launches do not fit this step (other blocks are frozen,
-                for example): capture it again.
+            RuntimeError: no step was captured, or what was captured is not the next step (other blocks are frozen,
+                ``max_grad_norm`` is another, the optimizer was loaded or has a new group). Nothing has changed. Capture
+                it again, and replay no graph of before.
         """
         self._skip_dropped.check_outside("advance_captured_step()")
         self._in_backward.check_ended("advance_captured_step()")

@@ -116,7 +116,9 @@ class Worlds:
         kind = self.rng.choice(("number", "number", "float32", "float64"))
         for _, made in self.both():
             for group in made.param_groups:
-                group["lr"] = lr if kind == "number" else torch.tensor(lr, dtype=getattr(torch, kind), device=self.device)
+                group["lr"] = lr
+                if kind != "number":
+                    group["lr"] = torch.tensor(lr, dtype=getattr(torch, kind), device=self.device)
                 group["betas"], group["weight_decay"], group["maximize"] = (beta, 0.95), decay, lr == 0.003
 
     def change_lr_in_its_tensor(self):
