@@ -129,9 +129,10 @@ class DeviceTables:
     def _point_to_grads(self, addresses: list[int], batch: TensorBatch) -> None:
         if batch.staged:  # all else may lie elsewhere, too
             self._together = self._together_but_grads()
-        self.host["grad"] = addresses
+        grads = np.array(addresses, np.uint64)
+        self.host["grad"] = grads
         # Whether each row's tensors and layout allow whole vectors and whole Philox calls.
-        self.aligned = ((self._together | self.host["grad"]) % ALIGNMENT == 0) & self.in_eights
+        self.aligned = ((self._together | grads) & (ALIGNMENT - 1) == 0) & self.in_eights
         self._aligned_bytes = self.aligned.tobytes()
 
     def _together_but_grads(self) -> Any:

@@ -23,6 +23,7 @@ class CapturedStep:
     ) -> None:  # fmt: skip
         self._prepared = copy.copy(prepared)  # later steps choose other parts of the original
         self._tables = [part.batch.table for part in prepared.parts]
+        self.devices = {part.batch.device for part in prepared.parts}
         self._options = _options(owner)
         self._size = len(tensors)
         self._tensors = prepared.addressed_tensors(tensors, state)
@@ -40,7 +41,7 @@ class CapturedStep:
         if self._prepared.made_for != made_for or self._options != _options(owner):
             return "its groups, max_grad_norm or another option that the graph holds have changed"
         if not self._has_tensors_of(owner, params):
-            return "its parameters or their state lie elsewhere now"
+            return "its parameters or their state are no longer those of the capture"
         self._planned = [
             [masking.hyper(index, unit, clocks[index]) for index, unit in part.plans_of]
             for part in self._prepared.parts

@@ -190,6 +190,11 @@ class Stepper:
                 "advance_captured_step() needs a step() that was captured in a CUDA graph"
                 + (", and since then the optimizer was loaded or changed: capture it again" if self._replaced else "")
             )
+        if any(capture.capturing(device) for each in self.captured for device in each.devices):
+            raise RuntimeError(
+                "advance_captured_step() inside of a capture: its numbers would be those of one step in every replay; "
+                "call it outside of the graph, right before each replay"
+            )
         self.check()
         self.settle(only_if_needed=True)
         clocks, made_for = self.masking.clocks(), prepared_for(self.owner, self.masking)

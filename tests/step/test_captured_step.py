@@ -275,6 +275,13 @@ def test_parameters_outside_of_the_graph_are_not_stepped_in_its_capture(graph, s
     refuse_capture(graph, made.step, "parameters on cuda:1 would be stepped outside of it", made, params)
 
 
+def test_the_planning_of_a_replay_is_not_captured(graph, seed):
+    params, made, _ = captured(graph, "graddrop", seed)
+    with refused(RuntimeError, "inside of a capture.*call it outside of the graph", optimizer=made, params=params):
+        graph.capture(made.advance_captured_step)
+    assert graph.recorded == []
+
+
 def test_without_a_captured_step(graph):
     _, made = make("graddrop")
     with pytest.raises(RuntimeError, match=r"needs a step\(\) that was captured in a CUDA graph$"):
