@@ -92,7 +92,8 @@ def hyper_table(hypers: list[Hyper], lr_on: torch.device | None = None) -> Any:
         table.age_arrays.append(ages)
         lr, lr_at = hyper.lr, 0
         if isinstance(lr, torch.Tensor) and lr.device == lr_on and lr.dtype in LR_AT:
-            lr, lr_at = _as_double(lr.data_ptr()), LR_AT[lr.dtype]
+            lr_at = LR_AT[lr.dtype]
+            lr = _as_double(lr.data_ptr())
         _PACKED.pack_into(
             table, index * _PACKED.size,
             lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay, plan.scale, plan.age_rate, plan.global_step,
