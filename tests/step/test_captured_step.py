@@ -110,6 +110,55 @@ def test_replays_are_steps(policy, more, graph, seed):
         assert_alike(params, made, others, eager, i)
 
 
+def other_memory(clipped):
+    """(parameters, optimizer) of a transposed parameter, a flat buffer of two pieces (without clipping), a strided one
+    with a strided gradient, and a master: the step works on copies, on spans, and rounds.
+    """
+    generator = torch.Generator().manual_seed(1)
+    drawn = lambda *shape: torch.rand(shape, generator=generator) + 0.5
+    flat = torch.nn.Parameter(drawn(40))
+    params = [
+        torch.nn.Parameter(drawn(6, 5).t()), flat, torch.nn.Parameter(drawn(4, 6)[:, ::2]),
+        torch.nn.Parameter(drawn(9).bfloat16()),
+    ]  # fmt: skip
+    made = FusedGradDropAdamW(
+        [(f"w{i}", param) for i, param in enumerate(params)], mask=GradDrop(0.4), lr=0.02, seed=3, backend="cuda",
+        max_grad_norm=1.0 if clipped else None, norm_after_mask=True, master_weights=True,
+    )  # fmt: skip
+    if not clipped:
+        made.attach_pieces({flat: [("a", 0, 0, 15), ("b", 15, 7, 20)]})
+    return params, made
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_replays_of_copies_and_spans(clipped, graph, seed):
+    (params, made), (others, eager) = other_memory(clipped), other_memory(clipped)
+    generator = torch.Generator().manual_seed(seed)
+
+    def gradients():
+        for other in others:
+            other.grad = torch.randn(other.shape, generator=generator).to(other.dtype)
+        others[2].grad = torch.randn(4, 6, generator=generator)[:, ::2]
+
+    def take_gradients():
+        for param, other in zip(params, others):
+            param.grad = other.grad.as_strided(other.grad.shape, other.grad.stride()).clone()
+        params[2].grad = torch.zeros(4, 6)[:, ::2].copy_(others[2].grad)
+
+    for i in range(7):
+        gradients()
+        if i in (2, 4):
+            static = [param.grad for param in params]
+            graph.capture(made.step)
+        if i in (3, 5, 6):
+            replay_beside(eager.step, params, made, static, others, graph)
+        else:
+            take_gradients()
+            made.step()
+            eager.step()
+        assert_alike(params, made, others, eager, i)
+
+
 def test_a_step_after_the_capture_and_before_any_replay(graph, seed):
     """With the gradients of the graph, whose addresses no replay has brought to the device yet."""
     params, made, static = captured(graph, "graddrop", seed)

@@ -35,6 +35,7 @@ class Graph:
             self.capturing = False
         return self.recorded
 
+    @torch.no_grad()
     def replay(self, recorded=None):
         for action in self.recorded if recorded is None else recorded:
             action()
