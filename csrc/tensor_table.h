@@ -11,6 +11,8 @@ constexpr int32_t kTableVersion = 3;
 
 enum DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
+enum LrAt : int32_t { kLrHere, kLrInFloat, kLrInDouble };  // lr is the rate, or the device address of a number
+
 struct TensorRow {
   void* param;
   const void* grad;  // of param's dtype, or with master weights of the copy's
@@ -41,7 +43,7 @@ struct HyperRow {
   int32_t num_planes;  // -1: recompute buckets
   int32_t amsgrad;
   int32_t maximize;
-  int32_t lr_at;  // Triton: with 1 or 2, lr holds the device address of a float or double. Elsewhere 0
+  int32_t lr_at;  // LrAt; on a CPU kLrHere
 };
 
 static_assert(sizeof(TensorRow) == 112 && sizeof(HyperRow) == 128, "tensor_table.py has the same sizes");

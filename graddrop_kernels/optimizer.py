@@ -201,6 +201,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._in_backward.is_on:
+            self._in_backward.check_not_captured()
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         with torch.set_grad_enabled(self.defaults["differentiable"]):
@@ -213,14 +215,20 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         return loss
 
     def advance_captured_step(self) -> None:
-        """Prepares a replay of a CUDA graph in which ``step()`` was captured; call it before each one. Updates lr, p,
-        the epoch and the masks of blocks without waiting for the GPU, and counts the step. Element masks, step counts
-        and bias corrections advance on the GPU by themselves.
+        """Prepares a replay of a CUDA graph in which ``step()`` was captured; call it right before each one. Updates
+        lr, p, the epoch and the masks of blocks without waiting for the GPU, and counts the step. Element masks, step
+        counts and bias corrections advance on the GPU by themselves.
+
+        Steps outside of the graph may come in between. Several graphs of the same parameters may be captured, with a
+        ``step()`` outside before each capture; one call then prepares whichever is replayed.
 
         Raises:
-            RuntimeError: no step was captured, or the captured launches do not fit this step (other blocks are frozen,
-                for example): capture it again.
+            RuntimeError: no step was captured, or what was captured is not the next step (other blocks are frozen,
+                ``max_grad_norm`` is another, the optimizer was loaded or has a new group). Nothing has changed. Capture
+                it again, and replay no graph of before.
         """
+        self._skip_dropped.check_outside("advance_captured_step()")
+        self._in_backward.check_ended("advance_captured_step()")
         self._stepper.advance_captured()
 
     def step_in_backward(self) -> StepInBackward:
@@ -369,6 +377,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             check_pieces(tensor, own)
         self._masking.buffers.attach(pieces, shapes, last, has_gradients)
         self._stepper.forget()
+        self._stepper.retire_captured()
         check_groups(self._masking)
 
     def state_dict(self) -> dict[str, Any]:

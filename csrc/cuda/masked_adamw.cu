@@ -110,6 +110,14 @@ GRADDROP_EXPORT int32_t graddrop_cuda_table_version() { return kTableVersion; }
 #define GRADDROP_TEXT_OF(macro) GRADDROP_TEXT(macro)
 GRADDROP_EXPORT const char* graddrop_cuda_architectures() { return GRADDROP_TEXT_OF(GRADDROP_CUDA_ARCHITECTURES); }
 
+// CUDA's versions, 1000 * major + 10 * minor: that which the library was built with, and the newest that the driver
+// supports, 0 without a driver.
+GRADDROP_EXPORT int32_t graddrop_cuda_runtime_version() { return CUDART_VERSION; }
+GRADDROP_EXPORT int32_t graddrop_cuda_driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
 GRADDROP_EXPORT const char* graddrop_cuda_error(int32_t error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }

@@ -2,12 +2,21 @@
 // host. Computes the same as prepare() and step_scalars() of csrc/cpu/masked_adamw.cpp.
 #pragma once
 #include <cmath>
+#include <cstring>
 
 #include "../adamw.h"
 #include "../mask.h"
 #include "../tensor_table.h"
 
 namespace graddrop {
+
+// The learning rate: a number, or that of a tensor on the device, which may change without the host's knowledge.
+GRADDROP_FN float lr_of(const HyperRow& hyper) {
+  if (hyper.lr_at == kLrHere) return static_cast<float>(hyper.lr);
+  const void* at;
+  std::memcpy(&at, &hyper.lr, sizeof at);
+  return hyper.lr_at == kLrInFloat ? *static_cast<const float*>(at) : static_cast<float>(*static_cast<const double*>(at));
+}
 
 // The scalars that depend on the age. float64 from the float32-rounded betas, rounded once.
 // 1 - pow() and not -expm1(age * log(beta)), which is more accurate, because the CPU backend and the reference have it,
@@ -21,7 +30,7 @@ GRADDROP_FN AgeScalars age_scalars(const HyperRow& hyper, double age) {
   const double beta1 = static_cast<float>(hyper.beta1), beta2 = static_cast<float>(hyper.beta2);
   const float bias_correction1 = static_cast<float>(1.0 - ::pow(beta1, age));
   const float bias_correction2_sqrt = static_cast<float>(::sqrt(1.0 - ::pow(beta2, age)));
-  return {div(static_cast<float>(hyper.lr), bias_correction1), bias_correction2_sqrt, div(1.0f, bias_correction2_sqrt)};
+  return {div(lr_of(hyper), bias_correction1), bias_correction2_sqrt, div(1.0f, bias_correction2_sqrt)};
 }
 
 GRADDROP_FN bool moves(const HyperRow& hyper, const float* found_inf) {
@@ -31,7 +40,7 @@ GRADDROP_FN bool moves(const HyperRow& hyper, const float* found_inf) {
 GRADDROP_FN StepRow step_row_of(const HyperRow& hyper, int64_t completed_steps, bool moves, int64_t age_stride) {
   const bool off = hyper.kind == kOff;
   StepRow step = {};
-  step.lr_weight_decay = static_cast<float>(hyper.lr) * static_cast<float>(hyper.weight_decay);
+  step.lr_weight_decay = lr_of(hyper) * static_cast<float>(hyper.weight_decay);
   step.beta1 = static_cast<float>(hyper.beta1);
   step.beta2 = static_cast<float>(hyper.beta2);
   step.eps = static_cast<float>(hyper.eps);

@@ -50,6 +50,7 @@ class Backend:
         bucket_planes: makes bit-planes for ``bucket_planes`` below; None if it makes none.
         by_address: whether it takes addresses, so that tensors must be contiguous or dense in a MemoryOrder. Else it
             takes any strides, and orders mean nothing to it.
+        capturable: whether a CUDA graph can hold its step, whose tables are then DeviceTables.
         draws_in_order: whether it can draw masks for a MemoryOrder that is a transposition. Stored masks and dropped
             blocks work in any.
     """
@@ -65,6 +66,7 @@ class Backend:
     keep_mask: KeepMask | None = None
     bucket_planes: BucketPlanes | None = None
     by_address: bool = True
+    capturable: bool = False
     draws_in_order: bool = False
 
     def misfit(self, device: torch.device, param_dtype: torch.dtype, moment_dtype: torch.dtype) -> str | None:
@@ -100,12 +102,12 @@ BACKENDS = (
     Backend(
         "triton", "Triton, one launch for any number of tensors",
         triton.DEVICES, _FUSED_DTYPES, True, triton.unavailable, triton.masked_adamw_,
-        triton.sum_of_squares, triton.keep_mask, triton.bucket_planes,
+        triton.sum_of_squares, triton.keep_mask, triton.bucket_planes, capturable=True,
     ),
     Backend(
         "cuda", "C++ for CUDA, the same headers as the CPU kernels",
         ("cuda",), _FUSED_DTYPES, True, cuda.unavailable, cuda.masked_adamw_, cuda.sum_of_squares,
-        cuda.keep_mask, cuda.bucket_planes,
+        cuda.keep_mask, cuda.bucket_planes, capturable=True,
     ),
     Backend(
         "reference", "plain PyTorch, slow; defines the meaning",

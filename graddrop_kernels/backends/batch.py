@@ -87,14 +87,6 @@ class TensorBatch:
         for tensor, copy in self.staged:
             tensor.copy_(copy)
 
-    def refresh_captured(self, hypers: list[Hyper]) -> None:
-        """Brings the hyper-parameters up to date for the next replay of a step that a CUDA graph has captured.
-
-        Raises RuntimeError when the captured launches cannot carry them out.
-        """
-        self.hypers = hypers
-        self.table.refresh_captured(hypers)
-
     def release(self) -> None:
         """Drops the references to the tensors. The ``table`` of a backend stays."""
         self.params, self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs = [], [], [], []

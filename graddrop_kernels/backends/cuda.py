@@ -9,6 +9,7 @@ import ctypes
 from ctypes import c_char_p, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -72,6 +73,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         for name, arguments in _FUNCTIONS.items():
             for form in (f"graddrop_cuda_{name}", f"graddrop_cuda_emulate_{name}"):
                 getattr(library, form).argtypes = [*arguments, c_void_p]
+        library.graddrop_cuda_runtime_version.argtypes = library.graddrop_cuda_driver_version.argtypes = []
         library.graddrop_cuda_error.restype = library.graddrop_cuda_architectures.restype = c_char_p
     except (OSError, AttributeError) as error:
         return None, f"{_LIBRARY.name} cannot be used: {error}; run pip install again"
@@ -84,7 +86,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def unavailable() -> str | None:
-    """None when the kernels can run, else the reason and the remedy."""
+    """None when the kernels can run on one of the GPUs here, else the reason and the remedy."""
     reason = _load()[1]
     if reason:
         return reason
@@ -92,7 +94,73 @@ def unavailable() -> str | None:
         return "this torch was built without CUDA; install one with CUDA from pytorch.org"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device; check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES"
+    return _unfit()
+
+
+@lru_cache(maxsize=1)
+def _unfit() -> str | None:
+    reasons = list(map(misfit, range(torch.cuda.device_count())))
+    return None if None in reasons else reasons[0]
+
+
+def misfit(index: int) -> str | None:
+    """None when the library has code that this GPU and the driver can run, else the reason and the remedy. The library
+    must be there.
+    """
+    facts: Any = torch.cuda  # untyped
+    return why_unfit(facts.get_device_capability(index), architectures(), *versions())
+
+
+def versions() -> tuple[int, int]:
+    """CUDA's versions as 1000 * major + 10 * minor: (the library was built with, the driver supports). The library must
+    be there.
+    """
+    library: Any = _load()[0]
+    return library.graddrop_cuda_runtime_version(), library.graddrop_cuda_driver_version()
+
+
+def why_unfit(capability: tuple[int, int], architectures: list[str], built_with: int, driver: int) -> str | None:
+    """The reason why a library for these architectures does not run on a GPU of this compute capability, or None.
+
+    Machine code runs on the same major capability, from its minor one on, under any driver of the same major version
+    of CUDA. PTX runs on every newer GPU, if the driver is as new as the compiler that wrote it.
+    """
+    if driver // 1000 < built_with // 1000:
+        return (
+            f"the driver supports CUDA up to {_told(driver)}, and {_LIBRARY.name} was built with {_told(built_with)}; "
+            "update the driver, or run pip install again with an older CUDA toolkit"
+        )
+    fitting = [code for code in architectures if _is_for(code, capability)]
+    if any(code.startswith("sm_") for code in fitting):
+        return None
+    gpu = ".".join(map(str, capability))
+    if not fitting:
+        return (
+            f"{_LIBRARY.name} is for {', '.join(architectures)}, and this GPU has compute capability {gpu}; run pip "
+            f"install again with GRADDROP_CUDA_ARCHS={gpu.replace('.', '')}"
+        )
+    if driver < built_with:
+        return (
+            f"{_LIBRARY.name} has only PTX for this GPU of compute capability {gpu}, from CUDA {_told(built_with)}, "
+            f"and the driver supports CUDA up to {_told(driver)}; update the driver, or run pip install again with "
+            f"GRADDROP_CUDA_ARCHS={gpu.replace('.', '')}"
+        )
     return None
+
+
+def _told(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _is_for(code: str, capability: tuple[int, int]) -> bool:
+    """Whether code for "sm_90", "compute_90", "sm_90a" or the like can run on a GPU of this compute capability."""
+    kind, _, number = code.partition("_")
+    major, minor = divmod(int(number.rstrip("af")), 10)
+    if number.endswith("a"):
+        return (major, minor) == capability
+    if kind == "sm" or number.endswith("f"):
+        return major == capability[0] and minor <= capability[1]
+    return (major, minor) <= capability
 
 
 def architectures() -> list[str]:
@@ -127,7 +195,7 @@ def masked_adamw_(batch: TensorBatch) -> None:
     """Makes one masked AdamW step on the batch, in place. One launch computes the scalars. Then there is one launch per
     mask kind and alignment.
     """
-    tables = _tables_of(batch)
+    tables = DeviceTables.of(batch)
     _prologue(tables, tables.age_stride, batch.found_inf, advance=True)
     for launch in tables.launches:
         spec = _launch_spec(batch, tables, launch)
@@ -141,30 +209,21 @@ def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
     dropped ones count as 0 and kept ones are multiplied by their scale. The step counts do not change. The same
     gradients give the same bits.
     """
-    tables = _tables_of(batch, for_norm=True)
+    tables = DeviceTables.of(batch, for_norm=True)
     launches = tables.launches if masked else tables.launches_of_all()
     total, first = sum(launch.chunks.numel() for launch in launches), 0
     out = (torch.empty if total else torch.zeros)((), dtype=torch.float64, device=batch.device)
-    sums, arrived = tables.places(total)
-    if masked:
-        _prologue(tables, 0, None, advance=False)
-    for launch in launches:
-        spec = _launch_spec(batch, tables, launch)
-        _call(
-            "sum_of_squares", batch.device, ctypes.addressof(spec), masked,
-            sums.data_ptr(), arrived.data_ptr(), out.data_ptr(), first, total,
-        )  # fmt: skip
-        first += spec.num_chunks
+    with tables.places(total) as (sums, arrived):
+        if masked:
+            _prologue(tables, 0, None, advance=False)
+        for launch in launches:
+            spec = _launch_spec(batch, tables, launch)
+            _call(
+                "sum_of_squares", batch.device, ctypes.addressof(spec), masked,
+                sums.data_ptr(), arrived.data_ptr(), out.data_ptr(), first, total,
+            )  # fmt: skip
+            first += spec.num_chunks
     return out
-
-
-def _tables_of(batch: TensorBatch, for_norm: bool = False) -> DeviceTables:
-    """The batch's tables, up to date."""
-    if batch.table is None:
-        batch.table = DeviceTables(batch)
-    batch.table.refresh(batch, for_norm)
-    tables: DeviceTables = batch.table
-    return tables
 
 
 def _prologue(tables: DeviceTables, age_stride: int, found_inf: torch.Tensor | None, advance: bool) -> None:

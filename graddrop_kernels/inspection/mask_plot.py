@@ -107,7 +107,7 @@ def _keep(masking: Masking, index: int, position: int, layout: RowBlock, numel: 
     if plan.kind == "fixed":
         words = _fixed_words(masking, index, record.name)
         runs = [_bits(words, first, count) for _, first, count in layout.runs(numel)]
-        return torch.cat(runs) if runs else torch.empty(0, dtype=torch.bool)
+        return torch.cat(runs) if runs else torch.empty(0, dtype=torch.bool, device=words.device)
     completed_steps = masking.step_of(param)
     return backends.keep_mask(plan, record.key, completed_steps, layout, numel, None, param.device)
 

@@ -4,10 +4,16 @@ from typing import Any
 
 import torch
 
+from ..backends import capture
 from ..tensors.local import local_grads, local_tensors, several_processes
 from .prepare import prepare, prepared_for
 from .prepared import PreparedStep
 from .stepper import Stepper
+
+_CAPTURED = (
+    "a CUDA graph is being captured, and steps in the backward pass plan and count on the host, which replays do not "
+    "run: remove() the handle of step_in_backward() before the capture, and capture optimizer.step()"
+)
 
 
 class StepInBackward:
@@ -48,9 +54,10 @@ class StepInBackward:
 
     def start(self) -> "StepInBackward":
         """Begins with the next backward pass."""
-        if self._hooks is not None:
+        if self.is_on:
             raise RuntimeError("step_in_backward() is on already; remove() the handle of the first call before another")
         self._check()
+        self.check_not_captured()
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._step_one)
             for group in self._stepper.owner.param_groups
@@ -58,6 +65,10 @@ class StepInBackward:
             if param.requires_grad
         ]
         return self
+
+    @property
+    def is_on(self) -> bool:
+        return self._hooks is not None
 
     @property
     def under_way(self) -> bool:
@@ -71,6 +82,13 @@ class StepInBackward:
                 f"{what} between backward() and optimizer.step(): with step_in_backward() some parameters have made "
                 "this step already and others have not; call optimizer.step() first"
             )
+
+    def check_not_captured(self) -> None:
+        """Raises RuntimeError inside of the capture of a CUDA graph, whose replays would run no hook and count nothing.
+        """
+        params = (param for group in self._stepper.owner.param_groups for param in group["params"])
+        if any(map(capture.capturing, {param.device for param in params})):
+            raise RuntimeError(_CAPTURED)
 
     def remove(self) -> None:
         """Goes back to normal steps. ``optimizer.step()`` must have ended a step that was under way."""
@@ -115,6 +133,8 @@ class StepInBackward:
                 "a second gradient for a parameter that has been stepped already: with step_in_backward() call "
                 "optimizer.step() after every backward(); gradients cannot be accumulated, they are gone"
             )
+        if capture.capturing(param.device):
+            raise RuntimeError(_CAPTURED)
         owner, masking, prepared = stepper.owner, stepper.masking, self._prepared.get(id(param))
         if not self.under_way:  # what takes time per group, once per step
             self._check()

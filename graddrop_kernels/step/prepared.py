@@ -204,9 +204,14 @@ class PreparedStep:
         self._wholes = self._sort(list(members.values()))
         self.parts: list[Part] = []
         self._own_steps: list[tuple[int, torch.Tensor]] = []
-        self.there: list[int] | None = None
+        self.there: list[int] = []
         known = self._choose(there, params)
         assert known, "every parameter with a gradient is a member"
+
+    @property
+    def state_size(self) -> int:
+        """The number of parameters that have a state."""
+        return len(self._place_of)
 
     def _choose(self, there: list[int], params: list[torch.Tensor]) -> bool:
         """Takes the rows of the parameters that have gradients. Returns False if one of them is no member."""
@@ -260,7 +265,7 @@ class PreparedStep:
         if not again and not self._choose(there, params):
             return False
         keys, states = list(state), list(state.values())
-        if len(keys) != len(self._place_of):
+        if len(keys) != self.state_size:
             return False
         keys, states = self._picked(keys), self._picked(states)
         if len(keys) != len(params) or not all(map(is_, keys, params)):
@@ -310,8 +315,10 @@ class PreparedStep:
                     _readdress(part.batch)
             for part in unaddressed:
                 _give_rows(part, tensors, states)
-            for index, step in self._own_steps:
-                step.copy_(states[index]["step"])
+            if self._own_steps:  # in one launch
+                torch._foreach_copy_(
+                    [step for _, step in self._own_steps], [states[index]["step"] for index, _ in self._own_steps]
+                )
 
     def write_grads_back(self) -> None:
         """Copies the gradients that the step used as copies back into the tensors that they came from."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..backends.capture import capturing
+from ..backends import capture
 from ..tensors.local import several_processes
 from .stepper import Stepper
 
@@ -123,7 +123,7 @@ class SkipDropped:
                 "differentiable=False"
             )
         devices = {param.device for param in self._everything()}
-        if self._stepper.captured is not None or any(map(capturing, devices)):
+        if self._stepper.captured or any(map(capture.capturing, devices)):
             raise RuntimeError(
                 "a CUDA graph repeats the backward pass that it captured, and each step drops other blocks: "
                 "skip_dropped() works with steps that are not captured only"

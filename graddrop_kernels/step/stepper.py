@@ -2,18 +2,20 @@
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from itertools import compress
+from typing import Any, cast
 
 import torch
 from torch.autograd.graph import increment_version
 
-from ..backends.capture import capturing
+from ..backends import capture
 from ..groups.checks import check_written_grads
 from ..groups.masking import Masking
 from ..groups.options import check_clipping, check_options
 from ..groups.owner import Owner
 from ..policies import Clock, Policy
 from ..tensors.local import local_grads, local_tensors
+from .captured import CapturedStep, check_capture
 from .clip import clip_
 from .prepare import prepare, prepared_for
 from .prepared import PreparedStep, picker
@@ -31,8 +33,9 @@ class Stepper:
         self.warn = WarnOnce()
         self.streams = Streams()
         self.prepared: PreparedStep | None = None
-        self.captured: PreparedStep | None = None  # by a CUDA graph, which holds the addresses of these:
-        self._captured_tensors: list[torch.Tensor] = []
+        self.captured: list[CapturedStep] = []  # by CUDA graphs that can still be replayed
+        self._replaced: list[CapturedStep] = []  # by others, whose tables are kept as nobody knows when a graph is gone
+        self._replayed_norm: torch.Tensor | None = None  # of the last replay of any of them
         self.voided: dict[int, torch.Tensor] = {}  # per group index, the number of steps that a GradScaler made no-ops
 
     @property
@@ -60,37 +63,41 @@ class Stepper:
         self.check()
         self.settle(only_if_needed=True)
         there = [position for position, grad in enumerate(grads) if grad is not None]
-        given: list[Any] = grads
+        keys, given = params, cast(list[torch.Tensor], grads)
         if len(there) < len(grads):
             pick = picker(there)
-            params, given = pick(params), pick(grads)
-        given = local_grads(params, given)
+            keys, given = pick(params), pick(grads)
+        given = local_grads(keys, given)
         if grad_scale is not None:
-            check_written_grads(self.masking, params, given)
+            check_written_grads(self.masking, keys, given)
         # Prepare: batches of rows, good for the next step too as long as no tensor moves.
         prepared, made_for = self.prepared, prepared_for(self.owner, self.masking)
-        tensors = local_tensors(params)
+        tensors = local_tensors(keys)
+        holds = prepared is not None and prepared.holds(there, keys, tensors, given, self.owner.state, made_for)
+        in_graph = self._check_capture(prepared if holds else None, tensors, grad_scale, found_inf)
         if prepared is None or prepared.made_for != made_for:
             self.streams.hold(self.masking.drawn_streams())
-        if prepared is None or not prepared.holds(there, params, tensors, given, self.owner.state, made_for):
+        if not holds:
             prepared = self.prepared = prepare(
-                self.owner, self.masking, self.warn, there, params, given, fresh, made_for, prepared
+                self.owner, self.masking, self.warn, there, keys, given, fresh, made_for, prepared
             )
-            if prepared is None:
-                return  # the call only asked for the state
+        if prepared is None:
+            return  # the call only asked for the state
         grad_scale, found_inf = _as_float32(grad_scale), _as_float32(found_inf)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf != 0:
             return
         # Plan, clip, update.
-        clocks = self.masking.clocks()
-        self.run(prepared, tensors, given, self.owner.state, clocks, grad_scale, found_inf)
-        if any(capturing(part.batch.device) for part in prepared.parts):
-            self.captured, self._captured_tensors = prepared, prepared.addressed_tensors(tensors, self.owner.state)
-            return  # a capture runs nothing
+        clocks, last_norm = self.masking.clocks(), self.owner.grad_norm
+        try:
+            self.run(prepared, tensors, given, self.owner.state, clocks, grad_scale, found_inf)
+            if in_graph:
+                self._keep(CapturedStep(self.owner, prepared, tensors, self.owner.state), params, made_for, clocks)
+                return  # a capture runs nothing
+        finally:
+            if in_graph:
+                self.owner.grad_norm = last_norm
         # Count.
-        self.warn(self.streams.warning_of_step())
-        elsewhere = set(filter(self.masking.buffers.has_gradients, self.masking.indices()))
-        self.count(prepared.group_indices | stepped() | elsewhere, clocks, found_inf)
+        self._count(prepared.group_indices | stepped(), clocks, found_inf)
 
     def run(
         self, prepared: PreparedStep, tensors: list[torch.Tensor], grads: list[torch.Tensor],
@@ -123,9 +130,11 @@ class Stepper:
         finally:
             prepared.release()
 
-    def count(self, indices: set[int], clocks: list[Clock], found_inf: torch.Tensor | None) -> None:
-        """Counts the step that these groups have made."""
-        for index in indices:
+    def _count(self, indices: set[int], clocks: list[Clock], found_inf: torch.Tensor | None) -> None:
+        """Counts the step that these groups have made, and those with gradients in other processes."""
+        self.warn(self.streams.warning_of_step())
+        elsewhere = set(filter(self.masking.buffers.has_gradients, self.masking.indices()))
+        for index in indices | elsewhere:
             group, clock = self.owner.param_groups[index], clocks[index]
             if not self.masking.buffers.completes_step(group):
                 continue
@@ -149,16 +158,66 @@ class Stepper:
             self.owner.param_groups[index]["completed_steps"] -= int(voided)
         self.voided.clear()
 
+    def _check_capture(
+        self, prepared: PreparedStep | None, tensors: list[torch.Tensor], grad_scale: object, found_inf: object
+    ) -> bool:
+        """Whether the step is being captured. Raises RuntimeError if it cannot be. ``prepared``: None if it is no good.
+        """
+        if prepared is not None:
+            devices = {part.batch.device for part in prepared.parts}
+        else:
+            devices = {tensor.device for tensor in tensors}
+        in_graph = any(map(capture.capturing, devices))
+        if in_graph:
+            check_capture(prepared, devices, with_scaler=grad_scale is not None or found_inf is not None)
+        return in_graph
+
+    def _keep(self, new: CapturedStep, params: list[torch.Tensor], made_for: object, clocks: list[Clock]) -> None:
+        """Keeps a step that was captured beside those that still are the same step, for example on other gradients."""
+        for each in self._replaced:
+            each.release()
+        still = [
+            each.group_indices == new.group_indices
+            and each.plan(self.owner, self.masking, params, made_for, clocks) is None
+            for each in self.captured
+        ]
+        self._replaced += [each for each, good in zip(self.captured, still) if not good]
+        self.captured = [*compress(self.captured, still), new]
+        norm = self.owner.grad_norm
+        if norm is None or self.owner.max_grad_norm is None:
+            return
+        if self._replayed_norm is None or len(self.captured) == 1:
+            self._replayed_norm = norm
+        else:
+            self._replayed_norm.copy_(norm)  # in the graph
+
     def advance_captured(self) -> None:
         """See FusedGradDropAdamW.advance_captured_step()."""
-        if self.captured is None:
-            raise RuntimeError("advance_captured_step() needs a step() that was captured in a CUDA graph")
+        if not self.captured:
+            raise RuntimeError(
+                "advance_captured_step() needs a step() that was captured in a CUDA graph"
+                + (", and since then the optimizer was loaded or changed: capture it again" if self._replaced else "")
+            )
+        if any(capture.capturing(device) for each in self.captured for device in each.devices):
+            raise RuntimeError(
+                "advance_captured_step() inside of a capture: its numbers would be those of one step in every replay; "
+                "call it outside of the graph, right before each replay"
+            )
         self.check()
-        clocks = self.masking.clocks()
-        for part in self.captured.parts:
-            hypers = [self.masking.hyper(index, unit, clocks[index]) for index, unit in part.plans_of]
-            part.batch.refresh_captured(hypers)
-        self.count(self.captured.group_indices, clocks, None)
+        self.settle(only_if_needed=True)
+        clocks, made_for = self.masking.clocks(), prepared_for(self.owner, self.masking)
+        params = [param for group in self.owner.param_groups for param in group["params"]]
+        for each in self.captured:
+            if reason := each.plan(self.owner, self.masking, params, made_for, clocks):
+                raise RuntimeError(
+                    f"the step that was captured cannot carry out this one: {reason}; capture it again, after one "
+                    "step() outside of the graph"
+                )
+        for each in self.captured:
+            each.refresh()
+        if self.owner.max_grad_norm is not None:
+            self.owner.grad_norm = self._replayed_norm
+        self._count(self.captured[-1].group_indices, clocks, None)
 
     def check(self) -> None:
         """Raises ValueError for options that no step could use."""
@@ -182,6 +241,11 @@ class Stepper:
         """Drops what belonged to the groups' earlier values. Call it when a checkpoint has been loaded into them."""
         self.forget()
         self.voided.clear()
+        self.retire_captured()
+
+    def retire_captured(self) -> None:
+        """Lets no graph be replayed any more. What they hold stays until another is captured."""
+        self._replaced, self.captured = self._replaced + self.captured, []
 
 
 def _as_float32(scalar: torch.Tensor | float | None) -> torch.Tensor | None:

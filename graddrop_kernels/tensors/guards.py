@@ -13,7 +13,7 @@ try:
     from torch._C._dynamo.guards import TensorGuards
 
     guards_of: Any = partial(TensorGuards, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-    guards_of(torch.empty(0)).check(torch.empty(0))
+    guards_of(torch.empty(0, device="cpu")).check(torch.empty(0, device="cpu"))
 except (ImportError, TypeError, AttributeError):
     guards_of = None
 

@@ -359,6 +359,46 @@ def test_no_elements_have_a_sum_of_squares_of_0(seed):
         assert cuda.sum_of_squares(batch, True) == 0
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["as they are", "masked"])
+def test_a_norm_after_one_that_was_interrupted(masked, seed, monkeypatch):
+    """Between two of its launches, as by Ctrl+C. The programs that had finished were counted."""
+    torch.manual_seed(seed)
+    layouts = [(size, RowBlock.whole(size)) for size in (5000, 70, 9000)]
+    plans = [PLANS["bernoulli"], PLANS["buckets"], PLANS["bernoulli"]]
+    batch = batch_of(generator_of(seed), plans, (F32, F32), layouts)
+    batch.grads[1] = torch.randn(71)[1:]  # misaligned: a launch of its own
+    finite(batch)
+    expected, calls, call = cuda.sum_of_squares(copy_of(batch), masked), [], cuda._call
+
+    def interrupted(name, *arguments):
+        calls.append(name)
+        if calls.count("sum_of_squares") == 2:
+            raise KeyboardInterrupt
+        call(name, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cuda, "_call", interrupted)
+        cuda.sum_of_squares(batch, masked)
+    batch.version += 1
+    assert_same_bits(cuda.sum_of_squares(batch, masked), expected, "the next norm")
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.float64, BF16], ids=str)
+def test_lr_in_a_tensor_on_the_device(dtype, seed):
+    """Read at every step anew, for tensors with ages and without; another dtype is taken by its value."""
+    require("cpu")
+    layouts = [(size, RowBlock.whole(size)) for size in (500, 5000)]
+    batch = batch_of(generator_of(seed), [PLANS["ages"], PLANS["bernoulli"]], (F32, F32), layouts)
+    expected, lr = copy_of(batch), torch.tensor(0.1, dtype=dtype)
+    batch.hypers = [dataclasses.replace(hyper, lr=lr) for hyper in batch.hypers]
+    for step in range(3):
+        expected.hypers = [dataclasses.replace(hyper, lr=lr.item()) for hyper in expected.hypers]
+        cuda.masked_adamw_(batch)
+        cpu.masked_adamw_(expected)
+        assert_same_batches(batch, expected, f"step {step}")
+        lr.mul_(0.3)
+
+
 @pytest.mark.skipif(cuda.unavailable() is not None, reason="the cuda backend cannot run here")
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("masked", [False, True], ids=["as they are", "masked"])

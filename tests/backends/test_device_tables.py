@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from graddrop_kernels.backends import device_tables
 from graddrop_kernels.backends.batch import Hyper, TensorBatch
 from graddrop_kernels.backends.device_tables import CHUNK, DeviceTables
-from graddrop_kernels.backends.tensor_table import HyperRow, TensorRow
+from graddrop_kernels.backends.tensor_table import HyperRow, TensorRow, hyper_table
 from graddrop_kernels.backends.upload import Upload
 from graddrop_kernels.masks.plan import MaskPlan
 from graddrop_kernels.masks.row_block import RowBlock
@@ -41,9 +42,7 @@ def batch_of(sizes, plans=(DROP,), rows=None, amsgrad=(), shifted=(), layouts=No
 
 
 def refreshed(batch: TensorBatch) -> DeviceTables:
-    tables = DeviceTables(batch)
-    tables.refresh(batch)
-    return tables
+    return DeviceTables.of(batch)
 
 
 def chunks(launch) -> list[tuple[int, int]]:
@@ -144,9 +143,20 @@ def test_what_looks_at_gradients_alone_walks_every_row():
 
 def test_places_of_sums_grow_and_are_kept():
     tables = refreshed(batch_of([10]))
-    sums, arrived = tables.places(7)
-    assert sums.shape == (7,) and sums.dtype == torch.float64 and arrived == 0
-    assert tables.places(5)[0] is sums and tables.places(8)[0].shape == (8,)
+    with tables.places(7) as (sums, arrived):
+        assert sums.shape == (7,) and sums.dtype == torch.float64 and arrived == 0
+    with tables.places(5) as (fewer, _), tables.places(8) as (more, _):
+        assert fewer is sums and more.shape == (8,)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_programs_of_a_norm_that_was_interrupted_are_not_counted(error):
+    """The next norm counts those of its own."""
+    tables = refreshed(batch_of([10]))
+    with pytest.raises(error), tables.places(7) as (_, arrived):
+        arrived += 3
+        raise error
+    assert arrived is tables.arrived and arrived == 0
 
 
 def test_amsgrad_has_its_own_launch():
@@ -181,9 +191,9 @@ def test_only_what_changed_is_copied(monkeypatch):
     written = []
     write = tables.upload.write
 
-    def spy(data, begin):
-        written.append((begin, len(data)))
-        write(data, begin)
+    def spy(begin, *pieces):
+        written.append((begin, sum(np.frombuffer(piece, np.uint8).size for piece in pieces)))
+        write(begin, *pieces)
 
     monkeypatch.setattr(tables.upload, "write", spy)
     tables.refresh(batch)
@@ -197,6 +207,35 @@ def test_only_what_changed_is_copied(monkeypatch):
     assert written[1:] == [(0, rows + ctypes.sizeof(HyperRow))]
 
 
+def test_a_copy_that_fails_is_done_by_the_next_step(monkeypatch):
+    """Or the kernels would go on with addresses, or numbers, of earlier steps."""
+    batch = batch_of([64, 64])
+    tables = refreshed(batch)
+    for change in ("grads", "hypers"):
+        if change == "grads":
+            batch.grads = [torch.zeros(80)[:64] for _ in range(2)]
+        else:
+            batch.hypers = [dataclasses.replace(batch.hypers[0], lr=0.5)]
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(tables.upload, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            tables.refresh(batch)
+        tables.refresh(batch)
+        assert tables.rows[:, 1].tolist() == [grad.data_ptr() for grad in batch.grads]
+        assert tables.hypers.view(torch.float64)[0, 0] == batch.hypers[0].lr
+
+
+def test_room_that_cannot_be_made_is_no_room(monkeypatch):
+    """As when memory runs out: the step after it must not write past the end of the old tables."""
+    batch = batch_of([64], (DROP,))
+    tables = refreshed(batch)
+    batch.hypers = [dataclasses.replace(batch.hypers[0], plan=AGES)]
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(device_tables, "Upload", lambda *_: (_ for _ in ()).throw(MemoryError))
+        tables.refresh(batch)
+    tables.refresh(batch)
+    assert tables.upload.device.numel() >= 112 + 128 + 3 * 8 and tables.by_age.shape == (1, 5, 4)
+
+
 def test_the_update_finds_the_tables_of_its_norm(monkeypatch):
     """Once a step: not by another norm, not for other gradients or hyper-parameters, not by the step after it."""
     batch, looked, address = batch_of([64, 64]), [], torch.Tensor.data_ptr
@@ -204,7 +243,7 @@ def test_the_update_finds_the_tables_of_its_norm(monkeypatch):
 
     def addresses_are_asked(for_norm: bool) -> bool:
         looked.clear()
-        tables.refresh(batch, for_norm)
+        assert DeviceTables.of(batch, for_norm) is tables
         return bool(looked)
 
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: looked.append(tensor) or address(tensor))
@@ -225,15 +264,14 @@ def test_an_lr_on_the_device_is_not_fetched(dtype, monkeypatch):
     with monkeypatch.context() as patch:
         for name in ("__float__", "item", "tolist"):
             patch.setattr(torch.Tensor, name, lambda *args: pytest.fail("the host waits for the device"))
-        tables = DeviceTables(batch, reads_lr=True)
-        tables.refresh(batch)
+        tables = refreshed(batch)
         patch.setattr(tables.upload, "write", lambda *args: pytest.fail("copied"))
         lr.fill_(5e-4)
         tables.refresh(batch)
     assert tables.hypers[0, 0] == lr.data_ptr()
     assert tables.hypers[0].view(torch.int32)[31] == (1 if dtype == torch.float32 else 2)
-    by_value = refreshed(batch).hypers  # for a prologue that looks for a number there
-    assert by_value[0, :1].view(torch.float64) == lr and by_value[0].view(torch.int32)[31] == 0
+    (by_value,) = hyper_table(batch.hypers)  # for a backend that looks for a number there
+    assert by_value.lr == lr and by_value.lr_at == 0
 
 
 def test_copies_of_masters_have_a_column_and_count_for_the_alignment():

@@ -22,6 +22,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from counting_driver import compile_keys, counting_driver
+from toy import Encoder, random_grads
 
 from benchmarks.gpu import sass
 from benchmarks.gpu.triton_targets import (
@@ -43,6 +44,7 @@ from graddrop_kernels import (
     GradDropEpoch,
     LinearAnneal,
     backends,
+    param_groups,
 )
 from graddrop_kernels.backends import triton as backend
 from graddrop_kernels.backends.batch import Hyper, TensorBatch
@@ -305,6 +307,26 @@ def test_one_compilation_and_one_launch(mask, driver):
         chunks = sum(-(-size // CHUNK) for size in shapes_of_a_transformer(count))
         assert {programs for _, programs in driver.launches} == {count, chunks}
     assert compile_keys() == {"update": 1, "prologue": 1}
+
+
+@pytest.mark.parametrize(
+    "options, kernels",
+    [
+        ({}, {"update": 1, "prologue": 1}),
+        ({"max_grad_norm": 1.0}, {"update": 1, "prologue": 1, "norm": 1}),
+        ({"max_grad_norm": 1.0, "norm_after_mask": True}, {"update": 1, "prologue": 2, "norm": 1}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_the_first_steps_of_a_process_compile_few_kernels(dtype, options, kernels, driver):
+    """Each takes most of a second, for which a GPU waits. Of a model with a dense part and parameters of all sizes."""
+    model = Encoder(dtype=dtype)
+    optimizer = FusedGradDropAdamW(param_groups(model), mask=GradDrop(0.2), backend="triton", **options)
+    for step in range(3):
+        random_grads(model.parameters(), torch.Generator().manual_seed(step))
+        optimizer.step()
+    assert compile_keys() == kernels and sum(kernels.values()) <= 4
 
 
 def test_launches_do_not_grow_with_the_number_of_tensors(driver):

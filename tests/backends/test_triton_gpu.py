@@ -3,6 +3,7 @@ tensors of more than 2^31 elements.
 """
 
 import pytest
+import test_graphs_in_any_order
 import torch
 from cases import BF16, F32, assert_same_bits
 
@@ -148,6 +149,28 @@ def test_replays_under_a_changing_lr_p_and_epoch(name, policy, more, seed):
                 assert_same_bits(mine.state[a][key], value, f"{key} after replay {i}")
 
 
+class DeviceGraphs:
+    """As support/graphs.py emulates them."""
+
+    def capture(self, step):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return [graph.replay]
+
+    def replay(self, recorded):
+        for replay in recorded:
+            replay()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("policy", ["graddrop", "layer-graddrop", "graddrop-epoch", "gradfreeze-topdown"])
+def test_graphs_and_eager_steps_in_any_order(policy, name, seed):
+    """Random sequences of captures, replays, eager steps and changes: the bits of an eager twin, or a clear error."""
+    seen = [test_graphs_in_any_order.run(policy, seed + i, DeviceGraphs(), device="cuda", backend=name) for i in (0, 1)]
+    assert sum(each["replays"] for each in seen)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_captured_steps_of_dtensors(name, seed):
     """On a mesh of one GPU, whose shards are the whole: parameters, gradients and moments as FSDP2 has them."""
@@ -214,7 +237,7 @@ def test_the_norm_is_that_of_the_reference(name, after, seed):
     assert abs(norms[0] - norms[1]) <= 2**-22 * norms[1]
 
 
-@pytest.mark.parametrize("name", ["triton"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_an_lr_on_the_gpu_is_never_fetched(name, seed):
     params = parameters([(1000,), (77,)], seed)
     lr = torch.tensor(1e-2, device="cuda")

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from toy import refused
+from toy import emulate_cuda, refused
 
 import graddrop_kernels
 from graddrop_kernels import FixedMask, FusedGradDropAdamW, GradDrop, GradFreeze, LayerGradDrop
+from graddrop_kernels.backends import cuda
 
 POLICIES = {"plain": lambda: None, "graddrop": lambda: GradDrop(0.3), "layer": lambda: LayerGradDrop(0.5, layers=["*"])}
 
@@ -172,39 +173,56 @@ def test_a_tensor_taken_out_of_a_named_group_is_explained():
 
 # Devices.
 
-MADE = r"\btorch\.(zeros|ones|empty|full|tensor|arange|as_tensor|scalar_tensor|rand\w*|linspace|eye|asarray)\("
+_FACTORIES = (
+    r"zeros|ones|empty\w*|full|tensor|arange|range|as_tensor|asarray|scalar_tensor|rand\w*|normal|linspace|logspace|eye|"
+    r"tri[lu]_indices|complex|hann_window|from_file|sparse_\w+"
+)
+MADE = rf"\btorch\.(?!\w+_like\b)({_FACTORIES})\("
+
+
+def calls(text):
+    """The calls of torch's factories in a source text, with their arguments."""
+    for found in re.finditer(MADE, text):
+        depth = 0
+        for end, letter in enumerate(text[found.end() - 1 :], found.end()):
+            depth += (letter == "(") - (letter == ")")
+            if depth == 0:
+                yield text[found.start() : end]
+                break
 
 
 def test_every_tensor_of_the_package_is_made_on_a_named_device():
-    """Under ``with torch.device(...)`` torch makes it elsewhere. Demo, tools and plots are programs of their own."""
-    root = Path(graddrop_kernels.__file__).parent
+    """Under ``with torch.device(...)`` torch makes it elsewhere. Demo and tools are programs of their own."""
+    assert list(calls("x = torch.empty((n(), 2), pin_memory=True), 1")) == ["torch.empty((n(), 2), pin_memory=True)"]
+    root, seen = Path(graddrop_kernels.__file__).parent, 0
     for path in root.rglob("*.py"):
-        if path.relative_to(root).parts[0] in ("demo", "tools", "inspection"):
+        if path.relative_to(root).parts[0] in ("demo", "tools"):
             continue
-        text = re.sub(r"^\s*>>>.*$", "", path.read_text(), flags=re.MULTILINE)
-        for found in re.finditer(MADE, text):
-            call, depth = "", 0
-            for letter in text[found.end() - 1 :]:
-                call, depth = call + letter, depth + (letter == "(") - (letter == ")")
-                if depth == 0:
-                    break
-            at_import = path.name == "guards.py"
-            assert "device=" in call or at_import, f"{path.name}: {found[0]}{call[1:]} names no device"
+        for call in calls(re.sub(r"^\s*>>>.*$", "", path.read_text(), flags=re.MULTILINE)):
+            assert "device=" in call, f"{path.name}: {call} names no device"
+            seen += 1
+    assert seen > 30
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", "cuda"])
 @pytest.mark.parametrize("mask", [*POLICIES, "fixed"])
-def test_everything_works_under_another_default_device(mask):
+def test_everything_works_under_another_default_device(mask, backend, monkeypatch):
     """As where a second, large model is being built."""
+    if backend == "cuda":
+        if cuda._load()[0] is None:
+            pytest.skip("no CUDA library: nvcc was not there when the package was built")
+        emulate_cuda(monkeypatch)
+
     def of(mask):
         return FixedMask({"1.w": torch.arange(17, device="cpu") > 3}) if mask == "fixed" else POLICIES[mask]()
 
     torch.manual_seed(5)
-    params, optimizer = trained(of(mask), fused=True, max_grad_norm=0.5)
+    params, optimizer = trained(of(mask), fused=True, max_grad_norm=0.5, backend=backend)
     twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
     saved = optimizer.state_dict()
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     named = [(f"{i}.w", p) for i, p in enumerate(twins)]
-    twin = FusedGradDropAdamW(named, mask=of(mask), fused=True, max_grad_norm=0.5)
+    twin = FusedGradDropAdamW(named, mask=of(mask), fused=True, max_grad_norm=0.5, backend=backend)
     for own, made, elsewhere in ((params, optimizer, False), (twins, twin, True)):
         with torch.device("meta" if elsewhere else "cpu"):
             made.load_state_dict(saved)

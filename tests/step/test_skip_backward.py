@@ -535,7 +535,7 @@ def test_a_checkpoint_inside_of_it(seed):
         ({"max_grad_norm": 1.0}, {}, ValueError, r"max_grad_norm=1\.0 .* norm_after_mask=True"),
         ({}, {"max_grad_norm": 0.5}, ValueError, r"max_grad_norm=0\.5"),
         ({"differentiable": True}, {}, ValueError, "differentiable"),
-        ({}, {"captured": "a step"}, RuntimeError, "CUDA graph"),
+        ({}, {"captured": ["a step"]}, RuntimeError, "CUDA graph"),
     ],
 )
 def test_what_needs_the_gradients(arguments, change, kind, word, seed):

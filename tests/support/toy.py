@@ -60,7 +60,7 @@ class Encoder(nn.Module):
 
 def random_grads(params, generator):
     for param in params:
-        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        param.grad = torch.randn(param.shape, generator=generator).to(param.device, param.dtype)
 
 
 def bits(tensor):
@@ -72,7 +72,7 @@ def bits(tensor):
     if tensor.is_complex():
         return tensor.dtype, bits(torch.view_as_real(tensor))
     flat = tensor.detach().clone(memory_format=torch.contiguous_format).flatten()
-    return tensor.dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy().tobytes()
+    return tensor.dtype, tuple(tensor.shape), flat.view(torch.uint8).cpu().numpy().tobytes()
 
 
 def snapshot(optimizer):

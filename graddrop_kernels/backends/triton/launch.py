@@ -20,11 +20,7 @@ INTERPRETED_BLOCK = 65536  # the interpreter's cost is per program
 
 def tables_of(batch: TensorBatch, for_norm: bool = False) -> DeviceTables:
     """The batch's tables, up to date."""
-    if batch.table is None:
-        batch.table = DeviceTables(batch, INTERPRETED_BLOCK if interpreted() else CHUNK, reads_lr=True)
-    batch.table.refresh(batch, for_norm)
-    tables: DeviceTables = batch.table
-    return tables
+    return DeviceTables.of(batch, for_norm, INTERPRETED_BLOCK if interpreted() else CHUNK)
 
 
 def prologue(tables: DeviceTables, found_inf: torch.Tensor | None, ages: bool, advance: bool) -> None:

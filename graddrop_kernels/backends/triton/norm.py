@@ -89,9 +89,8 @@ def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
     launches = tables.launches if masked else tables.launches_of_all()
     total, first = sum(launch.chunks.numel() for launch in launches), 0
     out = (torch.empty if total else torch.zeros)((), dtype=torch.float64, device=batch.device)
-    sums, arrived = tables.places(total)
     block = block_of(batch.device)
-    with on_device(batch.device):
+    with on_device(batch.device), tables.places(total) as (sums, arrived):
         if masked:
             prologue(tables, None, ages=False, advance=False)
         for launch in launches:
