@@ -46,13 +46,13 @@ struct Block {
   uint64_t num_spans;
   const char *parameters, *parameters_end;
   std::vector<char> shared;
-  bool meets;          // else threads share nothing but what they read
-  uint32_t epoch = 1;  // barriers passed
+  bool meets, watched;  // watched: for accesses that a barrier should part, which takes time
+  uint32_t epoch = 1;   // barriers passed
   std::unordered_map<uint64_t, Visits> visits;
   std::vector<Thread> threads;
 
   void visit(Thread& thread, uint64_t address, uint32_t bytes, Access access, uint32_t at) {
-    if (!meets || access == kAtomic) return;
+    if (!watched || access == kAtomic) return;
     for (uint64_t byte = address; byte < address + bytes; ++byte) {
       Visits& seen = visits[byte];
       const bool of_other = seen.written == epoch && seen.writer != thread.tid;
@@ -162,7 +162,8 @@ extern "C" int ptx_launch(Kernel kernel, uint64_t register_bytes, const char* pa
   std::vector<char> registers(meets ? num_threads * register_bytes : register_bytes);
   try {
     for (uint32_t i : order) {
-      Block block{spans, num_spans, parameters, parameters + parameter_bytes, std::vector<char>(shared_bytes), meets != 0};
+      Block block{spans, num_spans, parameters, parameters + parameter_bytes, std::vector<char>(shared_bytes), meets != 0,
+                  meets || num_threads <= kWarp};
       // What is not written yet is not zero.
       const char rest = static_cast<char>(random());
       std::memset(registers.data(), rest, registers.size());
