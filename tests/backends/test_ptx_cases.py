@@ -14,8 +14,9 @@ import pytest
 import torch
 from batches import CHUNK, LAYOUTS, PLANS, SIZES, assert_same_batches, batch_of, copy_of, generator_of, words_of
 from cases import DTYPES, F32, MODES, PAST_THE_LAST_EPOCH, assert_same_bits, require
-from ptx import build, cuda_emulation
-from ptx.emulation import Emulation
+from ptx import build
+from ptx_backends.cuda import CudaEmulation, missing
+from ptx_backends.emulation import Emulation
 from test_gradient_norm import finite, masked_gradients
 
 from graddrop_kernels.backends import cpu, cuda
@@ -38,12 +39,12 @@ def emulation(compiled: str, seed: int, change=str) -> Emulation:
     if build.compiler() is None:
         pytest.skip("a C++ compiler is needed, to run PTX on the CPU")
     if compiled == "cuda":
-        if reason := cuda_emulation.missing():
+        if reason := missing():
             pytest.skip(f"no PTX of nvcc: {reason}")
-        return cuda_emulation.CudaEmulation(seed, change)
+        return CudaEmulation(seed, change)
     if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         pytest.skip("no PTX of Triton: it is not installed, or TRITON_INTERPRET is set")
-    from ptx.triton_emulation import TritonEmulation
+    from ptx_backends.triton import TritonEmulation
 
     return TritonEmulation(int(compiled.rpartition("_")[2]), seed, change)
 

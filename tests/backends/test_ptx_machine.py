@@ -31,7 +31,8 @@ class Planted:
     """
 
     def __init__(self, of: str, pattern: str, replacement, seed: int, place: int | None = None):
-        self.of, self.pattern, self.replacement, self.seed, self.place = of, re.compile(pattern), replacement, seed, place
+        self.of, self.pattern, self.replacement = of, re.compile(pattern), replacement
+        self.seed, self.place = seed, place
         self.places = 0  # most in a kernel
 
     def __call__(self, text: str) -> str:
@@ -139,8 +140,7 @@ MISTAKES = {  # body: the error's text
     "shfl.sync.bfly.b32 %r3, %r0, 1, 31, 15;": "a shuffle of a part of a warp",
     "st.shared.b32 [room+256], %r0;": "access of 4 bytes at 256 of 256 bytes of shared memory",
     "bar.sync 0; st.global.u32 [%rd0], %r0;": "no barrier between this store and the store of thread",
-    "bar.sync 0; shr.u32 %r2, %r0, 1; mad.wide.u32 %rd1, %r2, 4, %rd0; ld.global.u32 %r1, [%rd0]; st.global.u32 [%rd1], %r1;":
-        "no barrier between this (store|load) and the (load|store) of thread",
+    f"bar.sync 0; ld.global.u32 %r1, [%rd0]; {STORE}": "no barrier between this (store|load) and the (load|store) of",
 }  # fmt: skip
 
 
@@ -199,7 +199,6 @@ VALUES = [  # what the manual says of single instructions: (instruction, the bit
     ("cvt.rzi.s32.f32 %r1, %r2", bits(-3.9), 2**32 - 3),
     ("cvt.rn.f32.s32 %r1, %r2", [2**24 + 3], bits(2.0**24 + 4)[0]),
     ("mul.hi.u32 %r1, %r2, %r3", [2**32 - 1, 2**32 - 1], 2**32 - 2),
-    ("mul.hi.s32 %r1, %r2, %r3", [2**32 - 1, 2**31], 0),
     ("mad.lo.s32 %r1, %r2, %r3, 7", [2**31, 3], 2**31 + 7),
     ("shl.b32 %r1, %r2, %r3", [1, 32], 0),
     ("shr.s32 %r1, %r2, %r3", [2**31, 40], 2**32 - 1),

@@ -1,6 +1,6 @@
-"""Runs PTX, the assembly language of NVIDIA's GPUs, on the CPU: what Triton and nvcc have compiled, on CPU tensors.
+"""Runs PTX, the assembly language of NVIDIA's GPUs, on the CPU.
 
-parse.py reads the text, translate.py and instructions.py make C++ of it, machine.h and machine.cpp are what that runs
-on: threads that stop where they meet, memory whose every access is checked. build.py compiles and keeps the results.
-kernel.py launches. emulation.py puts it under a backend: triton_emulation.py and cuda_emulation.py.
+parse.py reads the text; translate.py and instructions.py make C++ of it, with the operations of operations.h; build.py
+compiles that and keeps it; kernel.py launches it on machine.cpp, whose threads stop where they meet, and whose memory
+knows who may access what.
 """

@@ -15,8 +15,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parents[2] / ".ptx-cache"
 # Each fma is written out. Kernels are compiled for a second's run: the compiler is what costs.
-FLAGS = ("-std=c++20", "-shared", "-fPIC", "-w", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing", "-fwrapv")
-KERNEL, MACHINE = ("-O0",), ("-O2", "-frounding-math")
+FLAGS = shlex.split("-std=c++20 -shared -fPIC -w -ffp-contract=off -fno-math-errno -fno-strict-aliasing -fwrapv")
+KERNEL, MACHINE = ("-O0",), ("-O2",)
 
 
 def compiler() -> list[str] | None:
@@ -31,9 +31,10 @@ def _version() -> str:
 
 @cache
 def library(source: str, options: tuple[str, ...]) -> ctypes.CDLL:
-    """The compiled source. It may include machine.h."""
+    """The compiled source."""
     command = [*compiler(), *FLAGS, *options, f"-I{HERE}"]
-    parts = (source, (HERE / "machine.h").read_text(), shlex.join(command), _version())
+    headers = [path.read_text() for path in sorted(HERE.glob("*.h"))]
+    parts = (source, headers, shlex.join(command), _version())
     path = CACHE / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.so"
     if not path.exists():
         CACHE.mkdir(exist_ok=True)

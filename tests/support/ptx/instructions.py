@@ -1,10 +1,6 @@
-"""The meaning of every instruction that occurs, as C++ on the registers' bits (machine.h has what C++ lacks).
-
-An opcode that no row of the table matches as a whole is an error.
-"""
+"""The meaning of every instruction that occurs, as C++. An opcode that no row matches as a whole is an error."""
 
 import re
-from collections.abc import Callable
 from typing import Protocol
 
 from .parse import Instruction, size_of
@@ -27,13 +23,53 @@ class Names(Protocol):
         """C++ that stops the thread at this instruction."""
 
 
-SPECIAL = {
-    **{f"%{name}.x": f"T.{name}" for name in ("tid", "ctaid", "ntid", "nctaid")}, "%laneid": "(T.tid & 31)",
-}  # fmt: skip
-_COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-_OPPOSITE = {"lt": ">=", "le": ">", "gt": "<=", "ge": "<"}
-_SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "fma": "f", "sqrt": "s"}
-_BITWISE = {"and": "&", "or": "|", "xor": "^"}
+_FLOAT, _ANY_INTEGER, _WIDTH = r"(f32|f64)", r"([bus](?:16|32|64))", r"(8|16|32|64)"
+_ALL = r"([bus](?:16|32|64)|f32|f64)"
+# (opcode, C++, type of the result, types of the operands, of which the last is that of all further ones). C++ of the
+# operands $0, $1, ... or all of them $*, with the functions of operations.h. Backslashes: groups of the opcode.
+OPERATIONS = [
+    (rf"(add|sub|mul)(?:\.rn)?\.{_FLOAT}", r"\1($*)", r"\2", r"\2"),  # both compilers forbid ptxas to fuse them
+    (rf"(fma|div|sqrt)\.rn\.{_FLOAT}", r"\1($*)", r"\2", r"\2"),
+    (rf"(add|sub|mul|fma|div|sqrt)\.r([zmp])\.{_FLOAT}", r"rounded('\2', [&] { return \1($*); })", r"\3", r"\3"),
+    (r"(add|sub|mul|fma)\.rn\.f32x2", r"both([&](int half) { return \1($*); })", "b64", "f32x2"),
+    (rf"(min|max|neg|abs)\.{_FLOAT}", r"\1($*)", r"\2", r"\2"),
+    (r"abs\.ftz\.f32", "abs_ftz($0)", "f32", "f32"),
+    (r"rcp\.approx\.ftz\.f64", "rcp($0)", "f64", "f64"),
+    (r"(div|min|max)\.([us](?:16|32|64))", r"\1($*)", r"\2", r"\2"),
+    # what does not depend on signs wraps around, as unsigned numbers do
+    (r"(add|sub|mul\.lo|neg)\.[us](16|32|64)", r"\1($*)", r"u\2", r"u\2"),
+    (r"mad\.lo\.[us](16|32|64)", "mul($0, $1) + $2", r"u\1", r"u\1"),
+    (r"mul\.hi\.u32", "mul_hi($*)", "u32", "u32"),
+    (r"mul\.wide\.([us])16", r"mul<\g<1>32>($*)", r"\g<1>32", r"\g<1>16"),
+    (r"mul\.wide\.([us])32", r"mul<\g<1>64>($*)", r"\g<1>64", r"\g<1>32"),
+    (r"mad\.wide\.([us])32", r"mul<\g<1>64>($0, $1) + $2", r"\g<1>64", r"\g<1>32 \g<1>32 \g<1>64"),
+    (r"and\.(pred|b16|b32|b64)", "$0 & $1", r"\1", r"\1"),
+    (r"or\.(pred|b16|b32|b64)", "$0 | $1", r"\1", r"\1"),
+    (r"xor\.(pred|b16|b32|b64)", "$0 ^ $1", r"\1", r"\1"),
+    (r"not\.(b16|b32|b64)", "~$0", r"\1", r"\1"),
+    (r"not\.pred", "!$0", "pred", "pred"),
+    (rf"(shl|shr)\.{_ANY_INTEGER}", r"\1($*)", r"\2", r"\2 u32"),
+    (r"(prmt|bfi|bfe|clz)\.[bu]32", r"\1($*)", "b32", "b32"),
+    (rf"setp\.(eq|ne|lt|le|gt|ge)\.{_ALL}", r"is_\1($*)", "pred", r"\2"),
+    (rf"setp\.(neu|gtu|geu)\.{_FLOAT}", r"is_\1($*)", "pred", r"\2"),
+    (rf"selp\.[busf]{_WIDTH}", "$2 ? $0 : $1", r"b\1", r"b\1 b\1 pred"),
+    (r"mov\.pred", "$0", "pred", "pred"),
+    (rf"mov\.[busf]{_WIDTH}", "$0", r"b\1", r"b\1"),
+    (r"cvta\.to\.global\.u64", "$0", "b64", "b64"),
+    (r"cvt\.([us]\d+)\.([us]\d+)", "$0", r"\1", r"\2"),
+    (r"cvt\.f64\.f32", "(double)$0", "f64", "f32"),
+    (r"cvt\.rn\.f32\.(f64|s32)", "(float)$0", "f32", r"\1"),
+    (r"cvt\.rn\.f64\.s64", "(double)$0", "f64", "s64"),
+    (r"cvt\.rzi\.f64\.f64", "trunc($0)", "f64", "f64"),
+    (r"cvt\.rzi\.([us](?:32|64))\.f32", r"to<\1>($0)", r"\1", "f32"),
+    (r"cvt\.f32\.(f16|bf16)", r"from_\1($0)", "f32", "b16"),
+    (r"cvt\.f64\.(f16|bf16)", r"(double)from_\1($0)", "f64", "b16"),
+    (r"cvt\.r([nz])\.(f16|bf16)\.f32", r"to_\2<'\1'>($0)", "b16", "f32"),
+    (r"cvt\.r([nz])\.(f16|bf16)x2\.f32", r"(u32)to_\2<'\1'>($0) << 16 | to_\2<'\1'>($1)", "b32", "f32"),
+]
+_OPERATIONS = [(re.compile(pattern), *row) for pattern, *row in OPERATIONS]
+_MEMORY = re.compile(rf"(ld|st|atom)((?:\.(?:global|shared|param|cg|gpu|acq_rel|add|v2|v4))*)\.([bus]|f){_WIDTH}")
+_SPECIAL = {f"%{name}.x": f"T.{name}" for name in ("tid", "ctaid", "ntid", "nctaid")}
 
 
 def c_type(type_: str) -> str:
@@ -41,330 +77,123 @@ def c_type(type_: str) -> str:
     return "bool" if type_ == "pred" else f"{'' if type_[0] == 's' else 'u'}int{8 * size_of(type_)}_t"
 
 
-class Reader:
-    """Operands of one instruction as C++."""
+class Emitter:
+    """Makes C++ of one instruction; ``at``: its number."""
 
     def __init__(self, names: Names, instruction: Instruction, at: int):
-        self.names, self.operands, self.at, self.text = names, instruction.operands, at, instruction.text
+        self._names, self._operands, self._at, self._text = names, instruction.operands, at, instruction.text
+        self._opcode = instruction.opcode
 
-    def unknown(self) -> UnknownInstruction:
-        return UnknownInstruction(self.text)
+    def emit(self) -> str:
+        """C++ of an instruction other than a branch, a call or a return."""
+        if self._opcode.startswith("mov.b") and "{" in "".join(self._operands):
+            return self._pack(self._opcode[4:])
+        if self._opcode == "bar.sync":
+            return self._barrier(self._operands[0])
+        if self._opcode in ("bar.red.or.pred", "bar.red.and.pred"):
+            return f"T.any = {int('or' in self._opcode)}; {self._barrier(*self._operands[1:])}" + self._set(
+                self._operands[0], "pred", "T.value"
+            )
+        if self._opcode == "shfl.sync.bfly.b32":
+            return self._shuffle()
+        if match := _MEMORY.fullmatch(self._opcode):
+            kind, modifiers, letter, width = match.groups()
+            return self._access(kind, modifiers.split(".")[1:], letter, width)
+        for pattern, expression, result, types in _OPERATIONS:
+            if match := pattern.fullmatch(self._opcode):
+                return self._operation(*(match.expand(part) for part in (expression, result, types)))
+        raise self._unknown()
 
-    def raw(self, token: str, type_: str) -> str:
+    def _unknown(self) -> UnknownInstruction:
+        return UnknownInstruction(self._text)
+
+    def _bits(self, token: str) -> str:
         """The bits of a register or constant, in whatever width it has."""
         if token.startswith("!"):
-            return f"!{self.raw(token[1:], type_)}"
-        if token in SPECIAL:
-            return SPECIAL[token]
-        found = self.names.register(token) or self.names.address(token)
-        if found is not None:
-            return found
-        if re.fullmatch(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}", token):
-            return f"0x{token[2:]}u"
-        if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", token) and type_[0] != "f":
-            return f"0x{int(token.rstrip('U'), 0) % 2**64:x}u"
-        raise self.unknown()
+            return f"!{self._bits(token[1:])}"
+        found = _SPECIAL.get(token) or self._names.register(token) or self._names.address(token)
+        if found is None and re.fullmatch(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}", token):
+            found = f"0x{token[2:]}u"
+        if found is None and re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", token):
+            found = f"0x{int(token, 0) % 2**64:x}u"
+        if found is None:
+            raise self._unknown()
+        return found
 
-    def value(self, token: str, type_: str) -> str:
-        """The value as a C++ number of the type."""
-        bits = self.raw(token, type_)
-        if type_ in ("f32", "f64"):
-            return f"{type_}({bits})"
-        return bits if type_ == "pred" else f"({c_type(type_)})({bits})"
+    def _value(self, token: str, type_: str) -> str:
+        """A C++ number of the type."""
+        if type_ == "f32x2":
+            return f"f32({self._bits(token)} >> half)"
+        return f"{type_}({self._bits(token)})" if type_[0] == "f" else f"({c_type(type_)})({self._bits(token)})"
 
-    def assign(self, token: str, type_: str, value: str) -> str:
-        """Writes the bits of a C++ number of the type into a register, extended by its sign if it has one."""
+    def _set(self, token: str, type_: str, value: str) -> str:
+        """Puts the bits of a C++ number of the type into a register, extended by its sign if it has one."""
         if token == "_":
             return ""
-        target = self.names.register(token)
+        target = self._names.register(token)
         if target is None:
-            raise self.unknown()
-        return f"{target} = {f'bits({value})' if type_ in ('f32', 'f64') else f'({c_type(type_)})({value})'};"
+            raise self._unknown()
+        return f"{target} = {f'bits({value})' if type_[0] == 'f' else f'({c_type(type_)})({value})'};"
 
-    def place(self, token: str) -> tuple[str, int]:
-        """(name, offset) of an address in brackets."""
-        match = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\d+))?\s*\]", token)
+    def _operation(self, expression: str, result: str, types: str) -> str:
+        target, *operands = self._operands
+        own = types.split()
+        own += own[-1:] * (len(operands) - len(own))
+        values = [self._value(*pair) for pair in zip(operands, own, strict=True)]
+        put = lambda match: ", ".join(values) if match[1] == "*" else values[int(match[1])]
+        return self._set(target, result, re.sub(r"\$(\*|\d)", put, expression.replace(".lo", "")))
+
+    def _pack(self, type_: str) -> str:
+        """A number of several registers, or several of a number's parts."""
+        target, source = self._operands
+        parts = _parts(source if source.startswith("{") else target)
+        width = 8 * size_of(type_) // len(parts)
+        if target.startswith("{"):
+            whole = self._value(source, type_)
+            return " ".join(self._set(part, f"b{width}", f"{whole} >> {i * width}") for i, part in enumerate(parts))
+        shifted = [f"({c_type(type_)}){self._value(p, f'b{width}')} << {i * width}" for i, p in enumerate(parts)]
+        return self._set(target, type_, " | ".join(shifted))
+
+    def _access(self, kind: str, modifiers: list[str], letter: str, width: str) -> str:
+        place, values = self._operands[:2] if kind == "st" else self._operands[1::-1]
+        match = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\d+))?\s*\]", place)
         if match is None:
-            raise self.unknown()
-        return match[1], int(match[2] or 0)
+            raise self._unknown()
+        name, offset, parts = match[1], int(match[2] or 0), _parts(values)
+        type_ = c_type(f"{'s' if letter == 's' else 'b'}{width}")
+        if "param" in modifiers and name[0] != "%" and self._names.register(name):  # of a call
+            return self._set(*((name, f"b{width}", self._bits(parts[0])) if kind == "st" else
+                               (parts[0], f"b{width}", self._bits(name))))  # fmt: skip
+        if "param" in modifiers:
+            at = f"({self._bits(name)} + {offset})"
+        else:
+            space, access = "shared" if "shared" in modifiers else "global", {"ld": "kRead", "st": "kWrite"}
+            at = f"T.{space}({self._bits(name)} + {offset}, {int(width) // 8 * len(parts)}, " + (
+                f"{access.get(kind, 'kAtomic')}, {self._at})"
+            )
+        if kind == "ld":
+            each = " ".join(f"{self._names.register(part)} = at[{i}];" for i, part in enumerate(parts) if part != "_")
+        elif kind == "st":
+            each = " ".join(f"at[{i}] = {self._value(part, f'b{width}')};" for i, part in enumerate(parts))
+        elif "add" in modifiers and letter == "u":
+            added = self._value(self._operands[2], f"u{width}")
+            each = f"const {type_} old = *at; *at += {added}; {self._set(parts[0], f'u{width}', 'old')}"
+        else:
+            raise self._unknown()
+        return f"{{ {type_}* const at = ({type_}*){at}; {each} }}"
+
+    def _shuffle(self) -> str:
+        target, value, *numbers = self._operands
+        target, _, found = target.partition("|")  # with | a predicate: whether there is such a lane
+        exchange = f"T.exchange({', '.join(self._value(token, 'u32') for token in numbers)}, {self._at});"
+        meet, got = self._names.meet("kShuffle", self._bits(value)), self._set(target, "b32", "T.value")
+        return f"{exchange} {meet} {got} {self._set(found or '_', 'pred', '1')}"
+
+    def _barrier(self, number: str, value: str = "") -> str:
+        if number != "0":
+            raise self._unknown()
+        return self._names.meet("kBarrier", self._value(value, "pred") if value else "0")
 
 
 def _parts(token: str) -> list[str]:
     return [part.strip() for part in token.strip("{} ").split(",")]
-
-
-# --- arithmetic -------------------------------------------------------------------------------------------------------
-
-
-def _of_floats(name: str, mode: str, values: list[str]) -> str:
-    if mode != "n":
-        values = [*values, *["0"] * (3 - len(values))]
-        return f"rounded('{mode}', '{_SIGNS[name]}', {', '.join(values)})"
-    if name in ("fma", "sqrt"):
-        return f"{'fused' if name == 'fma' else 'root'}({', '.join(values)})"
-    return f"{values[0]} {_SIGNS[name]} {values[1]}"
-
-
-def _float(reader: Reader, name: str, mode: str | None, type_: str) -> str:
-    values = [reader.value(token, type_) for token in reader.operands[1:]]
-    return reader.assign(reader.operands[0], type_, _of_floats(name, mode or "n", values))
-
-
-def _two_floats(reader: Reader, name: str) -> str:
-    wide = [reader.raw(token, "b64") for token in reader.operands[1:]]
-    halves = [
-        f"bits({_of_floats(name, 'n', [f'f32({half}({each}))' for each in wide])})" for half in ("low", "high")
-    ]
-    return reader.assign(reader.operands[0], "b64", f"pair({', '.join(halves)})")
-
-
-def _extreme(reader: Reader, name: str, type_: str) -> str:
-    a, b = (reader.value(token, type_) for token in reader.operands[1:])
-    if type_[0] == "f":
-        return reader.assign(reader.operands[0], type_, f"{name}imum({a}, {b})")
-    return reader.assign(reader.operands[0], type_, f"{a} {'<' if name == 'min' else '>'} {b} ? {a} : {b}")
-
-
-def _sign(reader: Reader, name: str, type_: str) -> str:
-    bits, sign = reader.raw(reader.operands[1], type_), f"(({c_type('b' + type_[1:])})1 << {type_[1:]} - 1)"
-    return reader.assign(reader.operands[0], "b" + type_[1:], f"{bits} ^ {sign}" if name == "neg" else f"{bits} & ~{sign}")
-
-
-def _integer(reader: Reader, name: str, type_: str) -> str:
-    # what does not depend on signs wraps around, as unsigned numbers do
-    type_ = type_ if name in ("div", "rem") else f"u{type_[1:]}"
-    a, b = (reader.value(token, type_) for token in reader.operands[1:3])
-    operation = "%" if name == "rem" else _SIGNS[name]
-    return reader.assign(reader.operands[0], type_, f"{a} {operation} {b}")
-
-
-def _product(reader: Reader, name: str, part: str, sign: str, width: str) -> str:
-    narrow, wide = f"{sign}{width}", f"{sign}{2 * int(width)}"
-    if part == "lo":
-        narrow = wide = f"u{width}"
-    result = wide if part == "wide" else narrow
-    wide_type = c_type(wide) if wide[1:] != "128" else {"s": "__int128", "u": "unsigned __int128"}[sign]
-    a, b = (f"({wide_type}){reader.value(token, narrow)}" for token in reader.operands[1:3])
-    product = f"{a} * {b}" + (f" >> {width}" if part == "hi" else "")
-    if name == "mad":
-        unsigned = c_type(f"u{result[1:]}")
-        product = f"({unsigned})({product}) + ({unsigned}){reader.value(reader.operands[3], result)}"
-    return reader.assign(reader.operands[0], result, product)
-
-
-def _bitwise(reader: Reader, name: str, type_: str) -> str:
-    values = [reader.value(token, type_) for token in reader.operands[1:]]
-    if name == "not":
-        value = f"{'!' if type_ == 'pred' else '~'}{values[0]}"
-    else:
-        value = f"{values[0]} {_BITWISE[name]} {values[1]}"
-    return reader.assign(reader.operands[0], type_, value)
-
-
-def _shift(reader: Reader, name: str, type_: str) -> str:
-    value, by = reader.value(reader.operands[1], type_), reader.value(reader.operands[2], "u32")
-    return reader.assign(reader.operands[0], type_, f"shifted_{'left' if name == 'shl' else 'right'}({value}, {by})")
-
-
-def _call_of(function: str, *types: str) -> Callable[..., str]:
-    """A row for a function of machine.h; ``types``: of the result and of the arguments."""
-
-    def emit(reader: Reader, *groups: str) -> str:
-        values = [reader.value(token, type_) for token, type_ in zip(reader.operands[1:], types[1:], strict=True)]
-        return reader.assign(reader.operands[0], types[0], f"{function}({', '.join(values)})")
-
-    return emit
-
-
-def _leading_zeros(reader: Reader) -> str:
-    value = reader.value(reader.operands[1], "b32")
-    return reader.assign(reader.operands[0], "b32", f"{value} ? __builtin_clz({value}) : 32")
-
-
-# --- comparisons, moves, conversions ----------------------------------------------------------------------------------
-
-
-def _compare(reader: Reader, comparison: str, with_: str | None, type_: str) -> str:
-    a, b = (reader.value(token, type_) for token in reader.operands[1:3])
-    if type_[0] != "f" and comparison in _COMPARISONS:
-        value = f"{a} {_COMPARISONS[comparison]} {b}"
-    elif comparison in ("num", "nan"):
-        value = f"{'!' if comparison == 'nan' else ''}({a} == {a} && {b} == {b})"
-    elif comparison in ("ne", "equ"):  # C++ has the other one of each: a NaN is not equal
-        value = f"{'!' if comparison == 'equ' else ''}({a} < {b} || {a} > {b})"
-    elif comparison in _COMPARISONS or comparison == "neu":
-        value = f"{a} {_COMPARISONS[comparison[:2]]} {b}"
-    elif comparison[-1] == "u" and comparison[:-1] in _OPPOSITE:
-        value = f"!({a} {_OPPOSITE[comparison[:-1]]} {b})"
-    else:
-        raise reader.unknown()
-    if with_:
-        value = f"({value}) {_BITWISE[with_]} {reader.value(reader.operands[3], 'pred')}"
-    return reader.assign(reader.operands[0], "pred", value)
-
-
-def _select(reader: Reader, type_: str) -> str:
-    type_ = f"b{type_[1:]}"
-    _, a, b, which = reader.operands
-    value = f"{reader.value(which, 'pred')} ? {reader.value(a, type_)} : {reader.value(b, type_)}"
-    return reader.assign(reader.operands[0], type_, value)
-
-
-def _move(reader: Reader, type_: str) -> str:
-    target, source = reader.operands
-    bits = type_ if type_ == "pred" else f"b{type_[1:]}"
-    if target.startswith("{"):
-        parts = _parts(target)
-        width = 8 * size_of(type_) // len(parts)
-        return f"{{ const {c_type(bits)} whole = {reader.raw(source, bits)}; " + " ".join(
-            reader.assign(part, f"b{width}", f"whole >> {i * width}") for i, part in enumerate(parts)
-        ) + " }"  # fmt: skip
-    if source.startswith("{"):
-        parts = _parts(source)
-        width = 8 * size_of(type_) // len(parts)
-        joined = " | ".join(
-            f"({c_type(bits)}){reader.value(part, f'b{width}')} << {i * width}" for i, part in enumerate(parts)
-        )
-        return reader.assign(target, bits, joined)
-    return reader.assign(target, bits, reader.raw(source, bits))
-
-
-def _convert(reader: Reader, mode: str | None, to: str, source: str) -> str:
-    """Between integers of any kind, and from numbers that float32 or float64 hold."""
-    value = reader.value(reader.operands[1], source)
-    if to[0] == "f":
-        if (mode == "rn") == (to == "f64" and source == "f32"):
-            raise reader.unknown()  # exact, or to be rounded
-        return reader.assign(reader.operands[0], to, f"({'float' if to == 'f32' else 'double'}){value}")
-    if source[0] == "f":
-        if mode != "rzi":
-            raise reader.unknown()
-        return reader.assign(reader.operands[0], to, f"to_integer<{c_type(to)}>({value})")
-    if mode:
-        raise reader.unknown()
-    return reader.assign(reader.operands[0], to, value)
-
-
-def _narrow(reader: Reader, mode: str, half: str, two: str | None) -> str:
-    values = [f"{_NARROW[half]}({reader.value(token, 'f32')}, '{mode}')" for token in reader.operands[1:]]
-    value = f"(uint32_t){values[0]} << 16 | {values[1]}" if two else values[0]
-    return reader.assign(reader.operands[0], "b32" if two else "b16", value)
-
-
-def _widen(reader: Reader, to: str, half: str) -> str:
-    bits = reader.value(reader.operands[1], "b16")
-    return reader.assign(reader.operands[0], to, f"({'float' if to == 'f32' else 'double'}){_WIDEN[half]}({bits})")
-
-
-_WIDEN = {"f16": "from_half", "bf16": "from_brain"}
-_NARROW = {"f16": "to_half", "bf16": "to_brain"}
-
-# --- memory, and where threads meet -----------------------------------------------------------------------------------
-
-
-def _pointer(reader: Reader, token: str, space: str | None, size: int, access: str) -> str:
-    name, offset = reader.place(token)
-    base = reader.raw(name, "b64")
-    if space == "param":
-        if reader.names.address(name) is not None:
-            return f"(char*)({base} + {offset})"
-        return f"T.parameter({base} + {offset}, {size}, {reader.at})"
-    return f"T.{space or 'global'}({base} + {offset}, {size}, {access}, {reader.at})"
-
-
-def _load(reader: Reader, space: str | None, type_: str) -> str:
-    parts = _parts(reader.operands[0])
-    name, _ = reader.place(reader.operands[1])
-    if space == "param" and reader.names.register(name) and not name.startswith("%"):  # what a call has returned
-        return reader.assign(parts[0], f"b{type_[1:]}", reader.raw(name, type_))
-    loaded = c_type(type_ if type_[0] == "s" else f"b{type_[1:]}")
-    at = _pointer(reader, reader.operands[1], space, size_of(type_) * len(parts), "kRead")
-    values = " ".join(f"{reader.names.register(part)} = at[{i}];" for i, part in enumerate(parts) if part != "_")
-    return f"{{ const {loaded}* at = (const {loaded}*){at}; {values} }}"
-
-
-def _store(reader: Reader, space: str | None, type_: str) -> str:
-    parts, stored = _parts(reader.operands[1]), f"b{type_[1:]}"
-    name, _ = reader.place(reader.operands[0])
-    if space == "param":
-        return reader.assign(name, stored, reader.raw(parts[0], stored))
-    at = _pointer(reader, reader.operands[0], space, size_of(type_) * len(parts), "kWrite")
-    values = " ".join(f"at[{i}] = {reader.value(part, stored)};" for i, part in enumerate(parts))
-    return f"{{ {c_type(stored)}* at = ({c_type(stored)}*){at}; {values} }}"
-
-
-def _atomic_add(reader: Reader, type_: str) -> str:
-    target, place, value = reader.operands
-    at = _pointer(reader, place, "global", size_of(type_), "kAtomic")
-    old = reader.assign(target, type_, "*at")
-    return f"{{ auto at = ({c_type(type_)}*){at}; const auto with = {reader.value(value, type_)}; {old} *at += with; }}"
-
-
-def _shuffle(reader: Reader) -> str:
-    target, value, lane, clamp, mask = reader.operands
-    target, _, found = target.partition("|")
-    numbers = ", ".join(reader.value(token, "u32") for token in (lane, clamp, mask))
-    meet = reader.names.meet("kShuffle", reader.raw(value, "b32"))
-    found = reader.assign(found, "pred", "1") if found else ""
-    return f"T.exchange({numbers}, {reader.at}); {meet} {reader.assign(target, 'b32', 'T.value')} {found}"
-
-
-def _barrier(reader: Reader, which: str | None) -> str:
-    if which is None:
-        if reader.operands != ("0",):
-            raise reader.unknown()
-        return reader.names.meet("kBarrier")
-    target, barrier, value = reader.operands
-    if barrier != "0":
-        raise reader.unknown()
-    meet = reader.names.meet("kBarrier", f"{reader.value(value, 'pred')}")
-    return f"T.any = {int(which == 'or')}; {meet} {reader.assign(target, 'pred', 'T.value')}"
-
-
-_ROUNDING, _FLOAT, _INTEGER = r"\.r([nzmp])", r"\.(f32|f64)", r"\.([us](?:16|32|64))"
-_ANY = r"\.([busf](?:8|16|32|64))"
-_SPACE = r"(?:\.(global|shared|param))?"
-_VECTOR = r"(?:\.v[24])?"
-TABLE: list[tuple[str, Callable[..., str]]] = [
-    (rf"(add|sub|mul)(?:{_ROUNDING})?{_FLOAT}", _float),
-    (rf"(fma|div|sqrt){_ROUNDING}{_FLOAT}", _float),
-    (r"(add|sub|mul|fma)\.rn\.f32x2", _two_floats),
-    (r"(min|max)\.(f32|f64|[us]16|[us]32|[us]64)", _extreme),
-    (rf"(neg|abs){_FLOAT}", _sign),
-    (r"abs\.ftz\.f32", _call_of("flushed_magnitude", "f32", "f32")),
-    (r"rcp\.approx\.ftz\.f64", _call_of("reciprocal", "f64", "f64")),
-    (rf"(add|sub|div|rem){_INTEGER}", _integer),
-    (r"(mul|mad)\.(lo|hi|wide)\.([us])(16|32|64)", _product),
-    (r"neg\.s(32|64)", lambda reader, width: reader.assign(
-        reader.operands[0], f"u{width}", f"0 - {reader.value(reader.operands[1], f'u{width}')}")),
-    (r"(and|or|xor|not)\.(pred|b16|b32|b64)", _bitwise),
-    (r"(shl)\.(b16|b32|b64)", _shift),
-    (r"(shr)\.([bus](?:16|32|64))", _shift),
-    (r"prmt\.b32", _call_of("permuted", "b32", "b32", "b32", "b32")),
-    (r"bfe\.u32", _call_of("field", "u32", "u32", "u32", "u32")),
-    (r"bfi\.b32", _call_of("with_field", "b32", "b32", "b32", "u32", "u32")),
-    (r"clz\.b32", _leading_zeros),
-    (r"setp\.([a-z]+)(?:\.(and|or|xor))?\.([busf](?:16|32|64))", _compare),
-    (rf"selp{_ANY}", _select),
-    (r"mov\.(pred|[busf](?:16|32|64))", _move),
-    (r"cvta(?:\.to)?\.global\.u64", lambda reader: _move(reader, "b64")),
-    (r"cvt\.rzi\.f64\.f64", _call_of("__builtin_trunc", "f64", "f64")),
-    (r"cvt(?:\.(rn|rzi))?\.([us](?:8|16|32|64)|f32|f64)\.([us](?:8|16|32|64)|f32|f64)", _convert),
-    (r"cvt\.r([nz])\.(f16|bf16)(x2)?\.f32", _narrow),
-    (r"cvt\.(f32|f64)\.(f16|bf16)", _widen),
-    (rf"ld{_SPACE}(?:\.cg)?{_VECTOR}{_ANY}", _load),
-    (rf"st{_SPACE}{_VECTOR}{_ANY}", _store),
-    (r"atom(?:\.global\.gpu\.acq_rel|\.acq_rel\.gpu\.global)\.add\.(u32)", _atomic_add),
-    (r"shfl\.sync\.bfly\.b32", _shuffle),
-    (r"bar(?:\.sync|\.red\.(or|and)\.pred)", _barrier),
-]  # fmt: skip
-_ROWS = [(re.compile(pattern), emit) for pattern, emit in TABLE]
-
-
-def emit(names: Names, instruction: Instruction, at: int) -> str:
-    """C++ of an instruction other than a branch, a call or a return; ``at``: its number in its function."""
-    for pattern, row in _ROWS:
-        match = pattern.fullmatch(instruction.opcode)
-        if match:
-            return row(Reader(names, instruction, at), *match.groups())
-    raise UnknownInstruction(instruction.text)

@@ -1,11 +1,8 @@
 """Kernel: an entry of a PTX text, compiled for the CPU, that can be launched on addresses."""
 
 import ctypes
-import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import c_char_p, c_int, c_uint32, c_uint64, c_void_p
-
-import torch
 
 from . import build
 from .parse import Module
@@ -25,8 +22,8 @@ class Kernel:
         self._run = build.machine().ptx_launch  # first: the kernel's library takes its symbols
         self._library = build.library(self._translation.source, build.KERNEL)
         self._run.argtypes = [
-            c_void_p, c_uint64, c_char_p, c_uint64, c_void_p, c_uint64, c_uint32, c_uint32, c_uint32, c_int, c_uint64,
-            c_char_p, c_uint64, c_void_p,
+            c_void_p, c_uint64, c_char_p, c_void_p, c_uint64, c_uint32, c_uint32, c_uint32, c_int, c_uint64, c_char_p,
+            c_uint64, c_void_p,
         ]  # fmt: skip
 
     def launch(
@@ -54,7 +51,7 @@ class Kernel:
         message, instruction = ctypes.create_string_buffer(400), c_uint32()
         failed = self._run(
             self._library.kernel, c_uint64.in_dll(self._library, "register_bytes").value,
-            bytes(parameters), len(parameters), flat, len(ranges), blocks, threads,
+            bytes(parameters), flat, len(ranges), blocks, threads,
             self._translation.shared_bytes + shared, self._translation.meets, seed, message, len(message),
             ctypes.byref(instruction),
         )  # fmt: skip
@@ -74,18 +71,3 @@ def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             ranges.append((begin, begin + size))
     return ranges
-
-
-def spans_of(value: object) -> Iterator[tuple[int, int]]:
-    """The memory of all tensors in a value: in lists, dictionaries, dataclasses and the package's other objects."""
-    if isinstance(value, torch.Tensor):
-        if value.numel():
-            yield value.data_ptr(), value.numel() * value.element_size()
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from spans_of(each)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from spans_of(each)
-    elif dataclasses.is_dataclass(value) or type(value).__module__.startswith("graddrop_kernels."):
-        yield from spans_of(getattr(value, "__dict__", {}))

@@ -3,7 +3,6 @@
 #include "machine.h"
 
 #include <algorithm>
-#include <cfenv>
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -44,7 +43,7 @@ struct Visits {
 struct Block {
   const Span* spans;
   uint64_t num_spans;
-  const char *parameters, *parameters_end;
+  const char* parameters;
   std::vector<char> shared;
   bool meets, watched;  // watched: for accesses that a barrier should part, which takes time
   uint32_t epoch = 1;   // barriers passed
@@ -90,15 +89,9 @@ char* Thread::shared(uint32_t offset, uint32_t bytes, Access access, uint32_t at
   return block->shared.data() + offset;
 }
 
-char* Thread::parameter(uint64_t address, uint32_t bytes, uint32_t at) {
-  char* const place = reinterpret_cast<char*>(address);
-  if (place < block->parameters || place + bytes > block->parameters_end) fail(*this, at, "access beside the parameters");
-  return place;
-}
-
 void Thread::exchange(uint32_t lanes_apart, uint32_t clamp, uint32_t members, uint32_t at) {
   if (clamp != kWarp - 1 || members != ~0u) fail(*this, at, "a shuffle of a part of a warp");
-  source_lane = (tid ^ lanes_apart) % kWarp;
+  source = (tid ^ lanes_apart) % kWarp;
 }
 
 namespace {
@@ -123,7 +116,7 @@ void run_warp(Block& block, uint32_t begin, Kernel kernel, char* registers, uint
     if (lanes[0].stop == kShuffle) {
       uint32_t values[kWarp];
       for (uint32_t i = 0; i < count; ++i) values[i] = lanes[i].value;
-      for (uint32_t i = 0; i < count; ++i) lanes[i].value = values[lanes[i].source_lane];
+      for (uint32_t i = 0; i < count; ++i) lanes[i].value = values[lanes[i].source];
     }
   }
 }
@@ -149,7 +142,7 @@ void run_block(Block& block, Kernel kernel, char* registers, uint64_t stride, st
 }  // namespace
 
 // Runs a launch. Returns 0, or 1 with what is wrong and the number of the instruction.
-extern "C" int ptx_launch(Kernel kernel, uint64_t register_bytes, const char* parameters, uint64_t parameter_bytes,
+extern "C" int ptx_launch(Kernel kernel, uint64_t register_bytes, const char* parameters,
                           const Span* spans, uint64_t num_spans, uint32_t num_blocks, uint32_t num_threads,
                           uint32_t shared_bytes, int meets, uint64_t seed, char* message, uint64_t message_bytes,
                           uint32_t* instruction) {
@@ -162,14 +155,14 @@ extern "C" int ptx_launch(Kernel kernel, uint64_t register_bytes, const char* pa
   std::vector<char> registers(meets ? num_threads * register_bytes : register_bytes);
   try {
     for (uint32_t i : order) {
-      Block block{spans, num_spans, parameters, parameters + parameter_bytes, std::vector<char>(shared_bytes), meets != 0,
+      Block block{spans, num_spans, parameters, std::vector<char>(shared_bytes), meets != 0,
                   meets || num_threads <= kWarp};
       // What is not written yet is not zero.
       const char rest = static_cast<char>(random());
       std::memset(registers.data(), rest, registers.size());
       std::fill(block.shared.begin(), block.shared.end(), rest);
       for (uint32_t tid = 0; tid < num_threads; ++tid)
-        block.threads.push_back(Thread{tid, i, num_threads, num_blocks, &block, kBegin, 0, 0, 0, false});
+        block.threads.push_back({tid, i, num_threads, num_blocks, &block});
       run_block(block, kernel, registers.data(), stride, random);
     }
   } catch (const Fault& fault) {
@@ -178,26 +171,4 @@ extern "C" int ptx_launch(Kernel kernel, uint64_t register_bytes, const char* pa
     return 1;
   }
   return 0;
-}
-
-namespace {
-
-template <typename T>
-T rounded_as(char mode, char operation, volatile T a, volatile T b, volatile T c) {
-  std::fesetround(mode == 'z' ? FE_TOWARDZERO : mode == 'm' ? FE_DOWNWARD : FE_UPWARD);
-  volatile T result = operation == '+' ? a + b
-                      : operation == '-' ? a - b
-                      : operation == '*' ? a * b
-                      : operation == '/' ? a / b
-                      : operation == 's' ? root(a)
-                                         : fused(a, b, c);
-  std::fesetround(FE_TONEAREST);
-  return result;
-}
-
-}  // namespace
-
-float rounded(char mode, char operation, float a, float b, float c) { return rounded_as<float>(mode, operation, a, b, c); }
-double rounded(char mode, char operation, double a, double b, double c) {
-  return rounded_as<double>(mode, operation, a, b, c);
 }

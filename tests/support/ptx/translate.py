@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .instructions import UnknownInstruction, c_type, emit
+from .instructions import Emitter, UnknownInstruction, c_type
 from .parse import Function, Instruction, Module
 
 _CALL = re.compile(r"call(?:\.uni)?")
@@ -38,6 +38,7 @@ def translate(module: Module, entry: str, in_step: bool = False) -> Translation:
     code = body.code()
     called = "".join(_callee(module.function(name), addresses) for name in sorted(body.called))
     source = f"""#include "machine.h"
+using namespace ptx;
 {called}
 struct Registers {{
 {_declared(kernel.registers)}}};
@@ -143,4 +144,4 @@ class _Body:
             self.called.add(name)
             values = [self.register(token.strip()) for token in arguments.split(",")]
             return f"{self.register(target)} = {_variable(name)}(T, {', '.join(values)});"
-        return emit(self, each, len(self.texts) - 1)
+        return Emitter(self, each, len(self.texts) - 1).emit()

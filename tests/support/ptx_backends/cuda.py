@@ -11,13 +11,13 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from ptx.kernel import Kernel
+from ptx.parse import Module
 
 from graddrop_kernels.backends import cuda
 from graddrop_kernels.backends.tensor_table import DTYPES, MASK_KINDS, TensorRow
 
 from .emulation import Emulation
-from .kernel import Kernel
-from .parse import Module
 
 THREADS, PROLOGUE_THREADS = 256, 32  # csrc/cuda/chunks.h and masks.cu, masked_adamw.cu
 BFLOAT16, FLOAT16 = "NS_8BFloat16E", "NS_7Float16E"  # as in the names of kernels

@@ -1,5 +1,6 @@
 """Emulation: a backend's own functions on CPU tensors, with its kernels' PTX run on the CPU in place of launches."""
 
+import dataclasses
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -7,12 +8,13 @@ from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from unittest import mock
 
+import torch
+from ptx.kernel import Kernel
+
 from graddrop_kernels import backends
 from graddrop_kernels.backends.batch import TensorBatch
 from graddrop_kernels.backends.tensor_table import tensor_table
 from graddrop_kernels.masks.bitmask import num_planes, num_words
-
-from .kernel import Kernel, spans_of
 
 
 class Emulation:
@@ -35,7 +37,7 @@ class Emulation:
         """Runs a kernel. It may access the tensors in the arguments of the call that launches it, and ``spans``."""
         self.launches[kernel] += 1
         rows = [span for each in self._arguments if isinstance(each, TensorBatch) for span in _spans_of_rows(each)]
-        spans = [*spans_of(self._arguments), *rows, *spans]
+        spans = [*_spans_of(self._arguments), *rows, *spans]
         kernel.launch(blocks, threads, arguments, spans, self._random.getrandbits(63), shared)
 
     def run(self, function: str, *arguments: object) -> object:
@@ -57,7 +59,6 @@ class Emulation:
             yield row
 
 
-
 def _spans_of_rows(batch: TensorBatch) -> Iterator[tuple[int, int]]:
     """The memory that a batch names by address: it may hold its tensors no more."""
     grads = batch.grad_dtype or batch.param_dtype
@@ -69,3 +70,18 @@ def _spans_of_rows(batch: TensorBatch) -> Iterator[tuple[int, int]]:
         memory = {name: int(row["numel"]) * size for name, size in sizes.items()}
         memory |= {"step": 4, "mask_words": 4 * planes * num_words(int(row["numel"]))}
         yield from ((int(row[name]), size) for name, size in memory.items() if row[name])
+
+
+def _spans_of(value: object) -> Iterator[tuple[int, int]]:
+    """The memory of all tensors in a value: in lists, dictionaries, dataclasses and the package's other objects."""
+    if isinstance(value, torch.Tensor):
+        if value.numel():
+            yield value.data_ptr(), value.numel() * value.element_size()
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _spans_of(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _spans_of(each)
+    elif dataclasses.is_dataclass(value) or type(value).__module__.startswith("graddrop_kernels."):
+        yield from _spans_of(getattr(value, "__dict__", {}))

@@ -5,16 +5,16 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
+from ptx.build import CACHE
+from ptx.kernel import Kernel
+from ptx.parse import Module
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from graddrop_kernels.backends import triton
 
-from .build import CACHE
 from .emulation import Emulation
-from .kernel import Kernel
-from .parse import Module
 
 WARP = 32
 
