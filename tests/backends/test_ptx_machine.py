@@ -56,7 +56,7 @@ WRONG_STEPS = [  # (compiled, in kernels of this name, instruction, another one,
     (TRITON, "masked_adamw", r"\bsetp\.lt\.s32\b", "setp.le.s32", F32),  # the last element is the one after it
     (TRITON, "masked_adamw", r"(st\.global\.v4\.b32 \[ %rd\d+ \+) 0", r"\1 4", F32),
     (TRITON, "masked_adamw", r"\bmul\.hi\.u32\b", "mul.lo.u32", F32),
-    (TRITON, "prologue", r"\bdiv\.rn\.f32\b", "div.rz.f32", F32),
+    (TRITON, "prologue", r"\bmin\.s64\b", "max.s64", F32),
     (CUDA, "14aligned", r"\b(sub|div|sqrt)\.rn\.f32\b", r"\1.rz.f32", F32),
     (CUDA, "14aligned", r"\bcvt\.rn\.bf16(x2)?\.f32", r"cvt.rz.bf16\1.f32", BF16),
     (CUDA, "14aligned", r"\bsetp\.gt\.s32\b", "setp.ge.s32", F32),  # the last group of four is left out
@@ -68,10 +68,10 @@ WRONG_STEPS = [  # (compiled, in kernels of this name, instruction, another one,
 @pytest.mark.parametrize("compiled, of, pattern, replacement, dtype", WRONG_STEPS, ids=str)
 def test_one_wrong_instruction_of_a_step_is_seen(compiled, of, pattern, replacement, dtype, seed):
     require("cpu")
-    # the ends of blocks at each place of a thread's elements; many rows of scalars
-    sizes = (33, 34, 35, 36, 545, 546, 547, 548, CHUNK + 8, *[5] * 30)
+    # the ends of blocks at each place of a thread's elements; many elements that fill no group
+    sizes = (33, 34, 35, 36, 545, 546, 547, 548, CHUNK + 8, *[7] * 100)
     layouts = [(size, RowBlock.whole(size)) for size in sizes for _ in range(2)]
-    right = batch_of(generator_of(seed), [PLANS["bernoulli"], PLANS["ages"]], (dtype, dtype), layouts)
+    right = batch_of(generator_of(seed), [PLANS["bernoulli"], PLANS["many ages"]], (dtype, dtype), layouts)
     right.grad_scale = torch.tensor(5.3)  # so that every store is carried out
     wrong, expected = copy_of(right), copy_of(right)
     emulation(compiled, seed).run("masked_adamw_", right)
@@ -95,7 +95,7 @@ def test_every_barrier_of_a_norm_is_needed(compiled, of, seed):
     while place < barriers:
         without = lambda match: f"mov.pred {match[1]}, {match[2]};" if match[1] else ""
         planted = Planted(of, r"\bbar\.(?:sync\s+0|red\.or\.pred (%p\d+), 0, (%p\d+));", without, seed, place)
-        with pytest.raises(Fault, match="no barrier between this|do not meet here"):
+        with pytest.raises(Fault, match="no barrier between this|do not meet"):
             emulation(compiled, seed, planted).run("sum_of_squares", copy_of(batch), True)
         place, barriers = place + 1, planted.places
     assert barriers >= 5
@@ -130,15 +130,15 @@ MISTAKES = {  # body: the error's text
     f"fma.rn.ftz.f32 %r1, %r0, %r0, %r0; {STORE}": "fma.rn.ftz.f32 %r1, %r0, %r0, %r0",
     f"mov.u32 %r1, %tid.w; {STORE}": "mov.u32 %r1, %tid.w",
     f"add.s32 %r0, %r0, 1; {STORE}": "store of 4 bytes, 0 bytes after the end of the tensor before it, by thread 63",
-    f"add.s64 %rd0, %rd0, -4; {STORE}": "store of 4 bytes at 0x[0-9a-f]+, before every tensor, by thread 0",
+    f"add.s64 %rd0, %rd0, -4; {STORE}": "store of 4 bytes before every tensor by thread 0",
     "add.s64 %rd1, %rd0, 2; ld.global.b32 %r1, [%rd1];": "misaligned load of 4 bytes",
     "ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd0+4];": "misaligned load of 16 bytes",
     "setp.lt.u32 %p1, %r0, 7; @%p1 bar.sync 0;": "the lanes of a warp do not meet here",
-    "setp.lt.u32 %p1, %r0, 32; @%p1 bar.sync 0;": "the warps of a block do not meet here",
-    "setp.lt.u32 %p1, %r0, 32; @%p1 ret; bar.sync 0;": "the warps of a block do not meet here",
+    "setp.lt.u32 %p1, %r0, 32; @%p1 bar.sync 0;": "the warps of a block do not meet",
+    "setp.lt.u32 %p1, %r0, 32; @%p1 ret; bar.sync 0;": "the warps of a block do not meet",
     "and.b32 %r2, %r0, 1; setp.eq.u32 %p1, %r2, 0; @%p1 shfl.sync.bfly.b32 %r3, %r0, 1, 31, -1;": "do not meet here",
     "shfl.sync.bfly.b32 %r3, %r0, 1, 31, 15;": "a shuffle of a part of a warp",
-    "st.shared.b32 [room+256], %r0;": "access of 4 bytes at 256 of 256 bytes of shared memory",
+    "st.shared.b32 [room+256], %r0;": "store of 4 bytes at 256 of 256 bytes of shared memory",
     "bar.sync 0; st.global.u32 [%rd0], %r0;": "no barrier between this store and the store of thread",
     f"bar.sync 0; ld.global.u32 %r1, [%rd0]; {STORE}": "no barrier between this (store|load) and the (load|store) of",
 }  # fmt: skip
@@ -146,7 +146,7 @@ MISTAKES = {  # body: the error's text
 
 @pytest.mark.parametrize("body", MISTAKES)
 def test_a_mistake_is_an_error_that_names_the_instruction(body, seed):
-    with pytest.raises((Fault, UnknownInstruction), match=MISTAKES[body].replace("+", r"\+").replace(r"f]\+", "f]+")):
+    with pytest.raises((Fault, UnknownInstruction), match=MISTAKES[body]):
         run(body, torch.zeros(64, dtype=torch.int32), seed=seed)
 
 
@@ -203,7 +203,7 @@ VALUES = [  # what the manual says of single instructions: (instruction, the bit
     ("shl.b32 %r1, %r2, %r3", [1, 32], 0),
     ("shr.s32 %r1, %r2, %r3", [2**31, 40], 2**32 - 1),
     ("shr.u32 %r1, %r2, %r3", [2**31, 40], 0),
-    ("prmt.b32 %r1, %r2, %r3, 0x9054", [0x44332280, 0x88776655], 0x00806655 & 0x00FFFFFF),
+    ("prmt.b32 %r1, %r2, %r3, 0x9054U", [0x44332280, 0x88776655], 0x00806655 & 0x00FFFFFF),
     ("bfe.u32 %r1, %r2, 4, 8", [0xABCD], 0xBC),
     ("clz.b32 %r1, %r2", [0], 32),
     ("setp.ne.f32 %p1, %r2, %r2; selp.u32 %r1, 1, 0, %p1", bits(NAN), 0),

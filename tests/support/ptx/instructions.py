@@ -1,26 +1,12 @@
 """The meaning of every instruction that occurs, as C++. An opcode that no row matches as a whole is an error."""
 
 import re
-from typing import Protocol
 
 from .parse import Instruction, size_of
 
 
 class UnknownInstruction(Exception):
     """It has the instruction's text."""
-
-
-class Names(Protocol):
-    """What a translation knows of the names in operands."""
-
-    def register(self, name: str) -> str | None:
-        """The C++ variable of a register, also of a parameter of a call, or None."""
-
-    def address(self, name: str) -> str | None:
-        """The C++ number of a piece of shared memory (its offset) or of a kernel's parameter (its address)."""
-
-    def meet(self, why: str, value: str = "0") -> str:
-        """C++ that stops the thread at this instruction."""
 
 
 _FLOAT, _ANY_INTEGER, _WIDTH = r"(f32|f64)", r"([bus](?:16|32|64))", r"(8|16|32|64)"
@@ -78,9 +64,11 @@ def c_type(type_: str) -> str:
 
 
 class Emitter:
-    """Makes C++ of one instruction; ``at``: its number."""
+    """Makes C++ of one instruction; ``at``: its number; ``names``: the translation of its function, which knows
+    registers, addresses of shared memory and parameters, and how a thread stops.
+    """
 
-    def __init__(self, names: Names, instruction: Instruction, at: int):
+    def __init__(self, names, instruction: Instruction, at: int):
         self._names, self._operands, self._at, self._text = names, instruction.operands, at, instruction.text
         self._opcode = instruction.opcode
 
@@ -114,8 +102,8 @@ class Emitter:
         found = _SPECIAL.get(token) or self._names.register(token) or self._names.address(token)
         if found is None and re.fullmatch(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}", token):
             found = f"0x{token[2:]}u"
-        if found is None and re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)", token):
-            found = f"0x{int(token, 0) % 2**64:x}u"
+        if found is None and re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", token):
+            found = f"0x{int(token.rstrip('U'), 0) % 2**64:x}u"
         if found is None:
             raise self._unknown()
         return found

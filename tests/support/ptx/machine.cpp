@@ -6,7 +6,6 @@
 #include <cstdio>
 #include <cstring>
 #include <random>
-#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -14,12 +13,13 @@
 namespace {
 
 constexpr uint32_t kWarp = 32;
+constexpr const char* kAccess[] = {"load", "store", "atomic access"};  // by Access
 
 struct Span {
   uint64_t begin, end;
 };
 
-struct Fault {  // what is wrong, at which instruction
+struct Fault {
   uint32_t instruction;
   std::string what;
 };
@@ -27,14 +27,13 @@ struct Fault {  // what is wrong, at which instruction
 [[noreturn]] void fail(const Thread& thread, uint32_t at, const char* format, auto... values) {
   char text[300];
   std::snprintf(text, sizeof text, format, values...);
-  throw Fault{at, std::string(text) + " by thread " + std::to_string(thread.tid) + " of block " +
-                      std::to_string(thread.ctaid)};
+  const std::string who = " by thread " + std::to_string(thread.tid) + " of block " + std::to_string(thread.ctaid);
+  throw Fault{at, text + who};
 }
 
-// Who has accessed a byte since when. Two threads of a block may only meet there if one of them writes, if a barrier lies
-// between them.
+// The last accesses to a byte. If one of two threads writes it, there must be a barrier between them.
 struct Visits {
-  uint32_t writer, written = 0, reader, read = 0;  // the epochs begin at 1
+  uint32_t writer, reader, written = 0, read = 0;  // by whom; in which epochs, which begin at 1
   bool many_readers;
 };
 
@@ -54,37 +53,35 @@ struct Block {
     if (!watched || access == kAtomic) return;
     for (uint64_t byte = address; byte < address + bytes; ++byte) {
       Visits& seen = visits[byte];
-      const bool of_other = seen.written == epoch && seen.writer != thread.tid;
-      const bool read_by_other = seen.read == epoch && (seen.many_readers || seen.reader != thread.tid);
-      if (of_other || (access == kWrite && read_by_other))
-        fail(thread, at, "no barrier between this %s and the %s of thread %u,", access == kRead ? "load" : "store",
-             of_other ? "store" : "load", of_other ? seen.writer : seen.reader);
-      if (access == kWrite) {
+      const bool written = seen.written == epoch && seen.writer != thread.tid;
+      const bool read = seen.read == epoch && (seen.many_readers || seen.reader != thread.tid);
+      if (written || (access == kWrite && read))
+        fail(thread, at, "no barrier between this %s and the %s of thread %u,", kAccess[access],
+             kAccess[written ? kWrite : kRead], written ? seen.writer : seen.reader);
+      if (access == kWrite)
         seen.writer = thread.tid, seen.written = epoch;
-      } else {
-        seen.many_readers = read_by_other, seen.reader = thread.tid, seen.read = epoch;
-      }
+      else
+        seen.many_readers = read, seen.reader = thread.tid, seen.read = epoch;
     }
   }
 };
 
 char* Thread::global(uint64_t address, uint32_t bytes, Access access, uint32_t at) {
-  const char* what = access == kRead ? "load" : access == kWrite ? "store" : "atomic access";
-  if (address % bytes) fail(*this, at, "misaligned %s of %u bytes at 0x%llx", what, bytes, (unsigned long long)address);
   const Span *const first = block->spans, *const last = first + block->num_spans;
   const Span* next = std::upper_bound(first, last, address, [](uint64_t a, const Span& span) { return a < span.begin; });
-  if (next == first || address + bytes > next[-1].end) {
-    if (next == first) fail(*this, at, "%s of %u bytes at 0x%llx, before every tensor,", what, bytes, (unsigned long long)address);
-    fail(*this, at, "%s of %u bytes, %lld bytes after the end of the tensor before it,", what, bytes,
-         (long long)(address - next[-1].end));
-  }
+  if (next == first) fail(*this, at, "%s of %u bytes before every tensor", kAccess[access], bytes);
+  if (address + bytes > next[-1].end)
+    fail(*this, at, "%s of %u bytes, %lld bytes after the end of the tensor before it,", kAccess[access], bytes,
+         static_cast<long long>(address - next[-1].end));
+  if (address % bytes) fail(*this, at, "misaligned %s of %u bytes", kAccess[access], bytes);
   block->visit(*this, address, bytes, access, at);
   return reinterpret_cast<char*>(address);
 }
 
 char* Thread::shared(uint32_t offset, uint32_t bytes, Access access, uint32_t at) {
   if (offset % bytes || uint64_t{offset} + bytes > block->shared.size())
-    fail(*this, at, "access of %u bytes at %u of %u bytes of shared memory", bytes, offset, (uint32_t)block->shared.size());
+    fail(*this, at, "%s of %u bytes at %u of %zu bytes of shared memory", kAccess[access], bytes, offset,
+         block->shared.size());
   block->visit(*this, offset, bytes, access, at);  // no tensor begins there
   return block->shared.data() + offset;
 }
@@ -98,6 +95,8 @@ namespace {
 
 using Kernel = void (*)(Thread&, char* registers, const char* parameters);
 
+bool together(const Thread& a, const Thread& b) { return a.stop == b.stop && a.instruction == b.instruction; }
+
 // Runs the lanes of a warp until all wait at a barrier, or are done.
 void run_warp(Block& block, uint32_t begin, Kernel kernel, char* registers, uint64_t stride, std::mt19937_64& random) {
   Thread* const lanes = &block.threads[begin];
@@ -109,7 +108,7 @@ void run_warp(Block& block, uint32_t begin, Kernel kernel, char* registers, uint
     for (uint32_t i = 0; i < count; ++i)
       kernel(lanes[order[i]], registers + (begin + order[i]) * stride, block.parameters);
     for (uint32_t i = 1; i < count; ++i)
-      if (lanes[i].stop != lanes[0].stop || lanes[i].instruction != lanes[0].instruction)
+      if (!together(lanes[i], lanes[0]))
         fail(lanes[i], lanes[lanes[i].stop == kDone ? 0 : i].instruction, "the lanes of a warp do not meet here: left");
     if (lanes[0].stop == kBarrier || lanes[0].stop == kDone) return;
     if (lanes[0].stop == kStep && block.threads.size() <= kWarp) ++block.epoch;
@@ -130,8 +129,8 @@ void run_block(Block& block, Kernel kernel, char* registers, uint64_t stride, st
     for (uint32_t begin : warps) run_warp(block, begin, kernel, registers, stride, random);
     bool any = false, all = true;
     for (Thread& thread : block.threads) {
-      if (thread.stop != first.stop || thread.instruction != first.instruction)
-        fail(thread, (thread.stop == kDone ? first : thread).instruction, "the warps of a block do not meet here: left");
+      if (!together(thread, first))
+        fail(thread, (thread.stop == kDone ? first : thread).instruction, "the warps of a block do not meet: left");
       any |= thread.value != 0, all &= thread.value != 0;
     }
     for (Thread& thread : block.threads) thread.value = thread.any ? any : all;
@@ -142,10 +141,9 @@ void run_block(Block& block, Kernel kernel, char* registers, uint64_t stride, st
 }  // namespace
 
 // Runs a launch. Returns 0, or 1 with what is wrong and the number of the instruction.
-extern "C" int ptx_launch(Kernel kernel, uint64_t register_bytes, const char* parameters,
-                          const Span* spans, uint64_t num_spans, uint32_t num_blocks, uint32_t num_threads,
-                          uint32_t shared_bytes, int meets, uint64_t seed, char* message, uint64_t message_bytes,
-                          uint32_t* instruction) {
+extern "C" int ptx_launch(Kernel kernel, uint64_t register_bytes, const char* parameters, const Span* spans,
+                          uint64_t num_spans, uint32_t num_blocks, uint32_t num_threads, uint32_t shared_bytes,
+                          int meets, uint64_t seed, char* message, uint64_t message_bytes, uint32_t* instruction) {
   std::mt19937_64 random(seed);
   std::vector<uint32_t> order(num_blocks);
   for (uint32_t i = 0; i < num_blocks; ++i) order[i] = i;

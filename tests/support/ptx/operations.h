@@ -119,7 +119,7 @@ T shr(T x, uint32_t by) {
 inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t result = 0;
   for (int i = 0; i < 4; ++i) {
-    const uint32_t choice = selector >> 4 * i & 15, byte = (static_cast<uint64_t>(b) << 32 | a) >> 8 * (choice & 7) & 255;
+    const uint32_t choice = selector >> 4 * i & 15, byte = (choice & 4 ? b : a) >> 8 * (choice & 3) & 255;
     result |= (choice & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
   }
   return result;
