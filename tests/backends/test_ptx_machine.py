@@ -69,7 +69,7 @@ WRONG_STEPS = [  # (compiled, in kernels of this name, instruction, another one,
 def test_one_wrong_instruction_of_a_step_is_seen(compiled, of, pattern, replacement, dtype, seed):
     require("cpu")
     # the ends of blocks at each place of a thread's elements; many elements that fill no group
-    sizes = (33, 34, 35, 36, 545, 546, 547, 548, CHUNK + 8, *[7] * 100)
+    sizes = (33, 34, 35, 36, 200, 545, 546, 547, 548, CHUNK + 8, *[7] * 100)
     layouts = [(size, RowBlock.whole(size)) for size in sizes for _ in range(2)]
     right = batch_of(generator_of(seed), [PLANS["bernoulli"], PLANS["many ages"]], (dtype, dtype), layouts)
     right.grad_scale = torch.tensor(5.3)  # so that every store is carried out

@@ -55,6 +55,7 @@ OPERATIONS = [
 ]
 _OPERATIONS = [(re.compile(pattern), *row) for pattern, *row in OPERATIONS]
 _MEMORY = re.compile(rf"(ld|st|atom)((?:\.(?:global|shared|param|cg|gpu|acq_rel|add|v2|v4))*)\.([bus]|f){_WIDTH}")
+_ACCESS = {"ld": "kRead", "st": "kWrite", "atom": "kAtomic"}
 _SPECIAL = {f"%{name}.x": f"T.{name}" for name in ("tid", "ctaid", "ntid", "nctaid")}
 
 
@@ -79,9 +80,8 @@ class Emitter:
         if self._opcode == "bar.sync":
             return self._barrier(self._operands[0])
         if self._opcode in ("bar.red.or.pred", "bar.red.and.pred"):
-            return f"T.any = {int('or' in self._opcode)}; {self._barrier(*self._operands[1:])}" + self._set(
-                self._operands[0], "pred", "T.value"
-            )
+            meet, got = self._barrier(*self._operands[1:]), self._set(self._operands[0], "pred", "T.value")
+            return f"T.any = {int('or' in self._opcode)}; {meet} {got}"
         if self._opcode == "shfl.sync.bfly.b32":
             return self._shuffle()
         if match := _MEMORY.fullmatch(self._opcode):
@@ -90,10 +90,7 @@ class Emitter:
         for pattern, expression, result, types in _OPERATIONS:
             if match := pattern.fullmatch(self._opcode):
                 return self._operation(*(match.expand(part) for part in (expression, result, types)))
-        raise self._unknown()
-
-    def _unknown(self) -> UnknownInstruction:
-        return UnknownInstruction(self._text)
+        raise UnknownInstruction(self._text)
 
     def _bits(self, token: str) -> str:
         """The bits of a register or constant, in whatever width it has."""
@@ -105,7 +102,7 @@ class Emitter:
         if found is None and re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", token):
             found = f"0x{int(token.rstrip('U'), 0) % 2**64:x}u"
         if found is None:
-            raise self._unknown()
+            raise UnknownInstruction(self._text)
         return found
 
     def _value(self, token: str, type_: str) -> str:
@@ -120,7 +117,7 @@ class Emitter:
             return ""
         target = self._names.register(token)
         if target is None:
-            raise self._unknown()
+            raise UnknownInstruction(self._text)
         return f"{target} = {f'bits({value})' if type_[0] == 'f' else f'({c_type(type_)})({value})'};"
 
     def _operation(self, expression: str, result: str, types: str) -> str:
@@ -146,19 +143,16 @@ class Emitter:
         place, values = self._operands[:2] if kind == "st" else self._operands[1::-1]
         match = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\d+))?\s*\]", place)
         if match is None:
-            raise self._unknown()
+            raise UnknownInstruction(self._text)
         name, offset, parts = match[1], int(match[2] or 0), _parts(values)
         type_ = c_type(f"{'s' if letter == 's' else 'b'}{width}")
         if "param" in modifiers and name[0] != "%" and self._names.register(name):  # of a call
-            return self._set(*((name, f"b{width}", self._bits(parts[0])) if kind == "st" else
-                               (parts[0], f"b{width}", self._bits(name))))  # fmt: skip
-        if "param" in modifiers:
-            at = f"({self._bits(name)} + {offset})"
-        else:
-            space, access = "shared" if "shared" in modifiers else "global", {"ld": "kRead", "st": "kWrite"}
-            at = f"T.{space}({self._bits(name)} + {offset}, {int(width) // 8 * len(parts)}, " + (
-                f"{access.get(kind, 'kAtomic')}, {self._at})"
-            )
+            target, source = (name, parts[0]) if kind == "st" else (parts[0], name)
+            return self._set(target, f"b{width}", self._bits(source))
+        at = f"{self._bits(name)} + {offset}"
+        if "param" not in modifiers:
+            space = "shared" if "shared" in modifiers else "global"
+            at = f"T.{space}({at}, {int(width) // 8 * len(parts)}, {_ACCESS[kind]}, {self._at})"
         if kind == "ld":
             each = " ".join(f"{self._names.register(part)} = at[{i}];" for i, part in enumerate(parts) if part != "_")
         elif kind == "st":
@@ -167,8 +161,8 @@ class Emitter:
             added = self._value(self._operands[2], f"u{width}")
             each = f"const {type_} old = *at; *at += {added}; {self._set(parts[0], f'u{width}', 'old')}"
         else:
-            raise self._unknown()
-        return f"{{ {type_}* const at = ({type_}*){at}; {each} }}"
+            raise UnknownInstruction(self._text)
+        return f"{{ {type_}* const at = ({type_}*)({at}); {each} }}"
 
     def _shuffle(self) -> str:
         target, value, *numbers = self._operands
@@ -179,7 +173,7 @@ class Emitter:
 
     def _barrier(self, number: str, value: str = "") -> str:
         if number != "0":
-            raise self._unknown()
+            raise UnknownInstruction(self._text)
         return self._names.meet("kBarrier", self._value(value, "pred") if value else "0")
 
 

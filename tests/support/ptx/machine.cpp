@@ -8,6 +8,7 @@
 #include <random>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -15,14 +16,8 @@ namespace {
 constexpr uint32_t kWarp = 32;
 constexpr const char* kAccess[] = {"load", "store", "atomic access"};  // by Access
 
-struct Span {
-  uint64_t begin, end;
-};
-
-struct Fault {
-  uint32_t instruction;
-  std::string what;
-};
+using Span = std::pair<uint64_t, uint64_t>;       // begin, end
+using Fault = std::pair<uint32_t, std::string>;  // number of the instruction, what is wrong
 
 [[noreturn]] void fail(const Thread& thread, uint32_t at, const char* format, auto... values) {
   char text[300];
@@ -68,11 +63,11 @@ struct Block {
 
 char* Thread::global(uint64_t address, uint32_t bytes, Access access, uint32_t at) {
   const Span *const first = block->spans, *const last = first + block->num_spans;
-  const Span* next = std::upper_bound(first, last, address, [](uint64_t a, const Span& span) { return a < span.begin; });
+  const Span* next = std::upper_bound(first, last, address, [](uint64_t a, const Span& span) { return a < span.first; });
   if (next == first) fail(*this, at, "%s of %u bytes before every tensor", kAccess[access], bytes);
-  if (address + bytes > next[-1].end)
+  if (address + bytes > next[-1].second)
     fail(*this, at, "%s of %u bytes, %lld bytes after the end of the tensor before it,", kAccess[access], bytes,
-         static_cast<long long>(address - next[-1].end));
+         static_cast<long long>(address - next[-1].second));
   if (address % bytes) fail(*this, at, "misaligned %s of %u bytes", kAccess[access], bytes);
   block->visit(*this, address, bytes, access, at);
   return reinterpret_cast<char*>(address);
@@ -164,8 +159,8 @@ extern "C" int ptx_launch(Kernel kernel, uint64_t register_bytes, const char* pa
       run_block(block, kernel, registers.data(), stride, random);
     }
   } catch (const Fault& fault) {
-    std::snprintf(message, message_bytes, "%s", fault.what.c_str());
-    *instruction = fault.instruction;
+    std::snprintf(message, message_bytes, "%s", fault.second.c_str());
+    *instruction = fault.first;
     return 1;
   }
   return 0;

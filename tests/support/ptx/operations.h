@@ -12,15 +12,11 @@ using u64 = uint64_t;
 
 #define BINARY(name, sign) \
   template <typename T>    \
-  T name(T a, T b) {       \
-    return a sign b;       \
-  }
+  T name(T a, T b) { return a sign b; }
 BINARY(add, +) BINARY(sub, -) BINARY(mul, *) BINARY(div, /)
 #define COMPARISON(name, expression) \
   template <typename T>              \
-  bool name(T a, T b) {              \
-    return expression;               \
-  }
+  bool name(T a, T b) { return expression; }
 COMPARISON(is_eq, a == b) COMPARISON(is_lt, a < b) COMPARISON(is_le, a <= b) COMPARISON(is_gt, a > b)
 COMPARISON(is_ge, a >= b) COMPARISON(is_ne, a < b || a > b) COMPARISON(is_neu, a != b)  // u: or one is NaN
 COMPARISON(is_gtu, !(a <= b)) COMPARISON(is_geu, !(a < b))
@@ -39,13 +35,9 @@ inline float sqrt(float x) { return __builtin_sqrtf(x); }
 inline double sqrt(double x) { return __builtin_sqrt(x); }
 inline double trunc(double x) { return __builtin_trunc(x); }
 template <typename T>
-T neg(T x) {
-  return -x;
-}
+T neg(T x) { return -x; }
 template <typename T>
-T abs(T x) {
-  return __builtin_signbit(x) ? -x : x;
-}
+T abs(T x) { return __builtin_signbit(x) ? -x : x; }
 inline float abs_ftz(float x) { return abs(x) < 0x1p-126f ? 0 : abs(x); }  // numbers below the normal ones count as 0
 
 // Of a NaN and a number the number, and -0 is less than 0.
@@ -106,9 +98,7 @@ inline uint32_t mul_hi(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a)
 
 // Shifts by the width or more leave nothing, or copies of the sign.
 template <typename T>
-T shl(T x, uint32_t by) {
-  return by < 8 * sizeof(T) ? x << by : 0;
-}
+T shl(T x, uint32_t by) { return by < 8 * sizeof(T) ? x << by : 0; }
 template <typename T>
 T shr(T x, uint32_t by) {
   const uint32_t most = 8 * sizeof(T) - 1;

@@ -63,10 +63,8 @@ class Module:
 
 
 def size_of(type_: str) -> int:
-    """Bytes of a type: ``b32``, ``f64``, ``f32x2``, ``pred``."""
-    if type_ == "pred":
-        return 1
-    return int(re.search(r"\d+", type_)[0]) * (2 if type_.endswith("x2") else 1) // 8
+    """Bytes of a type: ``b32``, ``f64``, ``pred``."""
+    return 1 if type_ == "pred" else int(type_[1:]) // 8
 
 
 def _variables(text: str) -> list[Variable]:

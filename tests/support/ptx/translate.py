@@ -11,8 +11,6 @@ from typing import NamedTuple
 from .instructions import Emitter, UnknownInstruction, c_type
 from .parse import Function, Instruction, Module
 
-_CALL = re.compile(r"call(?:\.uni)?")
-
 
 class Translation(NamedTuple):
     """``texts``: the kernel's instructions by number; ``offsets``: (offset, size) of each parameter."""
@@ -36,7 +34,7 @@ def translate(module: Module, entry: str, in_step: bool = False) -> Translation:
     addresses |= {name: f"(uint64_t)P + {offset}" for name, offset in offsets.items()}
     body = _Body(kernel, addresses, in_step, "return T.meet(kDone, 0)")
     code = body.code()
-    called = "".join(_callee(module.function(name), addresses) for name in sorted(body.called))
+    called = "".join(_callee(module.function(name)) for name in sorted(body.called))
     source = f"""#include "machine.h"
 using namespace ptx;
 {called}
@@ -76,22 +74,19 @@ def _variable(name: str) -> str:
     return re.sub(r"\W", "_", name.lstrip("%"))
 
 
-def _callee(function: Function, addresses: dict[str, str]) -> str:
-    """A function that kernels call. It may not stop."""
+def _callee(function: Function) -> str:
+    """A function that kernels call. It may neither stop nor have memory of its own."""
     (returned,) = function.returned
-    for each in (returned, *function.parameters):
-        function.registers[each.name] = each.type
-    body = _Body(function, addresses, False, f"return R.{_variable(returned.name)}")
+    function.registers |= {each.name: each.type for each in (returned, *function.parameters)}
+    body = _Body(function, {}, False, f"return R.{_variable(returned.name)}")
     code = body.code()
     if body.stops or body.called:
         raise UnknownInstruction(f"{function.name}: a function that stops or calls another")
-    type_ = lambda each: c_type(f"b{each.type[1:]}")
-    arguments = ", ".join(f"{type_(each)} {_variable(each.name)}" for each in function.parameters)
-    copies = " ".join(f"R.{_variable(each.name)} = {_variable(each.name)};" for each in function.parameters)
-    return f"""static {type_(returned)} {_variable(function.name)}(Thread& T, {arguments}) {{
+    names = [_variable(each.name) for each in function.parameters]
+    return f"""static uint64_t {_variable(function.name)}({", ".join(f"uint64_t {name}" for name in names)}) {{
 struct {{
 {_declared(function.registers)}}} R;
-{copies}
+{" ".join(f"R.{name} = {name};" for name in names)}
 {code}
 }}
 """
@@ -139,9 +134,9 @@ class _Body:
             return f"goto {_variable(each.operands[0])};"
         if each.opcode in ("ret", "exit"):
             return f"{self.leave};"
-        if _CALL.fullmatch(each.opcode):
+        if each.opcode == "call.uni":
             target, name, arguments = (operand.strip("() ") for operand in each.operands)
             self.called.add(name)
             values = [self.register(token.strip()) for token in arguments.split(",")]
-            return f"{self.register(target)} = {_variable(name)}(T, {', '.join(values)});"
+            return f"{self.register(target)} = {_variable(name)}({', '.join(values)});"
         return Emitter(self, each, len(self.texts) - 1).emit()
