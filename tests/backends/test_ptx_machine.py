@@ -44,7 +44,8 @@ class Planted:
         self.places = max(self.places, len(found))
         if not found or (self.place or 0) >= len(found):
             return entry
-        match = random.Random(self.seed).choice(found) if self.place is None else found[self.place]
+        drawn = random.Random(f"{self.seed} {entry.partition('(')[0]}").choice(found)
+        match = drawn if self.place is None else found[self.place]
         return entry[: match.start()] + self.pattern.sub(self.replacement, match[0]) + entry[match.end() :]
 
 
@@ -57,7 +58,7 @@ WRONG_STEPS = [  # (compiled, in kernels of this name, instruction, another one,
     (TRITON, "masked_adamw", r"(st\.global\.v4\.b32 \[ %rd\d+ \+) 0", r"\1 4", F32),
     (TRITON, "masked_adamw", r"\bmul\.hi\.u32\b", "mul.lo.u32", F32),
     (TRITON, "prologue", r"\bmin\.s64\b", "max.s64", F32),
-    (CUDA, "14aligned", r"\b(sub|div|sqrt)\.rn\.f32\b", r"\1.rz.f32", F32),
+    (CUDA, "14aligned", r"\b(sub|sqrt)\.rn\.f32\b", r"\1.rz.f32", F32),  # it divides zeros that it never stores
     (CUDA, "14aligned", r"\bcvt\.rn\.bf16(x2)?\.f32", r"cvt.rz.bf16\1.f32", BF16),
     (CUDA, "14aligned", r"\bsetp\.gt\.s32\b", "setp.ge.s32", F32),  # the last group of four is left out
     (CUDA, "14aligned", r"(st\.global\.v4\.u32 \[%rd\d+)", r"\1+4", F32),
