@@ -29,7 +29,6 @@ def _version() -> str:
     return subprocess.run([*compiler(), "--version"], capture_output=True, text=True, check=True).stdout
 
 
-@cache
 def library(source: str, options: tuple[str, ...]) -> ctypes.CDLL:
     """The compiled source."""
     command = [*compiler(), *FLAGS, *options, f"-I{HERE}"]

@@ -36,6 +36,7 @@ OPERATIONS = [
     (r"not\.pred", "!$0", "pred", "pred"),
     (rf"(shl|shr)\.{_ANY_INTEGER}", r"\1($*)", r"\2", r"\2 u32"),
     (r"(prmt|bfi|bfe|clz)\.[bu]32", r"\1($*)", "b32", "b32"),
+    (r"bfe\.s32", "bfe_s32($*)", "s32", "s32 u32"),
     (rf"setp\.(eq|ne|lt|le|gt|ge)\.{_ALL}", r"is_\1($*)", "pred", r"\2"),
     (rf"setp\.(neu|gtu|geu)\.{_FLOAT}", r"is_\1($*)", "pred", r"\2"),
     (rf"selp\.[busf]{_WIDTH}", "$2 ? $0 : $1", r"b\1", r"b\1 b\1 pred"),

@@ -18,9 +18,9 @@ class Kernel:
 
     def __init__(self, module: Module, entry: str, in_step: bool = False):
         self.name = entry
-        self._translation = translate(module, entry, in_step)
+        source, self._translation = translate(module, entry, in_step)
         self._run = build.machine().ptx_launch  # first: the kernel's library takes its symbols
-        self._library = build.library(self._translation.source, build.KERNEL)
+        self._library = build.library(source, build.KERNEL)
         self._run.argtypes = [
             c_void_p, c_uint64, c_char_p, c_void_p, c_uint64, c_uint32, c_uint32, c_uint32, c_int, c_uint64, c_char_p,
             c_uint64, c_void_p,

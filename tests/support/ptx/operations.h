@@ -20,8 +20,6 @@ BINARY(add, +) BINARY(sub, -) BINARY(mul, *) BINARY(div, /)
 COMPARISON(is_eq, a == b) COMPARISON(is_lt, a < b) COMPARISON(is_le, a <= b) COMPARISON(is_gt, a > b)
 COMPARISON(is_ge, a >= b) COMPARISON(is_ne, a < b || a > b) COMPARISON(is_neu, a != b)  // u: or one is NaN
 COMPARISON(is_gtu, !(a <= b)) COMPARISON(is_geu, !(a < b))
-#undef BINARY
-#undef COMPARISON
 
 inline float f32(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 inline double f64(uint64_t bits) { return __builtin_bit_cast(double, bits); }
@@ -116,6 +114,10 @@ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
 }
 inline uint32_t ones(uint32_t count) { return count < 32 ? (1u << count) - 1 : ~0u; }
 inline uint32_t bfe(uint32_t x, uint32_t begin, uint32_t count) { return shr(x, begin & 255) & ones(count & 255); }
+inline s32 bfe_s32(s32 x, uint32_t begin, uint32_t count) {  // extended by the field's sign
+  const s32 rest = shr(x, begin & 255), unused = (count & 255) < 32 ? 32 - (count & 255) : 0;
+  return unused == 32 ? 0 : rest << unused >> unused;
+}
 inline uint32_t bfi(uint32_t field, uint32_t x, uint32_t begin, uint32_t count) {
   const uint32_t place = shl(ones(count & 255), begin & 255);
   return (x & ~place) | (shl(field, begin & 255) & place);

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from typing import NamedTuple
 
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*|^[ \t]*\.(?:loc|file)\b[^\n]*", re.DOTALL | re.MULTILINE)
@@ -45,7 +44,7 @@ class Function:
 
 
 class Module:
-    """A PTX text. Functions are read when they are asked for."""
+    """A PTX text. A function is read when it is asked for."""
 
     def __init__(self, text: str):
         self._text = _COMMENT.sub("", text)
@@ -54,7 +53,6 @@ class Module:
         self.entries = [match[3] for match in found if match[1] == "entry"]
         self.shared = [_variable(match[1]) for match in _SHARED.finditer(self._text)]
 
-    @cache  # noqa: B019 - a module lives as long as its kernels
     def function(self, name: str) -> Function:
         match = self._found[name]
         function = Function(name, _variables(match[4]), _variables(match[2] or ""))

@@ -15,15 +15,14 @@ from .parse import Function, Instruction, Module
 class Translation(NamedTuple):
     """``texts``: the kernel's instructions by number; ``offsets``: (offset, size) of each parameter."""
 
-    source: str
     texts: list[str]
     offsets: list[tuple[int, int]]
     shared_bytes: int
     meets: bool
 
 
-def translate(module: Module, entry: str, in_step: bool = False) -> Translation:
-    """Translates an entry and the functions that it calls.
+def translate(module: Module, entry: str, in_step: bool = False) -> tuple[str, Translation]:
+    """Returns the C++ of an entry and of the functions that it calls, and what a launch needs to know.
 
     ``in_step``: the threads of a warp meet before they store to global memory. A program of one warp may rely on it.
     """
@@ -50,7 +49,7 @@ return T.meet(kDone, 0);
 }}
 """
     sizes = [(offsets[each.name], each.size) for each in kernel.parameters]
-    return Translation(source, body.texts, sizes, shared_bytes, body.stops > 0)
+    return source, Translation(body.texts, sizes, shared_bytes, body.stops > 0)
 
 
 def _laid_out(variables) -> tuple[dict[str, int], int]:

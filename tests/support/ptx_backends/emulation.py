@@ -1,6 +1,5 @@
 """Emulation: a backend's own functions on CPU tensors, with its kernels' PTX run on the CPU in place of launches."""
 
-import dataclasses
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,7 @@ class Emulation:
         """Runs a kernel. It may access the tensors in the arguments of the call that launches it, and ``spans``."""
         self.launches[kernel] += 1
         rows = [span for each in self._arguments if isinstance(each, TensorBatch) for span in _spans_of_rows(each)]
-        spans = [*_spans_of(self._arguments), *rows, *spans]
+        spans = [*_spans_of(self._arguments, set()), *rows, *spans]
         kernel.launch(blocks, threads, arguments, spans, self._random.getrandbits(63), shared)
 
     def run(self, function: str, *arguments: object) -> object:
@@ -72,16 +71,22 @@ def _spans_of_rows(batch: TensorBatch) -> Iterator[tuple[int, int]]:
         yield from ((int(row[name]), size) for name, size in memory.items() if row[name])
 
 
-def _spans_of(value: object) -> Iterator[tuple[int, int]]:
+def _spans_of(value: object, seen: set[int]) -> Iterator[tuple[int, int]]:
     """The memory of all tensors in a value: in lists, dictionaries, dataclasses and the package's other objects."""
+    if id(value) in seen:
+        return
     if isinstance(value, torch.Tensor):
         if value.numel():
-            yield value.data_ptr(), value.numel() * value.element_size()
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _spans_of(each)
+            yield value.data_ptr(), value.nbytes
+        return
+    parts = ()
+    if isinstance(value, dict):
+        parts = value.values()
     elif isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _spans_of(each)
-    elif dataclasses.is_dataclass(value) or type(value).__module__.startswith("graddrop_kernels."):
-        yield from _spans_of(getattr(value, "__dict__", {}))
+        parts = value
+    elif type(value).__module__.startswith("graddrop_kernels."):
+        parts = getattr(value, "__dict__", {}).values()
+    if parts:
+        seen.add(id(value))
+    for each in parts:
+        yield from _spans_of(each, seen)

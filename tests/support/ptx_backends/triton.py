@@ -31,7 +31,7 @@ class TritonEmulation(Emulation):
         before = driver._active
         with knobs.cache.scope(), knobs.compilation.scope(), knobs.runtime.scope():
             knobs.cache.dir = str(CACHE / "triton")
-            knobs.compilation.store_binary_only = True
+            knobs.compilation.store_binary_only = knobs.compilation.disable_line_info = True
             knobs.runtime.add_stages_inspection_hook = _stop_at_ptx
             driver.set_active(self._driver)
             try:
