@@ -6,7 +6,7 @@ ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE # pytest keeps what it has rewritten, which halves the time to collect the tests
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-all study wheel-test deepspeed docs lint bench gpu clean
+.PHONY: demo test test-all test-ptx study wheel-test deepspeed docs lint bench gpu clean
 
 demo: $(VENV)/demo-ready
 	@echo "== The demo: it trains for 1 to 3 minutes on two cores and writes demo-output/demo.png"
@@ -22,6 +22,11 @@ test: $(VENV)/ready
 
 test-all: $(VENV)/ready
 	$(SUITE) $(ARGS)
+
+# The whole table of verify on what Triton and nvcc compile, run on the CPU; a sample of it is in the others. TODO minutes
+# on two cores, less once .ptx-cache has the compiled code.
+test-ptx: $(VENV)/ready
+	GRADDROP_PTX=all $(BIN)/python -m pytest -n $(WORKERS) tests/backends/test_ptx_cases.py $(ARGS)
 
 # The public part of the suite on a wheel, out of a source archive, where the source tree cannot be imported.
 wheel-test: $(VENV)/ready
@@ -85,4 +90,4 @@ $(VENV)/ready: $(VENV)/demo-ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info graddrop_kernels/_cpu.so graddrop_kernels/_cuda.so
+	rm -rf $(VENV) .ptx-cache build dist *.egg-info graddrop_kernels/_cpu.so graddrop_kernels/_cuda.so

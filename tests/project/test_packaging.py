@@ -351,7 +351,7 @@ def test_the_source_archive_has_all_that_a_build_and_the_tests_need(source_with_
         str(path.relative_to(source_with_cuda))
         for folder in ("tests", "benchmarks")
         for path in (source_with_cuda / folder).rglob("*")
-        if path.suffix in (".py", ".md", ".json", ".png")
+        if path.suffix in (".py", ".md", ".json", ".png", ".h", ".cpp")
     }
     pictures = re.findall(r"\]\((\S+\.png)\)", (ROOT / "README.md").read_text())
     assert pictures and set(pictures) <= files
