@@ -9,6 +9,7 @@ import random
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -65,7 +66,8 @@ def bench(device: str | torch.device | None = None, quick: bool = False) -> int:
         on_device: AbstractContextManager[None] = (
             torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         )
-        with on_device:  # events, spinning and what torch launches belong to the current device
+        with on_device, warnings.catch_warnings():  # events and spinning belong to the current device
+            warnings.filterwarnings("ignore", message="two optimizers are stepped in turn")  # on purpose
             found["modes"].append(_measure(mode, backend, device, kind))
     print(_table(found))
     return 0

@@ -53,10 +53,11 @@ def verify(
     print(f"against 'exact', --seed {seed}: {', '.join(map(str, engines))}", flush=True)
     cases = make_cases(seed, quick, [device for device in devices if device.type != "cpu"])
     findings: dict[Engine, dict[str, Findings]] = {engine: {} for engine in engines}
-    late = lambda: seconds is not None and time.monotonic() - started > seconds
+    late: Callable[[], bool] = lambda: seconds is not None and time.monotonic() - started > seconds
     done = 0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GradDropEpoch.*toggle=True")  # some cases go past the last epoch
+        warnings.filterwarnings("ignore", message="two optimizers are stepped in turn")  # to the same bits, on purpose
         try:
             _compile_ahead(cases, engines, started, late)
             for case in cases:
