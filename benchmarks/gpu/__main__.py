@@ -29,6 +29,7 @@ from .stages import Measurement, Program, Programs, Stage, plan
 
 ARCHIVE, LOG = "run.tar.gz", "log.txt"
 TO_MEASURE = 0.85  # of a stage's seconds; the rest is for the last round, which has then begun
+LATE, START = 1.5, 12.0  # a stage is killed after so many times its seconds and the seconds of a process' start
 PAUSE = 0.2  # seconds between two looks for new rows
 
 
@@ -92,7 +93,7 @@ class Run:
 
     def plain(self, text: str) -> str:
         """Removes the paths of this machine, as results are published."""
-        for path, name in ((self.folder, "run"), (f"{ROOT}/", ""), (sys.prefix, "python")):
+        for path, name in ((self.folder, "run"), (f"{ROOT}/", ""), (ROOT, "."), (sys.prefix, "python")):
             text = text.replace(str(path), name)
         return text
 
@@ -103,13 +104,15 @@ class Run:
         return process
 
     def carry_out(self) -> None:
-        """Carries out all stages. A stage may take its share of the budget, and what those before it have left."""
+        """Carries out all stages. One that is late is killed, at the latest where the share of the next one begins."""
+        self.recorder.begin("gpu_run", "stages")
         self.recorder.put("gpu_run", "budget", self.budget)
         self._start_measuring()  # it imports while the tests run
         whole, planned = sum(stage.seconds for stage in self.stages), 0.0
         for stage in self.stages:
             planned += stage.seconds
-            end, seconds = self.budget * planned / whole, self.budget * stage.seconds / whole
+            seconds = self.budget * stage.seconds / whole
+            end = min(self.budget * planned / whole, self.elapsed + LATE * seconds + START)
             self.say(f"{stage.name}: {seconds:.0f} s, by {end:.0f} s")
             if isinstance(stage, Measurement):
                 self._measure(stage, seconds, end)
@@ -210,17 +213,18 @@ def run(stages: list[Stage], budget: float, output: Path, rehearse: bool, pack: 
             one.stop()
             sys.exit(128 + number)
 
-        signal.signal(signal.SIGTERM, interrupted)
-        signal.signal(signal.SIGINT, interrupted)
-        for line in (f"{budget:.0f} s, into {output / ARCHIVE}", *lines):
+        before = {number: signal.signal(number, interrupted) for number in (signal.SIGTERM, signal.SIGINT)}
+        for line in (f"{budget:.0f} s, into {output.name}/{ARCHIVE}", *lines):
             one.say(line)
         archive = Archive(Path(folder), output / ARCHIVE)
         try:
             one.carry_out()
-            one.recorder.put("gpu_run", "triton_kernels", pack.kernels())
+            one.recorder.put("gpu_run", "pack", pack.facts | {"found": pack.kernels()})
             one.say(f"done; not ok: {', '.join(one.failed)}" if one.failed else "done, everything ok")
         finally:
             archive.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return 1 if one.failed else 0
 
 

@@ -25,7 +25,7 @@ class Process:
         self._answers: queue.Queue[dict | None] = queue.Queue()
         self._log = log
         self._process = subprocess.Popen(
-            command, cwd=folder, env=environment, text=True, errors="replace", start_new_session=True,
+            command, cwd=folder, env=environment, text=True, errors="replace", process_group=0,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         threading.Thread(target=self._read, daemon=True).start()

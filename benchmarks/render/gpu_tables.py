@@ -178,9 +178,9 @@ def _slow_peers(results: dict) -> str:
 
 
 def _run(results: dict) -> str:
-    parts = results["gpu_run"]["parts"]
-    rows = [[part["part"], part["status"], number(part.get("seconds"), 0), part.get("why", "")] for part in parts]
-    return markdown(["part", "outcome", "s", ""], rows).replace("---:", "---")
+    stages = results["gpu_run"]["stages"]
+    rows = [[each["stage"], each["status"], number(each["seconds"], 0), each.get("why", "")] for each in stages]
+    return markdown(["stage", "outcome", "s", ""], rows).replace("---:", "---")
 
 
 def _machine(results: dict) -> str:
