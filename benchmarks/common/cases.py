@@ -1,6 +1,7 @@
 """The policies as they are measured, and their optimizers on shared tensors."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from graddrop_kernels.policies.paper import METHODS, Method
 
 from .shapes import LAYERS
 from .tensors import MODES, Tensors
+
+warnings.filterwarnings("ignore", message="two optimizers are stepped in turn")  # variants, on the same tensors
 
 HYPERS = {"lr": 1e-6, "weight_decay": 0.01}  # small, so that the parameters hardly move over thousands of steps
 P = 0.2
