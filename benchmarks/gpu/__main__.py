@@ -27,6 +27,7 @@ from .packed import ROOT, Pack
 from .processes import Process
 from .stages import Measurement, Program, Programs, Stage, plan
 
+BUDGET = 500.0  # seconds
 ARCHIVE, LOG = "run.tar.gz", "log.txt"
 TO_MEASURE = 0.85  # of a stage's seconds; the rest is for the last round, which has then begun
 LATE, START = 1.5, 12.0  # a stage is killed after so many times its seconds and the seconds of a process' start
@@ -180,7 +181,7 @@ class Run:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=500.0, metavar="SECONDS", help="for everything (default: 500)")
+    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="for everything (default: 500)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="of run.tar.gz (default: $OUT, or gpu-run)")
     parser.add_argument("--rehearse", action="store_true", help="tiny CPU tensors, a host clock: shows that it runs")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="stages by their names")

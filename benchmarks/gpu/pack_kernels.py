@@ -10,58 +10,73 @@ import sys
 import time
 import warnings
 
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
 
-# The triton backend takes CPU tensors in the interpreter only, which it asks for when it is imported.
-os.environ["TRITON_INTERPRET"] = "1"
-from graddrop_kernels import backends  # noqa: E402
+def backend_on_cpu():
+    """Returns the triton backend, taking CPU tensors. Call it before anything imports the package."""
+    import triton  # noqa: F401 its own functions must be compiled ones
 
-ROW = next(backend for backend in backends.BACKENDS if backend.name == "triton" and backend.unavailable() is None)
-del os.environ["TRITON_INTERPRET"]
+    os.environ["TRITON_INTERPRET"] = "1"  # which the backend asks when it is imported, and when it is first used
+    from graddrop_kernels import backends
 
-from graddrop_kernels.backends.triton.ahead import CompilingDriver, Kernels  # noqa: E402
-from graddrop_kernels.tools.verify.cases import make_cases  # noqa: E402
-from graddrop_kernels.tools.verify.run_case import Engine, launch_case  # noqa: E402
-
-from ..common.cases import CASES, make_optimizer  # noqa: E402
-from ..common.modes import TABLES, Ours  # noqa: E402
-from ..common.shapes import WORK  # noqa: E402
-from ..common.tensors import MODES, make_tensors  # noqa: E402
+    row = next(backend for backend in backends.BACKENDS if backend.name == "triton")
+    assert row.unavailable() is None and row.devices == ("cpu",)
+    del os.environ["TRITON_INTERPRET"]
+    backends.BACKENDS = tuple(each for each in backends.BACKENDS if each.name != "cpu")  # which would make the masks
+    return row
 
 
-def launch_verify(seed: int) -> None:
+def launch_verify(row, seed: int) -> None:
+    import torch
+
+    from graddrop_kernels.tools.verify.cases import make_cases
+    from graddrop_kernels.tools.verify.run_case import Engine, launch_case
+
     for case in make_cases(seed, True, [torch.device("cuda")]):
-        launch_case(case, Engine(ROW, torch.device("cpu")))
+        launch_case(case, Engine(row, torch.device("cpu")))
 
 
-def launch_measurements() -> None:
+def launch_measurements(row) -> None:
+    from ..common.cases import CASES, make_optimizer
+    from ..common.modes import TABLES, Ours
+    from ..common.shapes import WORK
+    from ..common.tensors import MODES, make_tensors
+
     shapes = WORK["xlmr_large"].small()
     for mode in MODES:
         tensors = make_tensors(shapes, mode)
         for case in CASES:
-            case.enter_last_epoch(make_optimizer(case, tensors, ROW.name))
-            make_optimizer(case, tensors, ROW.name).step()
+            case.enter_last_epoch(make_optimizer(case, tensors, row.name))
     for table in TABLES.values():
         tensors = make_tensors(shapes, table.mode)
-        for row in table.rows:
-            if isinstance(row, Ours):
-                row.optimizer(tensors, ROW.name).step()
+        for each in table.rows:
+            if isinstance(each, Ours):
+                each.optimizer(tensors, row.name).step()
+
+
+def find_kernels(seed: int, architecture: int):
+    """Returns the kernels of all launches, not compiled yet."""
+    row = backend_on_cpu()
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    from graddrop_kernels.backends.triton.ahead import CompilingDriver, Kernels
+
+    driver.set_active(CompilingDriver(GPUTarget("cuda", architecture, 32)))
+    kernels = Kernels()
+    with kernels.wanted(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        launch_verify(row, seed)
+        launch_measurements(row)
+    return kernels
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, required=True, help="of verify")
+    parser.add_argument("--seed", type=int, default=0, help="of verify")
     parser.add_argument("--architecture", type=int, default=90, help="compute capability, as in 90 for 9.0")
     options = parser.parse_args()
-    driver.set_active(CompilingDriver(GPUTarget("cuda", options.architecture, 32)))
-    backends.BACKENDS = tuple(row for row in backends.BACKENDS if row.name != "cpu")  # which would make the masks
-    kernels, began = Kernels(), time.monotonic()
-    with kernels.wanted(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        launch_verify(options.seed)
-        launch_measurements()
+    began = time.monotonic()
+    kernels = find_kernels(options.seed, options.architecture)
     print(f"{len(kernels)} kernels, found in {time.monotonic() - began:.0f} s", flush=True)
     for done in kernels.compile(os.cpu_count() or 1):
         if done % 20 == 0 or done == len(kernels):
