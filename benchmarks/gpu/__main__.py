@@ -151,8 +151,10 @@ class Run:
         self._record(stage.name, began, told)
 
     def _run_side_by_side(self, stage: Programs, end: float) -> None:
-        began = self.elapsed
-        processes = [(one, self.start(one.name, one.command, one.environment)) for one in stage.programs]
+        began, cores = self.elapsed, os.cpu_count() or 1
+        several = len(stage.programs) > 1  # each as if it had the machine would be slower for all
+        threads = {"OMP_NUM_THREADS": f"{max(1, cores // len(stage.programs))}"} if several else {}
+        processes = [(one, self.start(one.name, one.command, threads | one.environment)) for one in stage.programs]
         watchers = [threading.Thread(target=self._watch, args=(*each, began, end)) for each in processes]
         for watcher in watchers:
             watcher.start()

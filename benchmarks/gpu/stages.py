@@ -69,7 +69,7 @@ def _checks(long: bool, rehearse: bool, seed: int) -> list[Program]:
 def _long(rehearse: bool) -> list[Stage]:
     others = {"works": ["xlmr_base", "llama_1b", "one_tensor"]}
     bench = (*_package, "bench", *(("--quick", "--device", "cpu") if rehearse else ()))
-    agree = (*_pytest(rehearse), "-n", "8", "--sample", "12", f"{_TESTS}backends_agree.py")
+    agree = (*_pytest(rehearse), "-n", "8", "--sample", "4", f"{_TESTS}backends_agree.py")
     return [
         _step("XLM-R-large, float32", 30.0, **_LARGE, modes=["float32"]),
         _step("XLM-R-large, bfloat16", 30.0, **_LARGE, modes=["bfloat16"]),

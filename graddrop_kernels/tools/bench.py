@@ -126,8 +126,13 @@ class _Entry:
     seconds: list[float] = field(default_factory=list)
 
 
+@lru_cache(maxsize=1)  # 300M bits take seconds, and the modes can share them
+def _half(shapes: tuple[tuple[str, torch.Size], ...]) -> FixedMask:
+    return FixedMask({name: torch.randint(0, 2, shape, dtype=torch.bool) for name, shape in shapes})
+
+
 def _policies(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, Policy | None]:
-    half = FixedMask({name: torch.randint(0, 2, param.shape, dtype=torch.bool) for name, param in named})
+    half = _half(tuple((name, param.shape) for name, param in named))
     found: dict[str, Policy | None] = {}
     for key, method in METHODS.items():
         if method.timed:
