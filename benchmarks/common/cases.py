@@ -64,7 +64,7 @@ def _fixed_half(shapes: tuple) -> gk.FixedMask:
 
 
 def _coins(shape: tuple[int, ...]) -> torch.Tensor:
-    """Returns random bools, of random bytes: torch.randint takes ten times as long."""
+    """Returns random bools, of random bytes: torch.randint takes five times as long."""
     numel = math.prod(shape)
     drawn = np.frombuffer(np.random.default_rng().bytes(-(-numel // 8)), np.uint8)
     return torch.from_numpy(np.unpackbits(drawn, count=numel).view(bool)).view(shape)
