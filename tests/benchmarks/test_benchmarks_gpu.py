@@ -36,18 +36,23 @@ BUDGET = 400.0  # the long plan; every stage of the rehearsal is far shorter tha
 # --- the rehearsal ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory) -> tuple[Path, str]:
-    """(folder with run.tar.gz, what was printed) of a rehearsal of every stage."""
+def rehearse(folder: Path, budget: float) -> str:
+    """Rehearses every stage of a plan. Returns what was printed."""
     require("cpu")
-    folder = tmp_path_factory.mktemp("gpu")
-    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--output", str(folder), "--budget", f"{BUDGET}"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--output", str(folder), "--budget", f"{budget}"]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     process = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**environment, "OMP_NUM_THREADS": "1"}
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    return folder, process.stdout
+    return process.stdout
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory) -> tuple[Path, str]:
+    """(folder with run.tar.gz, what was printed) of a rehearsal of the long plan."""
+    folder = tmp_path_factory.mktemp("gpu")
+    return folder, rehearse(folder, BUDGET)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +87,18 @@ def test_rehearsal_carries_out_every_stage_within_the_budget(rehearsal, results)
         log = archive.extractfile("log.txt").read().decode()
     assert log.splitlines() == printed.splitlines()
     assert not any(str(path) in log for path in (ROOT, sys.prefix)) and str(ROOT) not in json.dumps(run)
+
+
+@pytest.mark.slow
+def test_the_short_plan_is_carried_out_within_its_budget(tmp_path):
+    budget = 200.0
+    seconds, last = re.findall(r"^\[ *([\d.]+) s\] (.*)$", rehearse(tmp_path, budget), re.MULTILINE)[-1]
+    assert last == "done, everything ok" and float(seconds) < budget
+    with tarfile.open(tmp_path / "run.tar.gz") as archive:
+        found = assembled(archive.extractfile("rows.jsonl").read().decode().splitlines())
+    assert found.keys() == {"gpu_run", "step_gpu_xlmr_large", "host_gpu", "modes_gpu", "sweeps_gpu"}
+    assert {config["table"] for config in found["modes_gpu"]["configs"]} == {"clipping", "masters"}
+    assert found["sweeps_gpu"]["frozen"] and not found["sweeps_gpu"]["sizes"]
 
 
 @pytest.mark.slow

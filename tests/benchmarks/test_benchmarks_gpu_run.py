@@ -45,7 +45,7 @@ def die(recorder, timer, seconds):
 
 def hang(recorder, timer, seconds, mark):
     row(recorder, timer, seconds, "before the hang")
-    subprocess.run([sys.executable, "-c", f"import time; time.sleep(8); open({mark!r}, 'w')"])
+    subprocess.run([sys.executable, "-c", f"import time; time.sleep(5); open({mark!r}, 'w')"])
 
 def lose(recorder, timer, seconds):
     timer.synchronize = lambda: 1 / 0  # as after an illegal access
@@ -123,7 +123,7 @@ def test_a_measurement_that_raises_hangs_or_is_killed_leaves_the_others(planted)
     assert why["killed"] == "ended by SIGKILL" and why["hangs"].startswith("killed after ")
     assert "ValueError: of no use" in log and "raises: failed in" in log
     assert found["planted"]["rehearsal"] is True and found["planted"]["machine"]["torch"]
-    time.sleep(max(0.0, 9 - (found["gpu_run"]["stages"][8]["seconds"])))
+    time.sleep(max(0.0, 6 - (found["gpu_run"]["stages"][8]["seconds"])))
     assert not mark.exists(), "what a killed stage had started went on"
 
 
@@ -154,7 +154,7 @@ def test_programs_run_side_by_side_and_each_fails_for_itself(planted):
 def test_the_archive_is_renewed_after_every_row_and_survives_the_run(planted):
     """Killed at any moment the run leaves an archive that can be read; a run that is told to stop ends its stages."""
     stages = "[Measurement('row', 30.0, 'planted:row', {'name': 'row'}), Measurement('waits', 500.0, 'planted:hang', "
-    stages += f"{{'mark': {str(planted / 'mark')!r}}}), Programs('never', 1.0, ())]"
+    stages += "{'mark': sys.argv[1] + '/mark'}), Programs('never', 1.0, ())]"
     code = "import sys; from pathlib import Path; from benchmarks.gpu import __main__ as gpu; "
     code += "from benchmarks.gpu.stages import *; from benchmarks.gpu.packed import Pack; "
     code += f"sys.exit(gpu.run({stages}, 600.0, Path(sys.argv[1]), True, Pack(Path('none'))))"
@@ -174,6 +174,8 @@ def test_the_archive_is_renewed_after_every_row_and_survives_the_run(planted):
         process.send_signal(number)
         assert process.wait(20) == (128 + number if number == signal.SIGTERM else -number)
         assert read(out / gpu.ARCHIVE)[0]["planted"]["rows"] == found["planted"]["rows"]
+    time.sleep(6)
+    assert not (out / "mark").exists(), "what a stopped run had started went on"
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------

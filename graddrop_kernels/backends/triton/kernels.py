@@ -5,8 +5,6 @@ constants of a callee that has not been hashed yet. So another first kernel woul
 that are not found again. Here callees are hashed first.
 """
 
-from typing import Any
-
 from . import arithmetic, gradient, masks, norm, prologue, random, row, update
 
 __all__ = ["hash_callees_first", "masks", "norm", "update"]
@@ -16,9 +14,8 @@ _CALLEES_FIRST = (arithmetic, random, row, gradient, prologue, norm, update, mas
 def hash_callees_first() -> None:
     """Hashes every function. Within a file a callee stands above what calls it."""
     for module in _CALLEES_FIRST:
-        functions: list[Any] = [each for each in vars(module).values() if hasattr(each, "cache_key")]
-        for function in functions:
-            function.cache_key  # noqa: B018 a property, which Triton computes once
+        for each in vars(module).values():
+            getattr(each, "cache_key", None)  # of Triton's functions, which compute it now and once
 
 
 hash_callees_first()
