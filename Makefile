@@ -6,7 +6,7 @@ ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE # pytest keeps what it has rewritten, which halves the time to collect the tests
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-all test-ptx study wheel-test deepspeed docs lint bench gpu clean
+.PHONY: demo test test-all test-ptx study wheel-test deepspeed docs lint bench gpu gpu-pack clean
 
 demo: $(VENV)/demo-ready
 	@echo "== The demo: it trains for 1 to 3 minutes on two cores and writes demo-output/demo.png"
@@ -68,6 +68,10 @@ bench: $(VENV)/ready
 
 gpu: $(VENV)/ready
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+# What a run on a GPU machine would compile, compiled here without a GPU, into gpu-pack/.
+gpu-pack: $(VENV)/ready
+	$(BIN)/python -m benchmarks.gpu.pack $(ARGS)
 
 # What the demo needs. The C++ library is compiled while pip fetches and unpacks; --no-compile leaves the thousands of
 # modules that nothing imports uncompiled. Constraints pin torch: the newest would come with gigabytes of CUDA libraries.

@@ -1,6 +1,5 @@
 """Facts about the machine of a measurement: processor, versions, commit, load."""
 
-import functools
 import json
 import os
 import platform
@@ -51,12 +50,6 @@ def facts() -> dict:
         "gpu": gpu_facts(),
         "cuda_kernels_older_than_csrc": _kernels_are_stale("_cuda.so", (".h", ".cu", ".cuh")),
     }
-
-
-@functools.lru_cache(maxsize=1)
-def facts_once() -> dict:
-    """Returns ``facts()``, collected only once per run."""
-    return facts()
 
 
 def slug(machine: dict) -> str:

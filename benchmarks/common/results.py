@@ -3,10 +3,12 @@
 import argparse
 import json
 import tempfile
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .machine import ROOT, facts, facts_once, gpu_slug, slug
+from .machine import ROOT, facts, gpu_slug, slug
+from .rows import EVERY, Recorder, assembled
 
 RESULTS = ROOT / "benchmarks" / "results"
 CONTRACT = "compile_contract.json"  # a compiler's counts, in the folder of one machine or of all
@@ -75,30 +77,34 @@ def write(benchmark: str, options: argparse.Namespace, results: dict) -> Path:
     return _write(folder, {"benchmark": benchmark, "quick": options.quick, "machine": machine}, results)
 
 
-def write_gpu(benchmark: str, options: argparse.Namespace, results: dict) -> Path:
-    """Writes as ``write``, into the GPU's folder, again and again as the results grow. A rehearsal is marked as
-    such.
-    """
-    machine = facts_once()
-    folder = gpu_folder(options, machine)
-    rehearsal = options.rehearse
-    head = {"benchmark": benchmark, "quick": rehearsal, "rehearsal": rehearsal, "machine": machine}
-    return _write(folder, head, results)
+def describe(recorder: Recorder, rehearsal: bool) -> dict:
+    """Writes what is true of every benchmark of a run on the GPU. Returns the machine's facts."""
+    machine = facts()
+    told = {"quick": rehearsal, "rehearsal": rehearsal, "machine": machine, "when": _now()}
+    for name, value in told.items():
+        recorder.put(EVERY, name, value)
+    return machine
 
 
-def gpu_folder(options: argparse.Namespace, machine: dict | None = None) -> Path:
-    """Returns the folder of the GPU's results; for a rehearsal a temporary one, apart from them."""
-    if options.out is None and options.rehearse:
-        options.out = Path(tempfile.mkdtemp()) / gpu_slug(machine or facts_once())
-    return options.out or RESULTS / gpu_slug(machine or facts_once())
+def write_assembled(lines: Iterable[str], folder: Path) -> list[Path]:
+    """Writes a file for each benchmark of a run on the GPU."""
+    return [_write(folder, {"benchmark": name}, results) for name, results in assembled(lines).items()]
+
+
+def gpu_folder(machine: dict, results: Path = RESULTS) -> Path:
+    """Returns the folder of the GPU's results."""
+    return results / gpu_slug(machine)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _write(folder: Path, head: dict, results: dict) -> Path:
     """Writes whole or not at all: a run that is killed leaves the previous file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{head['benchmark']}.json"
-    when = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(text_of({"benchmark": head["benchmark"], "when": when} | head | results))
+    unfinished.write_text(text_of({"benchmark": head["benchmark"], "when": _now()} | head | results))
     unfinished.replace(path)
     return path

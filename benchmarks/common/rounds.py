@@ -14,6 +14,7 @@ import numpy as np
 from .timers import FIRST_LEAD, Sample, Timer, longer_lead
 
 SLOW = 4.0  # variants slower than this many baseline steps do not run in every round
+SO_FAR = 2.0  # seconds between two calls of ``so_far``
 FIFTHS = {"p20": 20, "p80": 80}  # percentiles by the suffixes of their names, as the CPU's results have them
 QUARTILES = {"q1": 25, "q3": 75}  # as the GPU's results have them
 
@@ -83,11 +84,12 @@ def message(error: Exception) -> str:
 
 def interleave(
     variants: list[Variant], timer: Timer, deadline: float, min_rounds: int, max_rounds: int,
-    rarest: int = 10, label: str | None = None,
+    rarest: int = 10, label: str | None = None, so_far: Callable[[], object] = nothing,
 ) -> None:  # fmt: skip
     """Warms up, then runs all variants in rounds, in random order, until the deadline (time.monotonic).
 
     Slow ones run in every second to ``rarest``-th round. ``label``: a name for the rounds in the progress lines.
+    ``so_far``: called every few seconds between two rounds, to write what there is.
     """
 
     def warm_up(variant: Variant) -> None:
@@ -109,12 +111,15 @@ def interleave(
         variant.forget()
     gc.collect()
     gc.disable()
-    number = 0
+    number, told = 0, time.monotonic()
     while number < min_rounds or (time.monotonic() < deadline and number < max_rounds):
         turn = [v for i, v in enumerate(alive) if v.error is None and (number - i) % every[id(v)] == 0]
         for variant in random.sample(turn, len(turn)):
             attempt(variant, timer, functools.partial(variant.run, timer, number))
         number += 1
+        if time.monotonic() - told > SO_FAR:
+            so_far()
+            told = time.monotonic()
         if label and number % 10 == 0:
             print(f"{label}: {number} rounds, {max(0, deadline - time.monotonic()):.0f} s left", file=sys.stderr)
     gc.enable()

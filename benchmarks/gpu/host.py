@@ -12,7 +12,7 @@ import itertools
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -21,11 +21,13 @@ from torch.autograd import DeviceType
 from ..common.cases import CASE, HYPERS, backends_for, make_optimizer
 from ..common.machine import Load
 from ..common.peers import BASELINE, PEERS, Made
-from ..common.results import gpu_arguments, write_gpu
+from ..common.results import gpu_arguments
 from ..common.rounds import QUARTILES, Variant, interleave, message, nothing, spread
+from ..common.rows import Recorder
 from ..common.shapes import Named
 from ..common.tensors import Tensors, make_tensors
-from ..common.timers import GpuTimer, HostTimer, RehearsalTimer, make_timer
+from ..common.timers import GpuTimer, HostTimer, RehearsalTimer
+from .alone import run_alone
 
 TENSORS, NUMEL = 400, 1000
 HOST_CASES = ("mask=None", "GradDrop", "GradDropEpoch, recomputed", "LayerGradDrop", "GradFreeze, half frozen")
@@ -59,11 +61,11 @@ def our_step(name: str, tensors: Tensors, backend: str) -> Made:
     return optimizer.step, nothing
 
 
-def host_times(timer: GpuTimer | RehearsalTimer, seconds: float) -> list[dict]:
-    """Returns rows by name, backend and whether addresses move."""
+def host_times(timer: GpuTimer | RehearsalTimer, seconds: float) -> Iterator[dict]:
+    """Yields rows by name, backend and whether addresses move."""
     tensors = make_tensors(small_tensors(timer.rehearsal), "float32", timer.device)
     grads = [[torch.randn_like(param).mul_(1e-3) for param in tensors.params] for _ in range(GRAD_SETS)]
-    rows, variants = [], []
+    variants = []
 
     def moves() -> Callable[[], None]:
         turn = itertools.cycle(grads)  # per variant, so that none finds the gradients at its last addresses
@@ -82,7 +84,7 @@ def host_times(timer: GpuTimer | RehearsalTimer, seconds: float) -> list[dict]:
             variants.append(Variant(name, "", step, backend, after=after))
         except Exception as error:
             timer.synchronize()
-            rows.append({"name": name, "backend": backend, "moving": None, "error": message(error)})
+            yield {"name": name, "backend": backend, "moving": None, "error": message(error)}
     for moving in (False, True):
         again = [replace(variant, before=moves() if moving else nothing) for variant in variants]
         rounds = (2, 2) if timer.rehearsal else (2, 500)
@@ -90,9 +92,7 @@ def host_times(timer: GpuTimer | RehearsalTimer, seconds: float) -> list[dict]:
         timer.synchronize()
         for variant in again:
             row = {"name": variant.name, "backend": variant.by, "moving": moving, "tensors": len(tensors.named)}
-            seconds_of = spread("seconds", variant.seconds, QUARTILES)
-            rows.append(row | {"rounds": len(variant.samples)} | seconds_of)
-    return rows
+            yield row | {"rounds": len(variant.samples)} | spread("seconds", variant.seconds, QUARTILES)
 
 
 def count_launches(step: Callable[[], object], timer: GpuTimer | RehearsalTimer) -> dict:
@@ -134,9 +134,8 @@ def refused_to_synchronize(step: Callable[[], object], timer: GpuTimer | Rehears
     return None
 
 
-def launches(timer: GpuTimer | RehearsalTimer) -> list[dict]:
+def launches(timer: GpuTimer | RehearsalTimer) -> Iterator[dict]:
     tensors = make_tensors(small_tensors(timer.rehearsal), "float32", timer.device)
-    rows = []
     for name, backend, make in steps_to_time(tensors, timer.device):
         row = {"name": name, "backend": backend, "tensors": len(tensors.named)}
         try:
@@ -146,8 +145,13 @@ def launches(timer: GpuTimer | RehearsalTimer) -> list[dict]:
         except Exception as error:
             timer.synchronize()
             row["error"] = message(error)
-        rows.append(row)
-    return rows
+        yield row
+
+
+def graphs(timer: GpuTimer | RehearsalTimer) -> Iterator[dict]:
+    for backend in backends_for(timer.device, "float32"):
+        for name in GRAPH_CASES:
+            yield replay_matches(name, backend, timer)
 
 
 def capturable_optimizer(name: str, tensors: Tensors, backend: str):
@@ -169,8 +173,11 @@ def replay_matches(name: str, backend: str, timer: GpuTimer | RehearsalTimer) ->
             CASE[name].enter_last_epoch(optimizer)
         timer.synchronize()
         replay = timer.capture(optimizers[1].step)
+        # The rehearsal's replay is the step itself.
+        advance = nothing if timer.rehearsal else optimizers[1].advance_captured_step
         for _ in range(REPLAYS):
             optimizers[0].step()
+            advance()
             replay()
         timer.synchronize()
         both = states(*zip(optimizers, (eager, captured)))
@@ -191,26 +198,22 @@ def states(left: tuple, right: tuple):
             yield f"{key} of {name}", optimizer.state[param][key], other_optimizer.state[twin][key]
 
 
+def run(recorder: Recorder, timer: GpuTimer | RehearsalTimer, seconds: float) -> int:
+    """Measures and checks everything. Returns how many rows have an error or a graph with other bits."""
+    load, failed = Load(), 0
+    recorder.begin("host_gpu", "host", "launches", "graphs")
+    parts = {"host": host_times(timer, 0.6 * seconds), "launches": launches(timer), "graphs": graphs(timer)}
+    for part, rows in parts.items():
+        for row in rows:
+            recorder.add("host_gpu", part, row)
+            failed += "error" in row or row.get("identical") is False
+            print(f"{part}: {row}", flush=True)
+        recorder.put("host_gpu", "load", load.report())
+    return failed
+
+
 def main() -> int:
-    parser = gpu_arguments(__doc__)
-    options = parser.parse_args()
-    timer, load = make_timer(options.rehearse), Load()
-    results = {"host": host_times(timer, options.budget), "launches": [], "graphs": []}
-    for row in results["host"]:
-        addresses = "moving" if row["moving"] else "fixed"
-        figure = row.get("error") or f"{row['seconds'] * 1e6:9.1f} us, addresses {addresses}"
-        print(f"{row['name']:<30}{row['backend'] or '':<14}{figure}", flush=True)
-    write_gpu("host_gpu", options, {"load": load.report(), **results})
-    results["launches"] = launches(timer)
-    write_gpu("host_gpu", options, {"load": load.report(), **results})
-    for backend in backends_for(timer.device, "float32"):
-        for name in GRAPH_CASES:
-            results["graphs"].append(replay_matches(name, backend, timer))
-            path = write_gpu("host_gpu", options, {"load": load.report(), **results})
-            print(f"graph of {name} [{backend}]: {results['graphs'][-1]}", flush=True)
-    print(path, flush=True)
-    wrong = any("error" in row or row.get("identical") is False for rows in results.values() for row in rows)
-    return 1 if wrong else 0
+    return run_alone(run, gpu_arguments(__doc__).parse_args())
 
 
 if __name__ == "__main__":

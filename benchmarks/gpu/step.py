@@ -2,13 +2,14 @@
 
 All variants of one configuration step the same parameters, gradients and moments in turn, in a random order each
 round. A ratio is the median over rounds of a variant's time over that of torch's unmasked fused step in the same round.
-The results are written anew after each configuration.
+Rows are written while the rounds go on.
 """
 
 import functools
 import gc
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -16,12 +17,14 @@ import torch
 from ..common.cases import CASE, CASES, FIXED, HYPERS, backends_for, make_optimizer
 from ..common.machine import Load
 from ..common.peers import BASELINE, PEERS, table, torch_adamw
-from ..common.results import gpu_arguments, write_gpu
-from ..common.rounds import QUARTILES, interleave, message, spread
-from ..common.shapes import WORK
+from ..common.results import gpu_arguments
+from ..common.rounds import QUARTILES, Variant, interleave, message, spread
+from ..common.rows import Recorder
+from ..common.shapes import WORK, Named
 from ..common.tensors import MODES, Tensors, bytes_per_param, make_tensors
-from ..common.timers import GpuTimer, RehearsalTimer, copy_bandwidth, make_timer
+from ..common.timers import GpuTimer, RehearsalTimer, copy_bandwidth
 from ..common.variants import gpu_rows, ours, peer_variant, show
+from .alone import run_alone
 
 FIRST_STEPS = 5
 WITH_FIXED = "xlmr_large"  # one work only: packing a mask on the CPU takes ten seconds for half a billion bits
@@ -53,8 +56,22 @@ def first_steps(tensors: Tensors, mode: str, backends: list[str], timer) -> list
     return rows
 
 
-def measure(work: str, mode: str, timer: GpuTimer | RehearsalTimer, deadline: float, slow_peers: bool) -> dict:
+def all_float32(shapes: list[Named], timer: GpuTimer | RehearsalTimer) -> Variant:
+    """Makes torch's step on wide tensors, or a variant with the error, such as no memory for them."""
+    name = f"{BASELINE.name}, all float32"
+    try:
+        tensors = make_tensors(shapes, "float32", timer.device)
+    except Exception as error:
+        return Variant(name, "peer", error=message(error))
+    return peer_variant(BASELINE, tensors, "float32", timer, name)
+
+
+def measure(
+    recorder: Recorder, benchmark: str, work: str, mode: str, timer: GpuTimer | RehearsalTimer, deadline: float,
+    slow_peers: bool,
+) -> None:  # fmt: skip
     """Measures one configuration. ``slow_peers``: only those that compile for long, and GradDrop; else all others."""
+    began = time.monotonic()
     shapes = WORK[work].small() if timer.rehearsal else WORK[work].tensors()
     tensors = make_tensors(shapes, mode, timer.device)
     tensors.keep_grads(), tensors.torchs_moments  # made now, so that no variant is charged for them
@@ -62,8 +79,7 @@ def measure(work: str, mode: str, timer: GpuTimer | RehearsalTimer, deadline: fl
     backends = backends_for(timer.device, mode)
     variants = [peer_variant(BASELINE, tensors, mode, timer)]
     if MODES[mode][0] != MODES[mode][1]:  # torch has float32 moments only if everything is float32
-        wide = make_tensors(shapes, "float32", timer.device)
-        variants.append(peer_variant(BASELINE, wide, "float32", timer, f"{BASELINE.name}, all float32"))
+        variants.append(all_float32(shapes, timer))
     for case in CASES:
         fits = (not case.needs_blocks or any(tensors.blocks)) and (case.name != FIXED or work == WITH_FIXED)
         if fits and (not slow_peers or case.name == "GradDrop"):
@@ -74,12 +90,43 @@ def measure(work: str, mode: str, timer: GpuTimer | RehearsalTimer, deadline: fl
         if peer is not BASELINE and peer.slow_start == slow_peers and not (peer.make is None and slow_peers)
     ]
     variants.append(peer_variant(BASELINE, tensors, mode, timer, f"{BASELINE.name}, again", "check"))
-    interleave(variants, timer, deadline, 2 if timer.rehearsal else 12, 2 if timer.rehearsal else 150)
     config = {"work": WORK[work].label, "mode": mode, "numel": tensors.numel, "tensors": len(tensors.named)}
-    config |= {"backends": backends, "bytes_per_param": bytes_per_param(mode), "copy": copy}
-    config["rows"] = gpu_rows(variants, tensors.numel, copy["gb_per_s"])
-    config["first_steps"] = [] if slow_peers else first_steps(tensors, mode, backends, timer)
-    return config
+    config |= {"backends": backends, "bytes_per_param": bytes_per_param(mode), "copy": copy, "first_steps": []}
+
+    def write() -> None:
+        config["rows"] = gpu_rows(variants, tensors.numel, copy["gb_per_s"])
+        recorder.add(benchmark, "configs", config, mode)
+
+    rounds = (2, 2) if timer.rehearsal else (12, 150)
+    interleave(variants, timer, deadline, *rounds, so_far=write)
+    write()
+    show(config, began)
+    if not slow_peers:
+        config["first_steps"] = first_steps(tensors, mode, backends, timer)
+        write()
+
+
+def run(
+    recorder: Recorder, timer: GpuTimer | RehearsalTimer, seconds: float, works: Iterable[str] = tuple(WORK),
+    modes: Iterable[str] = tuple(MODES), slow_peers: bool = False,
+) -> int:  # fmt: skip
+    """Measures every work in every mode. Returns how many failed, such as for lack of memory."""
+    began, failed = time.monotonic(), 0
+    plans = [(work, mode) for work in works for mode in modes]
+    for number, (work, mode) in enumerate(plans, 1):
+        load, benchmark = Load(), f"step_gpu_{work}{'_slow_peers' if slow_peers else ''}"
+        recorder.begin(benchmark, "configs", "errors")
+        recorder.put(benchmark, "peers", table())
+        try:
+            measure(recorder, benchmark, work, mode, timer, began + seconds * number / len(plans), slow_peers)
+        except Exception as error:
+            failed += 1
+            recorder.add(benchmark, "errors", {"work": WORK[work].label, "mode": mode, "error": message(error)}, mode)
+            print(f"{work}, {mode} failed: {message(error)}", file=sys.stderr, flush=True)
+        recorder.put(benchmark, "load", load.report())
+        gc.collect()
+        timer.release()
+    return failed
 
 
 def main() -> int:
@@ -88,26 +135,7 @@ def main() -> int:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--slow-peers", action="store_true", help="peers that compile for long: a file of their own")
     options = parser.parse_args()
-    timer, began = make_timer(options.rehearse), time.monotonic()
-    plans = [(work, mode) for work in options.work for mode in options.modes]
-    failed = 0
-    for work in options.work:
-        load, configs, errors = Load(), [], []
-        for mode in options.modes:
-            deadline = began + options.budget * (plans.index((work, mode)) + 1) / len(plans)
-            try:
-                configs.append(measure(work, mode, timer, deadline, options.slow_peers))
-                show(configs[-1], began)
-            except Exception as error:  # such as out of memory; the next may be smaller
-                errors.append({"work": WORK[work].label, "mode": mode, "error": message(error)})
-                print(f"{work}, {mode} left out: {errors[-1]['error']}", file=sys.stderr, flush=True)
-            results = {"load": load.report(), "peers": table(), "configs": configs, "errors": errors}
-            path = write_gpu(f"step_gpu_{work}{'_slow_peers' if options.slow_peers else ''}", options, results)
-            gc.collect()
-            timer.release()
-        failed += len(errors)
-        print(path, flush=True)
-    return 1 if failed else 0
+    return run_alone(run, options, works=options.work, modes=options.modes, slow_peers=options.slow_peers)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,21 @@ GradFreeze leaves some untouched.
 import gc
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
 
 import graddrop_kernels as gk
 
 from ..common.cases import CASE, Case, backends_for
 from ..common.machine import Load
 from ..common.peers import BASELINE
-from ..common.results import gpu_arguments, write_gpu
+from ..common.results import gpu_arguments
 from ..common.rounds import Variant, interleave, message
+from ..common.rows import Recorder
 from ..common.shapes import COUNT_TOTALS, COUNTS, SIZES, WORK, Named, flat
 from ..common.tensors import MODES, bytes_per_param, make_tensors
-from ..common.timers import GpuTimer, RehearsalTimer, copies_past_l2, copy_bandwidth, make_timer, rotate
+from ..common.timers import GpuTimer, RehearsalTimer, copies_past_l2, copy_bandwidth, rotate
 from ..common.variants import gpu_rows, ours, peer_variant
+from .alone import run_alone
 
 MEASURED = ("mask=None", "GradDrop")
 TRAINED = (1.0, 0.75, 0.5, 0.25, 0.125, 0.05)  # shares of the blocks; the first has nothing frozen
@@ -51,30 +54,26 @@ def points(
     return [facts | row for row in rows]
 
 
-def size_sweep(mode: str, timer, seconds: float, copy: dict) -> list[dict]:
-    rows = []
+def size_sweep(mode: str, timer, seconds: float, copy: dict) -> Iterator[dict]:
     for size in SIZES:
         numel = size // 10_000 if timer.rehearsal else size
         copies = copies_past_l2(numel * bytes_per_param(mode), timer.l2_bytes)
-        rows += survive(points, flat(numel), mode, copies, timer, seconds / len(SIZES), copy)
+        yield from survive(points, flat(numel), mode, copies, timer, seconds / len(SIZES), copy)
         timer.release()
-    return rows
 
 
-def count_sweep(mode: str, timer, seconds: float, copy: dict) -> list[dict]:
-    rows = []
+def count_sweep(mode: str, timer, seconds: float, copy: dict) -> Iterator[dict]:
     counts = COUNTS[:3] if timer.rehearsal else COUNTS
     for total in COUNT_TOTALS:
         for count in counts:
             numel = total // 1000 if timer.rehearsal else total
             share = seconds / len(COUNT_TOTALS) / len(counts)
-            found = survive(points, flat(numel, count), mode, 1, timer, share, copy)
-            rows += [{"total": total, **row} for row in found]
+            for row in survive(points, flat(numel, count), mode, 1, timer, share, copy):
+                yield {"total": total, **row}
         timer.release()
-    return rows
 
 
-def frozen_sweep(mode: str, timer, seconds: float, copy: dict) -> list[dict]:
+def frozen_sweep(mode: str, timer, seconds: float, copy: dict) -> Iterator[dict]:
     """Measures frozen blocks. The first row, nothing frozen, is the baseline. ``active``: the share of parameters
     trained.
     """
@@ -83,49 +82,60 @@ def frozen_sweep(mode: str, timer, seconds: float, copy: dict) -> list[dict]:
     layers = len(set(tensors.blocks))
     trained = dict.fromkeys(max(1, round(share * layers)) for share in TRAINED)
     freeze = gk.GradFreeze(layers, blocks_per_epoch=1)
-    rows = []
-    for backend in backends_for(timer.device, mode):
+    backends = backends_for(timer.device, mode)
+    for backend in backends:
         variants = []
         for count in trained:
             name, epochs = f"{count} of {layers} blocks trained", (count - 1,)
             case = Case(name, lambda named: freeze, epochs, dropped_streams=0, needs_blocks=True)
             variants.append(ours(case, tensors, mode, backend, timer))
         least, most = (2, 2) if timer.rehearsal else (5, 100)
-        interleave(variants, timer, time.monotonic() + seconds / 3, least, most)
+        interleave(variants, timer, time.monotonic() + seconds / len(backends), least, most)
         facts = {"numel": tensors.numel, "tensors": len(tensors.named), "mode": mode}
-        rows += [facts | row for row in gpu_rows(variants, tensors.numel, copy["gb_per_s"])]
-    return rows
+        yield from (facts | row for row in gpu_rows(variants, tensors.numel, copy["gb_per_s"]))
 
 
-def survive(work, *arguments) -> list[dict]:
-    """Returns the rows, or one with the error, such as too large for this GPU's memory."""
+def survive(work, *arguments) -> Iterator[dict]:
+    """Yields the rows, or one with the error, such as too large for this GPU's memory."""
     try:
-        return work(*arguments)
+        yield from work(*arguments)
     except Exception as error:
         print(f"left out: {message(error)}", file=sys.stderr, flush=True)
-        return [{"name": "all", "kind": "error", "backend": None, "error": message(error)}]
+        yield {"name": "all", "kind": "error", "backend": None, "error": message(error)}
     finally:
         gc.collect()
+
+
+SWEEPS = {"frozen": (frozen_sweep, 0.2), "sizes": (size_sweep, 0.4), "counts": (count_sweep, 0.4)}  # shares of time
+
+
+def run(
+    recorder: Recorder, timer: GpuTimer | RehearsalTimer, seconds: float, sweeps: Iterable[str] = tuple(SWEEPS),
+    modes: Sequence[str] = ("float32", "bfloat16"),
+) -> int:  # fmt: skip
+    """Makes the sweeps. Returns how many rows failed."""
+    load, failed = Load(), 0
+    recorder.begin("sweeps_gpu", *SWEEPS)
+    copy = copy_bandwidth(timer)
+    recorder.put("sweeps_gpu", "copy", copy)
+    of_all = sum(SWEEPS[name][1] for name in sweeps) * len(modes)
+    for name in sweeps:
+        sweep, share = SWEEPS[name]
+        for mode in modes:
+            for row in survive(sweep, mode, timer, seconds * share / of_all, copy):
+                recorder.add("sweeps_gpu", name, {**row, "mode": mode})
+                failed += row["kind"] == "error"
+            recorder.put("sweeps_gpu", "load", load.report())
+            print(f"{name}, {mode}: done", flush=True)
+            timer.release()
+    return failed
 
 
 def main() -> int:
     parser = gpu_arguments(__doc__)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["float32", "bfloat16"])
     options = parser.parse_args()
-    timer, load = make_timer(options.rehearse), Load()
-    copy, results = copy_bandwidth(timer), {"sizes": [], "counts": [], "frozen": []}
-    sweeps = {"frozen": (frozen_sweep, 0.2), "sizes": (size_sweep, 0.4), "counts": (count_sweep, 0.4)}
-    for name, (sweep, share) in sweeps.items():
-        for mode in options.modes:
-            seconds = options.budget * share / len(options.modes)
-            results[name] += survive(sweep, mode, timer, seconds, copy)
-            for row in results[name]:
-                row.setdefault("mode", mode)
-            path = write_gpu("sweeps_gpu", options, {"copy": copy, "load": load.report(), **results})
-            print(f"{name}, {mode}: {len(results[name])} rows", flush=True)
-            timer.release()
-    print(path, flush=True)
-    return 1 if any(row["kind"] == "error" for rows in results.values() for row in rows) else 0
+    return run_alone(run, options, modes=options.modes)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,18 @@
 
 Without names of files: README.md, benchmarks/README.md, docs/*.md and results/*.md, and results/<machine>/tables.md,
 which is made anew with every table that the machine has results for. `--check` writes nothing and exits with 1 when a
-file is not up to date.
+file is not up to date. `--archive run.tar.gz` makes the files, the figures and the tables of a run on a GPU.
 """
 
 import argparse
 import re
 import sys
+import tarfile
 from pathlib import Path
 
 from ..common.machine import ROOT
-from ..common.results import RESULTS, load
+from ..common.results import RESULTS, gpu_folder, load, write_assembled
+from ..common.rows import ROWS, assembled
 from . import cpu_tables, gpu_tables, static_tables, xglue_tables
 
 TABLES = {**cpu_tables.TABLES, **gpu_tables.TABLES}
@@ -60,6 +62,24 @@ def page(machine: str, results: dict) -> str:
     return f"# Results on {machine}\n\n" + "\n".join(parts)
 
 
+def unpack(archive: Path, results: Path, rehearsal: bool) -> str:
+    """Writes the files of a run on a GPU into ``results`` and draws their figures. Returns the machine's name."""
+    from . import figures  # needs matplotlib
+
+    with tarfile.open(archive) as packed:
+        lines = packed.extractfile(ROWS).read().decode(errors="replace").splitlines()
+    first = next(iter(assembled(lines).values()), {})
+    if "machine" not in first:
+        raise SystemExit(f"{archive} does not say of which machine it is: nothing was measured")
+    if first["rehearsal"] and not (rehearsal and results != RESULTS):
+        raise SystemExit(f"{archive} is of a rehearsal, not of a GPU; to look at it: --rehearsal --results FOLDER")
+    folder = gpu_folder(first["machine"], results)
+    written = write_assembled(lines, folder)
+    for path in (*written, *figures.draw(load(results, rehearsal)[folder.name], folder)):
+        print(path)
+    return folder.name
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="*")
@@ -67,7 +87,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--machine", help="its results/<machine>/tables.md only")
     parser.add_argument("--rehearsal", action="store_true", help="take rehearsals too; the tables say so")
+    parser.add_argument("--archive", type=Path, help="of `benchmarks.gpu`: its files and figures first, then its page")
     options = parser.parse_args(arguments)
+    if options.archive:
+        options.machine = unpack(options.archive, options.results, options.rehearsal)
     found = load(options.results, options.rehearsal)
     if options.machine not in (None, *found):
         raise SystemExit(f"no results of machine {options.machine!r}; there are {', '.join(found) or 'none'}")

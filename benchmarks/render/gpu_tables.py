@@ -1,6 +1,6 @@
 """The tables of the GPU's results: {benchmark: its JSON} of one machine -> Markdown."""
 
-from .goals import judge, label, measured
+from .goals import MODES, judge, label, measured
 from .markdown import markdown, number
 
 STEPS = {"XLM-R-large": "step_gpu_xlmr_large", "XLM-R-base": "step_gpu_xlmr_base",
@@ -9,8 +9,9 @@ SLOW_PEERS = "step_gpu_xlmr_large_slow_peers"
 
 
 def _by_mode(results: dict, benchmark: str) -> dict[str, dict]:
-    """Returns {mode: configuration} of those that were measured."""
-    return {config["mode"]: config for config in results[benchmark]["configs"]}
+    """Returns {mode: configuration} of those that were measured, in the order of MODES."""
+    found = {config["mode"]: config for config in results[benchmark]["configs"]}
+    return {mode: found[mode] for mode in MODES if mode in found}
 
 
 def _labels(configs: dict[str, dict]) -> list[str]:
@@ -178,9 +179,9 @@ def _slow_peers(results: dict) -> str:
 
 
 def _run(results: dict) -> str:
-    parts = results["gpu_run"]["parts"]
-    rows = [[part["part"], part["status"], number(part.get("seconds"), 0), part.get("why", "")] for part in parts]
-    return markdown(["part", "outcome", "s", ""], rows).replace("---:", "---")
+    stages = results["gpu_run"]["stages"]
+    rows = [[each["stage"], each["status"], number(each["seconds"], 0), each.get("why", "")] for each in stages]
+    return markdown(["stage", "outcome", "s", ""], rows).replace("---:", "---")
 
 
 def _machine(results: dict) -> str:

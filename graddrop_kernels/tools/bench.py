@@ -1,16 +1,19 @@
 """`python -m graddrop_kernels bench`: torch's fused AdamW beside ours on this machine, by policy and dtype.
 
 Everything steps the same warm tensors in turn, in a random order each round; a ratio is the median over rounds of a
-time over torch's in the same round. On a GPU the times are those of CUDA events, the GPU kept busy until the host has
-queued the step. The repository's benchmarks/ measure more, with more care.
+time over torch's in the same round. On a GPU the times are those of CUDA events. It is kept busy before each step for
+longer than the host took to queue the last one. The repository's benchmarks/ measure more, with more care.
 """
 
 import random
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,6 +37,7 @@ _EAGER = "mask drawn by torch, torch fused"
 # Small, so that the parameters hardly move over many steps.
 _HYPERS: dict[str, Any] = {"lr": 1e-6, "weight_decay": 0.01}
 _P = 0.2
+_SPIN = (2e-3, 0.1)  # seconds: before the first timed step, and at most; 1000 or so queued launches make the host wait
 _IN_EPOCH_0 = {"gradfreeze-topdown": ("GradFreeze, half frozen", 2)}  # (name, epochs), where the epoch makes the cost
 
 
@@ -41,7 +45,7 @@ def bench(device: str | torch.device | None = None, quick: bool = False) -> int:
     """Measures, and prints the table.
 
     Args:
-        device: "cpu" or "cuda"; default: the GPU if torch sees one.
+        device: "cpu", "cuda", "cuda:1", ...; default: the GPU if torch sees one.
         quick: tiny tensors and few rounds: shows that it runs, the figures mean nothing.
 
     Returns:
@@ -49,6 +53,8 @@ def bench(device: str | torch.device | None = None, quick: bool = False) -> int:
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = "quick" if quick else device.type if device.type in _SIZES else "cpu"
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     found: dict[str, Any] = {"quick": quick, "machine": _machine(device), "modes": []}
     for mode in _MODES:
         backend = backends.select("auto", device, *_MODES[mode]).name
@@ -57,7 +63,12 @@ def bench(device: str | torch.device | None = None, quick: bool = False) -> int:
             reasons = "; ".join(f"{row.name} {row.misfit(device, *_MODES[mode])}" for row in fast)
             print(f"nothing to measure on {device.type}: {reasons}", file=sys.stderr)
             return 1
-        found["modes"].append(_measure(mode, backend, device, kind))
+        on_device: AbstractContextManager[None] = (
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        )
+        with on_device, warnings.catch_warnings():  # events and spinning belong to the current device
+            warnings.filterwarnings("ignore", message="two optimizers are stepped in turn")  # on purpose
+            found["modes"].append(_measure(mode, backend, device, kind))
     print(_table(found))
     return 0
 
@@ -111,11 +122,17 @@ class _Entry:
     name: str
     step: Callable[[], object]
     after: Callable[[], object] = lambda: None  # not timed
+    spin: float = _SPIN[0]  # seconds for which the GPU is kept busy before the next step
     seconds: list[float] = field(default_factory=list)
 
 
+@lru_cache(maxsize=1)  # 300M bits take seconds, and the modes can share them
+def _half(shapes: tuple[tuple[str, torch.Size], ...]) -> FixedMask:
+    return FixedMask({name: torch.randint(0, 2, shape, dtype=torch.bool) for name, shape in shapes})
+
+
 def _policies(named: list[tuple[str, torch.nn.Parameter]]) -> dict[str, Policy | None]:
-    half = FixedMask({name: torch.randint(0, 2, param.shape, dtype=torch.bool) for name, param in named})
+    half = _half(tuple((name, param.shape) for name, param in named))
     found: dict[str, Policy | None] = {}
     for key, method in METHODS.items():
         if method.timed:
@@ -153,31 +170,49 @@ def _entries(tensors: _Tensors, mode: str, backend: str) -> list[_Entry]:
     return entries
 
 
-def _time(step: Callable[[], object], device: torch.device) -> float:
+def _time(entry: _Entry, device: torch.device) -> float:
+    """Makes a step. Returns its seconds."""
     if device.type != "cuda":
         begin = time.perf_counter()
-        step()
+        entry.step()
         return time.perf_counter() - begin
-    torch.cuda._sleep(20_000_000)  # 10 ms or so: the host queues the step meanwhile
+    cycles = int(entry.spin * _cycles_per_second(device))
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(cycles)
     start.record()
-    step()
+    begin = time.perf_counter()
+    entry.step()
+    on_host = time.perf_counter() - begin
     end.record()
     end.synchronize()
+    entry.spin = min(_SPIN[1], 1.5 * on_host + 1e-4)
     milliseconds: float = start.elapsed_time(end)
     return milliseconds / 1e3
+
+
+@lru_cache(maxsize=8)
+def _cycles_per_second(device: torch.device) -> float:
+    """Returns the speed of the clock by which a GPU, the current one, spins."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(2):  # the first raises the clock
+        start.record()
+        torch.cuda._sleep(20_000_000)
+        end.record()
+        end.synchronize()
+    milliseconds: float = start.elapsed_time(end)
+    return 20_000_000 / milliseconds * 1e3
 
 
 def _measure(mode: str, backend: str, device: torch.device, kind: str) -> dict[str, Any]:
     tensors = _make_tensors(mode, device, *_SIZES[kind])
     entries = _entries(tensors, mode, backend)
-    for entry in entries + entries:  # code is compiled, tables are made
-        entry.step(), entry.after()
+    for entry in entries + entries:  # code is compiled, tables are made, and the host's time becomes known
+        _time(entry, device), entry.after()
     deadline = time.monotonic() + _SECONDS[kind]
     rounds = 0
     while rounds < _ROUNDS or (time.monotonic() < deadline and rounds < 200):
         for entry in random.sample(entries, len(entries)):
-            entry.seconds.append(_time(entry.step, device))
+            entry.seconds.append(_time(entry, device))
             entry.after()
         rounds += 1
         print(f"\r{mode}: {rounds} rounds", end="", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """The command line: python -m graddrop_kernels info | verify | bench."""
 
 import argparse
+import math
 
 import torch
 
@@ -22,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     names = [backend.name for backend in backends.BACKENDS]
     command.add_argument("--backend", choices=names, help="this one only; default: all that run")
     command.add_argument("--seed", type=int, help="repeats a run; default: a fresh one")
-    command.add_argument("--quick", action="store_true", help="a few seconds instead of half a minute")
+    command.add_argument("--quick", action="store_true", help="one case of each policy and dtypes instead of many")
+    command.add_argument("--seconds", type=_seconds, help="no case begins later; the table comes in any case")
 
     command = commands.add_parser("bench", help="the time of a step against torch's own")
     command.set_defaults(run=_bench)
@@ -42,13 +44,24 @@ def _device(text: str) -> str:
     return text
 
 
+def _seconds(text: str) -> float:
+    """Parses a positive number of seconds, for argparse."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return seconds
+
+
 # Imported when asked for: `info` has to work where something of these is broken.
 
 
-def _verify(device: str | None, backend: str | None, seed: int | None, quick: bool) -> int:
+def _verify(device: str | None, backend: str | None, seed: int | None, quick: bool, seconds: float | None) -> int:
     from .verify.command import verify
 
-    return verify(device, backend, seed, quick)
+    return verify(device, backend, seed, quick, seconds)
 
 
 def _bench(device: str | None, quick: bool) -> int:

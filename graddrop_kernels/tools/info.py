@@ -32,6 +32,8 @@ def info() -> int:
     if gpus:
         print(f"  driver {_driver()}, {_torch_gpu_build()}, triton {_installed('triton')}")
     print(f"CUDA library: {_cuda_library()}")
+    if gpus and cuda.architectures():
+        print(f"  {cuda.unavailable() or 'it has code for the GPU, and the driver is new enough for it'}")
     print("compilers (needed for pip install only):")
     for compiler, command in _compilers().items():
         print(f"  {compiler:<5}{command}")

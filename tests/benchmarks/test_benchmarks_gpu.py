@@ -1,16 +1,15 @@
-"""The one script for a GPU machine, as far as it can be held to account without one: the rehearsal of everything, parts
-that fail or take too long, goals, files. No figure is judged. (The timer: test_benchmarks_timer.py.)
+"""What is measured on a GPU, rehearsed on CPU tensors; goals, facts. No figure is judged. (The run, its stages and what
+becomes of those that fail: test_benchmarks_gpu_run.py. The timer: test_benchmarks_timer.py.)
 """
 
-import argparse
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -22,76 +21,127 @@ sys.path.append(str(ROOT))
 
 from benchmarks.common import cases, gpu_facts, machine, modes, peers, shapes  # noqa: E402
 from benchmarks.common import results as files  # noqa: E402
-from benchmarks.common import timers as gpu_timer  # noqa: E402
+from benchmarks.common.rows import Recorder, assembled  # noqa: E402
 from benchmarks.common.tensors import MODES, Tensors, make_tensors  # noqa: E402
-from benchmarks.gpu import __main__ as gpu  # noqa: E402
+from benchmarks.common.timers import RehearsalTimer  # noqa: E402
 from benchmarks.gpu import host as host_gpu  # noqa: E402
 from benchmarks.gpu import modes as modes_gpu  # noqa: E402
+from benchmarks.gpu import stages, step  # noqa: E402
 from benchmarks.render import __main__ as render  # noqa: E402
 from benchmarks.render import goals  # noqa: E402
 from benchmarks.render import gpu_tables as render_gpu  # noqa: E402
 
-NOT_REHEARSED = ("info", "bench, quick")
+BUDGET = 400.0  # the long plan; every stage of the rehearsal is far shorter than its share
 
 # --- the rehearsal ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory) -> tuple[Path, str]:
-    """(folder, what was printed) of a rehearsal: every benchmark, figure and table; info and bench have own tests."""
+def rehearse(folder: Path, budget: float) -> str:
+    """Rehearses every stage of a plan. Returns what was printed."""
     require("cpu")
-    folder = tmp_path_factory.mktemp("gpu") / "some-gpu"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(folder), "--budget", "300"]
-    command += ["--archive", str(folder.with_suffix(".tar.gz")), "--skip", *NOT_REHEARSED]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--output", str(folder), "--budget", f"{budget}"]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     process = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**environment, "OMP_NUM_THREADS": "1"}
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    return folder, process.stdout
+    return process.stdout
 
 
 @pytest.fixture(scope="module")
-def results(rehearsal) -> dict[str, dict]:
-    return {path.stem: json.loads(path.read_text()) for path in rehearsal[0].glob("*.json")}
+def rehearsal(tmp_path_factory) -> tuple[Path, str]:
+    """(folder with run.tar.gz, what was printed) of a rehearsal of the long plan."""
+    folder = tmp_path_factory.mktemp("gpu")
+    return folder, rehearse(folder, BUDGET)
+
+
+@pytest.fixture(scope="module")
+def rendered(rehearsal, tmp_path_factory) -> Path:
+    """The folder of files, figures and tables that are made of the archive afterwards."""
+    results = tmp_path_factory.mktemp("results")
+    render.main(["--archive", str(rehearsal[0] / "run.tar.gz"), "--rehearsal", "--results", str(results)])
+    (folder,) = results.iterdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(rendered) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in rendered.glob("*.json")}
 
 
 @pytest.mark.slow
-def test_rehearsal_runs_every_part(rehearsal, results):
+def test_rehearsal_carries_out_every_stage_within_the_budget(rehearsal, results):
     folder, printed = rehearsal
     run = results["gpu_run"]
-    planned = [part.name for part in gpu.parts(True, folder) + gpu.end_parts(True, folder)]
-    wanted = [name for name in planned if name not in NOT_REHEARSED]
-    assert len(wanted) == len(planned) - len(NOT_REHEARSED)
-    assert [(part["part"], part["status"]) for part in run["parts"]] == [(name, "ok") for name in wanted]
-    assert re.search(r"^\[ +\d+ s\] done, everything ok$", printed, re.MULTILINE)
-    assert re.search(r"[1-9]\d* passed", printed)  # the micro-suite, on CPU tensors
-    assert not list(folder.glob("*.unfinished"))
-    with tarfile.open(folder.with_suffix(".tar.gz")) as archive:
-        names = {Path(name).name for name in archive.getnames()}
-    assert names == {folder.name, *(path.name for path in folder.iterdir())}
+    planned = stages.plan(BUDGET, True, 0)
+    programs = {one.name for stage in planned if isinstance(stage, stages.Programs) for one in stage.programs}
+    measured = {stage.name for stage in planned if isinstance(stage, stages.Measurement)}
+    assert {each["stage"] for each in run["stages"]} == programs | measured
+    assert all(each["status"] == "ok" for each in run["stages"])
+    seconds, last = re.findall(r"^\[ *([\d.]+) s\] (.*)$", printed, re.MULTILINE)[-1]
+    assert last == "done, everything ok" and float(seconds) < BUDGET
+    assert printed.count("PASS: ") == 4  # verify
+    assert [path.name for path in folder.iterdir()] == ["run.tar.gz"]
+    with tarfile.open(folder / "run.tar.gz") as archive:
+        assert archive.getnames() == ["log.txt", "rows.jsonl"]
+        log = archive.extractfile("log.txt").read().decode()
+    assert log.splitlines() == printed.splitlines()
+    assert not any(str(path) in log for path in (ROOT, sys.prefix)) and str(ROOT) not in json.dumps(run)
 
 
 @pytest.mark.slow
-def test_a_rehearsal_cannot_pass_for_a_result(rehearsal, results):
-    folder, _ = rehearsal
+def test_the_short_plan_is_carried_out_within_its_budget(tmp_path):
+    budget = 200.0
+    seconds, last = re.findall(r"^\[ *([\d.]+) s\] (.*)$", rehearse(tmp_path, budget), re.MULTILINE)[-1]
+    assert last == "done, everything ok" and float(seconds) < budget
+    with tarfile.open(tmp_path / "run.tar.gz") as archive:
+        found = assembled(archive.extractfile("rows.jsonl").read().decode().splitlines())
+    assert found.keys() == {"gpu_run", "step_gpu_xlmr_large", "host_gpu", "modes_gpu", "sweeps_gpu"}
+    assert {config["table"] for config in found["modes_gpu"]["configs"]} == {"clipping", "masters"}
+    assert found["sweeps_gpu"]["frozen"] and not found["sweeps_gpu"]["sizes"]
+
+
+@pytest.mark.slow
+def test_a_rehearsal_cannot_pass_for_a_result(rehearsal, rendered, results):
+    folder, archive = rendered, str(rehearsal[0] / "run.tar.gz")
     others = {"sweeps_gpu", "host_gpu", "modes_gpu", "gpu_run"}
-    assert results.keys() == {*render_gpu.STEPS.values(), render_gpu.SLOW_PEERS, *others}
+    assert results.keys() == {*render_gpu.STEPS.values(), *others}
     assert all(result["rehearsal"] is result["quick"] is True for result in results.values())
     with pytest.raises(SystemExit, match="is a rehearsal on CPU tensors, not a result"):
         files.load(folder.parent)
     with pytest.raises(SystemExit, match="is a rehearsal"):
         render.main(["--results", str(folder.parent), "--machine", folder.name])
+    for options in ([], ["--rehearsal"], ["--results", str(folder.parent)]):
+        with pytest.raises(SystemExit, match="is of a rehearsal, not of a GPU"):
+            render.main(["--archive", archive, *options])
     page = (folder / "tables.md").read_text()
     _, *sections = page.split("\n## ")
-    assert [section.split("\n")[0] for section in sections] == list(render_gpu.TABLES)
+    names = [name for name in render_gpu.TABLES if name != "gpu-slow-peers"]
+    assert [section.split("\n")[0] for section in sections] == names
     for section in sections:
         assert "**a rehearsal on CPU tensors, no measurement" in section and "No results yet" not in section, section
 
 
 @pytest.mark.slow
-def test_tables_show_the_figures_of_the_results(rehearsal, results):
-    page = (rehearsal[0] / "tables.md").read_text()
+def test_an_archive_of_a_run_that_was_killed_can_be_rendered(rehearsal, tmp_path, seed):
+    """After any of its rows, in the middle of a line too: what is missing is left out."""
+    with tarfile.open(rehearsal[0] / "run.tar.gz") as archive:
+        rows = archive.extractfile("rows.jsonl").read()
+    order, begin = random.Random(seed), rows.index(b'"when"') + 100  # the machine is known
+    for number, size in enumerate([begin, *(order.randrange(begin, len(rows)) for _ in range(4))]):
+        results, cut = tmp_path / f"{number}", tmp_path / f"{number}.tar.gz"
+        (tmp_path / "rows.jsonl").write_bytes(rows[:size])
+        with tarfile.open(cut, "w:gz") as archive:
+            archive.add(tmp_path / "rows.jsonl", "rows.jsonl")
+        print(f"the first {size} of {len(rows)} bytes")
+        render.main(["--archive", str(cut), "--rehearsal", "--results", str(results)])
+        assert (results / "no-gpu" / "tables.md").read_text().startswith("# Results on no-gpu")
+
+
+@pytest.mark.slow
+def test_tables_show_the_figures_of_the_results(rendered, results):
+    page = (rendered / "tables.md").read_text()
+    assert page.count(f"| time / torch fused (share of copy bandwidth) | {' | '.join(MODES)} |") == 4  # in this order
     for work, benchmark in render_gpu.STEPS.items():
         for config in results[benchmark]["configs"]:
             assert config["work"] == work
@@ -117,8 +167,9 @@ def test_rehearsal_measures_every_policy_peer_mode_and_work(results):
     blocks = {case.name for case in cases.CASES if case.needs_blocks}
     for work, benchmark in render_gpu.STEPS.items():
         result = results[benchmark]
-        assert [config["mode"] for config in result["configs"]] == list(MODES) and result["errors"] == []
-        for config, width in zip(result["configs"], (28, 22, 14)):
+        configs = {config["mode"]: config for config in result["configs"]}
+        assert configs.keys() == MODES.keys() and len(result["configs"]) == 3 and result["errors"] == []
+        for config, width in zip((configs[mode] for mode in MODES), (28, 22, 14)):
             own, others = (
                 {row["name"]: row for row in config["rows"] if row["kind"] == kind} for kind in ("ours", "peer")
             )
@@ -135,10 +186,6 @@ def test_rehearsal_measures_every_policy_peer_mode_and_work(results):
                 freeze = own["GradFreeze, half frozen"]
                 assert math.isclose(freeze["bytes_per_param"], width * freeze["active"])
                 assert 0.4 < freeze["active"] < 0.9
-    slow = results[render_gpu.SLOW_PEERS]["configs"]
-    names = {row["name"] for row in slow[0]["rows"] if row["kind"] == "peer"}
-    assert names == {"torch fused"} | {peer.name for peer in peers.PEERS if peer.slow_start}
-    assert goals.measured(slow[0]["rows"], name="torch compiled")
 
 
 @pytest.mark.slow
@@ -163,7 +210,7 @@ def test_rehearsal_measures_every_mode_beside_its_peers(results):
     assert result["errors"] == [] and len(configs) == len(result["configs"])
     assert list(configs) == [(work.label, name) for work in modes_gpu.WORKS for name in modes.TABLES]
     bytes_of = {}
-    for (work, name), config in configs.items():
+    for (_, name), config in configs.items():
         table, first = modes.TABLES[name], config["rows"][0]
         assert (config["mode"], first["kind"], first["ratio"]) == (table.mode, "peer", 1)
         own = {row["name"] for row in config["rows"] if row["kind"] == "ours"}
@@ -173,8 +220,7 @@ def test_rehearsal_measures_every_mode_beside_its_peers(results):
         for row in config["rows"]:
             if "error" in row:  # and no other error than its package's
                 peer = peers_of[row["name"]]
-                later = peer.slow_start and work != modes_gpu.WORKS[0].label
-                assert row["error"] == (modes_gpu.LATER if later else peers.unavailable(peer)), row
+                assert row["error"] == (modes_gpu.LATER if peer.slow_start else peers.unavailable(peer)), row
                 continue
             bytes_of[row["name"]] = row["bytes_per_param"]
             assert 0 < row["seconds_q1"] <= row["seconds"] <= row["seconds_q3"]
@@ -246,88 +292,102 @@ def test_rehearsal_sweeps_and_checks(results):
     assert all(row["synchronizations"] == 0 and row["refused"] is None for row in host["launches"])
 
 
-# --- the run: parts fail, take too long, are left out -----------------------------------------------------------------
+# --- what fails costs itself only -------------------------------------------------------------------------------------
 
 
-def make_run(tmp_path, budget: float = 60.0, archive: Path | None = None) -> gpu.Run:
-    options = argparse.Namespace(budget=budget, out=tmp_path / "gpu", rehearse=True, archive=archive)
-    return gpu.Run(options, options.out)
+def lines_of(recorder: Recorder) -> list[str]:
+    return recorder.path.read_text().splitlines()
 
 
-def python(code: str, seconds: float = 20.0, **options) -> gpu.Part:
-    return gpu.Part("part", seconds, [sys.executable, "-c", code], **options)
+def test_a_first_step_that_fails_leaves_what_was_measured_before(monkeypatch, tmp_path):
+    require("cpu")
+    recorder = Recorder(tmp_path)
+
+    def fail(*arguments):
+        raise MemoryError("no room for zeros")
+
+    monkeypatch.setattr(step, "first_steps", fail)
+    failed = step.run(recorder, RehearsalTimer(), 1.0, ["one_tensor"], ["float32", "bfloat16"])
+    found = assembled(lines_of(recorder))["step_gpu_one_tensor"]
+    assert failed == len(found["errors"]) == 2 and found["errors"][0]["error"] == "MemoryError: no room for zeros"
+    assert [config["mode"] for config in found["configs"]] == ["float32", "bfloat16"]
+    assert all(goals.measured(config["rows"], name="GradDrop") for config in found["configs"])
 
 
-def written(run: gpu.Run) -> list[dict]:
-    return json.loads((run.folder / "gpu_run.json").read_text())["parts"]
+def test_wide_tensors_without_room_cost_their_row_only(monkeypatch, tmp_path):
+    require("cpu")
+    made = step.make_tensors
+
+    def make(shapes_of, mode, device):
+        if mode == "float32":
+            raise MemoryError("no room for wide ones")
+        return made(shapes_of, mode, device)
+
+    monkeypatch.setattr(step, "make_tensors", make)
+    recorder = Recorder(tmp_path)
+    assert step.run(recorder, RehearsalTimer(), 1.0, ["one_tensor"], ["bfloat16, float32 moments"]) == 0
+    (config,) = assembled(lines_of(recorder))["step_gpu_one_tensor"]["configs"]
+    rows = {row["name"]: row for row in config["rows"]}
+    assert rows["torch fused, all float32"]["error"] == "MemoryError: no room for wide ones"
+    assert rows["GradDrop"]["ratio"] > 0
 
 
-def test_a_failing_part_is_recorded_with_what_it_said(tmp_path):
-    run = make_run(tmp_path)
-    run.carry_out(python(f"print('about to'); raise ValueError('of no use in {ROOT}/tests and {tmp_path}/gpu')"), 0)
-    run.carry_out(python("print('fine')"), 0)
-    failed, fine = written(run)
-    assert failed["status"] == "failed" and failed["exit_code"] == 1
-    assert failed["output"][0] == "about to" and failed["output"][-1] == "ValueError: of no use in tests and gpu"
-    assert fine["status"] == "ok" and "output" not in fine
-    assert not any(str(path) in json.dumps(written(run)) for path in (ROOT, tmp_path, sys.prefix))
+def test_rows_are_written_while_the_rounds_go_on(monkeypatch, tmp_path):
+    """A process that is killed in its last round leaves the rounds before."""
+    require("cpu")
+    monkeypatch.setattr(step, "SO_FAR", 0.0, raising=False)
+    monkeypatch.setattr("benchmarks.common.rounds.SO_FAR", 0.0)
+    recorder = Recorder(tmp_path)
+    step.run(recorder, RehearsalTimer(), 1.0, ["one_tensor"], ["float32"])
+    written = [json.loads(line) for line in lines_of(recorder) if '"configs"' in line and '"row"' in line]
+    rounds = [[row["rounds"] for row in entry["row"]["rows"] if row["name"] == "torch fused"][0] for entry in written]
+    assert rounds == [1, 2, 2, 2]  # of two rounds, at their end, and with the first steps
+    (config,) = assembled(lines_of(recorder))["step_gpu_one_tensor"]["configs"]
+    assert config["first_steps"]
 
 
-def test_a_part_over_its_time_is_killed_with_its_children(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "LEAST", 0.0)
-    run, mark = make_run(tmp_path, budget=1.5), tmp_path / "child survived"
-    child = f"import time; time.sleep(4); open({str(mark)!r}, 'w')"
-    start = time.monotonic()
-    run.carry_out(python(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"), 1.0)
-    assert time.monotonic() - start < 4
-    (part,) = written(run)
-    assert part["status"] == "over its time" and re.match(r"killed after \d s", part["why"])
-    time.sleep(max(0.0, 5 - (time.monotonic() - start)))
-    assert not mark.exists()
+def test_a_replay_is_prepared_as_an_eager_step_is(monkeypatch, seed):
+    """Blocks and epochs are drawn by the host: without advance_captured_step() a replay repeats the captured ones."""
+    require("cpu")
 
+    class Captured:
+        """A step with an effect of the host's own, as a graph has it: the replay makes it with what was advanced."""
 
-def test_what_does_not_fit_the_budget_is_left_out(tmp_path):
-    run = make_run(tmp_path, budget=10.0, archive=tmp_path / "all.tar.gz")
-    run.carry_out(python("raise SystemExit('never to run')"), reserve=6.0)
-    (part,) = written(run)
-    assert part["status"] == "left out" and part["why"] == "4 s left of the budget"
-    with tarfile.open(tmp_path / "all.tar.gz") as archive:
-        assert archive.getnames() == ["gpu", "gpu/gpu_run.json"]
+        param_groups = ({"capturable": False},)
 
+        def __init__(self, tensors):
+            self.tensors, self.count, self.captured = tensors, 0, 0
+            self.state = {param: dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), param) for param in tensors.params}
 
-def test_parts_take_budgets_and_environments(tmp_path, monkeypatch):
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    run = make_run(tmp_path)
-    code = "import os, sys; assert os.environ['A'] == 'b' and sys.argv[1:] == ['--budget', '8'], sys.argv; "
-    code += f"assert os.environ['PYTHONPATH'].split(os.pathsep)[0] == {str(ROOT)!r}  # the package is not installed"
-    run.carry_out(python(code, seconds=10.0, budgeted=True, environment=(("A", "b"),)), 0)
-    assert written(run)[0]["status"] == "ok"
+        def set_epoch(self, epoch):
+            pass
 
+        @torch.no_grad()
+        def add(self, number):
+            for param in self.tensors.params:
+                param += number
 
-def test_a_full_run_fits_into_nine_minutes():
-    real = gpu.parts(False, Path("results/some-gpu"))
-    assert gpu.BUDGET < 9 * 60 and real[0].name == "build" and real[3].name == "step, XLM-R-large"
-    assert not any("--rehearse" in part.command or "--collect-only" in part.command for part in real)
-    assert dict(real[0].environment)["GRADDROP_FORCE_CUDA"] == "1"
-    assert sum(part.seconds for part in real) <= gpu.BUDGET
-    tests = next(part for part in real if part.name == "tests")
-    assert "tests/backends/test_backends_agree.py" in tests.command
-    assert "tests/backends/test_triton_interpreter.py" not in tests.command
-    assert all((ROOT / word).exists() for word in tests.command if word.startswith("tests/"))
-    end = gpu.end_parts(False, Path("results/some-gpu"))
-    assert not any("rehears" in word for part in end for word in part.command)
+        def step(self):
+            self.count += 1
+            self.add(self.count)
 
+        def advance_captured_step(self):
+            self.count += 1
+            self.captured = self.count
 
-def test_without_a_gpu_only_a_rehearsal_runs(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu"])
-    with pytest.raises(SystemExit, match="torch sees no GPU"):
-        gpu.main()
-    with pytest.raises(SystemExit, match="torch sees no GPU"):
-        gpu_timer.make_timer(False)
-    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--rehearse", "--only", "lunch"])
-    with pytest.raises(SystemExit, match="no part is called 'lunch'"):
-        gpu.main()
+        def replay(self):
+            self.add(self.captured)
+
+    class Timer(RehearsalTimer):
+        rehearsal = False
+
+        def capture(self, step):
+            return step.__self__.replay
+
+    monkeypatch.setattr(host_gpu, "small_tensors", lambda rehearsal: [("weight", None, (3,))])
+    monkeypatch.setattr(host_gpu, "capturable_optimizer", lambda name, tensors, backend: Captured(tensors))
+    row = host_gpu.replay_matches("mask=None", "cpu", Timer())
+    assert row["identical"] is True, row
 
 
 # --- goals, facts, files ----------------------------------------------------------------------------------------------
@@ -379,8 +439,9 @@ def test_what_the_driver_tells_is_parsed():
 
 
 def test_results_are_replaced_as_a_whole(tmp_path, monkeypatch):
-    options = argparse.Namespace(out=tmp_path, rehearse=True)
-    path = files.write_gpu("host_gpu", options, {"rows": [1]})
+    recorder = Recorder(tmp_path)
+    recorder.add("host_gpu", "rows", 1)
+    (path,) = files.write_assembled(lines_of(recorder), tmp_path)
 
     def interrupted(self, text):
         with open(self, "w") as file:
@@ -388,12 +449,27 @@ def test_results_are_replaced_as_a_whole(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "write_text", interrupted)
+    recorder.add("host_gpu", "rows", 2)
     with pytest.raises(KeyboardInterrupt):
-        files.write_gpu("host_gpu", options, {"rows": [1, 2]})
+        files.write_assembled(lines_of(recorder), tmp_path)
     assert json.loads(path.read_text())["rows"] == [1]
 
 
-def test_a_rehearsal_without_out_stays_away_from_the_results():
-    options = argparse.Namespace(out=None, rehearse=True)
-    assert files.RESULTS not in files.gpu_folder(options).parents
-    assert files.gpu_folder(options) == options.out  # the same for every part
+def test_results_are_made_of_lines_also_of_a_line_that_was_cut_off(tmp_path):
+    recorder = Recorder(tmp_path)
+    recorder.put("*", "machine", {"cpu": "x"})
+    recorder.begin("step", "configs", "errors")
+    recorder.add("step", "configs", {"rounds": 2}, "float32")
+    recorder.add("step", "configs", {"rounds": 1}, "bfloat16")
+    with open(recorder.path, "a") as file:
+        file.write('\n{"benchmark": "step", "name": "configs", "key": "float32", "row": {"rounds": 7')  # killed
+    recorder.add("step", "configs", {"rounds": 3}, "float32")  # by the process after it
+    recorder.begin("step", "configs", "errors")
+    for row in ("a", "a"):
+        recorder.add("host", "rows", row)
+    recorder.put("host", "load", 1)
+    recorder.put("host", "load", 2)
+    assert assembled(lines_of(recorder)) == {
+        "step": {"machine": {"cpu": "x"}, "configs": [{"rounds": 3}, {"rounds": 1}], "errors": []},
+        "host": {"machine": {"cpu": "x"}, "rows": ["a", "a"], "load": 2},
+    }

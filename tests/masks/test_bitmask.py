@@ -41,11 +41,17 @@ def test_pack_of_all_ones_and_of_other_shapes(seed):
     )
 
 
-def test_pack_agrees_with_numpy_on_many(seed):
-    for length in random.Random(seed).sample(range(100_000), 5):
+class NotPlain(torch.Tensor):
+    """Packed by PyTorch's operations, as on a GPU."""
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, NotPlain])
+def test_pack_agrees_with_numpy_on_many(kind, seed):
+    for length in (0, 1, 32, *random.Random(seed).sample(range(100_000), 5)):
         bits = random_bits(length, seed)
         expected = np.packbits(np.pad(bits.numpy(), (0, -length % 32)), bitorder="little").view("<i4")
-        assert_same_bits(bitmask.pack(bits), torch.from_numpy(expected.astype(np.int32)))
+        words = bitmask.pack(bits.as_subclass(kind)).as_subclass(torch.Tensor)
+        assert_same_bits(words, torch.from_numpy(expected.astype(np.int32)))
 
 
 def test_num_planes():

@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ def counted_time(monkeypatch):
     """Time as a counter: the n-th step timed took n seconds."""
     taken = []
 
-    def time_of(step, device):
-        step()
+    def time_of(entry, device):
+        entry.step()
         taken.append(1.0 + len(taken))
         return taken[-1]
 
@@ -50,7 +51,7 @@ def test_quick_run_on_the_cpu(capsys, monkeypatch, counted_time):
         own = [mode["rows"][number] for mode in measured]
         cells = [f"{row['ratio']:.2f} ({row['seconds'] * 1e3:.3f})" for row in own]
         assert re.split(r"  +", line)[1:] == cells, line
-    assert len(counted_time) == 3 * 3 * (2 + len(POLICIES))
+    assert len(counted_time) == 3 * (2 + 3) * (2 + len(POLICIES))  # two rounds to warm up
     assert f"torch {torch.__version__}" in lines[0]
     assert "QUICK RUN" in output.out and "bfloat16: 3 rounds" in output.err
 
@@ -60,10 +61,10 @@ def test_ratios_are_taken_round_by_round(monkeypatch):
     require("cpu")
     calls = {}
 
-    def time_of(step, device):
-        number = calls[step] = calls.get(step, 0) + 1
-        of_torch = not isinstance(getattr(step, "__self__", None), FusedGradDropAdamW)
-        return (2.0 if number == 1 else 1.0) if of_torch else 3.0
+    def time_of(entry, device):
+        number = calls[entry.name] = calls.get(entry.name, 0) + 1
+        of_torch = not isinstance(getattr(entry.step, "__self__", None), FusedGradDropAdamW)
+        return (2.0 if number == 3 else 1.0) if of_torch else 3.0  # 1 and 2 are not counted
 
     monkeypatch.setattr(bench, "_time", time_of)
     measured = bench._measure("float32", "cpu", torch.device("cpu"), "quick")
@@ -112,3 +113,86 @@ def test_without_a_fast_backend_it_says_why_and_fails(capsys, monkeypatch):
     assert bench.bench("cpu", quick=True) == 1
     output = capsys.readouterr()
     assert re.match(r"nothing to measure on cpu: .*cpu", output.err) and not output.out
+
+
+class SimulatedGpus:
+    """Two GPUs, each with a queue of work in seconds beside the host's clock. Work goes to the current one."""
+
+    CLOCK = 1e9
+
+    def __init__(self, monkeypatch):
+        self.current, self.host, self.free, self.spun = 0, 0.0, [0.0, 0.0], []
+        simulated = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.device, self.at = simulated.current, max(simulated.free[simulated.current], simulated.host)
+
+            def synchronize(self):
+                simulated.host = max(simulated.host, self.at)
+
+            def elapsed_time(self, end):
+                assert self.device == end.device
+                return (end.at - self.at) * 1e3
+
+        @contextmanager
+        def device(chosen):
+            before, self.current = self.current, chosen.index
+            yield
+            self.current = before
+
+        replaced = {
+            "Event": Event, "device": device, "current_device": lambda: self.current, "_sleep": self.spin,
+            "is_available": lambda: True, "get_device_name": lambda device: "simulated",
+        }  # fmt: skip
+        for name, value in replaced.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(bench.time, "perf_counter", lambda: self.host)
+        bench._cycles_per_second.cache_clear()
+
+    def work(self, seconds, device=None):
+        device = self.current if device is None else device
+        self.free[device] = max(self.free[device], self.host) + seconds
+
+    def spin(self, cycles):
+        self.spun.append(cycles / self.CLOCK)
+        self.work(cycles / self.CLOCK)
+
+
+def test_all_of_a_measurement_is_on_the_gpu_that_was_asked_for(monkeypatch, capsys):
+    """torch's own launches follow the tensors; the spinning and the events follow the current device."""
+    gpus = SimulatedGpus(monkeypatch)
+    seen = []
+
+    def measured(mode, backend, device, kind):
+        entry = bench._Entry("a step", lambda: gpus.work(3e-3, device=1))
+        seen.append((mode, device, gpus.current, bench._time(entry, device)))
+        return {"mode": mode}
+
+    monkeypatch.setattr(bench, "_measure", measured)
+    monkeypatch.setattr(bench, "_table", lambda found: "")
+    monkeypatch.setattr(bench.backends, "select", lambda *arguments: bench.backends.BACKENDS[1])
+    assert bench.bench("cuda:1") == 0
+    second = torch.device("cuda:1")
+    assert [each[:3] for each in seen] == [(mode, second, 1) for mode in bench._MODES]
+    assert all(seconds == pytest.approx(3e-3) for *_, seconds in seen) and gpus.current == 0
+    assert gpus.free[0] == 0
+    bench.bench("cuda")
+    assert seen[-1][1:3] == (torch.device("cuda:0"), 0)
+
+
+@pytest.mark.parametrize("on_host", [20e-6, 15e-3, 1.0])
+def test_the_gpu_spins_for_longer_than_the_host_needs(on_host, monkeypatch):
+    """Else what is timed is the host: 1500 launches of a step by hand take it longer than any fixed time. At most
+    0.1 s, as the driver takes a thousand launches and then lets the host wait for the spinning.
+    """
+    gpus = SimulatedGpus(monkeypatch)
+    gpus.current, device = 1, torch.device("cuda:1")
+    entry = bench._Entry("a step", lambda: setattr(gpus, "host", gpus.host + on_host) or gpus.work(2e-3))
+    seconds = [bench._time(entry, device) for _ in range(3)]
+    assert entry.spin == pytest.approx(min(0.1, 1.5 * on_host + 1e-4)) == pytest.approx(gpus.spun[-1], rel=1e-3)
+    if on_host < 0.1:
+        assert seconds[1:] == pytest.approx([2e-3, 2e-3])  # and not the host's time besides

@@ -232,6 +232,17 @@ def test_whether_the_cuda_library_is_there(found, nvcc, text, capsys, monkeypatc
     assert f"CUDA library: {text}" in info(capsys)
 
 
+@pytest.mark.parametrize("reason", [None, "the driver is too old for the library; update the driver"])
+def test_whether_the_library_fits_the_gpu_and_its_driver(reason, capsys, monkeypatch, two_gpus):
+    monkeypatch.setattr(cuda, "architectures", lambda: ["sm_90"])
+    monkeypatch.setattr(cuda, "unavailable", lambda: reason)
+    lines = info(capsys)
+    said = lines[lines.index("CUDA library: _cuda.so for sm_90") + 1]
+    assert said == f"  {reason or 'it has code for the GPU, and the driver is new enough for it'}"
+    monkeypatch.setattr(cuda, "architectures", lambda: [])
+    assert said not in info(capsys)
+
+
 def test_cuda_is_asked_too_where_there_is_one(capsys, two_gpus):
     lines = info(capsys)
     for dtype in ("float32", "bfloat16", "float16", "float64"):
@@ -278,10 +289,10 @@ def called(monkeypatch):
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (["verify"], ("verify", None, None, None, False)),
+        (["verify"], ("verify", None, None, None, False, None)),
         (
-            ["verify", "--device", "cpu", "--backend", "reference", "--seed", "12", "--quick"],
-            ("verify", "cpu", "reference", 12, True),
+            ["verify", "--device", "cpu", "--backend", "reference", "--seed", "12", "--quick", "--seconds", "2.5"],
+            ("verify", "cpu", "reference", 12, True, 2.5),
         ),
         (["bench"], ("bench", None, False)),
         (["bench", "--device", "cpu", "--quick"], ("bench", "cpu", True)),
@@ -300,8 +311,10 @@ def test_arguments_reach_the_commands_and_their_exit_codes_the_caller(arguments,
         (["verify", "--device", "moon"], ["--device", "'moon'"]),
         (["bench", "--device", "cuda:99"], ["--device", "'cuda:99'"]),
         (["verify", "--seed", "x"], ["--seed", "'x'"]),
+        (["verify", "--seconds", "x"], ["--seconds", "'x' is no number of seconds above 0"]),
+        (["verify", "--seconds", "0"], ["--seconds", "'0' is no number of seconds above 0"]),
     ],
-    ids=["backend", "device of verify", "device of bench", "seed"],
+    ids=["backend", "device of verify", "device of bench", "seed", "seconds", "no seconds"],
 )
 def test_bad_arguments_exit_with_2_and_name_what_is_wrong(arguments, parts, called, capsys):
     with pytest.raises(SystemExit) as stopped:

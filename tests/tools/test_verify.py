@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from unittest import mock
 
 import pytest
@@ -569,15 +570,92 @@ def test_without_a_seed_every_run_is_another_and_says_which(capsys, plant, only)
 
 
 def test_progress_is_one_line_on_a_terminal(monkeypatch, capsys):
-    cases = [Case("mask=None", "f32", (), (1,), 1, "0")] * 20
     for done in range(21):
-        verify._progress(done, cases, 1.4)
+        verify._progress(done, 20, "cases", 1.4)
     assert capsys.readouterr().err.splitlines() == [f"{done} of 20 cases, 1 s" for done in range(0, 21, 2)]
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     for done in range(21):
-        verify._progress(done, cases, 1.4)
+        verify._progress(done, 20, "cases", 1.4)
     written = capsys.readouterr().err
     assert written.count("\r") == 21 and written.count("\n") == 1 and written.endswith("\n")
+
+
+def wrong_step(batch):
+    EXACT.masked_adamw_(batch)
+    for param in batch.params:
+        param.neg_()
+
+
+def test_a_failure_is_printed_when_it_is_met(capsys, plant, only, seed):
+    """And not at the end, which a run of hours may not reach: before the next case begins."""
+    printed = []
+
+    def step(batch):
+        printed.append(capsys.readouterr().out)
+        wrong_step(batch)
+
+    plant(step)
+    only("mask=None")
+    run(capsys, seed)
+    shown = [text.count("FAIL planted on cpu: mask=None") for text in printed]
+    assert shown[:4] == [0, 1, 1, 1] and sum(shown) == 3 and len(shown) == 7
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("of the comparison itself")], ids=repr)
+def test_a_table_comes_whatever_happens(error, capsys, plant, only, monkeypatch, seed):
+    plant(wrong_step)
+    only("mask=None", "GradDrop")
+    run_case, done = side_by_side.run_case, []
+
+    def stopped(case, *rest):
+        if len(done) == 5:
+            raise error
+        done.append(case)
+        run_case(case, *rest)
+
+    monkeypatch.setattr(verify, "run_case", stopped)
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else RuntimeError):
+        run(capsys, seed)
+    lines = capsys.readouterr().out.splitlines()
+    assert [case.policy for case in done] == ["mask=None", "GradDrop"] * 2 + ["mask=None"]  # in turns
+    assert any(re.search(r"^planted  cpu     mask=None +3 +.* FAIL 3$", line) for line in lines), lines
+    assert lines[-1].startswith("FAIL: 5 failures: 5 of 14 cases on 1 engines, ")
+
+
+def test_a_limit_of_seconds_ends_with_the_table(capsys, plant, only, monkeypatch, seed):
+    """Every policy has had a case. What was compared decides; where nothing was, that is no pass."""
+    plant(EXACT.masked_adamw_)
+    only("mask=None", "GradDrop", "FixedMask")
+    now, run_case = [0.0], side_by_side.run_case
+    monkeypatch.setattr(verify.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(verify, "run_case", lambda *case: now.__setitem__(0, now[0] + 1) or run_case(*case))
+    code, lines = run(capsys, seed, "--seconds", "3.5")
+    assert code == 0 and lines[-1] == "PASS: 4 of 21 cases on 1 engines, 4 comparisons in 4 s"
+    for policy, cases in (("mask=None", 2), ("GradDrop", 1), ("FixedMask", 1)):
+        assert any(re.search(rf"cpu     {policy} +{cases} +{cases}/{cases} .* PASS$", line) for line in lines), lines
+    monkeypatch.setattr(verify.time, "monotonic", lambda: now.__setitem__(0, now[0] + 1) or now[0])
+    code, lines = run(capsys, seed, "--seconds", "0.5")
+    assert code == 1 and lines[-1].startswith("FAIL: nothing was compared: 0 of 21 cases")
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_backends_of_one_launch_per_operation_step_a_part_of_the_cases_on_a_gpu(quick, seed):
+    """They are the same PyTorch code as on the CPU, which steps all. "exact" steps on the GPU what its long tensors
+    need: a case of their dtypes.
+    """
+    gpu = torch.device("cuda")
+    cases = make_cases(seed, quick, [gpu])
+    for name in ("reference", "exact"):
+        row = backends._BY_NAME[name]
+        small = [case for case in cases if case.reference == CPU]
+        taken = [case for case in small if verify._takes(Engine(row, gpu), case)]
+        assert all(verify._takes(Engine(row, CPU), case) for case in small)
+        assert Counter(case.policy for case in taken) == dict.fromkeys(POLICIES, 1 if quick else len(COLUMNS))
+        assert {case.column for case in taken} == {*COLUMNS} or quick
+        dtypes = {(case.policy, case.dtypes) for case in taken}
+        assert all((case.policy, case.dtypes) in dtypes for case in cases if case.reference == gpu)
+    row = dataclasses.replace(EXACT, name="planted", devices=("cuda",), unavailable=lambda: None)
+    assert all(verify._takes(Engine(row, gpu), case) for case in cases)
 
 
 def test_findings_of_instruction_sets_share_a_row():

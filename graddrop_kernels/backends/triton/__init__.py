@@ -15,16 +15,16 @@ __all__ = ["DEVICES", "bucket_planes", "interpreted", "keep_mask", "masked_adamw
 
 def masked_adamw_(batch: TensorBatch) -> None:
     """See update.py."""
-    from . import update
+    from . import kernels
 
-    update.masked_adamw_(batch)
+    kernels.update.masked_adamw_(batch)
 
 
 def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
     """See norm.py."""
-    from . import norm
+    from . import kernels
 
-    return norm.sum_of_squares(batch, masked)
+    return kernels.norm.sum_of_squares(batch, masked)
 
 
 def keep_mask(
@@ -32,13 +32,13 @@ def keep_mask(
     device: torch.device,
 ) -> torch.Tensor:  # fmt: skip
     """See masks.py."""
-    from . import masks
+    from . import kernels
 
-    return masks.keep_mask(plan, key, completed_steps, layout, numel, mask_words, device)
+    return kernels.masks.keep_mask(plan, key, completed_steps, layout, numel, mask_words, device)
 
 
 def bucket_planes(key: int, buckets: int, layout: RowBlock, numel: int, device: torch.device) -> torch.Tensor:
     """See masks.py."""
-    from . import masks
+    from . import kernels
 
-    return masks.bucket_planes(key, buckets, layout, numel, device)
+    return kernels.masks.bucket_planes(key, buckets, layout, numel, device)

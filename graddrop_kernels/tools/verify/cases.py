@@ -81,7 +81,9 @@ _DROPS_NOTHING = {method.name.replace(",", "") for method in METHODS.values() if
 
 @dataclass(frozen=True)
 class Case:
-    """``switches``: those of SWITCHES that are on; ``reference``: the device on which "exact" steps it."""
+    """``switches``: those of SWITCHES that are on; ``reference``: the device on which "exact" steps it; ``eager``:
+    whether backends that launch a kernel for each operation step it on a GPU.
+    """
 
     policy: str
     dtypes: str
@@ -91,6 +93,7 @@ class Case:
     seed: str
     misaligned: bool = False  # every tensor begins at an odd element of its memory
     reference: torch.device = torch.device("cpu")
+    eager: bool = False
 
     def __str__(self) -> str:
         return ", ".join((self.policy, self.dtypes, *self.switches, *["misaligned"] * self.misaligned))
@@ -143,27 +146,31 @@ class Case:
 def make_cases(seed: int, quick: bool, gpus: list[torch.device]) -> list[Case]:
     """Every policy with all columns: under every combination of the switches in float32 and 4 of them in the others, or
     with ``quick`` under one each; on a GPU also with a long tensor. Clipping, which leaves the rest of a step as it is,
-    is a coin of each case.
+    is a coin of each case. The policies take turns, so that the first cases hold something of each.
     """
-    rng, cases = random.Random(f"{seed} cases"), []
+    rng = random.Random(f"{seed} cases")
     clip: Callable[[], tuple[str, ...]] = lambda: ("clip",) * rng.randrange(2)
+    by_policy = []
     for policy in POLICIES:
+        cases = []
         combinations = [
             tuple(itertools.compress(SWITCHES, on))
             for on in itertools.product((False, True), repeat=4)
             if not (on[3] and policy in _DROPS_NOTHING)
         ]
+        eager = rng.choice(list(COLUMNS)) if quick else None  # None: all
         for column, names in COLUMNS.items():
             chosen = rng.sample(combinations, 1 if quick else len(combinations) if column == "f32" else 4)
             names = rng.sample(names, len(names))
             for i, switches in enumerate(chosen):
                 own_seed = f"{seed} {policy} {column} {i}"
                 sizes = SIZES if i % 4 < len(names) else SMALL_SIZES
-                dtypes = names[i % len(names)]
-                cases.append(Case(policy, dtypes, switches + clip(), sizes, 3, own_seed, rng.random() < 0.3))
-        # "exact" on the GPU, whose agreement with the CPU's the cases above show, is fast enough for long tensors.
+                cases.append(Case(policy, names[i % len(names)], switches + clip(), sizes, 3, own_seed,
+                                  rng.random() < 0.3, eager=i == 0 and eager in (None, column)))  # fmt: skip
+        # "exact" on the GPU is fast enough for long tensors. An eager case of the dtypes compares it with the CPU's.
         for gpu in gpus:
-            dtypes, switches = rng.choice(list(DTYPES)), rng.choice(combinations) + clip()
-            own_seed = f"{seed} {policy} large"
-            cases.append(Case(policy, dtypes, switches, LARGE_SIZES, 2, own_seed, rng.random() < 0.3, gpu))
-    return cases
+            dtypes = rng.choice([case.dtypes for case in cases if case.eager])
+            switches, own_seed = rng.choice(combinations) + clip(), f"{seed} {policy} large"
+            cases.append(Case(policy, dtypes, switches, LARGE_SIZES, 2, own_seed, rng.random() < 0.3, gpu, not quick))
+        by_policy.append(cases)
+    return [case for turn in itertools.zip_longest(*by_policy) for case in turn if case]

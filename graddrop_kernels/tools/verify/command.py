@@ -3,6 +3,7 @@
 Needs nothing but the package, so that an installed wheel can be asked on the machine that is to train.
 """
 
+import os
 import secrets
 import sys
 import time
@@ -14,28 +15,33 @@ from typing import Any
 import torch
 
 from ... import backends
-from ...backends import Backend, cpu
+from ...backends import Backend, cpu, triton
 from .bounds import BOUNDS, norm_limit
 from .cases import COLUMNS, DTYPES, Case, make_cases
-from .run_case import Engine, Findings, run_case
+from .run_case import Engine, Findings, launch_case, run_case
 
 _FAILURES_SHOWN = 3  # per engine and policy
+_BY_OPERATION = ("reference", "exact")  # they launch a kernel for each operation, thousands for a case
 
 
 def verify(
-    device: str | None = None, backend: str | None = None, seed: int | None = None, quick: bool = False
-) -> int:
-    """Prints a table of backend x policy, and each failure with the first index and both values.
+    device: str | None = None, backend: str | None = None, seed: int | None = None, quick: bool = False,
+    seconds: float | None = None,
+) -> int:  # fmt: skip
+    """Prints each failure when it is met, with the first index and both values, and at the end, or when it is stopped,
+    a table of backend x policy.
 
     Args:
         device: "cpu", "cuda", "cuda:1", ...; default: the CPU, and the GPU where torch sees one.
         backend: this one only, a name of ``backends.BACKENDS``; default: all that run here.
         seed: what everything random is drawn from; default: a fresh one, which is printed.
         quick: one case instead of many for each policy and column of the table.
+        seconds: no case begins later.
 
     Returns:
         The exit code: 0, or 1 on any failure and where nothing could be compared.
     """
+    started = time.monotonic()
     seed = secrets.randbits(31) if seed is None else seed
     devices = [torch.device(device)] if device else [torch.device(name) for name in _default_devices()]
     engines, absent = _engines(devices, backend)
@@ -47,16 +53,56 @@ def verify(
     print(f"against 'exact', --seed {seed}: {', '.join(map(str, engines))}", flush=True)
     cases = make_cases(seed, quick, [device for device in devices if device.type != "cpu"])
     findings: dict[Engine, dict[str, Findings]] = {engine: {} for engine in engines}
-    started = time.monotonic()
+    late: Callable[[], bool] = lambda: seconds is not None and time.monotonic() - started > seconds
+    done = 0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GradDropEpoch.*toggle=True")  # some cases go past the last epoch
-        for done, case in enumerate(cases):
-            _progress(done, cases, time.monotonic() - started)
-            taking = [engine for engine in engines if _takes(engine, case)]
-            run_case(case, taking, {engine: findings[engine].setdefault(case.policy, Findings()) for engine in taking})
-    _progress(len(cases), cases, time.monotonic() - started)
-    print(_table(findings))
-    return _verdict(findings, len(cases), time.monotonic() - started)
+        warnings.filterwarnings("ignore", message="two optimizers are stepped in turn")  # to the same bits, on purpose
+        try:
+            _compile_ahead(cases, engines, started, late)
+            for case in cases:
+                if late():
+                    break
+                _progress(done, len(cases), "cases", time.monotonic() - started)
+                taking = [engine for engine in engines if _takes(engine, case)]
+                own = {engine: findings[engine].setdefault(case.policy, Findings()) for engine in taking}
+                before = {engine: len(found.failures) for engine, found in own.items()}
+                try:
+                    run_case(case, taking, own)
+                finally:
+                    for engine, found in own.items():
+                        for failure in found.failures[before[engine] : _FAILURES_SHOWN]:
+                            print(failure, flush=True)
+                done += 1
+        finally:  # also when it is interrupted
+            _progress(done, len(cases), "cases", time.monotonic() - started)
+            print(_table(findings))
+            status = _verdict(findings, done, len(cases), time.monotonic() - started)
+    return status
+
+
+def _compile_ahead(cases: list[Case], engines: list[Engine], started: float, late: Callable[[], bool]) -> None:
+    """Compiles the Triton kernels of all cases in a process per core, where there are several. A first case of each
+    kernel would wait for it on one core.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    engine = next((each for each in engines if each.backend.name == "triton"), None)
+    if engine is None or cores < 2 or triton.interpreted():
+        return
+    from ...backends.triton.ahead import Kernels
+
+    kernels = Kernels()
+    for case in cases:
+        if _takes(engine, case):
+            try:
+                with kernels.wanted():
+                    launch_case(case, engine)
+            except Exception:  # the case itself will tell
+                continue
+    for done in kernels.compile(cores):
+        if late():
+            break
+        _progress(done, len(kernels), "kernels compiled", time.monotonic() - started)
 
 
 def _default_devices() -> list[str]:
@@ -84,17 +130,19 @@ def _engines(devices: list[torch.device], only: str | None) -> tuple[list[Engine
 
 
 def _takes(engine: Engine, case: Case) -> bool:
+    if engine.device.type != "cpu" and engine.backend.name in _BY_OPERATION and not case.eager:
+        return False
     if case.reference.type != "cpu" and (engine.device != case.reference or engine.backend.name == "exact"):
         return False
     return engine.backend.misfit(engine.device, *DTYPES[case.dtypes].mode) is None
 
 
-def _progress(done: int, cases: list[Case], seconds: float) -> None:
-    """Prints a line: on a terminal over the last one, else at every tenth of the cases."""
-    line = f"{done} of {len(cases)} cases, {seconds:.0f} s"
+def _progress(done: int, of: int, what: str, seconds: float) -> None:
+    """Prints a line: on a terminal over the last one, else at every tenth."""
+    line = f"{done} of {of} {what}, {seconds:.0f} s"
     if sys.stderr.isatty():
-        print(f"\r{line}{'':10}", end="\n" if done == len(cases) else "", file=sys.stderr, flush=True)
-    elif done * 10 // len(cases) != (done - 1) * 10 // len(cases):
+        print(f"\r{line}{'':10}", end="\n" if done == of else "", file=sys.stderr, flush=True)
+    elif done == of or done * 10 // of != (done - 1) * 10 // of:
         print(line, file=sys.stderr, flush=True)
 
 
@@ -144,17 +192,16 @@ def _table(findings: dict[Engine, dict[str, Findings]]) -> str:
     )
 
 
-def _verdict(findings: dict[Engine, dict[str, Findings]], cases: int, seconds: float) -> int:
-    """Prints the failures and the last line; returns the exit code."""
+def _verdict(findings: dict[Engine, dict[str, Findings]], done: int, cases: int, seconds: float) -> int:
+    """Prints how many failures were not shown, and the last line. Returns the exit code."""
     count = 0
     for engine, by_policy in findings.items():
         for policy, found in by_policy.items():
             count += len(found.failures)
-            for failure in found.failures[:_FAILURES_SHOWN]:
-                print(failure)
             if len(found.failures) > _FAILURES_SHOWN:
                 print(f"     and {len(found.failures) - _FAILURES_SHOWN} more of {engine}, {policy}")
     compared = sum(found.cases for by_policy in findings.values() for found in by_policy.values())
-    outcome = f"FAIL: {count} failures" if count else "PASS"
-    print(f"{outcome}: {cases} cases on {len(findings)} engines, {compared} comparisons in {seconds:.0f} s")
-    return 1 if count else 0
+    outcome = f"FAIL: {count} failures" if count else "PASS" if compared else "FAIL: nothing was compared"
+    part = f"{done} of {cases}" if done < cases else f"{cases}"
+    print(f"{outcome}: {part} cases on {len(findings)} engines, {compared} comparisons in {seconds:.0f} s", flush=True)
+    return 0 if compared and not count else 1

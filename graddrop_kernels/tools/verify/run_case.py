@@ -80,11 +80,15 @@ class Training:
 
     def step(self, grads: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
         """Makes one step. Returns ``tensors()``."""
+        self.advance(grads)
+        return self.tensors()
+
+    def advance(self, grads: tuple[torch.Tensor, ...]) -> None:
+        """Makes one step."""
         for i, (param, grad) in enumerate(zip(self.params, grads)):
             param.grad = self._placed(grad.to(self.engine.device), i + 1)
         with cpu.using_isa(self.engine.isa):
             self.optimizer.step()
-        return self.tensors()
 
     def mask(self) -> torch.Tensor:
         """Returns the masks of the next step, concatenated, on the CPU."""
@@ -112,10 +116,17 @@ class Training:
                 target.copy_(part.view(target.shape))
 
 
-def run_case(case: Case, engines: list[Engine], findings: dict[Engine, Findings]) -> None:
-    """Steps the case on "exact" and on each engine. An engine that fails leaves the case, and the failure is added to
-    its findings.
-    """
+class Drawn(NamedTuple):
+    """What a case draws from its seed before its first step; the gradients come from ``generator``."""
+
+    named: list[tuple[str, torch.Tensor]]
+    scales: torch.Tensor  # of the gradients
+    arguments: dict[str, Any]
+    epochs: list[int]
+    generator: torch.Generator
+
+
+def _draw(case: Case) -> Drawn:
     rng = random.Random(case.seed)
     generator = torch.Generator().manual_seed(rng.getrandbits(40))
     param_dtype = DTYPES[case.dtypes].params
@@ -123,6 +134,26 @@ def run_case(case: Case, engines: list[Engine], findings: dict[Engine, Findings]
     low, high = (-3, 0.5) if F16 in DTYPES[case.dtypes] else (-20, 2)  # squares underflow in float32 too: eps decides
     scales = 10 ** (low + (high - low) * torch.rand(sum(case.sizes), generator=generator))
     arguments = case.arguments(rng, named, scales.norm().item())
+    return Drawn(named, scales, arguments, case.epochs(rng), generator)
+
+
+def launch_case(case: Case, engine: Engine) -> None:
+    """Makes every launch of the case on an engine, with gradients of 0; what comes of it is not looked at."""
+    drawn = _draw(case)
+    training = Training(case, drawn.named, engine, drawn.arguments)
+    grads = tuple(torch.zeros_like(value) for _, value in drawn.named)
+    for epoch in drawn.epochs:
+        training.optimizer.set_epoch(epoch)
+        training.mask()
+        training.advance(grads)
+
+
+def run_case(case: Case, engines: list[Engine], findings: dict[Engine, Findings]) -> None:
+    """Steps the case on "exact" and on each engine. An engine that fails leaves the case, and the failure is added to
+    its findings.
+    """
+    drawn = _draw(case)
+    named, scales, generator, arguments = drawn.named, drawn.scales, drawn.generator, drawn.arguments
     running: dict[Engine, Training] = {}
 
     def attempt(engine: Engine, when: str, action: Callable[[], object]) -> None:
@@ -140,7 +171,7 @@ def run_case(case: Case, engines: list[Engine], findings: dict[Engine, Findings]
         attempt(engine, "at construction", begin)
     exact = Training(case, named, Engine(_exact(), case.reference), arguments)
     before = exact.tensors()
-    for step, epoch in enumerate(case.epochs(rng)):
+    for step, epoch in enumerate(drawn.epochs):
         for training in (exact, *running.values()):
             training.optimizer.set_epoch(epoch)
         grads = _gradients(case, before["exp_avg"], scales, generator)
