@@ -45,8 +45,8 @@ class SampleBlocks(_Turns):
     layers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        _require_count("SampleBlocks(k=)", "the number of blocks to train at a time", self.k)
-        _require_count("SampleBlocks(every=)", "the number of steps between two draws", self.every)
+        _require_count("SampleBlocks(k=)", "blocks", self.k)
+        _require_count("SampleBlocks(every=)", "steps", self.every)
         _freeze_values(self, layers=_check_layers(self, self.layers))
 
     def check_blocks(self, blocks: Sequence[str]) -> None:
@@ -81,7 +81,7 @@ class CycleBlocks(_Turns):
     layers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        _require_count("CycleBlocks(every=)", "the number of steps of a block's turn", self.every)
+        _require_count("CycleBlocks(every=)", "steps", self.every)
         if self.order not in ("forward", "backward", "random"):
             raise ValueError(f"CycleBlocks(order=) must be 'forward', 'backward' or 'random', got {self.order!r}")
         _freeze_values(self, layers=_check_layers(self, self.layers))
@@ -102,6 +102,6 @@ def _shuffled(blocks: tuple[str, ...], seed: int, draw: int) -> tuple[str, ...]:
     return tuple(sorted(blocks, key=lambda block: (block_uniform64(stream_key(block, seed), draw), block)))
 
 
-def _require_count(what: str, meaning: str, count: object) -> None:
+def _require_count(what: str, things: str, count: object) -> None:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"{what} must be {meaning}, an int >= 1, got {count!r}")
+        raise ValueError(f"{what} must be a number of {things}, an int >= 1, got {count!r}")

@@ -24,6 +24,7 @@ POLICIES = {
     **{key: method(5, 0.5 if method.needs_blocks else 0.3) for key, method in METHODS.items()},
     "frozen elements": GradDrop(0.4),
 }
+IN_TURNS = ("sample-blocks", "cycle-blocks")  # a graph can be replayed only when its blocks have their turn again
 MASKED = {"frozen elements": "frozen"}  # else the policy's own choice
 CLEAR = ("after one that was like it", "cannot carry out this one", "needs a step() that was captured")
 
@@ -188,7 +189,7 @@ def test_the_bits_of_the_eager_twin_or_a_clear_error(policy, monkeypatch, seed):
     graph, seen = emulate_graphs(monkeypatch), Counter()
     for i in range(4):
         seen += run(policy, seed + i, graph)
-    assert seen["replays"] > 5, seen
+    assert seen["replays"] > 5 or policy in IN_TURNS, seen
 
 
 @pytest.mark.slow
@@ -197,4 +198,4 @@ def test_many_such_sequences(policy, monkeypatch, seed):
     graph, seen = emulate_graphs(monkeypatch), Counter()
     for i in range(30):
         seen += run(policy, 1000 * seed + i, graph)
-    assert seen["replays"] > 50 and seen["refused"] > 5, seen
+    assert seen["replays"] > (5 if policy in IN_TURNS else 50) and seen["refused"] > 5, seen
