@@ -21,6 +21,7 @@ from .policies import (
     RandomMask,
     SampleBlocks,
 )
+from .policies.mask_builders import top_change, top_gradient, top_magnitude
 from .policies.schedules import ExponentialAnneal, LinearAnneal
 
 __version__ = "0.1.0"
@@ -46,4 +47,7 @@ __all__ = [
     "param_groups",
     "plot_mask",
     "plot_schedule",
+    "top_change",
+    "top_gradient",
+    "top_magnitude",
 ]
