@@ -116,7 +116,7 @@ class DeviceTables:
 
     def _capture(self, addresses: list[int], batch: TensorBatch) -> None:
         """Records the copy of the gradients' addresses. All else that the step needs must be on the device already."""
-        if self.upload is None or self.is_captured or self._lacks_room(batch.hypers):
+        if self.upload is None or self._lacks_room(batch.hypers):
             raise RuntimeError(capture.UNPREPARED)
         self._point_to_grads(addresses, batch)
         self.addresses = []  # the device still has those of the step before

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from graddrop_kernels.backends import device_tables
+from graddrop_kernels.backends import capture, device_tables
 from graddrop_kernels.backends.batch import Hyper, TensorBatch
 from graddrop_kernels.backends.device_tables import CHUNK, DeviceTables
 from graddrop_kernels.backends.tensor_table import HyperRow, TensorRow, hyper_table
@@ -254,6 +254,37 @@ def test_the_update_finds_the_tables_of_its_norm(monkeypatch):
     assert addresses_are_asked(for_norm=True)
     batch.hypers, batch.version = [dataclasses.replace(batch.hypers[0], lr=0.5)], 2
     assert addresses_are_asked(for_norm=False) and tables.hypers.view(torch.float64)[0, 0] == 0.5
+
+
+@pytest.mark.parametrize(
+    "what", ["first step", "other launches", "more ages", "launches of all rows", "more sums", "a second graph"]
+)
+def test_nothing_is_made_in_a_capture(what, monkeypatch):
+    """Memory of a graph is written when it is replayed, and again in every replay."""
+    batch, made = batch_of([64, 5000], (AGES, DROP), [0, 1]), []
+    if what != "first step":
+        refreshed(batch)
+    if what == "other launches":
+        batch.hypers[1] = dataclasses.replace(batch.hypers[1], plan=FROZEN_OFF)
+    elif what == "more ages":
+        ages = dataclasses.replace(AGES, last_bucket=4, buckets=9, ages=tuple(range(9)))
+        batch.hypers[0] = dataclasses.replace(batch.hypers[0], plan=ages)
+    monkeypatch.setattr(capture, "capturing", lambda device: True)
+    for name in ("zeros", "empty", "from_numpy"):
+        monkeypatch.setattr(torch, name, lambda *args, **kwargs: made.append(args))
+    with pytest.raises(RuntimeError, match="after one that was like it"):
+        tables = DeviceTables.of(batch)
+        if what == "launches of all rows":
+            tables.launches_of_all()
+        elif what == "more sums":
+            with tables.places(7):
+                pass
+        elif what == "a second graph":
+            DeviceTables.of(batch)
+    assert not made and (batch.table is None) == (what == "first step")
+    monkeypatch.undo()
+    tables = refreshed(batch)  # the step after it
+    assert tables.rows[:, 1].tolist() == [grad.data_ptr() for grad in batch.grads] and not tables.is_captured
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -270,9 +270,13 @@ def test_a_replay_that_would_not_be_the_next_step_is_refused(what, graph, seed):
         made.advance_captured_step()
 
 
-def test_a_load_lets_no_graph_be_replayed(graph, seed):
+@pytest.mark.parametrize("what", ["load", "pieces"])
+def test_a_load_and_other_streams_let_no_graph_be_replayed(what, graph, seed):
     params, made, _ = captured(graph, "graddrop", seed)
-    made.load_state_dict(made.state_dict())
+    if what == "load":
+        made.load_state_dict(made.state_dict())
+    else:  # the masks of this parameter are drawn in another way now
+        made.attach_pieces({params[1]: [("piece", 0, 7, params[1].numel())]})
     with refused(RuntimeError, "the optimizer was loaded or changed: capture it again", optimizer=made, params=params):
         made.advance_captured_step()
 
@@ -300,6 +304,21 @@ def test_steps_in_the_backward_pass_are_not_captured(graph, seed):
     sum((param * param).sum() for param in others).backward()
     eager.step()
     assert_alike(params, made, others, eager)
+
+
+def test_no_replay_between_a_backward_pass_and_the_step_that_ends_it(graph, seed):
+    """With steps in the backward pass some parameters have made the step that the replay would count."""
+    params, made, _ = captured(graph, "graddrop", seed)
+    made.zero_grad()
+    made.step_in_backward()
+    sum((param * param).sum() for param in params).backward()
+    with refused(RuntimeError, r"advance_captured_step\(\) between backward\(\) and optimizer.step\(\)",
+                 optimizer=made, params=params):  # fmt: skip
+        made.advance_captured_step()
+    made.step()
+    made.advance_captured_step()
+    graph.replay()
+    assert {made.state[param]["step"].item() for param in params} == {4.0}
 
 
 def test_a_step_under_a_grad_scaler_is_not_captured(graph, seed):

