@@ -106,7 +106,7 @@ def _check_masking(index: int, saved: dict[str, Any], group: dict[str, Any], has
 
 
 def _check_saved_state(index: int, state: dict[str, Any] | None, param: torch.Tensor) -> None:
-    if not state:
+    if not state or set(state) <= {"step", "master_param"}:  # of a block whose moments were dropped
         return
     for key in ("step", "exp_avg", "exp_avg_sq"):
         if key not in state:

@@ -13,6 +13,7 @@ class _Turns(BlockPolicy):
     """Blocks that take turns of ``every`` steps. All others are frozen."""
 
     every: int
+    idle_state: str
     masked = "frozen"
 
     def keeps(self, context: PlanContext, block: str) -> bool:
@@ -34,19 +35,23 @@ class SampleBlocks(_Turns):
         k: number of blocks, 1 to L.
         every: number of steps N >= 1 until others are drawn.
         layers: as in LayerGradDrop.
+        idle_state: what becomes of the moments of blocks without a turn. ``"keep"``: they stay as they are. ``"drop"``:
+            they are freed, and a block begins each turn with moments and a step count of 0, as in LISA's own code.
 
     Raises:
-        ValueError: ``k`` or ``every`` is no int >= 1; ``layers`` that are no patterns; k > L, when the optimizer is
-            made.
+        ValueError: ``k`` or ``every`` is no int >= 1; another ``idle_state``; ``layers`` that are no patterns; k > L,
+            when the optimizer is made.
     """
 
     k: int
     every: int
     layers: tuple[str, ...] | None = None
+    idle_state: str = "keep"
 
     def __post_init__(self) -> None:
         _require_count("SampleBlocks(k=)", "blocks", self.k)
         _require_count("SampleBlocks(every=)", "steps", self.every)
+        _check_idle_state(self)
         _freeze_values(self, layers=_check_layers(self, self.layers))
 
     def check_blocks(self, blocks: Sequence[str]) -> None:
@@ -70,20 +75,22 @@ class CycleBlocks(_Turns):
         every: number of steps N >= 1 of a turn.
         order: ``"forward"`` from the first block on, ``"backward"`` from the last, ``"random"`` in an order that is
             drawn anew for each round.
-        layers: as in LayerGradDrop.
+        layers, idle_state: as in SampleBlocks.
 
     Raises:
-        ValueError: ``every`` is no int >= 1; another order; ``layers`` that are no patterns.
+        ValueError: ``every`` is no int >= 1; another order or ``idle_state``; ``layers`` that are no patterns.
     """
 
     every: int
     order: str = "forward"
     layers: tuple[str, ...] | None = None
+    idle_state: str = "keep"
 
     def __post_init__(self) -> None:
         _require_count("CycleBlocks(every=)", "steps", self.every)
         if self.order not in ("forward", "backward", "random"):
             raise ValueError(f"CycleBlocks(order=) must be 'forward', 'backward' or 'random', got {self.order!r}")
+        _check_idle_state(self)
         _freeze_values(self, layers=_check_layers(self, self.layers))
 
     def active(self, context: PlanContext) -> Sequence[str]:
@@ -105,3 +112,8 @@ def _shuffled(blocks: tuple[str, ...], seed: int, draw: int) -> tuple[str, ...]:
 def _require_count(what: str, things: str, count: object) -> None:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"{what} must be a number of {things}, an int >= 1, got {count!r}")
+
+
+def _check_idle_state(policy: _Turns) -> None:
+    if policy.idle_state not in ("keep", "drop"):
+        raise ValueError(f"{type(policy).__name__}(idle_state=) must be 'keep' or 'drop', got {policy.idle_state!r}")

@@ -21,6 +21,7 @@ from ..groups.masking import Masking
 from ..groups.owner import Owner
 from ..groups.param_state import has_master, make_state
 from ..tensors.local import is_dtensor
+from .idle_state import drops_idle_state
 from .in_backward import StepInBackward
 from .skip_dropped import SkipDropped
 from .stepper import Stepper
@@ -87,6 +88,9 @@ def step_in_graph(
     if any(map(is_dtensor, everything)):
         torch._dynamo.graph_break(msg="a step of DTensors is not compiled: it is one call already")
         return eagerly(closure)
+    if _frees_state(step.handle):
+        torch._dynamo.graph_break(msg="idle_state='drop' frees and makes moments between steps, which a graph holds")
+        return eagerly(closure)
     hyper_places: Any = _before_tracing(step.handle, positions)
     if hyper_places is None:
         torch._dynamo.graph_break(
@@ -148,8 +152,14 @@ def _before_tracing(handle: str, positions: list[int]) -> tuple[tuple[int, int],
     )
 
 
+def _frees_state(handle: str) -> bool:
+    masking = _graph_steps[handle].stepper.masking
+    return any(drops_idle_state(masking, index) for index in masking.indices())
+
+
 # Does what torch.compiler.assume_constant_result does, which would import torch._dynamo.
 _before_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark on a function
+_frees_state._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _has_pending_change(groups: list[dict[str, Any]]) -> bool:

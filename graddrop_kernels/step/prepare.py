@@ -40,6 +40,7 @@ def backend_name(owner: Owner) -> str:
 def prepare(
     owner: Owner, masking: Masking, warn: WarnOnce, there: list[int], params: list[torch.Tensor],
     grads: list[torch.Tensor], fresh: Callable[[], bool] | None, made_for: object, before: PreparedStep | None,
+    free: Callable[[], None] = lambda: None,
 ) -> PreparedStep | None:  # fmt: skip
     """Checks the parameters that have gradients, then makes missing state and masks. Does neither for those that the
     step ``before`` has prepared and that have not changed since.
@@ -49,6 +50,7 @@ def prepare(
         grads: local tensors, see tensors.local.local_grads.
         fresh: whether there was no step before. None if the step is of one parameter, not of all groups.
         made_for: prepared_for() of now.
+        free: frees state that is no longer needed. Called after the checks, before state is made.
 
     Returns:
         None if the call only made the optimizer create its state, as torch.distributed.checkpoint and FakeTensorMode
@@ -68,6 +70,7 @@ def prepare(
     chosen = [backends.select(name, *mode(new.param, new.group, states.get(new.param, {}))) for new in found]
     probe = fresh is not None and _is_state_probe(owner, grads, fresh)
     _warn_of_unknown_epochs(masking, warn, {new.index for new in found})
+    free()
     for new in found:
         make_state(new.param, new.group, states[new.param])
     if probe or any(is_fake(local(new.param)) for new in found):

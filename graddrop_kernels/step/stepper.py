@@ -17,6 +17,7 @@ from ..policies import Clock, Policy
 from ..tensors.local import local_grads, local_tensors
 from .captured import CapturedStep, check_capture
 from .clip import clip_
+from .idle_state import IdleBlocks
 from .prepare import prepare, prepared_for
 from .prepared import PreparedStep, picker
 from .streams import Streams
@@ -62,6 +63,9 @@ class Stepper:
         # Check.
         self.check()
         self.settle(only_if_needed=True)
+        clocks = self.masking.clocks()
+        idle = IdleBlocks(self.owner, self.masking, clocks, grads)
+        grads = idle.grads
         there = [position for position, grad in enumerate(grads) if grad is not None]
         keys, given = params, cast(list[torch.Tensor], grads)
         if len(there) < len(grads):
@@ -75,19 +79,26 @@ class Stepper:
         tensors = local_tensors(keys)
         holds = prepared is not None and prepared.holds(there, keys, tensors, given, self.owner.state, made_for)
         in_graph = self._check_capture(prepared if holds else None, tensors, grad_scale, found_inf)
+        if in_graph and idle.any_group:
+            raise RuntimeError(
+                "a CUDA graph is being captured, and idle_state='drop' frees and makes moments between its replays: "
+                "use idle_state='keep', or call step() outside of the graph"
+            )
         if prepared is None or prepared.made_for != made_for:
             self.streams.hold(self.masking.drawn_streams())
         if not holds:
             prepared = self.prepared = prepare(
-                self.owner, self.masking, self.warn, there, keys, given, fresh, made_for, prepared
+                self.owner, self.masking, self.warn, there, keys, given, fresh, made_for, prepared, idle.free
             )
+        else:
+            idle.free()
         if prepared is None:
             return  # the call only asked for the state
         grad_scale, found_inf = _as_float32(grad_scale), _as_float32(found_inf)
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf != 0:
             return
         # Plan, clip, update.
-        clocks, last_norm = self.masking.clocks(), self.owner.grad_norm
+        last_norm = self.owner.grad_norm
         try:
             self.run(prepared, tensors, given, self.owner.state, clocks, grad_scale, found_inf)
             if in_graph:
@@ -97,7 +108,7 @@ class Stepper:
             if in_graph:
                 self.owner.grad_norm = last_norm
         # Count.
-        self._count(prepared.group_indices | stepped(), clocks, found_inf)
+        self._count(prepared.group_indices | idle.groups | stepped(), clocks, found_inf)
 
     def run(
         self, prepared: PreparedStep, tensors: list[torch.Tensor], grads: list[torch.Tensor],

@@ -213,8 +213,8 @@ def test_defaults_of_the_table():
     assert defaults(GradFreeze) == {"epochs": None, "direction": "top_down", "blocks_per_epoch": None, "layers": None}
     assert defaults(FixedMask) == {"masks": empty, "scale": 1.0}
     assert defaults(RandomMask) == {"density": None}
-    assert defaults(SampleBlocks) == {"k": empty, "every": empty, "layers": None}
-    assert defaults(CycleBlocks) == {"every": empty, "order": "forward", "layers": None}
+    assert defaults(SampleBlocks) == {"k": empty, "every": empty, "layers": None, "idle_state": "keep"}
+    assert defaults(CycleBlocks) == {"every": empty, "order": "forward", "layers": None, "idle_state": "keep"}
     assert defaults(LinearAnneal) == {"epochs": empty, "start": 0.9, "end": "paper"}
     assert defaults(ExponentialAnneal) == {"start": empty, "decay": empty}
     assert set(POLICIES) == {
