@@ -92,6 +92,9 @@ def host_times(timer: GpuTimer | RehearsalTimer, seconds: float) -> Iterator[dic
         timer.synchronize()
         for variant in again:
             row = {"name": variant.name, "backend": variant.by, "moving": moving, "tensors": len(tensors.named)}
+            if variant.error or not variant.samples:
+                yield row | {"error": variant.error or "no round"}
+                continue
             yield row | {"rounds": len(variant.samples)} | spread("seconds", variant.seconds, QUARTILES)
 
 
