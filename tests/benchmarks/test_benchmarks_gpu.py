@@ -332,6 +332,23 @@ def test_wide_tensors_without_room_cost_their_row_only(monkeypatch, tmp_path):
     assert rows["GradDrop"]["ratio"] > 0
 
 
+def test_host_times_that_fail_cost_no_launches_and_no_graphs(monkeypatch, tmp_path):
+    require("cpu")
+
+    def fail(timer, seconds):
+        yield {"name": "GradDrop", "backend": "cpu", "moving": False, "seconds": 1.0}
+        raise ValueError("of no use")
+
+    monkeypatch.setattr(host_gpu, "host_times", fail)
+    monkeypatch.setattr(host_gpu, "GRAPH_CASES", ("GradDrop",))
+    monkeypatch.setattr(host_gpu, "HOST_CASES", ("GradDrop",))
+    recorder = Recorder(tmp_path)
+    assert host_gpu.run(recorder, RehearsalTimer(), 1.0) == 1
+    found = assembled(lines_of(recorder))["host_gpu"]
+    assert found["errors"] == [{"part": "host", "error": "ValueError: of no use"}]
+    assert len(found["host"]) == 1 and found["launches"] and found["graphs"]
+
+
 def test_rows_are_written_while_the_rounds_go_on(monkeypatch, tmp_path):
     """A process that is killed in its last round leaves the rounds before."""
     require("cpu")
