@@ -1,7 +1,7 @@
 """Everything on a GPU machine by one command, within a number of seconds: tests, verify, measurements.
 
-    python -m benchmarks.gpu --budget 500       a nine-minute run, which includes the start of the machine
-    python -m benchmarks.gpu --budget 200       what matters most of it
+    python -m benchmarks.gpu --budget 500       everything
+    python -m benchmarks.gpu --budget 200       what matters most
     python -m benchmarks.gpu --rehearse         the same on tiny CPU tensors
 
 Writes run.tar.gz, anew after every row, so that a run that is killed leaves what it has. Figures and tables are made

@@ -630,7 +630,7 @@ def test_a_limit_of_seconds_ends_with_the_table(capsys, plant, only, monkeypatch
     monkeypatch.setattr(verify.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(verify, "run_case", lambda *case: now.__setitem__(0, now[0] + 1) or run_case(*case))
     code, lines = run(capsys, seed, "--seconds", "3.5")
-    assert code == 0 and lines[-1] == "PASS: 4 of 21 cases on 1 engines, 4 comparisons in 4 s"
+    assert code == 0 and lines[-1] == "PASS so far: 4 of 21 cases on 1 engines, 4 comparisons in 4 s"
     for policy, cases in (("mask=None", 2), ("GradDrop", 1), ("FixedMask", 1)):
         assert any(re.search(rf"cpu     {policy} +{cases} +{cases}/{cases} .* PASS$", line) for line in lines), lines
     monkeypatch.setattr(verify.time, "monotonic", lambda: now.__setitem__(0, now[0] + 1) or now[0])
