@@ -10,6 +10,7 @@ elsewhere: `python -m benchmarks.render --archive run.tar.gz`. A stage that fail
 """
 
 import argparse
+import functools
 import os
 import queue
 import secrets
@@ -208,8 +209,9 @@ def main() -> int:
 
 def run(stages: list[Stage], budget: float, output: Path, rehearse: bool, pack: Pack) -> int:
     """Carries the stages out, with the archive in ``output``. Returns 0, or 1 if one of them was not ok."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        environment, lines = pack.use(libraries=not rehearse)
+    temporary = functools.partial(tempfile.TemporaryDirectory, ignore_cleanup_errors=True)
+    with temporary() as folder, temporary() as cache:
+        environment, lines = pack.use(not rehearse, Path(cache))
         one = Run(stages, budget, Path(folder), rehearse, environment)
 
         def interrupted(number, _frame) -> None:
