@@ -92,6 +92,7 @@ def outcome(found: dict) -> dict[str, str]:
 # --- stages that fail -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_measurement_that_raises_hangs_or_is_killed_leaves_the_others(planted):
     mark = planted / "child survived"
     stages = [
@@ -151,6 +152,7 @@ def test_programs_run_side_by_side_and_each_fails_for_itself(planted):
     assert str(ROOT) not in log  # results are published
 
 
+@pytest.mark.slow
 def test_the_archive_is_renewed_after_every_row_and_survives_the_run(planted):
     """Killed at any moment the run leaves an archive that can be read; a run that is told to stop ends its stages."""
     stages = "[Measurement('row', 30.0, 'planted:row', {'name': 'row'}), Measurement('waits', 500.0, 'planted:hang', "
