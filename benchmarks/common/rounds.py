@@ -149,10 +149,11 @@ def summarize(
     rows = []
     for variant in variants:
         row = {"name": variant.name, "kind": variant.kind} | ({by: variant.by} if by else {})
-        if variant.error or not variant.samples:
+        ratios = paired(variant, variants[0])
+        if variant.error or not ratios:
             rows.append(row | {"error": variant.error or "no round"})
             continue
         row |= spread("seconds", variant.seconds, percentiles)
-        row |= spread("ratio", paired(variant, variants[0]), percentiles)
+        row |= spread("ratio", ratios, percentiles)
         rows.append(row | figures(variant, row))
     return rows

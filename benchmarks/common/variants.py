@@ -81,9 +81,10 @@ def gpu_rows(variants: list[Variant], numel: int, copy_gb_per_s: float) -> list[
 
     def figures(variant: Variant, row: dict) -> dict:
         twin = unmasked.get(variant.by) if variant.kind == "ours" else None
+        pairs = paired(variant, twin) if twin else []  # two slow ones may have had no round together
         samples, traffic = variant.samples.values(), _traffic(variant, row, numel)
         return {
-            "over_unmasked": statistics.median(paired(variant, twin)) if twin else None,
+            "over_unmasked": statistics.median(pairs) if pairs else None,
             "rounds": len(samples), **traffic, "of_copy": traffic["gb_per_s"] / copy_gb_per_s,
             "host_seconds": statistics.median(sample.host_seconds for sample in samples),
             "ahead": statistics.fmean(sample.ahead for sample in samples),

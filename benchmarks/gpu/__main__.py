@@ -1,7 +1,7 @@
 """Everything on a GPU machine by one command, within a number of seconds: tests, verify, measurements.
 
-    python -m benchmarks.gpu --budget 500       a nine-minute run, which includes the start of the machine
-    python -m benchmarks.gpu --budget 200       what matters most of it
+    python -m benchmarks.gpu --budget 500       everything
+    python -m benchmarks.gpu --budget 200       what matters most
     python -m benchmarks.gpu --rehearse         the same on tiny CPU tensors
 
 Writes run.tar.gz, anew after every row, so that a run that is killed leaves what it has. Figures and tables are made
@@ -10,6 +10,7 @@ elsewhere: `python -m benchmarks.render --archive run.tar.gz`. A stage that fail
 """
 
 import argparse
+import functools
 import os
 import queue
 import secrets
@@ -208,8 +209,9 @@ def main() -> int:
 
 def run(stages: list[Stage], budget: float, output: Path, rehearse: bool, pack: Pack) -> int:
     """Carries the stages out, with the archive in ``output``. Returns 0, or 1 if one of them was not ok."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        environment, lines = pack.use(libraries=not rehearse)
+    temporary = functools.partial(tempfile.TemporaryDirectory, ignore_cleanup_errors=True)
+    with temporary() as folder, temporary() as cache:
+        environment, lines = pack.use(not rehearse, Path(cache))
         one = Run(stages, budget, Path(folder), rehearse, environment)
 
         def interrupted(number, _frame) -> None:

@@ -92,6 +92,9 @@ def host_times(timer: GpuTimer | RehearsalTimer, seconds: float) -> Iterator[dic
         timer.synchronize()
         for variant in again:
             row = {"name": variant.name, "backend": variant.by, "moving": moving, "tensors": len(tensors.named)}
+            if variant.error or not variant.samples:
+                yield row | {"error": variant.error or "no round"}
+                continue
             yield row | {"rounds": len(variant.samples)} | spread("seconds", variant.seconds, QUARTILES)
 
 
@@ -201,13 +204,18 @@ def states(left: tuple, right: tuple):
 def run(recorder: Recorder, timer: GpuTimer | RehearsalTimer, seconds: float) -> int:
     """Measures and checks everything. Returns how many rows have an error or a graph with other bits."""
     load, failed = Load(), 0
-    recorder.begin("host_gpu", "host", "launches", "graphs")
+    recorder.begin("host_gpu", "host", "launches", "graphs", "errors")
     parts = {"host": host_times(timer, 0.6 * seconds), "launches": launches(timer), "graphs": graphs(timer)}
     for part, rows in parts.items():
-        for row in rows:
-            recorder.add("host_gpu", part, row)
-            failed += "error" in row or row.get("identical") is False
-            print(f"{part}: {row}", flush=True)
+        try:
+            for row in rows:
+                recorder.add("host_gpu", part, row)
+                failed += "error" in row or row.get("identical") is False
+                print(f"{part}: {row}", flush=True)
+        except Exception as error:  # it costs no other part
+            timer.synchronize()  # raises if the GPU is lost
+            recorder.add("host_gpu", "errors", {"part": part, "error": message(error)})
+            failed += 1
         recorder.put("host_gpu", "load", load.report())
     return failed
 

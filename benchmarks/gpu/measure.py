@@ -14,6 +14,8 @@ import sys
 import traceback
 from pathlib import Path
 
+import torch
+
 from ..common.results import describe
 from ..common.rounds import message
 from ..common.rows import Recorder
@@ -46,10 +48,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where rows.jsonl lies")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
-    recorder, timer = Recorder(options.folder), make_timer(options.rehearse)
+    recorder, timer = Recorder(options.folder), None
+    if not options.rehearse:
+        torch.zeros(1, device="cuda")  # starts CUDA, beside the tests
     describe(recorder, options.rehearse)
     answer(status="ready")
     for line in sys.stdin:
+        timer = timer or make_timer(options.rehearse)  # now that the GPU is its own, as it times a spin
         answer(**carry_out(json.loads(line), recorder, timer))
 
 

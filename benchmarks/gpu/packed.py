@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,19 +34,21 @@ class Pack:
         self.facts: dict = json.loads(found.read_text()) if found.exists() else {}
         self._cache: Path | None = None
 
-    def use(self, libraries: bool) -> tuple[dict[str, str], list[str]]:
+    def use(self, libraries: bool, cache: Path) -> tuple[dict[str, str], list[str]]:
         """Returns (environment of the run's processes, lines that say what is used and what not).
 
-        ``libraries``: whether to put the libraries beside the package. Triton's cache is copied, as it will grow.
+        Args:
+            libraries: whether to put the libraries beside the package.
+            cache: a folder to which Triton's is copied, as it will grow.
         """
         if not self.facts:
             return {}, [f"no pack in {self.folder.name}/: kernels are compiled when needed (make gpu-pack makes one)"]
         lines = [f"pack: {', '.join(f'{name} {value}' for name, value in self.facts.items() if name != 'sources')}"]
         environment = {"GRADDROP_COMMIT": self.facts["commit"] or ""}
         if (self.folder / KERNELS).exists():
-            self._cache = Path(tempfile.mkdtemp(prefix="triton-"))
+            self._cache = cache
             shutil.copytree(self.folder / KERNELS, self._cache, dirs_exist_ok=True)
-            environment["TRITON_CACHE_DIR"] = str(self._cache)
+            environment["TRITON_CACHE_DIR"] = str(cache)
         if libraries:
             lines += self._place_libraries()
         return environment, lines

@@ -40,7 +40,8 @@ def _rows(results: dict, mode: str, **wanted) -> list[dict]:
 
 def _ours(mode: str, key: str, best: Callable = min) -> Callable[[dict], float | None]:
     """Returns the best backend's figure for GradDrop on XLM-R-large."""
-    return lambda results: best((row[key] for row in _rows(results, mode, name="GradDrop", kind="ours")), default=None)
+    rows = lambda results: _rows(results, mode, name="GradDrop", kind="ours")
+    return lambda results: best((row[key] for row in rows(results) if row[key] is not None), default=None)
 
 
 def _against(mode: str, peer: str, peer_over_ours: bool) -> Callable[[dict], float | None]:

@@ -92,6 +92,7 @@ def outcome(found: dict) -> dict[str, str]:
 # --- stages that fail -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_measurement_that_raises_hangs_or_is_killed_leaves_the_others(planted):
     mark = planted / "child survived"
     stages = [
@@ -151,6 +152,7 @@ def test_programs_run_side_by_side_and_each_fails_for_itself(planted):
     assert str(ROOT) not in log  # results are published
 
 
+@pytest.mark.slow
 def test_the_archive_is_renewed_after_every_row_and_survives_the_run(planted):
     """Killed at any moment the run leaves an archive that can be read; a run that is told to stop ends its stages."""
     stages = "[Measurement('row', 30.0, 'planted:row', {'name': 'row'}), Measurement('waits', 500.0, 'planted:hang', "
@@ -250,12 +252,13 @@ def pack(tmp_path, monkeypatch) -> Path:
 def test_a_pack_is_used_by_itself(pack, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADDROP_GPU_PACK", str(pack))
     found = Pack()
-    environment, lines = found.use(libraries=True)
+    environment, lines = found.use(True, tmp_path / "cache")
     assert lines == ["pack: commit abc, architecture 9.0, seed 5", "_cpu.so and _cuda.so are the pack's"]
     for name in ("_cpu.so", "_cuda.so"):
         assert (tmp_path / "tree" / "graddrop_kernels" / name).read_text() == f"packed {name}"
     assert environment["GRADDROP_COMMIT"] == "abc"
     cache = Path(environment["TRITON_CACHE_DIR"])
+    assert cache == tmp_path / "cache"
     (cache / "KEY3").mkdir()
     (cache / "KEY3" / "k.cubin").write_text("compiled in the run")
     assert found.kernels() == {"packed": 2, "added": 1} and not (pack / "triton" / "KEY3").exists()
@@ -269,7 +272,7 @@ def test_libraries_that_do_not_fit_are_left_out_with_a_line(change, pack, tmp_pa
         monkeypatch.setattr(packed, "_compute_capability", lambda: "8.0")
     if change == "none":
         pack = tmp_path / "missing"
-    _, lines = Pack(pack).use(libraries=change != "rehearsal")
+    _, lines = Pack(pack).use(change != "rehearsal", tmp_path / "cache")
     assert (tmp_path / "tree" / "graddrop_kernels" / "_cpu.so").read_text() == "old"
     assert not (tmp_path / "tree" / "graddrop_kernels" / "_cuda.so").exists()
     said = {

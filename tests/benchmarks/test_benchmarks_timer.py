@@ -14,6 +14,7 @@ from benchmarks.common import rounds  # noqa: E402
 from benchmarks.common import timers as gpu_timer  # noqa: E402
 from benchmarks.common.timers import RehearsalTimer, Sample  # noqa: E402
 from benchmarks.common.variants import gpu_rows  # noqa: E402
+from benchmarks.render import goals  # noqa: E402
 
 # --- the timer, on a simulated GPU ------------------------------------------------------------------------------------
 
@@ -209,6 +210,23 @@ def test_medians_quartiles_and_ratios_by_round():
     assert row["over_unmasked"] == 1.5  # of 3, 1.5, 1.5, 1.5
     assert (row["bytes_per_param"], row["gb_per_s"]) == (14.0, 14 / 4.5) and row["of_copy"] == 14 / 450
     assert row["rounds"] == 4 and row["ahead"] == 1
+
+
+def test_variants_without_a_round_together_have_no_ratio():
+    """Slow ones run in every second round or so, and rows are also made of the first few rounds."""
+    baseline, unmasked = rounds.Variant("torch fused", "peer"), rounds.Variant("mask=None", "ours", by="cpu")
+    masked, late = (rounds.Variant(name, "ours", by="cpu") for name in ("GradDrop", "LayerGradDrop"))
+    for variant, numbers in ((baseline, (0, 1)), (unmasked, (0,)), (masked, (1,)), (late, ())):
+        variant.samples.update({number: Sample(1.0 + number, 0.0) for number in numbers})
+        variant.bytes_of.append(28.0), variant.shares.append(1.0)
+    base, plain, row, none = gpu_rows([baseline, unmasked, masked, late], 1, 1.0)
+    assert (base["rounds"], plain["ratio"], plain["over_unmasked"]) == (2, 1, 1)
+    assert row["ratio"] == 1 and row["over_unmasked"] is None
+    assert none["error"] == "no round"
+    rows = [{"name": "GradDrop", "kind": "ours", "backend": "cpu", **row}]
+    results = {goals.LARGE: {"configs": [{"mode": mode, "rows": rows} for mode in goals.MODES]}}
+    values = {goal.text: value for goal, value, _ in goals.judge(results)}
+    assert values["GradDrop, float32: mask on / mask off"] is None
 
 
 def test_a_variant_that_fails_costs_its_own_row(capsys):

@@ -77,6 +77,17 @@ def test_nothing_is_compiled_ahead_on_one_core_or_when_the_time_is_over(cores, l
     assert begun == ([] if len(cores) == 1 else [3])
 
 
+def test_without_processes_kernels_are_compiled_when_they_are_needed(engine, monkeypatch, capsys):
+    def none(context):
+        raise OSError("no process to be had")
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(ahead.multiprocessing, "get_context", none)
+    with counting_driver():
+        verify._compile_ahead(CASES[:1], [engine], time.monotonic(), lambda: False)
+    assert "kernels are not compiled ahead: no process to be had" in capsys.readouterr().err
+
+
 class Broken:
     """Stands for a kernel whose compilation does something else."""
 

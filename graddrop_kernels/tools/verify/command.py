@@ -99,10 +99,13 @@ def _compile_ahead(cases: list[Case], engines: list[Engine], started: float, lat
                     launch_case(case, engine)
             except Exception:  # the case itself will tell
                 continue
-    for done in kernels.compile(cores):
-        if late():
-            break
-        _progress(done, len(kernels), "kernels compiled", time.monotonic() - started)
+    try:
+        for done in kernels.compile(cores):
+            if late():
+                break
+            _progress(done, len(kernels), "kernels compiled", time.monotonic() - started)
+    except OSError as error:  # no processes to be had: each kernel is compiled when it is needed
+        print(f"kernels are not compiled ahead: {error}", file=sys.stderr)
 
 
 def _default_devices() -> list[str]:
@@ -201,7 +204,8 @@ def _verdict(findings: dict[Engine, dict[str, Findings]], done: int, cases: int,
             if len(found.failures) > _FAILURES_SHOWN:
                 print(f"     and {len(found.failures) - _FAILURES_SHOWN} more of {engine}, {policy}")
     compared = sum(found.cases for by_policy in findings.values() for found in by_policy.values())
-    outcome = f"FAIL: {count} failures" if count else "PASS" if compared else "FAIL: nothing was compared"
+    passed = "PASS" if done == cases else "PASS so far"
+    outcome = f"FAIL: {count} failures" if count else passed if compared else "FAIL: nothing was compared"
     part = f"{done} of {cases}" if done < cases else f"{cases}"
     print(f"{outcome}: {part} cases on {len(findings)} engines, {compared} comparisons in {seconds:.0f} s", flush=True)
     return 0 if compared and not count else 1
