@@ -162,6 +162,11 @@ def test_threads_that_meet_exchange_what_they_have(seed):
         assert run(body, torch.full_like(lane, 7)).equal(torch.full_like(lane, found)), operation
 
 
+def test_threads_may_store_the_same_without_a_barrier():
+    out = torch.zeros(1, dtype=torch.int32)
+    assert run("mov.b32 %r1, 7; st.shared.b32 [room], %r1; bar.sync 0; st.global.u32 [%rd0], %r1;", out).eq(7).all()
+
+
 def test_the_lanes_of_one_warp_are_in_step_at_a_store(seed):
     """As Triton relies on where a program is one warp: all have read what the first one overwrites."""
     out = torch.full((33,), 5, dtype=torch.int32)

@@ -56,7 +56,7 @@ OPERATIONS = [
 ]
 _OPERATIONS = [(re.compile(pattern), *row) for pattern, *row in OPERATIONS]
 _MEMORY = re.compile(rf"(ld|st|atom)((?:\.(?:global|shared|param|cg|gpu|acq_rel|add|v2|v4))*)\.([bus]|f){_WIDTH}")
-_ACCESS = {"ld": "kRead", "st": "kWrite", "atom": "kAtomic"}
+_ACCESS = {"ld": "kRead, @", "st": "kWrite, @, stored", "atom": "kAtomic, @"}  # @: the instruction's number
 _SPECIAL = {f"%{name}.x": f"T.{name}" for name in ("tid", "ctaid", "ntid", "nctaid")}
 
 
@@ -152,12 +152,13 @@ class Emitter:
             return self._set(target, f"b{width}", self._bits(source))
         at = f"{self._bits(name)} + {offset}"
         if "param" not in modifiers:
-            space = "shared" if "shared" in modifiers else "global"
-            at = f"T.{space}({at}, {int(width) // 8 * len(parts)}, {_ACCESS[kind]}, {self._at})"
+            space, access = "shared" if "shared" in modifiers else "global", _ACCESS[kind]
+            at = f"T.{space}({at}, {int(width) // 8 * len(parts)}, {access.replace('@', str(self._at))})"
         if kind == "ld":
             each = " ".join(f"{self._names.register(part)} = at[{i}];" for i, part in enumerate(parts) if part != "_")
         elif kind == "st":
-            each = " ".join(f"at[{i}] = {self._value(part, f'b{width}')};" for i, part in enumerate(parts))
+            stored = ", ".join(self._value(part, f"b{width}") for part in parts)
+            return f"{{ const {type_} stored[] = {{{stored}}}; {at}; }}"
         elif "add" in modifiers and letter == "u":
             added = self._value(self._operands[2], f"u{width}")
             each = f"const {type_} old = *at; *at += {added}; {self._set(parts[0], f'u{width}', 'old')}"
