@@ -46,6 +46,7 @@ class Planted:
             return entry
         drawn = random.Random(f"{self.seed} {entry.partition('(')[0]}").choice(found)
         match = drawn if self.place is None else found[self.place]
+        print(f"number {found.index(match)} of {len(found)} of {self.pattern.pattern} in {entry.partition('(')[0]}")
         return entry[: match.start()] + self.pattern.sub(self.replacement, match[0]) + entry[match.end() :]
 
 
