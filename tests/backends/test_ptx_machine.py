@@ -46,7 +46,6 @@ class Planted:
             return entry
         drawn = random.Random(f"{self.seed} {entry.partition('(')[0]}").choice(found)
         match = drawn if self.place is None else found[self.place]
-        print(f"number {found.index(match)} of {len(found)} of {self.pattern.pattern} in {entry.partition('(')[0]}")
         return entry[: match.start()] + self.pattern.sub(self.replacement, match[0]) + entry[match.end() :]
 
 
@@ -61,7 +60,13 @@ WRONG_STEPS = [  # (compiled, in kernels of this name, instruction, another one,
     (TRITON, "prologue", r"\bmin\.s64\b", "max.s64", F32),
     (CUDA, "14aligned", r"\b(sub|sqrt)\.rn\.f32\b", r"\1.rz.f32", F32),  # it divides zeros that it never stores
     (CUDA, "14aligned", r"\bcvt\.rn\.bf16(x2)?\.f32", r"cvt.rz.bf16\1.f32", BF16),
-    (CUDA, "14aligned", r"\bsetp\.gt\.s32\b", "setp.ge.s32", F32),  # the last group of four is left out
+    (
+        CUDA,
+        "VariantE2",
+        r"\bsetp\.gt\.s32 (%p\d+, %r\d+, %r)",
+        r"setp.ge.s32 \1",
+        F32,
+    ),  # the last group of four is left out
     (CUDA, "14aligned", r"(st\.global\.v4\.u32 \[%rd\d+)", r"\1+4", F32),
     (CUDA, "15prologue", r"\bbar\.sync 0;", "", F32),
 ]
@@ -214,6 +219,7 @@ VALUES = [  # what the manual says of single instructions: (instruction, the bit
     ("bfe.u32 %r1, %r2, 4, 8", [0xABCD], 0xBC),
     ("bfe.s32 %r1, %r2, 4, 8", [0xABCD], 2**32 - 0x44),
     ("bfe.s32 %r1, %r2, 28, 9", [0x90000000], 2**32 - 7),
+    ("bfi.b32 %r1, %r2, %r3, 8, 12", [0xABCDE, 0xFFFFFFFF], 0xFFFCDEFF & 0xFFFFFFFF | 0xB0000),
     ("clz.b32 %r1, %r2", [0], 32),
     ("setp.ne.f32 %p1, %r2, %r2; selp.u32 %r1, 1, 0, %p1", bits(NAN), 0),
     ("setp.neu.f32 %p1, %r2, %r2; selp.u32 %r1, 1, 0, %p1", bits(NAN), 1),
