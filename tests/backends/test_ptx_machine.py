@@ -219,7 +219,7 @@ VALUES = [  # what the manual says of single instructions: (instruction, the bit
     ("bfe.u32 %r1, %r2, 4, 8", [0xABCD], 0xBC),
     ("bfe.s32 %r1, %r2, 4, 8", [0xABCD], 2**32 - 0x44),
     ("bfe.s32 %r1, %r2, 28, 9", [0x90000000], 2**32 - 7),
-    ("bfi.b32 %r1, %r2, %r3, 8, 12", [0xABCDE, 0xFFFFFFFF], 0xFFFCDEFF & 0xFFFFFFFF | 0xB0000),
+    ("bfi.b32 %r1, %r2, %r3, 8, 12", [0xABCDE, 0xFFFFFFFF], 0xFFFCDEFF),
     ("clz.b32 %r1, %r2", [0], 32),
     ("setp.ne.f32 %p1, %r2, %r2; selp.u32 %r1, 1, 0, %p1", bits(NAN), 0),
     ("setp.neu.f32 %p1, %r2, %r2; selp.u32 %r1, 1, 0, %p1", bits(NAN), 1),
