@@ -6,7 +6,7 @@ ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE # pytest keeps what it has rewritten, which halves the time to collect the tests
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-all test-ptx study wheel-test deepspeed docs lint bench gpu clean
+.PHONY: demo test test-all study wheel-test deepspeed docs lint bench gpu clean
 
 demo: $(VENV)/demo-ready
 	@echo "== The demo: it trains for 1 to 3 minutes on two cores and writes demo-output/demo.png"
@@ -25,6 +25,7 @@ test-all: $(VENV)/ready
 
 # The whole table of verify on what Triton and nvcc compile, run on the CPU; a sample of it is in the others. A quarter
 # of an hour on two cores, less once .ptx-cache has the compiled code.
+.PHONY: test-ptx
 test-ptx: $(VENV)/ready
 	GRADDROP_PTX=all $(BIN)/python -m pytest -n $(WORKERS) tests/backends/test_ptx_cases.py $(ARGS)
 
