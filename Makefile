@@ -23,8 +23,9 @@ test: $(VENV)/ready
 test-all: $(VENV)/ready
 	$(SUITE) $(ARGS)
 
-# The whole table of verify on what Triton and nvcc compile, run on the CPU; a sample of it is in the others. TODO minutes
-# on two cores, less once .ptx-cache has the compiled code.
+# The whole table of verify on what Triton and nvcc compile, run on the CPU; a sample of it is in the others. A quarter
+# of an hour on two cores, less once .ptx-cache has the compiled code.
+.PHONY: test-ptx
 test-ptx: $(VENV)/ready
 	GRADDROP_PTX=all $(BIN)/python -m pytest -n $(WORKERS) tests/backends/test_ptx_cases.py $(ARGS)
 

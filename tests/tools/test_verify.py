@@ -415,13 +415,14 @@ def test_a_stochastic_rounding_may_tip_by_one_ulp(ulps, passes, capsys, plant, o
         EXACT.masked_adamw_(batch)
         for param in batch.params if batch.stochastic else ():
             if param.numel() == 65537:
-                bounds.bits(param.detach())[int(param.detach().abs().argmax())] += ulps
+                bounds.bits(param.detach())[::1000] += ulps
 
     plant(step, "reference")
     only("mask=None")
     code, lines = run(capsys, seed, name="reference")
     assert (code == 0) == passes, lines
-    assert passes or "param: 1 of 66645 elements are more than 1.001 ulp apart" in failures(lines)[0]
+    # Not all of them: an ulp is that of the step's largest operand, which may be larger than the parameter.
+    assert passes or re.search(r"param: [1-9]\d? of 66645 elements are more than 1.001 ulp apart", failures(lines)[0])
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ OPERATIONS = [
     # what does not depend on signs wraps around, as unsigned numbers do
     (r"(add|sub|mul\.lo|neg)\.[us](16|32|64)", r"\1($*)", r"u\2", r"u\2"),
     (r"mad\.lo\.[us](16|32|64)", "mul($0, $1) + $2", r"u\1", r"u\1"),
-    (r"mul\.hi\.u32", "mul_hi($*)", "u32", "u32"),
+    (r"mul\.hi\.u32", "(u64)$0 * $1 >> 32", "u32", "u32"),
     (r"mul\.wide\.([us])16", r"mul<\g<1>32>($*)", r"\g<1>32", r"\g<1>16"),
     (r"mul\.wide\.([us])32", r"mul<\g<1>64>($*)", r"\g<1>64", r"\g<1>32"),
     (r"mad\.wide\.([us])32", r"mul<\g<1>64>($0, $1) + $2", r"\g<1>64", r"\g<1>32 \g<1>32 \g<1>64"),
@@ -35,7 +35,10 @@ OPERATIONS = [
     (r"not\.(b16|b32|b64)", "~$0", r"\1", r"\1"),
     (r"not\.pred", "!$0", "pred", "pred"),
     (rf"(shl|shr)\.{_ANY_INTEGER}", r"\1($*)", r"\2", r"\2 u32"),
-    (r"(prmt|bfi|bfe|clz)\.[bu]32", r"\1($*)", "b32", "b32"),
+    (r"prmt\.b32", "prmt($*)", "b32", "b32"),
+    (r"clz\.b32", "$0 ? __builtin_clz($0) : 32", "b32", "b32"),
+    (r"bfe\.u(32|64)", "bfe($*)", r"b\1", r"b\1 u32"),
+    (r"bfi\.b(32|64)", "bfi($*)", r"b\1", r"b\1 b\1 u32"),
     (r"bfe\.s32", "bfe_s32($*)", "s32", "s32 u32"),
     (rf"setp\.(eq|ne|lt|le|gt|ge)\.{_ALL}", r"is_\1($*)", "pred", r"\2"),
     (rf"setp\.(neu|gtu|geu)\.{_FLOAT}", r"is_\1($*)", "pred", r"\2"),
@@ -47,7 +50,7 @@ OPERATIONS = [
     (r"cvt\.f64\.f32", "(double)$0", "f64", "f32"),
     (r"cvt\.rn\.f32\.(f64|s32)", "(float)$0", "f32", r"\1"),
     (r"cvt\.rn\.f64\.s64", "(double)$0", "f64", "s64"),
-    (r"cvt\.rzi\.f64\.f64", "trunc($0)", "f64", "f64"),
+    (r"cvt\.rzi\.f64\.f64", "__builtin_trunc($0)", "f64", "f64"),
     (r"cvt\.rzi\.([us](?:32|64))\.f32", r"to<\1>($0)", r"\1", "f32"),
     (r"cvt\.f32\.(f16|bf16)", r"from_\1($0)", "f32", "b16"),
     (r"cvt\.f64\.(f16|bf16)", r"(double)from_\1($0)", "f64", "b16"),
@@ -56,7 +59,7 @@ OPERATIONS = [
 ]
 _OPERATIONS = [(re.compile(pattern), *row) for pattern, *row in OPERATIONS]
 _MEMORY = re.compile(rf"(ld|st|atom)((?:\.(?:global|shared|param|cg|gpu|acq_rel|add|v2|v4))*)\.([bus]|f){_WIDTH}")
-_ACCESS = {"ld": "kRead", "st": "kWrite", "atom": "kAtomic"}
+_ACCESS = {"ld": "kRead, @", "st": "kWrite, @, stored", "atom": "kAtomic, @"}  # @: the instruction's number
 _SPECIAL = {f"%{name}.x": f"T.{name}" for name in ("tid", "ctaid", "ntid", "nctaid")}
 
 
@@ -152,12 +155,13 @@ class Emitter:
             return self._set(target, f"b{width}", self._bits(source))
         at = f"{self._bits(name)} + {offset}"
         if "param" not in modifiers:
-            space = "shared" if "shared" in modifiers else "global"
-            at = f"T.{space}({at}, {int(width) // 8 * len(parts)}, {_ACCESS[kind]}, {self._at})"
+            space, access = "shared" if "shared" in modifiers else "global", _ACCESS[kind]
+            at = f"T.{space}({at}, {int(width) // 8 * len(parts)}, {access.replace('@', str(self._at))})"
         if kind == "ld":
             each = " ".join(f"{self._names.register(part)} = at[{i}];" for i, part in enumerate(parts) if part != "_")
         elif kind == "st":
-            each = " ".join(f"at[{i}] = {self._value(part, f'b{width}')};" for i, part in enumerate(parts))
+            stored = ", ".join(self._value(part, f"b{width}") for part in parts)
+            return f"{{ const {type_} stored[] = {{{stored}}}; {at}; }}"
         elif "add" in modifiers and letter == "u":
             added = self._value(self._operands[2], f"u{width}")
             each = f"const {type_} old = *at; *at += {added}; {self._set(parts[0], f'u{width}', 'old')}"

@@ -41,14 +41,14 @@ struct Block {
   std::vector<char> shared;
   bool meets, watched;  // watched: for accesses that a barrier should part, which takes time
   uint32_t epoch = 1;   // barriers passed
-  std::unordered_map<uint64_t, Visits> visits;
+  std::unordered_map<char*, Visits> visits;
   std::vector<Thread> threads;
 
-  void visit(Thread& thread, uint64_t address, uint32_t bytes, Access access, uint32_t at) {
-    if (!watched || access == kAtomic) return;
-    for (uint64_t byte = address; byte < address + bytes; ++byte) {
-      Visits& seen = visits[byte];
-      const bool written = seen.written == epoch && seen.writer != thread.tid;
+  char* visit(Thread& thread, char* memory, uint32_t bytes, Access access, uint32_t at, const void* stored) {
+    for (uint32_t i = 0; watched && access != kAtomic && i < bytes; ++i) {
+      Visits& seen = visits[memory + i];
+      const bool same = stored && static_cast<const char*>(stored)[i] == memory[i];  // threads may store the same
+      const bool written = seen.written == epoch && seen.writer != thread.tid && !same;
       const bool read = seen.read == epoch && (seen.many_readers || seen.reader != thread.tid);
       if (written || (access == kWrite && read))
         fail(thread, at, "no barrier between this %s and the %s of thread %u,", kAccess[access],
@@ -58,27 +58,27 @@ struct Block {
       else
         seen.many_readers = read, seen.reader = thread.tid, seen.read = epoch;
     }
+    if (stored) std::memcpy(memory, stored, bytes);
+    return memory;
   }
 };
 
-char* Thread::global(uint64_t address, uint32_t bytes, Access access, uint32_t at) {
+char* Thread::global(uint64_t address, uint32_t bytes, Access access, uint32_t at, const void* stored) {
   const Span *const first = block->spans, *const last = first + block->num_spans;
-  const Span* next = std::upper_bound(first, last, address, [](uint64_t a, const Span& span) { return a < span.first; });
+  const Span* next = std::upper_bound(first, last, address, [](uint64_t a, const Span& b) { return a < b.first; });
   if (next == first) fail(*this, at, "%s of %u bytes before every tensor", kAccess[access], bytes);
   if (address + bytes > next[-1].second)
     fail(*this, at, "%s of %u bytes, %lld bytes after the end of the tensor before it,", kAccess[access], bytes,
          static_cast<long long>(address - next[-1].second));
   if (address % bytes) fail(*this, at, "misaligned %s of %u bytes", kAccess[access], bytes);
-  block->visit(*this, address, bytes, access, at);
-  return reinterpret_cast<char*>(address);
+  return block->visit(*this, reinterpret_cast<char*>(address), bytes, access, at, stored);
 }
 
-char* Thread::shared(uint32_t offset, uint32_t bytes, Access access, uint32_t at) {
+char* Thread::shared(uint32_t offset, uint32_t bytes, Access access, uint32_t at, const void* stored) {
   if (offset % bytes || uint64_t{offset} + bytes > block->shared.size())
     fail(*this, at, "%s of %u bytes at %u of %zu bytes of shared memory", kAccess[access], bytes, offset,
          block->shared.size());
-  block->visit(*this, offset, bytes, access, at);  // no tensor begins there
-  return block->shared.data() + offset;
+  return block->visit(*this, block->shared.data() + offset, bytes, access, at, stored);
 }
 
 void Thread::exchange(uint32_t lanes_apart, uint32_t clamp, uint32_t members, uint32_t at) {

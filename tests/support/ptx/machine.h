@@ -20,7 +20,7 @@ struct Thread {
   void meet(Stop why, uint32_t at, uint32_t with = 0) { stop = why, instruction = at, value = with; }
   void exchange(uint32_t lanes_apart, uint32_t clamp, uint32_t members, uint32_t at);  // before it meets for it
 
-  // The host's address of the bytes, if the thread may have them. Else throws what is wrong.
-  char* global(uint64_t address, uint32_t bytes, Access access, uint32_t at);
-  char* shared(uint32_t offset, uint32_t bytes, Access access, uint32_t at);
+  // The host's address of the bytes, if the thread may have them. Else throws what is wrong. Stores what it is given.
+  char* global(uint64_t address, uint32_t bytes, Access access, uint32_t at, const void* stored = nullptr);
+  char* shared(uint32_t offset, uint32_t bytes, Access access, uint32_t at, const void* stored = nullptr);
 };

@@ -31,7 +31,6 @@ inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 inline float sqrt(float x) { return __builtin_sqrtf(x); }
 inline double sqrt(double x) { return __builtin_sqrt(x); }
-inline double trunc(double x) { return __builtin_trunc(x); }
 template <typename T>
 T neg(T x) { return -x; }
 template <typename T>
@@ -92,8 +91,6 @@ To to(float x) {
   return x <= static_cast<float>(least) ? least : x >= static_cast<float>(most) ? most : static_cast<To>(x);
 }
 
-inline uint32_t mul_hi(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b >> 32; }
-
 // Shifts by the width or more leave nothing, or copies of the sign.
 template <typename T>
 T shl(T x, uint32_t by) { return by < 8 * sizeof(T) ? x << by : 0; }
@@ -112,16 +109,16 @@ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   }
   return result;
 }
-inline uint32_t ones(uint32_t count) { return count < 32 ? (1u << count) - 1 : ~0u; }
-inline uint32_t bfe(uint32_t x, uint32_t begin, uint32_t count) { return shr(x, begin & 255) & ones(count & 255); }
+template <typename T>
+T bfe(T x, uint32_t begin, uint32_t count) { return shr(x, begin & 255) & static_cast<T>(shl<T>(1, count & 255) - 1); }
 inline s32 bfe_s32(s32 x, uint32_t begin, uint32_t count) {  // extended by the field's sign
   const s32 rest = shr(x, begin & 255), unused = (count & 255) < 32 ? 32 - (count & 255) : 0;
   return unused == 32 ? 0 : rest << unused >> unused;
 }
-inline uint32_t bfi(uint32_t field, uint32_t x, uint32_t begin, uint32_t count) {
-  const uint32_t place = shl(ones(count & 255), begin & 255);
+template <typename T>
+T bfi(T field, T x, uint32_t begin, uint32_t count) {
+  const T ones = shl<T>(1, count & 255) - 1, place = shl(ones, begin & 255);
   return (x & ~place) | (shl(field, begin & 255) & place);
 }
-inline uint32_t clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
 
 }  // namespace ptx
