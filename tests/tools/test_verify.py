@@ -409,7 +409,7 @@ def test_more_than_the_bound_is_a_failure(part, ulps, capsys, plant, only, seed)
     assert code == 1 and f"more than {8 if part == 'params' else 2} ulp" in failures(lines)[0]
 
 
-@pytest.mark.parametrize("ulps, passes", [(1, True), (3, False)])
+@pytest.mark.parametrize("ulps, passes", [(1, True), (128, False)])
 def test_a_stochastic_rounding_may_tip_by_one_ulp(ulps, passes, capsys, plant, only, seed):
     def step(batch):
         EXACT.masked_adamw_(batch)
@@ -421,7 +421,7 @@ def test_a_stochastic_rounding_may_tip_by_one_ulp(ulps, passes, capsys, plant, o
     only("mask=None")
     code, lines = run(capsys, seed, name="reference")
     assert (code == 0) == passes, lines
-    # Not all of them: an ulp is that of the step's largest operand, which may be larger than the parameter.
+    # Not all of them, and not by three ulp: an ulp is that of the largest operand, which may be far above the parameter.
     assert passes or re.search(r"param: [1-9]\d? of 66645 elements are more than 1.001 ulp apart", failures(lines)[0])
 
 
