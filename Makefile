@@ -23,9 +23,8 @@ test: $(VENV)/ready
 test-all: $(VENV)/ready
 	$(SUITE) $(ARGS)
 
-# The whole table of verify on what Triton and nvcc compile, run on the CPU; a sample of it is in the others. A quarter
-# of an hour on two cores, less once .ptx-cache has the compiled code.
-.PHONY: test-ptx
+# The whole table of verify on what Triton and nvcc compile, run on the CPU; a sample of it is in the others. Shorter
+# once .ptx-cache has the compiled code.
 test-ptx: $(VENV)/ready
 	GRADDROP_PTX=all $(BIN)/python -m pytest -n $(WORKERS) tests/backends/test_ptx_cases.py $(ARGS)
 
