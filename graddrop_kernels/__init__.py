@@ -5,6 +5,7 @@ from .groups.blocks import find_blocks
 from .groups.param_groups import param_groups
 from .inspection.describe import describe
 from .inspection.mask_plot import plot_mask
+from .inspection.memory import memory
 from .inspection.schedule_plot import plot_schedule
 from .integrations.deepspeed import attach_deepspeed
 from .integrations.fsdp1 import attach_fsdp1
@@ -44,6 +45,7 @@ __all__ = [
     "available_backends",
     "describe",
     "find_blocks",
+    "memory",
     "param_groups",
     "plot_mask",
     "plot_schedule",

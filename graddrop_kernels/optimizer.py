@@ -15,7 +15,7 @@ from .groups.checks import check_groups
 from .groups.flat_buffers import FlatPiece, check_pieces
 from .groups.masking import Masking
 from .groups.options import GROUP_DEFAULTS, SHARED_BY_GROUPS, check_max_grad_norm, moment_dtype_name
-from .inspection import describe
+from .inspection import describe, memory
 from .policies import GradDrop, Policy, PolicyBook
 from .step.graph import GraphStep, step_in_graph
 from .step.in_backward import StepInBackward
@@ -324,6 +324,12 @@ class FusedGradDropAdamW(torch.optim.AdamW):
     def describe(self) -> str:
         """Returns a text table of what the next step would mask, see ``graddrop_kernels.describe``."""
         return describe.describe(self)
+
+    def memory(self) -> dict[str, dict[str, int]]:
+        """Returns the bytes of parameters, gradients, moments, masters and masks, now and at the peak, see
+        ``graddrop_kernels.memory``.
+        """
+        return memory.memory(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. The group may have its own ``"mask"``, ``"seed"``, ``"masked"``, ``"bias_correction"``.

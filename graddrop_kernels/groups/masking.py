@@ -246,6 +246,12 @@ class Masking:
             self._words[place] = made_for, words if order is None else [_reordered(each, order) for each in words]
         return self._words[place][1]
 
+    def stored(self) -> list[torch.Tensor]:
+        """The tensors of all masks that are stored: fixed masks as given, and what was made for parameters."""
+        fixed = {policy for policy in map(self.policy, self.indices()) if isinstance(policy, FixedMask)}
+        given = [words for policy in fixed for words in policy.words.values()]
+        return given + [words for _, made in self._words.values() for words in made if words is not None]
+
     def keep(self, param: torch.Tensor | str, step: int | None = None) -> torch.Tensor:
         """The keep mask of a parameter, see FusedGradDropAdamW.mask()."""
         index, position = self.find(param)

@@ -14,6 +14,7 @@ from ..groups.owner import Owner
 from ..groups.param_state import has_master, is_stochastic, mode
 from ..groups.scope import idle_note
 from ..policies import Policy
+from .memory import memory
 
 _HEADER = ("group", "blocks", "tensors", "parameters", "lr", "weight decay", "active now", "dropped", "policy")
 
@@ -26,8 +27,8 @@ def describe(optimizer: Owner) -> str:
     (see ``active_fraction()``: exact for blocks and fixed masks, the keep probability for random elements); what
     dropping means (``gradient``, ``frozen``, ``-``: nothing is dropped); the policy. Below: epoch, completed steps and
     seed; for policies of whole blocks the blocks active at the next step; the backend by device and dtypes, or why
-    there is none; notes on tensors without gradients and on an epoch that was never set. Works at any time, before the
-    first step too.
+    there is none; the bytes of all tensors (see ``memory()``); notes on tensors without gradients and on an epoch that
+    was never set. Works at any time, before the first step too.
 
     Args:
         optimizer: a FusedGradDropAdamW.
@@ -74,6 +75,7 @@ def describe(optimizer: Owner) -> str:
         *_by_group("position", clocks),
         *_by_group("active blocks", active_blocks),
         *_backends(optimizer),
+        _memory(optimizer),
         *_by_group("note", notes),
     ])  # fmt: skip
 
@@ -161,6 +163,19 @@ def _backends(owner: Owner) -> list[str]:
         dtypes = f"{dtype}, moments {moment_dtype}{rounding}".replace("torch.", "")
         lines.append(f"backend ({tensors} tensors on {device}, {dtypes}): {chosen}")
     return lines
+
+
+def _memory(owner: Owner) -> str:
+    now, peak = (_size(when["total"]) for when in memory(owner).values())
+    return f"memory: {now} now, {peak} at the peak (parameters, gradients, moments, masters, masks)"
+
+
+def _size(count: float) -> str:
+    """Bytes in three digits."""
+    unit = 0
+    while count >= 999.5 and unit < 4:
+        count, unit = count / 1000, unit + 1
+    return f"{count:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
 
 def _rounding(param: torch.Tensor, group: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ MAY_IMPORT = {  # docs/architecture.md draws it
     "backends": {"masks"},  # never a policy, a group or a process group
     "groups": {"masks", "policies", "tensors", "backends"},
     "step": {"masks", "policies", "tensors", "backends", "groups"},
-    "inspection": {"masks", "policies", "backends", "groups"},
+    "inspection": {"masks", "policies", "backends", "groups", "tensors"},
     "optimizer": {"policies", "backends", "groups", "step", "inspection"},
     "integrations": {"policies", "tensors", "groups", "optimizer"},
     "__init__": {"policies", "backends", "groups", "inspection", "integrations", "optimizer"},
