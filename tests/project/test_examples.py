@@ -13,7 +13,9 @@ from graddrop_kernels.masks.philox import DOMAIN_ELEMENT, stream_key, uniform16
 
 ROOT = Path(__file__).resolve().parents[2]
 SAME = ("plain_loop", "trainer", "accelerate_loop", "lightning_loop")
-OTHERS = ("peft_lora", "causal_lm")
+FROZEN = ("sampled_blocks", "sparse_finetune")
+OTHERS = ("peft_lora", "causal_lm", *FROZEN)
+FASTER = ("--lr=3e-3",)
 REPORT = re.compile(
     r"loss (\d+\.\d+) in the first quarter of (\d+) steps, (\d+\.\d+) in the last\n"
     r"next mask of (\S+): (\d+\.\d) % kept, crc32 ([0-9a-f]{8})\n"
@@ -21,8 +23,7 @@ REPORT = re.compile(
 
 
 @functools.cache
-def printed(script, seed, *arguments):
-    """(loss at first, steps, loss at last, parameter, share kept, checksum), as text"""
+def text_of(script, seed, *arguments):
     command = [sys.executable, str(ROOT / "examples" / f"{script}.py"), "--layers=2", "--sentences=32"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
@@ -30,13 +31,22 @@ def printed(script, seed, *arguments):
     )
     assert result.returncode == 0, result.stderr
     assert "100%" in result.stderr or "4/4" in result.stdout, "no progress shown"
-    return REPORT.search(result.stdout).groups()
+    return result.stdout
+
+
+def printed(script, seed, *arguments):
+    """(loss at first, steps, loss at last, parameter, share kept, checksum), as text"""
+    return REPORT.search(text_of(script, seed, *arguments)).groups()
+
+
+def numbers(pattern, text):
+    return [int(number.replace(",", "")) for number in re.search(pattern, text).groups()]
 
 
 @pytest.mark.parametrize("script", SAME)
 def test_the_same_training_in_every_loop(script, seed):
-    found = printed(script, seed, "--lr=3e-3")
-    assert found == printed("plain_loop", seed, "--lr=3e-3")
+    found = printed(script, seed, *FASTER)
+    assert found == printed("plain_loop", seed, *FASTER)
     first, steps, last, name, kept, _ = found
     assert float(last) < float(first) - 0.05 and steps == "8"
     # p is 0.9 - 1/2 in the second epoch.
@@ -46,12 +56,25 @@ def test_the_same_training_in_every_loop(script, seed):
 
 @pytest.mark.parametrize("script", OTHERS)
 def test_other_models(script, seed):
-    first, _, last, name, kept, _ = printed(script, seed)
+    first, _, last, name, kept, _ = printed(script, seed, *FASTER if script in FROZEN else ())
     assert float(last) < float(first)
     if script == "peft_lora":
         assert ".lora_A." in name and abs(float(kept) - 80) < 3
+    elif script == "sparse_finetune":
+        assert 0 < float(kept) < 20
     else:
         assert kept in ("0.0", "100.0")  # a block
+
+
+def test_only_the_masked_weights_move(seed):
+    text = text_of("sparse_finetune", seed, *FASTER)
+    moved, count, outside = numbers(r"moved: ([\d,]+) of ([\d,]+) weights, (\d+) ", text)
+    assert 0.04 * count < moved <= round(0.05 * count) and outside == 0
+
+
+def test_moments_of_one_block_only(seed):
+    now, dense = numbers(r"moments: ([\d,]+) bytes; of all blocks ([\d,]+)", text_of("sampled_blocks", seed, *FASTER))
+    assert dense - now == 2 * 4 * (12 * 384**2 + 13 * 384)  # of a block: weights, biases and norms
 
 
 def test_the_readme_has_every_example():
