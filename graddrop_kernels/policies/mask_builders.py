@@ -15,9 +15,10 @@ from ..masks.names import canonical_name
 
 _HALF = 1 << 16  # values of half of the bits
 Masks = dict[str, torch.Tensor]
+Groups = list[dict[str, Any]] | None  # as param_groups(model) returns
 
 
-def top_magnitude(model: nn.Module, density: float, over: str = "all") -> Masks:
+def top_magnitude(model: nn.Module, density: float, over: str = "all", groups: Groups = None) -> Masks:
     """Masks of the largest weights in magnitude.
 
     Args:
@@ -25,6 +26,7 @@ def top_magnitude(model: nn.Module, density: float, over: str = "all") -> Masks:
         density: share of the elements that is kept, in (0, 1). Exactly round(density * numel) are; of equal ones those
             of the lowest index, in the order of ``named_parameters``.
         over: ``"all"`` compares the elements of all parameters, ``"tensor"`` those of each parameter.
+        groups: what ``param_groups(model)`` returns, to mask only what it masks: the transformer blocks.
 
     Returns:
         {name: bool tensor on the CPU, of the parameter's shape}, for ``FixedMask(masks)``.
@@ -41,18 +43,20 @@ def top_magnitude(model: nn.Module, density: float, over: str = "all") -> Masks:
         >>> FusedGradDropAdamW(model.named_parameters(), mask=mask).active_fraction()
         [0.3]
     """
-    return _top(_trained(model), lambda name, param: param.detach(), density, over)
+    return _top(_trained(model, groups), lambda name, param: param.detach(), density, over)
 
 
-def top_change(before: nn.Module | Mapping[str, torch.Tensor], after: nn.Module, density: float,
-               over: str = "all") -> Masks:  # fmt: skip
+def top_change(
+    before: nn.Module | Mapping[str, torch.Tensor], after: nn.Module, density: float, over: str = "all",
+    groups: Groups = None,
+) -> Masks:  # fmt: skip
     """Masks of the elements that a training has changed most, as in LT-SFT (Ansell et al., 2022). Train densely, reset
     the weights, and train these alone.
 
     Args:
         before: the model as it was, or its state dict.
         after: as it is now. Its parameters with ``requires_grad`` get masks.
-        density, over: as in ``top_magnitude``.
+        density, over, groups: as in ``top_magnitude``.
 
     Returns:
         As ``top_magnitude``.
@@ -62,7 +66,7 @@ def top_change(before: nn.Module | Mapping[str, torch.Tensor], after: nn.Module,
     """
     states = before.state_dict() if isinstance(before, nn.Module) else before
     earlier = {canonical_name(name): value for name, value in states.items()}
-    params = _trained(after)
+    params = _trained(after, groups)
     for name, param in params.items():
         if name not in earlier or earlier[name].shape != param.shape:
             found = tuple(earlier[name].shape) if name in earlier else None
@@ -78,7 +82,7 @@ def top_change(before: nn.Module | Mapping[str, torch.Tensor], after: nn.Module,
 
 def top_gradient(
     model: nn.Module, batches: Iterable[Any], density: float, over: str = "all",
-    loss_of: Callable[[nn.Module, Any], torch.Tensor] | None = None,
+    groups: Groups = None, loss_of: Callable[[nn.Module, Any], torch.Tensor] | None = None,
 ) -> Masks:  # fmt: skip
     """Masks of the elements with the largest sums of squared gradients over some batches: the diagonal of the empirical
     Fisher matrix, as in Child-Tuning-D (Xu et al., 2021). Keeps one float32 per element until it returns, and each
@@ -87,7 +91,7 @@ def top_gradient(
     Args:
         model: in the mode (train or eval) that is wanted. Its parameters with ``requires_grad`` get masks.
         batches: what ``loss_of`` takes, one backward pass each.
-        density, over: as in ``top_magnitude``.
+        density, over, groups: as in ``top_magnitude``.
         loss_of: (model, batch) -> the loss. Default: ``model(**batch).loss``.
 
     Returns:
@@ -97,7 +101,7 @@ def top_gradient(
         ValueError: as ``top_magnitude``; there is no batch.
     """
     _check(density, over)
-    params = _trained(model)
+    params = _trained(model, groups)
     sums = {name: torch.zeros_like(param, dtype=torch.float32) for name, param in params.items()}
     names = {param: name for name, param in params.items()}
 
@@ -129,9 +133,13 @@ def _check(density: float, over: str) -> None:
         raise ValueError(f"over= must be 'all' or 'tensor', got {over!r}")
 
 
-def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
+def _trained(model: nn.Module, groups: Groups) -> dict[str, torch.Tensor]:
+    masked = (group for group in groups or () if group.get("mask", ...) is not None)
+    wanted = {canonical_name(name) for group in masked for name, _ in group["params"]}
     params: dict[str, torch.Tensor] = {
-        canonical_name(name): param for name, param in model.named_parameters() if param.requires_grad
+        name: param
+        for name, param in ((canonical_name(name), param) for name, param in model.named_parameters())
+        if param.requires_grad and (groups is None or name in wanted)
     }
     if sharded := [name for name, param in params.items() if hasattr(param, "placements")]:
         raise ValueError(f"parameter {sharded[0]!r} is sharded already: make masks of the whole model, before it is")

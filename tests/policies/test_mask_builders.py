@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from toy import Encoder
 
-from graddrop_kernels import FixedMask, FusedGradDropAdamW, top_change, top_gradient, top_magnitude
+from graddrop_kernels import FixedMask, FusedGradDropAdamW, param_groups, top_change, top_gradient, top_magnitude
 
 
 def model_of(seed, dtype=torch.float32):
@@ -112,6 +113,29 @@ def test_refused_densities(density, seed):
                   lambda model: top_gradient(model, [torch.tensor([1])], density)):  # fmt: skip
         with pytest.raises(ValueError, match=r"density= must be the share"):
             build(model_of(seed))
+
+
+@pytest.mark.parametrize("build", [
+    lambda model, **more: top_magnitude(model, 0.2, **more),
+    lambda model, **more: top_change(Encoder().state_dict(), model, 0.2, **more),
+    lambda model, **more: top_gradient(
+        model, [torch.ones(2, 3, dtype=torch.long)], 0.2, loss_of=lambda model, ids: model(ids).square().sum(), **more
+    ),
+])  # fmt: skip
+def test_what_param_groups_masks(build, seed):
+    model = Encoder()
+    with torch.no_grad():
+        for param in model.parameters():
+            param += torch.randn(param.shape, generator=torch.Generator().manual_seed(seed))
+    groups = param_groups(model)
+    masks = build(model, groups=groups)
+    assert masks.keys() == {name for name, _ in model.named_parameters() if name.startswith("layer.")}
+    count = sum(mask.numel() for mask in masks.values())
+    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.2 * count)
+    optimizer = FusedGradDropAdamW(groups, mask=FixedMask(masks))
+    assert optimizer.active_fraction()[-2:] == [1.0, 1.0]
+    with pytest.raises(ValueError, match="no parameter is called"):
+        FusedGradDropAdamW(param_groups(model), mask=FixedMask(build(model)))
 
 
 def test_what_else_is_refused(seed):
