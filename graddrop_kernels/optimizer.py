@@ -246,9 +246,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         return self._in_backward.start()
 
     def skip_dropped(self, model: torch.nn.Module | None = None) -> AbstractContextManager[None]:
-        """Leaves out the weight gradients of the blocks that the coming step will drop (LayerGradDrop, GradFreeze): a
-        context manager for the forward and backward passes of one optimizer step, accumulation included. The training
-        is the same bit for bit. Other policies drop no whole blocks, and nothing changes for them.
+        """Leaves out the weight gradients of the blocks that the coming step will drop (LayerGradDrop, GradFreeze,
+        SampleBlocks, CycleBlocks): a context manager for the forward and backward passes of one optimizer step,
+        accumulation included. The training is the same bit for bit. Other policies drop no whole blocks, and nothing
+        changes for them.
 
         Inside, the parameters of those blocks have ``requires_grad`` False. A parameter's first step is run in full: it
         shows whether the parameter has a gradient at all. A parameter with a gradient in some steps only counts as used

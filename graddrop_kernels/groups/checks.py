@@ -34,6 +34,11 @@ def check_groups(masking: Masking, first: int = 0) -> None:
             )
         if policy is not None and policy.needs_blocks:
             policy.check_blocks(masking.blocks(index))
+            if getattr(policy, "idle_state", "keep") == "drop" and not masking.is_frozen(index):
+                raise ValueError(
+                    f"idle_state='drop' of {type(policy).__name__} needs masked='frozen', its default, as moments that "
+                    f"decay have to be there; got masked={group['masked']!r}"
+                )
         for param, record in zip(group["params"], masking.records(index)):
             if param.requires_grad or param.grad is not None:
                 check_param(record.name, param)
@@ -89,6 +94,12 @@ def check_fixed_masks(masking: Masking, wait: bool = False, first: int = 0) -> N
             fixed.setdefault(policy, {}).update(named)
     for policy, shapes in fixed.items():
         names = policy.shapes if policy.to_json() not in checked else [name for name in shapes if name in policy.shapes]
+        for name in names if buffers.shapes is None else ():
+            if name not in shapes and masking.has(name):
+                raise ValueError(
+                    f"FixedMask: {name!r} is in a parameter group with another mask, or none: leave it out "
+                    "(the builders take groups=param_groups(model)), or pass model.named_parameters()"
+                )
         check_fixed_mask(policy, names, shapes if buffers.shapes is None else buffers.shapes)
 
 

@@ -106,9 +106,10 @@ def _check_masking(index: int, saved: dict[str, Any], group: dict[str, Any], has
 
 
 def _check_saved_state(index: int, state: dict[str, Any] | None, param: torch.Tensor) -> None:
-    if not state or set(state) <= {"step", "master_param"}:  # of a block whose moments were dropped
+    if not state:
         return
-    for key in ("step", "exp_avg", "exp_avg_sq"):
+    dropped = set(state) <= {"step", "master_param"}  # the moments of a block without a turn
+    for key in ("step",) if dropped else ("step", "exp_avg", "exp_avg_sq"):
         if key not in state:
             raise ValueError(
                 f"the state dict has no {key!r} for a parameter of group {index}: "

@@ -93,10 +93,11 @@ class Masking:
         policy, group = self.policy(index), self[index]
         if policy is None:
             return KEEP
-        count_active_steps = group["bias_correction"] == "active"
-        context = PlanContext(
-            clock or self.clock(index), group["seed"], self.is_frozen(index), count_active_steps, self.blocks(index)
-        )
+        count_active_steps, clock = group["bias_correction"] == "active", clock or self.clock(index)
+        if policy.takes_turns:  # a group may have missed steps, or be new, and all groups change at once
+            steps = max(each["completed_steps"] for each in self.groups if each["mask"] == group["mask"])
+            clock = replace(clock, completed_steps=clock.completed_steps + steps - group["completed_steps"])
+        context = PlanContext(clock, group["seed"], self.is_frozen(index), count_active_steps, self.blocks(index))
         return policy.plan(context, unit)
 
     def hyper(self, index: int, unit: Hashable, clock: Clock) -> Hyper:
@@ -213,6 +214,14 @@ class Masking:
                 self._group_of_name[record.name] = index
         self._named_groups = len(self.groups)
         return None
+
+    def has(self, name: str) -> bool:
+        """Whether a parameter has this name."""
+        try:
+            self.find(name)
+        except KeyError:
+            return False
+        return True
 
     def record_of(self, param: torch.Tensor | str) -> ParamRecord:
         """The record of a parameter. Raises KeyError for an unknown one."""

@@ -50,10 +50,10 @@ def memory(optimizer: Owner) -> dict[str, dict[str, int]]:
     now["masks"] = sum({words.data_ptr(): words.nbytes for words in masking.stored()}.values())
     fixed = {policy for policy in map(masking.policy, masking.indices()) if isinstance(policy, FixedMask)}
     peak["masks"] = sum(words.nbytes for policy in fixed for words in policy.words.values())
-    idle: dict[tuple[int, Any], int] = defaultdict(int)  # (turns at once, block): bytes of its moments
+    idle: dict[Any, dict[Any, int]] = defaultdict(lambda: defaultdict(int))  # policy: block: bytes of its moments
     for index, group in enumerate(masking.groups):
         policy = masking.policy(index)
-        drops = getattr(policy, "idle_state", "keep") == "drop" and masking.is_frozen(index)
+        drops = getattr(policy, "idle_state", "keep") == "drop"
         for param, record in zip(group["params"], masking.records(index)):
             tensor, state = local(param), optimizer.state.get(param, {})
             now["parameters"] += tensor.nbytes
@@ -69,13 +69,12 @@ def memory(optimizer: Owner) -> dict[str, dict[str, int]]:
             peak["masks"] += _mask_bytes(policy, param, record)
             moments = (2 + group["amsgrad"]) * tensor.numel() * moment_dtype(param, group, state).itemsize
             peak["moments"] += 4  # the step count, which stays
-            if drops and record.unit is not None and not record.flat:
-                idle[getattr(policy, "k", 1), record.unit] += moments
+            if drops and record.unit is not None:
+                idle[policy][record.unit] += moments
             else:
                 peak["moments"] += moments
-    for at_once in {at_once for at_once, _ in idle}:
-        sizes = sorted((size for (k, _), size in idle.items() if k == at_once), reverse=True)
-        peak["moments"] += sum(sizes[:at_once])
+    for policy, blocks in idle.items():
+        peak["moments"] += sum(sorted(blocks.values(), reverse=True)[: getattr(policy, "k", 1)])
     return {when: {**kinds, "total": sum(kinds.values())} for when, kinds in (("now", now), ("peak", peak))}
 
 

@@ -19,7 +19,7 @@ Groups = list[dict[str, Any]] | None  # as param_groups(model) returns
 
 
 def top_magnitude(model: nn.Module, density: float, over: str = "all", groups: Groups = None) -> Masks:
-    """Masks of the largest weights in magnitude.
+    """Masks of the largest weights in magnitude. Scores are compared in float32.
 
     Args:
         model: its parameters with ``requires_grad`` get masks.
@@ -75,7 +75,7 @@ def top_change(
                 "state dict of the same model, copied before the training"
             )
     change: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, param: (
-        param.detach().float() - earlier[name].to(param.device).float()
+        param.detach() - earlier[name].to(param.device, param.dtype)
     )
     return _top(params, change, density, over)
 
@@ -141,7 +141,8 @@ def _trained(model: nn.Module, groups: Groups) -> dict[str, torch.Tensor]:
         for name, param in ((canonical_name(name), param) for name, param in model.named_parameters())
         if param.requires_grad and (groups is None or name in wanted)
     }
-    if sharded := [name for name, param in params.items() if hasattr(param, "placements")]:
+    marks = ("placements", "_is_flat_param", "_fsdp_flattened")  # of a DTensor, of FSDP1
+    if sharded := [name for name, param in params.items() if any(getattr(param, mark, False) for mark in marks)]:
         raise ValueError(f"parameter {sharded[0]!r} is sharded already: make masks of the whole model, before it is")
     if not sum(param.numel() for param in params.values()):
         raise ValueError("the model has no parameter with requires_grad=True, so there is nothing to mask")
@@ -152,6 +153,11 @@ def _top(
     params: dict[str, torch.Tensor], score: Callable[[str, torch.Tensor], torch.Tensor], density: float, over: str
 ) -> Masks:
     _check(density, over)
+    if not any(bool(_bits(name, score(name, param)).any()) for name, param in params.items()):
+        raise ValueError(
+            "every score is 0, so there is nothing to choose by: a state dict that was not copied before the training, "
+            "a loss that does not reach the model, or weights of 0"
+        )
     if over == "tensor":
         masks: Masks = {}
         for name in _shown(list(params), "tensor"):
@@ -195,7 +201,7 @@ def _place_of(counts: Any, wanted: int) -> tuple[int, int]:
 
 def _bits(name: str, values: torch.Tensor) -> torch.Tensor:
     """The magnitudes as integers of the same order, flat and on the CPU: int64."""
-    magnitudes = values.detach().to("cpu", torch.float32).abs().flatten()
+    magnitudes = values.detach().abs().to("cpu", torch.float32).flatten()
     if magnitudes.isnan().any():
         raise ValueError(f"a score of {name!r} is NaN: look for NaN in the weights, or in the gradients")
     return magnitudes.view(torch.int32).long()

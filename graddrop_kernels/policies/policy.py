@@ -27,6 +27,7 @@ class Policy:
     masked: str | None = "gradient"
     needs_blocks = False
     layers: tuple[str, ...] | None = None
+    takes_turns = False  # whether all groups of the policy go by the count of the one that has made most steps
     # What its plans draw for single elements: "bits" (kept or not, or a bucket), "numbers" (anything), or None.
     draws: str | None = "numbers"
 

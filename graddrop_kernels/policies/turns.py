@@ -15,6 +15,7 @@ class _Turns(BlockPolicy):
     every: int
     idle_state: str
     masked = "frozen"
+    takes_turns = True
 
     def keeps(self, context: PlanContext, block: str) -> bool:
         # A block that is not among them had nothing to train when the groups were made.

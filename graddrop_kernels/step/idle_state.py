@@ -13,7 +13,36 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 def drops_idle_state(masking: Masking, index: int) -> bool:
     """Whether a group keeps moments only of the blocks that have their turn."""
-    return getattr(masking.policy(index), "idle_state", "keep") == "drop" and masking.is_frozen(index)
+    return getattr(masking.policy(index), "idle_state", "keep") == "drop"
+
+
+def drop_gradient(owner: Owner, masking: Masking, param: torch.Tensor, clocks: list[Clock]) -> int | None:
+    """Drops the gradient and the moments of an idle parameter. Returns the index of its group; None if it has its turn,
+    or keeps its moments.
+    """
+    index, _ = masking.find(param)
+    if not drops_idle_state(masking, index):
+        return None
+    _check(masking, index)
+    if masking.plan(index, masking.record_of(param).unit, clocks[index]).kind != "off":
+        return None
+    _free(param, owner.state[param])
+    param.grad = None
+    return index
+
+
+def _check(masking: Masking, index: int) -> None:
+    """Raises ValueError for a group that cannot do without the moments of idle blocks."""
+    if masking[index]["stochastic_rounding"]:
+        raise ValueError(
+            "idle_state='drop' begins each turn with a step count of 0, by which stochastic_rounding=True draws, so "
+            "every turn would have the same noise: use master_weights=True, or idle_state='keep'"
+        )
+    if any(record.flat for record in masking.records(index)):
+        raise ValueError(
+            "idle_state='drop' cannot free the moments of blocks within a flat buffer, as FSDP1 and DeepSpeed make "
+            "them: use idle_state='keep', or FSDP2"
+        )
 
 
 class IdleBlocks:
@@ -42,16 +71,17 @@ class IdleBlocks:
         self.grads, start = list(grads), 0
         for index, group in enumerate(owner.param_groups):
             if index in dropping:
+                _check(masking, index)
                 self._leave_out(masking, index, clocks[index], start)
             start += len(group["params"])
 
     def _leave_out(self, masking: Masking, index: int, clock: Clock, start: int) -> None:
         """Leaves out what is idle of a group whose first parameter has the position ``start`` among all."""
         records = masking.records(index)
-        units = {record.unit for record in records if not record.flat}
+        units = {record.unit for record in records}
         off = {unit for unit in units if masking.plan(index, unit, clock).kind == "off"}
         for position, (param, record) in enumerate(zip(masking[index]["params"], records), start):
-            if record.unit not in off or record.flat:
+            if record.unit not in off:
                 continue
             if self.grads[position] is not None:
                 self.groups.add(index)

@@ -6,6 +6,7 @@ import torch
 
 from ..backends import capture
 from ..tensors.local import local_grads, local_tensors, several_processes
+from .idle_state import drop_gradient
 from .prepare import prepare, prepared_for
 from .prepared import PreparedStep
 from .stepper import Stepper
@@ -140,6 +141,10 @@ class StepInBackward:
             self._check()
             stepper.check()
             self._clocks, self._made_for = masking.clocks(), prepared_for(owner, masking)
+        idle = drop_gradient(owner, masking, param, self._clocks)
+        if idle is not None:
+            self._done[param] = idle
+            return
         grads, tensors = local_grads([param], [param.grad]), local_tensors([param])
         state = {param: owner.state[param]}
         if prepared is None or not prepared.holds([0], [param], tensors, grads, state, self._made_for):

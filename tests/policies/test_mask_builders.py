@@ -77,6 +77,16 @@ def test_changes(over, seed):
     assert_masks(top_change(wrapped, model, 0.2, over), changes, 0.2, over)
 
 
+def test_changes_are_taken_before_they_are_rounded():
+    model = nn.Linear(8, 1, bias=False).double()
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model.weight[0, 3] += 1e-12
+    assert top_change(before, model, 0.1)["weight"].nonzero().tolist() == [[0, 3]]
+    numbers = nn.ParameterDict({"a": nn.Parameter(torch.tensor([5j, 1, 2, 3]))})
+    assert top_magnitude(numbers, 0.3)["a"].tolist() == [True, False, False, False]
+
+
 def squared_gradients(model, batches):
     sums = {name: torch.zeros_like(param) for name, param in trained(model).items()}
     for batch in batches:
@@ -134,7 +144,7 @@ def test_what_param_groups_masks(build, seed):
     assert sum(int(mask.sum()) for mask in masks.values()) == round(0.2 * count)
     optimizer = FusedGradDropAdamW(groups, mask=FixedMask(masks))
     assert optimizer.active_fraction()[-2:] == [1.0, 1.0]
-    with pytest.raises(ValueError, match="no parameter is called"):
+    with pytest.raises(ValueError, match="'embeddings.weight' is in a parameter group with another mask, or none"):
         FusedGradDropAdamW(param_groups(model), mask=FixedMask(build(model)))
 
 
@@ -146,6 +156,15 @@ def test_what_else_is_refused(seed):
         top_gradient(model, [], 0.5)
     with pytest.raises(ValueError, match=r"'1.weight' in the shape \(17, 12\), got None"):
         top_change({"0.weight": model[0].weight}, model, 0.5)
+    for over in ("all", "tensor"):
+        with pytest.raises(ValueError, match="every score is 0"):
+            top_change(model.state_dict(), model, 0.5, over)
+        with pytest.raises(ValueError, match="every score is 0"):
+            top_gradient(model, [1], 0.5, over, loss_of=lambda model, batch: torch.ones(1, requires_grad=True).sum())
+    model[1].weight._is_flat_param = True
+    with pytest.raises(ValueError, match="'1.weight' is sharded already"):
+        top_magnitude(model, 0.5)
+    del model[1].weight._is_flat_param
     with torch.no_grad():
         model[1].weight[2, 3] = float("nan")
     with pytest.raises(ValueError, match="'1.weight' is NaN"):

@@ -149,6 +149,9 @@ def test_in_the_backward_pass_the_training_is_the_same(seed):
         active = active_blocks(plain)
         for each, its in ((model, optimizer), (twin, plain)):
             each(ids).square().sum().backward()
+            if each is model:  # not even between the passes
+                idle = [param for name, param in model.named_parameters() if block_of(name) not in (None, *active)]
+                assert not any(MOMENTS & optimizer.state.get(param, {}).keys() for param in idle)
             its.step()
             its.zero_grad()
         assert_state(model, optimizer, active, MOMENTS - {"max_exp_avg_sq"})
@@ -206,6 +209,35 @@ def test_a_norm_of_all_gradients_is_refused_with_the_remedy(seed):
     kept = [param for name, param in model.named_parameters() if MOMENTS & optimizer.state[param].keys()]
     norm = torch.cat([param.grad.flatten() for param in kept]).norm()
     assert torch.allclose(optimizer.grad_norm, norm)
+
+
+def test_what_cannot_drop_its_state_is_refused(seed):
+    model, optimizer = make(POLICIES[0], seed, dtype=torch.bfloat16, stochastic_rounding=True)
+    random_grads(model.parameters(), torch.Generator().manual_seed(seed))
+    with pytest.raises(ValueError, match="every turn would have the same noise"):
+        optimizer.step()
+    assert not optimizer.state
+    with pytest.raises(ValueError, match="idle_state='drop' of SampleBlocks needs masked='frozen'"):
+        make(POLICIES[0], seed, masked="gradient")
+    optimizer = FusedGradDropAdamW(param_groups(Encoder(), per_block=True), mask=POLICIES[1])
+    flat = torch.ones(10)
+    optimizer.param_groups[0].update(params=[flat], param_names=["flat"])  # as an engine does
+    optimizer.attach_pieces({flat: [("layer.0.linear.weight", 0, 0, 10)]})
+    flat.grad = torch.ones(10)
+    with pytest.raises(ValueError, match="cannot free the moments of blocks within a flat buffer"):
+        optimizer.step()
+
+
+def test_a_master_of_another_shape_is_refused_by_the_load(seed):
+    model, optimizer = make(POLICIES[1], seed, dtype=torch.bfloat16, master_weights=True)
+    random_grads(model.parameters(), torch.Generator().manual_seed(seed))
+    for _ in range(3):
+        optimizer.step()
+    file = optimizer.state_dict()
+    dropped = next(state for state in file["state"].values() if "master_param" in state and "exp_avg" not in state)
+    dropped["master_param"] = torch.ones(3)
+    with pytest.raises(ValueError, match="master_param in the state dict has shape"):
+        make(POLICIES[1], seed, dtype=torch.bfloat16, master_weights=True)[1].load_state_dict(file)
 
 
 def test_a_step_without_gradients_counts_nothing(seed):
