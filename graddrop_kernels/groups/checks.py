@@ -32,7 +32,7 @@ def check_groups(masking: Masking, first: int = 0) -> None:
                 f"masked={group['masked']!r} does not apply to {type(policy).__name__}, which drops nothing; "
                 "leave it None"
             )
-        if policy is not None and policy.needs_blocks:
+        if policy is not None and policy.takes_turns:
             policy.check_blocks(masking.blocks(index))
             if getattr(policy, "idle_state", "keep") == "drop" and not masking.is_frozen(index):
                 raise ValueError(
