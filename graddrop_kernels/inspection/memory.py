@@ -4,6 +4,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in torch's stub
 
 from ..groups.masking import masking_of
 from ..groups.owner import Owner
@@ -56,15 +57,15 @@ def memory(optimizer: Owner) -> dict[str, dict[str, int]]:
         drops = getattr(policy, "idle_state", "keep") == "drop"
         for param, record in zip(group["params"], masking.records(index)):
             tensor, state = local(param), optimizer.state.get(param, {})
-            now["parameters"] += tensor.nbytes
-            now["gradients"] += local(param.grad).nbytes if param.grad is not None else 0
+            now["parameters"] += _bytes(tensor)
+            now["gradients"] += _bytes(local(param.grad)) if param.grad is not None else 0
             for name, value in state.items():
                 if isinstance(value, torch.Tensor):
                     now[_OF_STATE.get(name, "moments")] += local(value).nbytes
-            peak["parameters"] += tensor.nbytes
-            if not (param.requires_grad or param.grad is not None or state):
+            peak["parameters"] += _bytes(tensor)
+            if not _bytes(tensor) or not (param.requires_grad or param.grad is not None or state):
                 continue
-            peak["gradients"] += tensor.nbytes
+            peak["gradients"] += _bytes(tensor)
             peak["masters"] += 4 * tensor.numel() * has_master(param, group)
             peak["masks"] += _mask_bytes(policy, param, record)
             moments = (2 + group["amsgrad"]) * tensor.numel() * moment_dtype(param, group, state).itemsize
@@ -76,6 +77,11 @@ def memory(optimizer: Owner) -> dict[str, dict[str, int]]:
     for policy, blocks in idle.items():
         peak["moments"] += sum(sorted(blocks.values(), reverse=True)[: getattr(policy, "k", 1)])
     return {when: {**kinds, "total": sum(kinds.values())} for when, kinds in (("now", now), ("peak", peak))}
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """0 for what cannot be stepped: a sparse parameter, or one that a lazy module has not made yet."""
+    return tensor.nbytes if tensor.layout is torch.strided and not isinstance(tensor, UninitializedTensorMixin) else 0
 
 
 def _mask_bytes(policy: Policy | None, param: torch.Tensor, record: ParamRecord) -> int:

@@ -18,7 +18,7 @@ from ..backends.tensor_table import TENSOR_ROW, tensor_table
 from ..masks.memory_order import MemoryOrder
 from ..masks.row_block import RowBlock
 from ..tensors.guards import same_facts
-from ..tensors.local import local, local_tensors
+from ..tensors.local import is_dtensor, local, local_tensors
 from ..tensors.memory import as_real, laid_out, needed_bytes, reach, storage_bytes, turns_of
 
 # For 400 tensors, map() with these takes a third of the time of a list comprehension.
@@ -68,6 +68,7 @@ class Member:
         self.grad_bytes = needed_bytes(grad)
         self.fits, self.stride, self.rows = fits, stride, rows
         kept = {name: tensors[name] for name in STATE if name in tensors}
+        self.is_sharded = any(map(is_dtensor, kept.values()))
         self.ids = {name: id(tensor) for name, tensor in kept.items()}
         self.addresses = {name: local(tensor).data_ptr() for name, tensor in tensors.items()}
         self._watched = {name: weakref.ref(tensor, lost.append) for name, tensor in kept.items()}
@@ -360,8 +361,7 @@ class PreparedStep:
 
     def _addresses(self, tensors: list[torch.Tensor], kept: list[torch.Tensor]) -> list[int]:
         """The addresses of the parameters and of their state tensors."""
-        steps = len(tensors)  # these come first, and are no DTensors
-        return list(map(_address, chain(tensors, kept[:steps], local_tensors(kept[steps:]))))
+        return list(map(_address, chain(tensors, local_tensors(kept) if self._columns.is_sharded else kept)))
 
     def _sort(self, members: list[Member]) -> list[_Whole]:
         wholes: dict[tuple[Any, ...], _Whole] = {}
@@ -387,8 +387,9 @@ class _Columns:
         self.all_fit = all(member.fits for member in members)
         names = [name for name in STATE if any(name in member.ids for member in members)]
         having = {name: [name in member.ids for member in members] for name in names}
-        self.having = {name: None if all(each) else each for name, each in having.items()}  # None: all members have it
         self.ids = {name: [member.ids.get(name) for member in members] for name in names}
+        self.having = {name: None if all(each) else each for name, each in having.items()}  # None: all members have it
+        self.is_sharded = any(member.is_sharded for member in members)
         self.addresses = {name: [member.addresses.get(name) for member in members] for name in ("param", *names)}
 
     def picked(self, columns: dict[str, list[int | None]], pick: _Pick) -> list[int | None]:

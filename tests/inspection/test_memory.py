@@ -98,6 +98,13 @@ def test_masks_that_were_given_count_once():
     assert memory(optimizer)["now"]["masks"] == memory(optimizer)["peak"]["masks"] == 4 * -(-2000 // 32)
 
 
+def test_what_cannot_be_stepped_counts_nothing():
+    sparse = torch.nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False)
+    lazy = torch.nn.LazyLinear(4).weight
+    optimizer = FusedGradDropAdamW([("sparse", sparse), ("lazy", lazy)], mask=None)
+    assert not any(memory(optimizer)["now"].values()) and not any(memory(optimizer)["peak"].values())
+
+
 def test_another_optimizer_is_refused():
     with pytest.raises(TypeError, match=r"memory\(optimizer\) needs a FusedGradDropAdamW"):
         memory(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]))
