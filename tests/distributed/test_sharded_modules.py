@@ -311,7 +311,8 @@ def looked_at(seed):
     named, whole = (
         FusedGradDropAdamW(each.named_parameters(), mask=GradDrop(0.25), seed=seed) for each in (model, Model())
     )
-    assert describe(named) == describe(whole)
+    said = [[line for line in describe(each).splitlines() if not line.startswith("memory")] for each in (named, whole)]
+    assert said[0] == said[1]  # of memory each process has its own
     assert named.active_fraction() == whole.active_fraction() == [0.75]
     own = named.mask("embedding.weight")
     assert own.shape == (37, HIDDEN) and own.placements == model.embedding.weight.placements

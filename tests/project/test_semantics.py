@@ -159,6 +159,7 @@ class Moment(NamedTuple):
     step: int  # of the parameter, before this update
     epoch: int
     past: list  # the epochs of the group's completed steps
+    most: int  # steps that any group has completed
     frozen: bool
     active: bool  # the bias correction counts ages
 
@@ -212,14 +213,14 @@ BLOCKS = [f"layers.{i}" for i in range(5)]
 PATTERN = "layers.*"
 
 
-def of_blocks(policy, frozen, keeps):
+def of_blocks(policy, frozen, keeps, completed=lambda at: len(at.past)):
     """Parameters outside of the blocks are dense."""
 
     def plan(at: Moment) -> Plan:
         block = ".".join(at.stream.name.split(".")[:2])
         if block not in BLOCKS:
             return Plan()
-        return Plan(keeps(at, block), t=len(at.past) + 1 if at.frozen and not at.active else None)
+        return Plan(keeps(at, block), t=completed(at) + 1 if at.frozen and not at.active else None)
 
     return Rule(policy, frozen, plan)
 
@@ -250,17 +251,17 @@ def shuffled(seed, draw):
 
 
 def sample(k, every):
-    keeps = lambda at, block: block in shuffled(at.stream.seed, len(at.past) // every)[:k]
-    return of_blocks(SampleBlocks(k, every, layers=PATTERN), True, keeps)
+    keeps = lambda at, block: block in shuffled(at.stream.seed, at.most // every)[:k]
+    return of_blocks(SampleBlocks(k, every, layers=PATTERN), True, keeps, lambda at: at.most)
 
 
 def cycle(every, order):
     def keeps(at: Moment, block: str) -> bool:
-        turn = len(at.past) // every
+        turn = at.most // every
         orders = {"forward": BLOCKS, "backward": BLOCKS[::-1], "random": shuffled(at.stream.seed, turn // len(BLOCKS))}
         return block == orders[order][turn % len(BLOCKS)]
 
-    return of_blocks(CycleBlocks(every, order, layers=PATTERN), True, keeps)
+    return of_blocks(CycleBlocks(every, order, layers=PATTERN), True, keeps, lambda at: at.most)
 
 
 def random_mask(density):
@@ -509,9 +510,9 @@ class Run:
             self.optimizers.append((optimizer, tensors))
 
     def plan(self, group: dict, name: str, epoch: int) -> Plan:
-        step = self.params[name].step
+        step, most = self.params[name].step, max(len(each["past"]) for each in self.groups)
         return self.rule.plan(
-            Moment(self.streams[name], SIZES[name], step, epoch, group["past"], self.frozen, self.active)
+            Moment(self.streams[name], SIZES[name], step, epoch, group["past"], most, self.frozen, self.active)
         )
 
     def step(self, epoch: int, grads: dict, unscale=None, clip=None) -> None:
@@ -520,8 +521,8 @@ class Run:
             optimizer.set_epoch(epoch)
             for name, tensor in tensors.items():
                 tensor.grad = torch_of(grads[name], self.kind.param, self.kind.parts) if name in grads else None
-        for group in self.groups:
-            plans = {name: self.plan(group, name, epoch) for name in group["names"]}
+        planned = [{name: self.plan(group, name, epoch) for name in group["names"]} for group in self.groups]
+        for group, plans in zip(self.groups, planned):
             for name, plan in plans.items():
                 keep = np.broadcast_to(plan.keep, SIZES[name])
                 for optimizer, tensors in self.optimizers:
