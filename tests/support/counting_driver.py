@@ -2,11 +2,11 @@
 
 from contextlib import contextmanager
 
-import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from graddrop_kernels.backends.triton import norm, prologue, update
+from graddrop_kernels.backends.triton.ahead import CompilingDriver
 
 SM_90 = GPUTarget("cuda", 90, 32)
 _KERNELS = {
@@ -14,10 +14,11 @@ _KERNELS = {
 }  # fmt: skip
 
 
-class CountingDriver:
+class CountingDriver(CompilingDriver):
     """Replaces the GPU's driver: kernels are compiled as for an H100, and launches only recorded."""
 
     def __init__(self):
+        super().__init__(SM_90)
         self.launches: list[tuple[str, int]] = []  # (kernel, programs)
         self.utils = self
         self.launcher_cls = self._launcher
@@ -30,24 +31,6 @@ class CountingDriver:
 
     def get_device_properties(self, device) -> dict:
         return {"max_shared_mem": 232448, "multiprocessor_count": 132}
-
-    def get_current_target(self) -> GPUTarget:
-        return SM_90
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def is_active(self) -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, name: str) -> str:
-        return name
 
 
 @contextmanager
