@@ -82,15 +82,13 @@ def step_in_graph(
         return eagerly(closure)
     groups = step.groups
     everything = [param for group in groups for param in group["params"]]
+    reason = _why_not_traced(step.handle)
+    if reason is not None:
+        torch._dynamo.graph_break(msg=reason)
+        return eagerly(closure)
     positions = [position for position, param in enumerate(everything) if param.grad is not None]
     if not positions:
         return None
-    if any(map(is_dtensor, everything)):
-        torch._dynamo.graph_break(msg="a step of DTensors is not compiled: it is one call already")
-        return eagerly(closure)
-    if _frees_state(step.handle):
-        torch._dynamo.graph_break(msg="idle_state='drop' frees and makes moments between steps, which a graph holds")
-        return eagerly(closure)
     hyper_places: Any = _before_tracing(step.handle, positions)
     if hyper_places is None:
         torch._dynamo.graph_break(
@@ -152,14 +150,22 @@ def _before_tracing(handle: str, positions: list[int]) -> tuple[tuple[int, int],
     )
 
 
-def _frees_state(handle: str) -> bool:
-    masking = _graph_steps[handle].stepper.masking
-    return any(drops_idle_state(masking, index) for index in masking.indices())
+def _why_not_traced(handle: str) -> str | None:
+    step = _graph_steps[handle]
+    everything = [param for group in step.groups for param in group["params"]]
+    if any(map(is_dtensor, everything)):
+        return "a step of DTensors is not compiled: it is one call already"
+    if any(drops_idle_state(step.stepper.masking, index) for index in step.stepper.masking.indices()):
+        return "idle_state='drop' frees and makes moments between steps, which a graph holds"
+    # Only the eager step says which parameter it is. dynamo has not always come to an end with such a tensor.
+    if any(param.grad is not None and param.grad.is_sparse for param in everything):
+        return "a sparse gradient is refused by the step"
+    return None
 
 
 # Does what torch.compiler.assume_constant_result does, which would import torch._dynamo.
 _before_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a mark on a function
-_frees_state._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_why_not_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _has_pending_change(groups: list[dict[str, Any]]) -> bool:
