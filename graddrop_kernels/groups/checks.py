@@ -137,7 +137,6 @@ def check_row(
     check_state(record.name, tensor, state, trained_rows(param, record))
     check_memory(f"parameter {record.name!r}", tensor)
     check_memory(f"the gradient of {record.name!r}", grad)
-    masking.check_flat(record, param)
     if record.flat and owner.max_grad_norm is not None:
         raise ValueError(
             f"max_grad_norm={owner.max_grad_norm!r} cannot be used with the flat buffer {record.name!r}, whose "

@@ -171,7 +171,7 @@ def make_records(
             )
         if pieces and needs_blocks:
             block = _block_of_buffer(name, pieces)
-        rows = policy.rows_of(name) if policy is not None and not pieces else None
+        rows = policy.rows_of(name) if policy is not None and param not in flat else None
         records.append(ParamRecord(name, stream_key(name, group["seed"]), unit(name, block), rows, tuple(pieces)))
     return records, blocks
 

@@ -61,7 +61,8 @@ class Rows:
         """The share of the elements of a tensor that are in these rows."""
         if self == NO_ROWS or not shape:
             return 0.0
-        return sum(stop - start for start, stop in self.runs(shape[0])) / max(shape[0], 1)
+        runs: Runs = self.runs(shape[0])
+        return sum(stop - start for start, stop in runs) / max(shape[0], 1)
 
     @lru_cache(maxsize=1024)  # noqa: B019 (of values, which are small)
     def runs(self, size: int) -> Runs:

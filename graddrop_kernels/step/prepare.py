@@ -63,6 +63,8 @@ def prepare(
     members = {} if before is None else _still_good(before, there, params, grads, states, made_for)
     missing = [each for each in zip(there, params, grads) if each[0] not in members]
     found = list(_found(masking, missing, params_of_all=fresh is not None))
+    for new in found:
+        masking.check_flat(new.record, new.param)
     if found:
         check_named_params(masking)
     for new in found:
