@@ -139,9 +139,11 @@ def _crop(masking: Masking, index: int, position: int) -> torch.Tensor:
 def _share(masking: Masking, index: int, position: int) -> float:
     """Returns the share of a parameter's elements that the next step keeps; of a large random mask, a sample's."""
     param, record = masking[index]["params"][position], masking.records(index)[position]
-    plan, numel = _plan_of(masking, index, position), param.numel()
+    plan = _plan_of(masking, index, position)
+    numel: int = param.numel()
     if record.rows is not None:
-        return record.rows.share(tuple(param.shape))
+        share: float = record.rows.share(tuple(param.shape))
+        return share
     if plan.kind == "fixed":
         return count_kept(_fixed_words(masking, index, record.name)) / numel
     if plan.kind not in ("bernoulli", "bucket"):
