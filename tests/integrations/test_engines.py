@@ -399,7 +399,7 @@ def continued(engines, policies, seed, folder):
     ["zero", "fsdp1 slices", "fsdp1 flat"], pytest.param(["deepspeed 1", "deepspeed 3"], marks=needs_deepspeed),
 ])  # fmt: skip
 def test_a_run_goes_on_bit_for_bit(engines, seed, tmp_path):
-    policies = ["graddrop", "layer", "epoch-bitpacked"]
+    policies = ["graddrop", "layer", "epoch-bitpacked", "rows"]
     assert run_ranks(2, continued, engines, policies, seed, tmp_path, timeout=180) == [[], []]
 
 
