@@ -55,7 +55,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             own choice, see the README's table.
         bias_correction: ``"active"`` counts the steps in which a frozen unit was active: its first steps have the size
             of lr. ``"global"``, the literal form, counts all steps: a late unit starts with 3 to 6 times lr.
-        moment_dtype: None for moments in the parameter's dtype (as torch), or torch.float32.
+        moment_dtype: None for moments in the parameter's dtype (as torch); torch.float32, for 16-bit parameters;
+            torch.bfloat16, for float32 ones.
         master_weights: step a float32 copy of each bfloat16 or float16 parameter, with float32 moments; the parameter
             is that copy rounded. The state keeps it as ``master_param``. It overrides the parameter: load new weights
             before the first step.

@@ -13,7 +13,7 @@ from ..policies.rows import Runs
 from ..tensors.local import is_dtensor
 from .masking import Masking
 from .names import canonical_name
-from .param_state import STATE_TENSORS, has_master, in_rows, state_shape
+from .param_state import STATE_TENSORS, has_master, in_rows, state_shape, wanted_moments
 from .records import ParamRecord, trained_rows
 
 # These describe the live model and how it is stepped, not the training: a file never overrides them.
@@ -225,9 +225,9 @@ def _refuse(theirs: list[list[str]], ours: list[list[str]], remedy: str) -> NoRe
 
 
 def make_own(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Copies what torch has left shared with the file, so that it can be loaded again. Undoes torch's cast of float32
-    moments and masters to the parameter's dtype. Makes step counts float32, in which the kernels count. Removes masters
-    where none are wanted.
+    """Copies what torch has left shared with the file, so that it can be loaded again. Undoes torch's cast, to the
+    parameter's dtype, of float32 moments and masters, and of moments in the dtype that the group wants. Makes step
+    counts float32, in which the kernels count. Removes masters where none are wanted.
 
     Moments of any other dtype come from a model of that dtype, and for them the cast is right.
     """
@@ -241,7 +241,7 @@ def make_own(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> No
                 own[key] = torch.as_tensor(value, dtype=torch.float32, device=param.device).clone()
             elif not isinstance(value, torch.Tensor):
                 own[key] = copy.deepcopy(value)
-            elif value.dtype == torch.float32 != own[key].dtype:
+            elif value.dtype != own[key].dtype and value.dtype in (torch.float32, wanted_moments(param, group)):
                 own[key] = value.to(param.device, copy=True)
             elif own[key] is value:
                 own[key] = value.clone()

@@ -30,7 +30,14 @@ def moment_dtype(param: torch.Tensor, group: dict[str, Any], state: dict[str, An
     if "exp_avg" in state:
         dtype: torch.dtype = state["exp_avg"].dtype
         return dtype
-    return torch.float32 if group["moment_dtype"] == "float32" and param.dtype in _HALF else param.dtype
+    return wanted_moments(param, group)
+
+
+def wanted_moments(param: torch.Tensor, group: dict[str, Any]) -> torch.dtype:
+    """The dtype of new moments. The group's choice is for 16-bit parameters (float32) or float32 ones (bfloat16)."""
+    if has_master(param, group) or (group["moment_dtype"] == "float32" and param.dtype in _HALF):
+        return torch.float32
+    return torch.bfloat16 if group["moment_dtype"] == "bfloat16" and param.dtype == torch.float32 else param.dtype
 
 
 def mode(

@@ -94,7 +94,8 @@ def fused_engines(dtypes: tuple[torch.dtype, torch.dtype]) -> list[Engine]:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-DTYPES = ((F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32))  # (parameter, moments) of the fused backends
+# (parameter, moments) of the fused backends
+DTYPES = ((F32, F32), (F32, BF16), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32))
 
 SMALL_SIZES = (0, 1, 3, 4, 5, 31, 33, 1031)
 SIZES = (0, 1, 3, 4, 5, 31, 33, 65537)  # the last is more than two threads' grains
@@ -234,7 +235,7 @@ class Case(verify_cases.Case):
         masking = MASKINGS[self.policy]
         return {
             "mask": masking.policy(named), "seed": rng.getrandbits(64), "betas": (0.9, 0.999), "weight_decay": 1e-2,
-            "amsgrad": False, "moment_dtype": F32 if moments is F32 else None, "master_weights": masters,
+            "amsgrad": False, "moment_dtype": moments if moments in (F32, BF16) else None, "master_weights": masters,
             "stochastic_rounding": stochastic, **HYPERS[self.hyper], **masking.arguments,
         }  # fmt: skip
 
