@@ -365,6 +365,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "float32": Kind(),
+    "float32, bfloat16 moments": Kind(moments=torch.bfloat16),
     "bfloat16": Kind(torch.bfloat16),
     "bfloat16, float32 moments": Kind(torch.bfloat16, torch.float32),
     "bfloat16, masters": Kind(torch.bfloat16, master=True),

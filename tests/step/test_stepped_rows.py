@@ -13,6 +13,7 @@ SHAPES = {"embedding": (50, 6), "bias": (50,), "experts": (4, 5, 3), "conv": (8,
 MODES = {
     "float32": (torch.float32, {}),
     "amsgrad": (torch.float32, {"amsgrad": True, "maximize": True}),
+    "bfloat16 moments": (torch.float32, {"moment_dtype": torch.bfloat16}),
     "bfloat16": (torch.bfloat16, {}),
     "float32 moments": (torch.bfloat16, {"moment_dtype": torch.float32}),
     "masters": (torch.bfloat16, {"master_weights": True}),
