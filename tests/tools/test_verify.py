@@ -497,7 +497,8 @@ def test_a_seed_repeats_a_run_and_another_does_not(seed):
 def test_every_policy_of_the_package_and_of_the_readme_is_stepped(seed):
     rng, named = random.Random(seed), [(f"layers.{i}.w", torch.ones(3)) for i in range(4)]
     made = {type(make(rng, named)).__name__ for make in POLICIES.values()}
-    assert made == {*policies.POLICIES, "NoneType"}
+    # A step of TrainRows is a plain one, of parts of the tensors: tests/step/test_stepped_rows.py.
+    assert made == {*policies.POLICIES, "NoneType"} - {"TrainRows"}
 
 
 def test_misaligned_tensors_are(seed):
