@@ -1,0 +1,65 @@
+"""Bytes that an optimizer keeps alive, and the resident memory of this process (Linux)."""
+
+import ctypes
+import gc
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def kept_bytes(optimizer: torch.optim.Optimizer, params: Iterable[torch.Tensor]) -> tuple[int, int]:
+    """Returns (bytes of tensors, bytes of tables) that only the optimizer keeps alive: no parameters or gradients."""
+    tensors = [tensor for param in params for tensor in (param, param.grad) if tensor is not None]
+    given = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    found: dict[int, int] = {}
+    tables = 0
+    seen, queue = set(), [optimizer]
+    while queue:
+        item = queue.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storage = item.untyped_storage()
+            if storage.data_ptr() not in given:
+                found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, (np.ndarray, ctypes.Array, ctypes.Structure)):
+            tables += memoryview(item).nbytes
+        elif isinstance(item, dict):
+            queue += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            queue += item
+        elif isinstance(item, torch.optim.Optimizer) or type(item).__module__.startswith("graddrop_kernels"):
+            queue += [value for value in gc.get_referents(item) if not isinstance(value, type)]
+    return sum(found.values()), tables
+
+
+def start_peak() -> int | None:
+    """Lets the peak of the resident memory start from here. Returns the bytes resident now; None if /proc does not
+    report them.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # returns free memory, so that who takes it again is seen
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return None
+    return _resident("VmRSS")
+
+
+def peak() -> int:
+    """Returns the bytes at the peak of the resident memory since ``start_peak()``."""
+    return _resident("VmHWM")
+
+
+def peak_growth(step: Callable[[], object]) -> int | None:
+    """Returns the bytes by which the resident memory grows while ``step`` runs; None if /proc does not report it."""
+    before = start_peak()
+    step()
+    return None if before is None else max(0, peak() - before)
+
+
+def _resident(field: str) -> int:
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
