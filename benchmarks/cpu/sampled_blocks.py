@@ -2,38 +2,33 @@
 BAdam's, and full fine-tuning with torch's fused AdamW.
 
 The demo's model (12 blocks) on English SIB-200, in float32, without activation dropout: the same weights, batches,
-learning rate and constant rest for all, no weight decay; embeddings and head are trained in every step. Each way to
-train has a process of its own, whose peak of resident memory is that of the training. The processes take turns, in a
-random order for every batch. A ratio is the median over batches of a way's time over that of full fine-tuning.
+learning rate for all, no weight decay; embeddings and head are trained in every step. Each way to train has a process
+of its own. The processes take turns, in a random order for every batch. A ratio is the median over batches of a way's
+time over that of full fine-tuning. Peaks of resident memory are those of other processes, with a new period in every
+step, as many steps as there are blocks, all with the longest batch. There freed memory goes back at once.
 
 Then each run is resumed: in the middle of the second period every process saves what transformers' Trainer saves
-(weights, the optimizer's state_dict(), the states of the random generators, the number of steps). Another process loads
-it, goes on into the third period, and has to have the bits of the run that was not interrupted.
+(weights, the optimizer's state_dict(), the states of the random generators, the number of steps). A run that is begun
+anew loads it and goes on into the third period. Its weights are compared with those of the uninterrupted run.
 
 BAdam is the package from PyPI; where it is not installed its row says so. LISA is not on PyPI: --lmflow takes a
 checkout of github.com/OptimalScale/LMFlow, from which its callback is loaded. Without one the blocks are frozen as the
 callback freezes them. Exits with 1 when ours keep other moments than those of k blocks and of what is outside.
 """
 
-import argparse
 import contextlib
 import functools
 import hashlib
-import importlib
-import importlib.metadata
-import importlib.util
 import io
 import multiprocessing
+import os
 import random
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,127 +41,28 @@ from graddrop_kernels.demo.classifier import BUNDLED, ModelSource
 from graddrop_kernels.demo.train import collate, epoch_batches
 
 from ..common.machine import Load
-from ..common.peers import Peer, unavailable
-from ..common.process_memory import kept_bytes, peak, start_peak
+from ..common.peers import unavailable
+from ..common.process_memory import kept_bytes, peak, return_at_once, start_peak
 from ..common.results import arguments, write
 from ..common.rounds import FIFTHS, Variant, summarize
 from ..common.timers import HostTimer, Sample
+from ..common.turns import LAYERS, WAYS, Plan, sources
 
-SAMPLED = 2  # blocks that SampleBlocks and LISA train at a time
-HYPERS = {"lr": 3e-4, "weight_decay": 0.0}
 BATCH, TOKENS = 16, 64
-LAYERS = "bert.encoder.layer"
+# Its server imports what takes long once, and starts no threads before it forks.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["transformers.models.bert.modeling_bert", "graddrop_kernels.demo.train"])
-OUTSIDE = ["bert.embeddings.", "classifier."]
-CALLBACK = "src/lmflow/pipeline/utils/lisa_trainer.py"  # in a checkout of LMFlow
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What all processes have in common. ``work``: the file of (model, batches)."""
-
-    work: Path
-    every: int
-    seed: int
-    threads: int
-    lmflow: Path | None
-
-
-@dataclass
-class Way:
-    """A way to train. ``begin`` is called with the number of a step, ``passes`` around its forward and backward."""
-
-    optimizer: Any
-    begin: Callable[[int], object] = lambda number: None
-    passes: Callable[[], AbstractContextManager] = contextlib.nullcontext
-
-
-# The ways ------------------------------------------------------------------------------------------------------------
-
-
-def torch_adamw(model: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), fused=True, **HYPERS)
-
-
-def full(model: nn.Module, plan: Plan) -> Way:
-    return Way(torch_adamw(model))
-
-
-def in_turns(policy: Callable[[int], Any], model: nn.Module, plan: Plan) -> Way:
-    groups = gk.param_groups(model, HYPERS["weight_decay"])
-    optimizer = gk.FusedGradDropAdamW(groups, mask=policy(plan.every), seed=plan.seed, **HYPERS)
-    return Way(optimizer, passes=optimizer.skip_dropped)
-
-
-class LisaStyle:
-    """Freezes as LMFlow's DynamicLayerActivationCallback does: with its arguments and its draws."""
-
-    def __init__(self, n_layers: int, interval_steps: int, model: nn.Module, lisa_layers_attribute: str):
-        self.count, self.every = n_layers, interval_steps
-        self.layers = model.get_submodule(lisa_layers_attribute.removeprefix("model."))
-
-    def on_step_begin(self, args: Any, state: Any, control: Any) -> None:
-        if state.global_step % self.every == 0:
-            active = np.random.choice(range(len(self.layers)), self.count, replace=False)
-            for index, layer in enumerate(self.layers):
-                layer.requires_grad_(index in active)
-
-
-def lisa_callback(checkout: Path | None) -> type:
-    if checkout is None:
-        return LisaStyle
-    spec = importlib.util.spec_from_file_location("lisa_trainer", checkout / CALLBACK)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.DynamicLayerActivationCallback
-
-
-def lisa(model: nn.Module, plan: Plan) -> Way:
-    callback = lisa_callback(plan.lmflow)(SAMPLED, plan.every, model, lisa_layers_attribute=f"model.{LAYERS}")
-    begin = lambda number: callback.on_step_begin(None, SimpleNamespace(global_step=number), None)
-    return Way(torch_adamw(model), begin)
-
-
-def badam(model: nn.Module, plan: Plan) -> Way:
-    blocks = [[f"{LAYERS}.{index}."] for index in range(len(model.get_submodule(LAYERS)))]
-    optimizer = importlib.import_module("badam").BlockOptimizer(
-        torch_adamw(model), list(model.named_parameters()), blocks, switch_block_every=plan.every,
-        switch_mode="ascending", active_modules=OUTSIDE, verbose=0,
-    )  # fmt: skip
-    return Way(optimizer)
-
-
-def _peer(name: str, module: str | None, make: Callable) -> Peer:
-    return Peer(name, module, module, make, (), "")
-
-
-SAMPLE = functools.partial(gk.SampleBlocks, SAMPLED, idle_state="drop")
-CYCLE = functools.partial(gk.CycleBlocks, idle_state="drop")
-# (way, kind, blocks trained at a time; None: all)
-WAYS: dict[str, tuple[Peer, str, int | None]] = {
-    peer.name: (peer, kind, count)
-    for peer, kind, count in (
-        (_peer("full fine-tuning", None, full), "peer", None),
-        (_peer(f"SampleBlocks({SAMPLED})", None, functools.partial(in_turns, SAMPLE)), "ours", SAMPLED),
-        (_peer("LISA", "transformers", lisa), "peer", SAMPLED),
-        (_peer("CycleBlocks", None, functools.partial(in_turns, CYCLE)), "ours", 1),
-        (_peer("BAdam", "badam", badam), "peer", 1),
-        (_peer("full fine-tuning, again", None, full), "check", None),
-    )
-}
-
-
-# One process ---------------------------------------------------------------------------------------------------------
 
 
 class Run:
-    """A way in its own process. Goes on from a checkout's file, if one is given, as transformers' Trainer would."""
+    """A way in its own process. ``saved``: the file of a run to go on from, as transformers' Trainer would."""
 
     def __init__(self, name: str, plan: Plan, saved: Path | None):
         torch.set_num_threads(plan.threads)
         warnings.simplefilter("ignore")  # BAdam's, of weights in float32
         import_what_steps_import()
+        if plan.exact_memory:
+            return_at_once()
         self.model, self.batches = torch.load(plan.work, weights_only=False)
         self.model.train()
         self.number, self.timer = 0, HostTimer()
@@ -266,11 +162,10 @@ class Worker:
         self._pool.shutdown()
 
 
-# All of them ---------------------------------------------------------------------------------------------------------
-
-
-def prepare(path: Path, steps: int, quick: bool) -> nn.Module:
-    """Writes the model and the batches. Returns the model."""
+def prepare(folder: Path, steps: int, quick: bool) -> nn.Module:
+    """Writes the files of two plans: of so many batches, and of the longest one of them, once per block. Returns the
+    model.
+    """
     split = sib200.load("en", "train")
     source = ModelSource(BUNDLED, split.texts, len(sib200.LABELS))
     model, ids = source.model(0, 0.0), source.encode(split.texts, 6 if quick else TOKENS)
@@ -283,7 +178,9 @@ def prepare(path: Path, steps: int, quick: bool) -> nn.Module:
     for chosen in order[:steps]:
         inputs = collate([ids[i] for i in chosen], source.tokenizer.pad_token_id, torch.device("cpu"))
         batches.append((inputs, torch.tensor([split.labels[i] for i in chosen])))
-    torch.save((model, batches), path)
+    longest = max(batches, key=lambda batch: batch[0]["input_ids"].shape[1])
+    torch.save((model, batches), folder / "batches")
+    torch.save((model, [longest] * len(model.get_submodule(LAYERS))), folder / "longest")
     return model
 
 
@@ -318,7 +215,6 @@ def train(plan: Plan, steps: int, saved_at: int, folder: Path) -> tuple[list[Var
             if number % 10 == 9:
                 print(f"{number + 1} of {steps} steps", file=sys.stderr)
         for name, worker in workers.items():
-            found[name]["peak"] = worker.do("peak_bytes")
             worker.begin(folder / name)
             for _ in range(plan.every):
                 worker.do("step")
@@ -326,18 +222,11 @@ def train(plan: Plan, steps: int, saved_at: int, folder: Path) -> tuple[list[Var
     return variants, found
 
 
-def sources(options: argparse.Namespace) -> dict[str, str]:
-    """Says whose code the peers' rows are. A file is named as git names its contents."""
-    own = f"LISA-style: frozen as by LMFlow's callback ({CALLBACK})"
-    if options.lmflow:
-        text = (options.lmflow / CALLBACK).read_bytes()
-        own = f"LMFlow's DynamicLayerActivationCallback ({CALLBACK}, git blob {git_blob(text)})"
-    version = importlib.metadata.version("badam") if importlib.util.find_spec("badam") else None
-    return {"LISA": own, "BAdam": f"badam {version}, BlockOptimizer"}
-
-
-def git_blob(text: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(text) + text).hexdigest()[:12]
+def peak_of(name: str, plan: Plan, steps: int) -> int | None:
+    with Worker(name, plan) as worker:
+        for _ in range(steps):
+            worker.do("step")
+        return worker.do("peak_bytes")
 
 
 def main() -> int:
@@ -354,14 +243,18 @@ def main() -> int:
     load = Load()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plan = Plan(folder / "work", every, random.randrange(2**31), options.threads, options.lmflow)
-        model = prepare(plan.work, steps, options.quick)
+        plan = Plan(folder / "batches", every, random.randrange(2**31), options.threads, options.lmflow)
+        model = prepare(folder, steps, options.quick)
+        layers = len(model.get_submodule(LAYERS))
         variants, found = train(plan, steps, saved_at, folder)
+        in_memory = replace(plan, work=folder / "longest", every=1, exact_memory=True)
+        with ThreadPoolExecutor(max(1, os.cpu_count() // options.threads)) as pool:
+            peaks = dict(zip(found, pool.map(lambda name: peak_of(name, in_memory, layers), found)))
 
     def figures(variant: Variant, row: dict) -> dict:
         own, count = found[variant.name], WAYS[variant.name][2]
         return {
-            "repetitions": len(variant.samples), "blocks": count, "peak_bytes": own["peak"],
+            "repetitions": len(variant.samples), "blocks": count, "peak_bytes": peaks[variant.name],
             "kept_bytes": max(own["kept"]), "computed_bytes": computed_bytes(model, count),
             "same_bits": own["digest"] == own["resumed"], "kept": own["kept"], "losses": own["losses"],
         }  # fmt: skip
@@ -370,7 +263,7 @@ def main() -> int:
     for row in rows:
         print({key: value for key, value in row.items() if key not in ("kept", "losses")}, flush=True)
     facts = {"threads": options.threads, "seed": plan.seed, "every": every, "steps": steps, "saved_at": saved_at}
-    facts |= {"layers": len(model.get_submodule(LAYERS)), "sources": sources(options), "load": load.report()}
+    facts |= {"layers": layers, "sources": sources(options.lmflow), "load": load.report()}
     print(write("sampled_blocks", options, facts | {"rows": rows}))
     ours = [row for row in rows if row["kind"] == "ours"]
     wrong = [row["name"] for row in ours if row["kept_bytes"] != row["computed_bytes"]]

@@ -10,9 +10,10 @@ import pytest
 import torch
 from test_benchmarks import run_well
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))
 
-from benchmarks.common import peers  # noqa: E402
+from benchmarks.common import peers, turns  # noqa: E402
 from benchmarks.common.results import load  # noqa: E402
 from benchmarks.cpu import sampled_blocks  # noqa: E402
 from benchmarks.render import __main__ as render  # noqa: E402
@@ -37,7 +38,7 @@ def plan(seed, tmp_path, one_thread):
         for _ in range(SAVED_AT + EVERY)
     ]
     torch.save((model, batches), tmp_path / "work")
-    return sampled_blocks.Plan(tmp_path / "work", EVERY, seed % 2**31, 1, None)
+    return turns.Plan(tmp_path / "work", EVERY, seed % 2**31, 1, None)
 
 
 def runs(name, plan, saved):
@@ -53,10 +54,10 @@ def runs(name, plan, saved):
     return whole, resumed, max(kept)
 
 
-@pytest.mark.parametrize("name", [name for name, (_, kind, _) in sampled_blocks.WAYS.items() if kind != "check"])
+@pytest.mark.parametrize("name", [name for name, (_, kind, _) in turns.WAYS.items() if kind != "check"])
 def test_a_resume_in_the_middle_of_a_period(name, plan, tmp_path):
     """Ours and full fine-tuning have the bits of a run that was not interrupted, the peers have not."""
-    peer, kind, count = sampled_blocks.WAYS[name]
+    peer, kind, count = turns.WAYS[name]
     if peers.unavailable(peer):
         pytest.skip(f"{name}: {peers.unavailable(peer)}")
     whole, resumed, kept = runs(name, plan, tmp_path / "saved")
@@ -67,7 +68,7 @@ def test_a_resume_in_the_middle_of_a_period(name, plan, tmp_path):
 
 
 def test_ours_and_lisa_train_so_many_blocks(plan):
-    for name, (peer, _, count) in sampled_blocks.WAYS.items():
+    for name, (peer, _, count) in turns.WAYS.items():
         if peers.unavailable(peer) is not None or count is None:
             continue
         run = sampled_blocks.Run(name, plan, None)
@@ -75,7 +76,7 @@ def test_ours_and_lisa_train_so_many_blocks(plan):
             before = [param.detach().clone() for param in run.model.parameters()]
             run.step()
             moved = {
-                key.split(".")[3] if key.startswith(sampled_blocks.LAYERS) else key.split(".")[0]
+                key.split(".")[3] if key.startswith(turns.LAYERS) else key.split(".")[0]
                 for (key, param), old in zip(run.model.named_parameters(), before)
                 if not torch.equal(param, old)
             }
@@ -83,7 +84,7 @@ def test_ours_and_lisa_train_so_many_blocks(plan):
 
 
 def test_lisas_class_comes_from_the_checkout(plan, tmp_path):
-    path = tmp_path / "lmflow" / sampled_blocks.CALLBACK
+    path = tmp_path / "lmflow" / turns.CALLBACK
     path.parent.mkdir(parents=True)
     path.write_text(
         "class DynamicLayerActivationCallback:\n"
@@ -94,19 +95,41 @@ def test_lisas_class_comes_from_the_checkout(plan, tmp_path):
         "        self.seen.append(state.global_step)\n"
         "        self.model.seen = self.seen\n"
     )
-    own = sampled_blocks.Plan(plan.work, EVERY, plan.seed, 1, tmp_path / "lmflow")
+    own = turns.Plan(plan.work, EVERY, plan.seed, 1, tmp_path / "lmflow")
     run = sampled_blocks.Run("LISA", own, None)
     run.step(), run.step()
-    assert run.model.seen == [sampled_blocks.SAMPLED, EVERY, 4, 0, 1]
-    assert sampled_blocks.lisa_callback(None) is sampled_blocks.LisaStyle
+    assert run.model.seen == [turns.SAMPLED, EVERY, 4, 0, 1]
+    assert turns.lisa_callback(None) is turns.LisaStyle
     blob = subprocess.run(["git", "hash-object", path], capture_output=True, text=True)
-    assert blob.returncode or blob.stdout.startswith(sampled_blocks.git_blob(path.read_bytes()))
-    assert sampled_blocks.git_blob(b"") == hashlib.sha1(b"blob 0\0").hexdigest()[:12]
+    assert blob.returncode or blob.stdout.startswith(turns.git_blob(path.read_bytes()))
+    assert turns.git_blob(b"") == hashlib.sha1(b"blob 0\0").hexdigest()[:12]
 
 
 def test_a_missing_peer_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "badam", None)  # as if not installed, whether or not it is
-    assert peers.unavailable(sampled_blocks.WAYS["BAdam"][0]) == "not installed"
+    assert peers.unavailable(turns.WAYS["BAdam"][0]) == "not installed"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of the resident memory")
+@pytest.mark.parametrize("at_once", [True, False])
+def test_memory_that_is_freed_is_given_back(at_once):
+    """In a process of its own, whose allocator otherwise keeps freed tensors between those that stay."""
+    own = """
+import torch
+from benchmarks.common import process_memory
+torch.set_num_threads(1)
+if {}:
+    process_memory.return_at_once()
+for _ in range(3):
+    freed, stay = [], []
+    for _ in range(100):
+        freed.append(torch.ones(1 << 18)), stay.append(torch.ones(1 << 8))
+    before = process_memory.start_peak()
+    freed.clear()
+print(before - process_memory.resident("VmRSS"))
+"""
+    process = subprocess.run([sys.executable, "-c", own.format(at_once)], cwd=ROOT, capture_output=True, text=True)
+    assert (int(process.stdout) > 90 << 20) == at_once, process
 
 
 @pytest.mark.slow
@@ -114,11 +137,11 @@ def test_every_way_is_measured_and_shown(tmp_path):
     run_well("cpu.sampled_blocks", "--quick", "--out", tmp_path / "some-machine")
     result = json.loads((tmp_path / "some-machine" / "sampled_blocks.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}
-    assert rows.keys() == sampled_blocks.WAYS.keys()
+    assert rows.keys() == turns.WAYS.keys()
     text = render.section("sampled-blocks", "some-machine", load(tmp_path))
     assert "a quick run, no measurement" in text and "LISA is LISA-style" in text
     for name, row in rows.items():
-        peer, kind, count = sampled_blocks.WAYS[name]
+        peer, kind, count = turns.WAYS[name]
         if reason := peers.unavailable(peer):
             assert row["error"] == reason and f"| {name}: {reason} |" in text
             continue
@@ -127,6 +150,10 @@ def test_every_way_is_measured_and_shown(tmp_path):
         assert row["same_bits"] == (kind == "ours" or count is None), name
         assert f"| {name} | {row['ratio']:.2f} (" in text and f" | {row['kept_bytes'] / 1e6:.1f} (" in text
         assert ("| yes |" if row["same_bits"] else "| **no** |") in text.partition(f"| {name} |")[2].split("\n")[0]
+    if Path("/proc/self/clear_refs").exists():
+        whole, ours = rows["full fine-tuning"], rows["SampleBlocks(2)"]
+        # gradients of idle blocks are saved besides
+        assert whole["peak_bytes"] - ours["peak_bytes"] > whole["kept_bytes"] - ours["kept_bytes"]
     assert rows["SampleBlocks(2)"]["kept_bytes"] < rows["LISA"]["kept_bytes"] <= rows["full fine-tuning"]["kept_bytes"]
     drawn = run_well("render.figures", "--results", tmp_path).splitlines()
     assert drawn == [str(tmp_path / "some-machine" / "sampled_blocks.png")]
