@@ -25,11 +25,12 @@ import os
 import random
 import sys
 import tempfile
+import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -142,6 +143,8 @@ def call(method: str, *given: Any) -> Any:
 class Worker:
     """A process with a run. ``do`` calls a method of it."""
 
+    cpu_seconds: ClassVar[list[float]] = []  # of those that have ended
+
     def __init__(self, name: str, plan: Plan):
         self._name, self._plan = name, plan
         self._pool = ProcessPoolExecutor(1, CONTEXT)
@@ -159,6 +162,8 @@ class Worker:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if error == (None, None, None):
+            self.cpu_seconds.append(self._pool.submit(time.process_time).result())
         self._pool.shutdown()
 
 
@@ -263,7 +268,7 @@ def main() -> int:
     for row in rows:
         print({key: value for key, value in row.items() if key not in ("kept", "losses")}, flush=True)
     facts = {"threads": options.threads, "seed": plan.seed, "every": every, "steps": steps, "saved_at": saved_at}
-    facts |= {"layers": layers, "sources": sources(options.lmflow), "load": load.report()}
+    facts |= {"layers": layers, "sources": sources(options.lmflow), "load": load.report(sum(Worker.cpu_seconds))}
     print(write("sampled_blocks", options, facts | {"rows": rows}))
     ours = [row for row in rows if row["kind"] == "ours"]
     wrong = [row["name"] for row in ours if row["kept_bytes"] != row["computed_bytes"]]

@@ -412,3 +412,12 @@ def test_load_tells_others_from_the_benchmark():
         pass
     report = load.report()
     assert report["elsewhere"] is None or 0 <= report["elsewhere"] <= os.cpu_count()
+
+
+def test_load_counts_helpers_as_ours(monkeypatch):
+    """Of 10 s on all cores in 10 s, this process took 1 s, and helpers that are no children 7 s."""
+    for name, seconds in (("_busy_seconds", [100.0, 110.0]), ("_own_seconds", [3.0, 4.0])):
+        monkeypatch.setattr(machine, name, iter(seconds).__next__)
+    load = machine.Load()
+    load.started -= 10
+    assert load.report(helpers=7.0)["elsewhere"] == pytest.approx(0.2, rel=0.05)
