@@ -369,7 +369,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
         Args:
             pieces: the pieces of each buffer, in order. Elements between them are padding and stay as they are.
-            shapes: of all parameters of the model by name, even of those in other processes only: to check a FixedMask.
+            shapes: of all parameters of the model by name, even of those in other processes only: to check a FixedMask,
+                and to know the rows of TrainRows.
             last: the last buffer of each group, where an engine steps the buffers of a group one after the other, with
                 a ``step()`` for each. Its step ends the group's.
             has_gradients: group index -> whether any process has gradients of the group in this step. Needed where a
@@ -409,7 +410,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 changed then.
         """
         self._skip_dropped.check_outside("load_state_dict()")
-        load_state.load(self, super().load_state_dict, state_dict, self.strict if strict is None else strict)
+        strict = self.strict if strict is None else strict
+        load_state.load(self, self._masking, super().load_state_dict, state_dict, strict)
         self.reloaded()
 
     def reloaded(self) -> None:

@@ -14,8 +14,9 @@ import torch
 from graddrop_kernels.masks.bitmask import num_words
 
 from ..common.cases import CASES, HYPERS, Case
+from ..common.kept import kept_bytes
 from ..common.machine import Load
-from ..common.process_memory import kept_bytes, peak_growth
+from ..common.resident import peak_growth
 from ..common.results import arguments, write
 from ..common.shapes import encoder
 from ..common.tensors import Tensors, make_tensors

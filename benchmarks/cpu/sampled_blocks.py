@@ -41,9 +41,10 @@ from graddrop_kernels.demo import sib200
 from graddrop_kernels.demo.classifier import BUNDLED, ModelSource
 from graddrop_kernels.demo.train import collate, epoch_batches
 
+from ..common.kept import kept_bytes
 from ..common.machine import Load
 from ..common.peers import unavailable
-from ..common.process_memory import kept_bytes, peak, return_at_once, start_peak
+from ..common.resident import peak, return_at_once, start_peak
 from ..common.results import arguments, write
 from ..common.rounds import FIFTHS, Variant, summarize
 from ..common.timers import HostTimer, Sample

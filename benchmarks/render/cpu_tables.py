@@ -242,6 +242,20 @@ def _growing_costs(results: dict) -> str:
     ))  # fmt: skip
 
 
+def _trained_rows(results: dict) -> str:
+    """Returns times and bytes in percent of a dense step's."""
+    own = results["trained_rows"]
+    dense = own["rows"][0]
+    lines = [
+        [row["name"], number(row["seconds"] * 1e3, 3), number(100 * row["ratio"]), f"{row['moment_bytes']:,}",
+         number(100 * row["moment_bytes"] / dense["moment_bytes"])]
+        for row in own["rows"]
+    ]  # fmt: skip
+    rows, width = own["shape"]
+    what = f"a weight of {rows:,} x {width}, {own['threads']} threads"
+    return markdown([what, "ms", "% of torch fused", "moments, bytes", "%"], lines)
+
+
 def _precision(results: dict) -> str:
     """Returns the mean and, after the sign, the standard deviation over the seeds."""
     rows = results["precision"]["rows"]
@@ -312,6 +326,7 @@ TABLES = {  # name in the marker: (benchmarks, of which one suffices; the table)
     "skip-backward": (("skip_backward",), _skip_backward),
     "sampled-blocks": (("sampled_blocks",), _sampled_blocks),
     "growing-costs": (("growing_costs",), _growing_costs),
+    "trained-rows": (("trained_rows",), _trained_rows),
     "step-detail": (_STEP, _details),
 }
 EXTRACTS = ("facts", "summary")  # parts of "step", left out of a page with all tables

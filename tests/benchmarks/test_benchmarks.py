@@ -21,7 +21,7 @@ from graddrop_kernels.backends import cpu
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
-from benchmarks.common import cases, machine, peers, process_memory, rounds  # noqa: E402
+from benchmarks.common import cases, machine, peers, rounds  # noqa: E402
 from benchmarks.common import results as files  # noqa: E402
 from benchmarks.common.shapes import encoder, flat  # noqa: E402
 from benchmarks.common.tensors import Tensors, make_tensors  # noqa: E402
@@ -33,7 +33,7 @@ from benchmarks.render import cpu_tables  # noqa: E402
 
 NUMEL = 40_000
 COUNT = 400  # tensors
-ELSEWHERE = ("modes", "precision", "skip-backward", "sampled-blocks", "growing-costs")  # tables with tests of their own
+IN_TESTS_OF_THEIR_OWN = ("modes", "precision", "skip-backward", "sampled-blocks", "growing-costs", "trained-rows")
 
 
 def run(module: str, *arguments) -> subprocess.CompletedProcess:
@@ -159,11 +159,11 @@ def test_memory_finds_a_tensor_that_an_optimizer_hides():
     tensors = Tensors([("weight", param)], ["weight"], [])
     optimizer = FusedGradDropAdamW(tensors.named, mask=GradDrop(0.4))
     optimizer.step()
-    kept, tables = process_memory.kept_bytes(optimizer, tensors.params)
+    kept, tables = memory.kept_bytes(optimizer, tensors.params)
     assert kept == memory.computed_bytes(tensors, torch.float32, 0) == 2 * 8 * 4 + 4
     optimizer.masking._words[0, "weight"] = ((), torch.zeros(3, dtype=torch.int32))
     optimizer.extra = {"hidden": [numpy.zeros(5, numpy.int16)]}
-    assert process_memory.kept_bytes(optimizer, tensors.params) == (kept + 12, tables + 10)
+    assert memory.kept_bytes(optimizer, tensors.params) == (kept + 12, tables + 10)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of the resident memory")
@@ -171,7 +171,7 @@ def test_memory_sees_what_a_step_takes_for_itself():
     def step():
         return [torch.ones(1 << 14) for _ in range(200)] and None  # small enough for the allocator to keep
 
-    growth = [process_memory.peak_growth(step) for _ in range(3)]  # what it kept is seen again
+    growth = [memory.peak_growth(step) for _ in range(3)]  # what it kept is seen again
     expected = 200 * 4 * 2**14
     assert all(0.9 * expected < grown < 1.5 * expected for grown in growth), growth
 
@@ -275,7 +275,7 @@ def test_tables_are_rendered_once_and_checked(folder, readme, capsys):
         and text.startswith("before – \n\n<!-- benchmark: machine -->\n")
         and text.endswith("-->\n\nafter\n")
     )
-    elsewhere = 2 * len(ELSEWHERE)
+    elsewhere = 2 * len(IN_TESTS_OF_THEIR_OWN)
     assert text.count("\nbetween\n") == tables - 1 and text.count("No results yet") == elsewhere
     assert sum("a quick run, no measurement" in line for line in text.splitlines()) == tables - elsewhere
     render_well("--check", *arguments)
@@ -298,7 +298,8 @@ def test_a_machine_has_a_page_of_every_table(folder, tmp_path):
     render_well(*arguments)
     path = copy / "some-machine" / "tables.md"
     text = path.read_text()
-    wanted = [name for name in cpu_tables.TABLES if name not in (*ELSEWHERE, *cpu_tables.EXTRACTS)]
+    left_out = (*IN_TESTS_OF_THEIR_OWN, *cpu_tables.EXTRACTS)  # no results here; parts
+    wanted = [name for name in cpu_tables.TABLES if name not in left_out]
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == wanted and "No results yet" not in text
     render_well("--check", *arguments)
     path.write_text(text.replace("## memory", "## my memory"))

@@ -119,17 +119,17 @@ def test_memory_that_is_freed_is_given_back(at_once):
     """In a process of its own, whose allocator otherwise keeps freed tensors between those that stay."""
     own = """
 import torch
-from benchmarks.common import process_memory
+from benchmarks.common import resident
 torch.set_num_threads(1)
 if {}:
-    process_memory.return_at_once()
+    resident.return_at_once()
 for _ in range(3):
     freed, stay = [], []
     for _ in range(100):
         freed.append(torch.ones(1 << 18)), stay.append(torch.ones(1 << 8))
-    before = process_memory.start_peak()
+    before = resident.start_peak()
     freed.clear()
-print(before - process_memory.resident("VmRSS"))
+print(before - resident.resident("VmRSS"))
 """
     process = subprocess.run([sys.executable, "-c", own.format(at_once)], cwd=ROOT, capture_output=True, text=True)
     assert (int(process.stdout) > 90 << 20) == at_once, process

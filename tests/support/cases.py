@@ -10,7 +10,14 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from graddrop_kernels import ExponentialAnneal, FixedMask, FusedGradDropAdamW, LinearAnneal, available_backends
+from graddrop_kernels import (
+    ExponentialAnneal,
+    FixedMask,
+    FusedGradDropAdamW,
+    LinearAnneal,
+    TrainRows,
+    available_backends,
+)
 from graddrop_kernels.backends import BACKENDS, cpu
 from graddrop_kernels.policies.paper import METHODS
 from graddrop_kernels.policies.schedules import Schedule
@@ -126,6 +133,20 @@ def _random_masks(named) -> FixedMask:
     return FixedMask({name: mask for i, (name, mask) in enumerate(drawn.items()) if i % 3}, scale=1.7)
 
 
+def _rows(named) -> TrainRows:
+    """Some rows of two thirds of the parameters that have any: single ones, and a run. The others are dense."""
+    sizes = {name: param.shape[0] for name, param in named if param.dim() and param.shape[0]}
+    rows = {name: {0, size - 1, *range(size // 3, size // 2)} for name, size in sizes.items()}
+    return TrainRows({name: chosen for i, (name, chosen) in enumerate(rows.items()) if i % 3 != 1})
+
+
+def of_all_rows(optimizer, param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A parameter's state tensor in the parameter's shape, with zeros where TrainRows keeps none."""
+    if value.shape in (param.shape, ()):
+        return value
+    return torch.zeros(param.shape, dtype=value.dtype).masked_scatter(optimizer.mask(param), value)
+
+
 _FROZEN, _GRADIENT, _GLOBAL = {"masked": "frozen"}, {"masked": "gradient"}, {"bias_correction": "global"}
 BLOCKS = ("layers.*",)
 
@@ -170,6 +191,7 @@ MASKINGS = {
     "fixed": Masking(_random_masks),
     "fixed-gradient": Masking(_random_masks, _GRADIENT),
 }
+ALL_MASKINGS = {**MASKINGS, "rows": Masking(_rows)}  # also those whose moments may have other shapes than parameters
 
 
 _FOUR_BLOCKS = [(f"layers.{i}.weight", torch.ones(3)) for i in range(4)]
