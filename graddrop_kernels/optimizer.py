@@ -252,9 +252,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         accumulation included. The training is the same bit for bit. Other policies drop no whole blocks, and nothing
         changes for them.
 
-        Inside, the parameters of those blocks have ``requires_grad`` False. A parameter's first step is run in full: it
-        shows whether the parameter has a gradient at all. A parameter with a gradient in some steps only counts as used
-        in all that drop it.
+        Inside, the parameters of those blocks have ``requires_grad`` False. A parameter's first step is run in full,
+        but under ``idle_state="drop"``: it shows whether the parameter has a gradient at all. A parameter with a
+        gradient in some steps only counts as used in all that drop it.
 
         Args:
             model: as it is called, with its wrappers. Needed with more than one process, unless all parameters are

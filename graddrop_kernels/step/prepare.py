@@ -65,7 +65,7 @@ def prepare(
     found = list(_found(masking, missing, params_of_all=fresh is not None))
     for new in found:
         masking.check_flat(new.record, new.param)
-    if found:
+    if any(policy.named for policy in map(masking.policy, {new.index for new in found}) if policy is not None):
         check_named_params(masking)
     for new in found:
         check_row(owner, masking, new.group, new.param, new.record, new.grad)
