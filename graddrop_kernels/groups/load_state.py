@@ -124,20 +124,17 @@ def _in_our_rows(
 ) -> dict[str, Any]:
     """A saved state with the rows that ours has. A file has those of its own mask, or all if it was saved sharded."""
     saved_rows: Runs | None = None
-    shape = state_shape(param, rows)
-    others = {
-        key: value
-        for key, value in state.items()
-        if key in STATE_TENSORS and isinstance(value, torch.Tensor) and tuple(value.shape) != shape
-    }
-    if not others or is_dtensor(param) or record.flat:
+    if is_dtensor(param) or record.flat:
         return state
     if saved_mask is not None and '"TrainRows"' in saved_mask and (own := from_json(saved_mask).rows_of(record.name)):
         with contextlib.suppress(ValueError):  # of another number of rows
             saved_rows = own.runs(param.shape[0]) if own.parts else ()
     state = dict(state)
-    for key, value in others.items():
-        if saved_rows is not None and tuple(value.shape) == state_shape(param, saved_rows):
+    for key, value in state.items():
+        if key not in STATE_TENSORS or not isinstance(value, torch.Tensor):
+            continue
+        # The rows are compared, not only their number: the moments of others would be taken for those of ours.
+        if saved_rows not in (None, rows) and tuple(value.shape) == state_shape(param, saved_rows):
             whole = param.detach().to(value) if key == "master_param" else value.new_zeros(param.shape)
             for part, (start, stop) in zip(value.split([stop - start for start, stop in saved_rows]), saved_rows):
                 whole[start:stop] = part

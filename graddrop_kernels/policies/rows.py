@@ -41,8 +41,8 @@ class Rows:
         of = None
         if isinstance(given, str):
             parts = [_of_text(part.strip()) for part in given.split(",")]
-        elif isinstance(given, (slice, range)):
-            parts = [_of_slice(given)]
+        elif isinstance(given, slice) or (isinstance(given, range) and given.start >= 0 <= given.stop):
+            parts = [_of_slice(given)]  # in a range, unlike in a slice, a negative end does not count from the last row
         else:
             values = _values(given)
             if values and all(isinstance(value, bool) for value in values):
@@ -132,7 +132,7 @@ def _canonical(parts: Sequence[_Slice]) -> list[_Slice]:
     """Equal rows in equal words, as far as that is seen without a tensor."""
     known = [part for part in parts if part.stop is not None and part.stop >= 0 and (part.start or 0) >= 0]
     runs = _merged(run for part in known for run in _runs_of(range(part.start or 0, part.stop or 0, part.step)))
-    others = sorted({part for part in parts if part not in known}, key=_text)
+    others = sorted(set(parts).difference(known), key=_text)
     empty = [part for part in known if not range(part.start or 0, part.stop or 0, part.step)]  # refused beside a tensor
     return [*(_Slice(start, stop, 1) for start, stop in runs), *empty, *others]
 

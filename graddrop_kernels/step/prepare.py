@@ -23,7 +23,7 @@ from ..masks.row_block import RowBlock
 from ..policies import LEFT_OUT
 from ..tensors.local import any_nonzero, local, local_tensors, several_processes, sharded_over
 from ..tensors.memory import is_fake, is_marked, lies_as
-from .prepared import Member, PreparedStep, Row, memory_of
+from .prepared import Member, PreparedStep, Row
 from .warn_once import WarnOnce
 
 
@@ -163,8 +163,8 @@ def _member(owner: Owner, masking: Masking, new: _Found, backend: Backend, lost:
         elements = None if span.numel == tensor.numel() else slice(span.start, span.start + span.numel)
         of_state = None if elements is None and span.unit != LEFT_OUT else span.state
         rows.append(Row(
-            facts, memory_of(tensor, elements), span.key, span.layout, order, (new.index, span.unit), backend, words,
-            elements, of_state, frozenset(tensors), staged, own_steps[number - 1] if number else None,
+            facts, span.key, span.layout, order, (new.index, span.unit), backend, words, elements, of_state,
+            frozenset(tensors), staged, own_steps[number - 1] if number else None,
         ))  # fmt: skip
     return Member(tensors, new.grad, fits(new.grad), stride, rows, own_steps if len(spans) > 1 else None, lost)
 
