@@ -469,4 +469,4 @@ def _fill(
 
 def _span(tensor: torch.Tensor, span: slice | None) -> torch.Tensor:
     """The elements of a contiguous tensor whose flat indices are in ``span``; all of them for None."""
-    return tensor if span is None else tensor.detach().view(-1)[span]
+    return tensor if span is None else tensor.view(-1)[span]
