@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -90,12 +91,18 @@ def _values(given: Any) -> list[Any]:
     if isinstance(given, torch.Tensor) or hasattr(given, "tolist"):  # of NumPy
         if given.ndim > 1:
             raise ValueError(f"{_USAGE}, got an array of shape {tuple(given.shape)}")
-        given = given.tolist()
-    if isinstance(given, int) and not isinstance(given, bool):
-        return [given]
-    if not isinstance(given, Iterable):
+        if str(given.dtype).endswith("uint8"):
+            raise ValueError(f"{_USAGE}, got uint8, a mask to some and ints to others: convert it to bool or int64")
+        try:
+            given = given.tolist()
+        except RuntimeError:
+            what = f"without readable values ({given.layout}, {given.device})"
+            raise ValueError(f"{_USAGE}, got a tensor {what}") from None
+    if isinstance(given, Integral) and not isinstance(given, bool):
+        return [int(given)]
+    if not isinstance(given, Iterable) or isinstance(given, (bytes, bytearray)):
         raise ValueError(f"{_USAGE}, got {given!r}")
-    return list(given)
+    return [int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value for value in given]
 
 
 def _one(row: int) -> _Slice:

@@ -40,6 +40,8 @@ class TrainRows(Policy):
             raise ValueError(f"TrainRows(rows=) must be a non-empty mapping from parameter names to rows, got {rows!r}")
         if rest not in ("dense", "frozen"):
             raise ValueError(f"TrainRows(rest=) must be 'dense' or 'frozen', got {rest!r}")
+        if others := [name for name in rows if not isinstance(name, str)]:
+            raise ValueError(f"TrainRows(rows=) has the key {others[0]!r}: give the name of a parameter")
         if len(set(map(canonical_name, rows))) < len(rows):
             raise ValueError("TrainRows(rows=) names a parameter twice, with and without a wrapper's name: leave one")
         self.rest = rest

@@ -31,6 +31,7 @@ SIZE = 12
         (torch.tensor([8, 2, 3]), [2, 3, 8], "2:4,8"),
         (np.array([1, 10]), [1, 10], "1,10"),
         (np.int64(3), [3], "3"),
+        ([np.int64(3), np.int32(4)], [3, 4], "3:5"),
         (torch.arange(SIZE) % 5 == 1, [1, 6, 11], "1,6,11"),
         (np.arange(SIZE) > 9, [10, 11], "10:12"),
         ([True] + 11 * [False], [0], "0"),
@@ -94,6 +95,12 @@ def test_many_rows_take_no_more_time_each():
         (lambda: TrainRows({"weight": slice(5, 1, -1)}), ["'weight'", "counts down", "at least 1"]),
         (lambda: TrainRows({"weight": slice(0.5, 1)}), ["'weight'", "must be a slice"]),
         (lambda: TrainRows({"weight": None}), ["'weight'", "must be a slice", "None"]),
+        (lambda: TrainRows({"weight": b"12"}), ["'weight'", "must be a slice", "b'12'"]),
+        (lambda: TrainRows({"weight": torch.ones(3, dtype=torch.uint8)}), ["'weight'", "got uint8", "bool or int64"]),
+        (lambda: TrainRows({"weight": np.ones(3, np.uint8)}), ["'weight'", "got uint8", "bool or int64"]),
+        (lambda: TrainRows({"weight": torch.ones(3, device="meta").long()}), ["'weight'", "readable values", "meta"]),
+        (lambda: TrainRows({"weight": torch.ones(3).to_sparse()}), ["'weight'", "readable values", "sparse_coo"]),
+        (lambda: TrainRows({1: [1]}), ["has the key 1", "name of a parameter"]),
     ],
 )
 def test_bad_rows(make, parts):
