@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..policies import Clock, from_json
+from ..policies import Clock, Policy, from_json
 from ..policies.rows import Runs
 from ..tensors.local import is_dtensor
 from .masking import Masking
@@ -76,7 +76,9 @@ def prepare(
     for index, (saved, group) in enumerate(zip(saved_groups, groups)):
         if strict:
             _check_masking(index, saved, group, any(map(state.get, saved["params"])))
-        saved_mask = saved.get("mask")
+        saved_policy: Policy | None = None  # if its state may have some rows only
+        if masking is not None and (saved_mask := saved.get("mask")) is not None and '"TrainRows"' in saved_mask:
+            saved_policy = masking.policy(index) if saved_mask == group["mask"] else from_json(saved_mask)
         for key in _MASKING:
             saved[key] = group[key]
         for key in _STRUCTURE:
@@ -87,7 +89,7 @@ def prepare(
         for saved_id, param, record in zip(saved["params"], group["params"], records):
             rows = None if record is None else trained_rows(param, record)
             if record is not None and state.get(saved_id):
-                state[saved_id] = _in_our_rows(state[saved_id], saved_mask, param, record, rows)
+                state[saved_id] = _in_our_rows(state[saved_id], saved_policy, param, record, rows)
             _check_saved_state(index, state.get(saved_id), param, rows)
         if "completed_steps" not in saved:  # of torch.optim.AdamW
             steps = [int(state[saved_id]["step"]) for saved_id in saved["params"] if state.get(saved_id)]
@@ -120,13 +122,13 @@ def _check_masking(index: int, saved: dict[str, Any], group: dict[str, Any], has
 
 
 def _in_our_rows(
-    state: dict[str, Any], saved_mask: str | None, param: torch.Tensor, record: ParamRecord, rows: Runs | None
+    state: dict[str, Any], saved_policy: Policy | None, param: torch.Tensor, record: ParamRecord, rows: Runs | None
 ) -> dict[str, Any]:
     """A saved state with the rows that ours has. A file has those of its own mask, or all if it was saved sharded."""
     saved_rows: Runs | None = None
     if is_dtensor(param) or record.flat:
         return state
-    if saved_mask is not None and '"TrainRows"' in saved_mask and (own := from_json(saved_mask).rows_of(record.name)):
+    if saved_policy is not None and (own := saved_policy.rows_of(record.name)):
         with contextlib.suppress(ValueError):  # of another number of rows
             saved_rows = own.runs(param.shape[0]) if own.parts else ()
     state = dict(state)

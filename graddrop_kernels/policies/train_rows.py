@@ -51,6 +51,7 @@ class TrainRows(Policy):
                 self.rows[canonical_name(name)] = Rows.parse(given)
             except ValueError as error:
                 raise ValueError(f"TrainRows(rows=), parameter {name!r}: {error}") from None
+        self._json = super().to_json()  # once, as it is long if the rows are many
 
     def rows_of(self, name: str) -> Rows | None:
         return self.rows.get(name, NO_ROWS if self.rest == "frozen" else None)
@@ -72,6 +73,9 @@ class TrainRows(Policy):
 
     def counts_steps(self, frozen: bool) -> bool:
         return False
+
+    def to_json(self) -> str:
+        return self._json
 
     def _values(self) -> dict[str, Any]:
         return {"rows": {name: str(rows) for name, rows in self.rows.items()}, "rest": self.rest}

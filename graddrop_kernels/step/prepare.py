@@ -65,7 +65,8 @@ def prepare(
     found = list(_found(masking, missing, params_of_all=fresh is not None))
     for new in found:
         masking.check_flat(new.record, new.param)
-    if found:
+    policies = (masking.policy(new.index) for new in found)
+    if any(policy is not None and policy.named for policy in policies):
         check_named_params(masking)
     for new in found:
         check_row(owner, masking, new.group, new.param, new.record, new.grad)

@@ -1,6 +1,7 @@
 """TrainRows in a step: the bits of a fixed mask of the same rows, in every mode, on moments of these rows alone."""
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from toy import bits, emulate_cuda, refused, through_a_file
 
 from graddrop_kernels import FixedMask, FusedGradDropAdamW, TrainRows, available_backends
 from graddrop_kernels.backends.batch import TensorBatch
+from graddrop_kernels.policies import Rows
 
 ROWS = {"embedding": [3, 4, 17, -1], "bias": slice(40, None), "experts": [1], "conv": torch.arange(8) % 3 == 0}
 SHAPES = {"embedding": (50, 6), "bias": (50,), "experts": (4, 5, 3), "conv": (8, 3, 2, 2), "dense": (7, 2)}
@@ -153,6 +155,24 @@ def test_scattered_rows_of_other_strides_are_one_batch(seed, monkeypatch):
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     assert len(called) == 1 and torch.equal((weight != before).all(1), torch.arange(50) % 2 == 0)
+
+
+def test_the_text_of_the_rows_is_made_once(seed, monkeypatch):
+    """It is long if the rows are many, and was made and read once per parameter, in the backward pass for each pair."""
+    params = parameters(seed)
+    mask, calls = TrainRows(ROWS, "frozen"), Mock(wraps=Rows.parse)
+    monkeypatch.setattr(TrainRows, "_values", None)
+    optimizer = FusedGradDropAdamW(params.items(), mask=mask, **HYPERS)
+    train(params, optimizer, range(2), seed)
+    saved = optimizer.state_dict()
+    monkeypatch.setattr(Rows, "parse", calls)
+    optimizer.load_state_dict(saved)
+    assert not calls.called
+    optimizer.step_in_backward()
+    optimizer.zero_grad()
+    sum(param.sum() for param in params.values()).backward()
+    optimizer.step()
+    assert optimizer.state[params["bias"]]["step"] == 3
 
 
 def test_complex_rows(seed):
