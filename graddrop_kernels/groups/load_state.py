@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable
 from itertools import chain
 from typing import Any, NoReturn
@@ -107,9 +108,10 @@ def _check_masking(index: int, saved: dict[str, Any], group: dict[str, Any], has
     remedy = "or go on under this one's with strict=False, which load_state_dict() and the constructor take"
     for key in _MASKING:
         if key in saved and saved[key] != group[key]:
+            theirs, ours = _from_difference(repr(saved[key]), repr(group[key]))
             raise ValueError(
-                f"the state dict was saved with {key}={saved[key]!r} in parameter group {index}, "
-                f"this optimizer has {key}={group[key]!r}: its masks would differ from the saved run's; "
+                f"the state dict was saved with {key}={theirs} in parameter group {index}, "
+                f"this optimizer has {key}={ours}: its masks would differ from the saved run's; "
                 f"construct it with the same one, {remedy}"
             )
     drawn = group["mask"] is not None or group["stochastic_rounding"]
@@ -119,6 +121,12 @@ def _check_masking(index: int, saved: dict[str, Any], group: dict[str, Any], has
             "noise are drawn by name, without names by position, and would differ from the saved run's; construct it "
             f"from model.parameters(), {remedy}"
         )
+
+
+def _from_difference(*texts: str) -> list[str]:
+    """Texts that differ, cut to what shows it: those of thousands of rows are long."""
+    start = max(len(os.path.commonprefix(texts)) - 60, 0) if max(map(len, texts)) > 300 else 0
+    return [f"{'...' * (start > 0)}{text[start : start + 300]}{'...' * (len(text) > start + 300)}" for text in texts]
 
 
 def _in_our_rows(

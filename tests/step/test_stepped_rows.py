@@ -286,6 +286,15 @@ def test_rows_of_another_parameter_are_refused(seed):
         FusedGradDropAdamW(parameters(seed).items(), mask=None, **HYPERS).load_state_dict(state, strict=False)
 
 
+def test_the_refusal_of_many_other_rows_is_short_and_shows_where_they_differ():
+    weight = torch.nn.Parameter(torch.ones(9000, 2))
+    masks = [TrainRows({"weight": [*range(0, 8000, 2), last]}) for last in (8500, 8501)]
+    one, other = (FusedGradDropAdamW([("weight", weight)], mask=mask) for mask in masks)
+    with pytest.raises(ValueError, match=r"mask=\.\.\..{,70},8500\".*mask=\.\.\..{,70},8501\"") as error:
+        other.load_state_dict(one.state_dict())
+    assert len(str(error.value)) < 600
+
+
 @pytest.mark.filterwarnings("ignore:two optimizers are stepped in turn")
 def test_the_mask_of_a_group_cannot_change_under_its_state(seed):
     params, optimizer = made(seed, TrainRows(ROWS))
