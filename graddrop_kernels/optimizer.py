@@ -1,5 +1,6 @@
 """FusedGradDropAdamW: torch.optim.AdamW with the paper's gradient masks inside its one fused step."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
@@ -379,15 +380,22 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
         Raises:
             KeyError: a tensor that is not a parameter of this optimizer.
-            ValueError: pieces that overlap, or reach past the end of their buffer.
+            ValueError: pieces that overlap, or reach past the end of their buffer, or that do not suit the masks.
+                Nothing has changed.
         """
         for tensor, own in pieces.items():
             self._masking.find(tensor)
             check_pieces(tensor, own)
+        before = copy.copy(self._masking.buffers)
         self._masking.buffers.attach(pieces, shapes, last, has_gradients)
         self._stepper.forget()
+        try:
+            check_groups(self._masking)
+        except Exception:
+            self._masking.buffers = before
+            self._stepper.forget()
+            raise
         self._stepper.retire_captured()
-        check_groups(self._masking)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; the groups also hold the policies and our counts."""

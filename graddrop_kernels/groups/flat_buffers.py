@@ -39,7 +39,7 @@ class FlatBuffers:
         last: Iterable[torch.Tensor], has_gradients: Callable[[int], bool] | None,
     ) -> None:  # fmt: skip
         """Keeps pieces that check_pieces() has checked."""
-        self.pieces.update((tensor, tuple(map(FlatPiece._make, own))) for tensor, own in pieces.items())
+        self.pieces = self.pieces | {tensor: tuple(map(FlatPiece._make, own)) for tensor, own in pieces.items()}
         self.last |= frozenset(last)
         self.has_gradients = has_gradients or self.has_gradients
         if shapes is not None:

@@ -2,13 +2,14 @@
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable
 from itertools import chain
 from typing import Any, NoReturn
 
 import torch
 
-from ..policies import Clock, from_json
+from ..policies import Clock, Policy, from_json
 from ..policies.rows import Runs
 from ..tensors.local import is_dtensor
 from .masking import Masking
@@ -76,7 +77,9 @@ def prepare(
     for index, (saved, group) in enumerate(zip(saved_groups, groups)):
         if strict:
             _check_masking(index, saved, group, any(map(state.get, saved["params"])))
-        saved_mask = saved.get("mask")
+        saved_policy: Policy | None = None  # if its state may have some rows only
+        if masking is not None and (saved_mask := saved.get("mask")) is not None and '"TrainRows"' in saved_mask:
+            saved_policy = masking.policy(index) if saved_mask == group["mask"] else from_json(saved_mask)
         for key in _MASKING:
             saved[key] = group[key]
         for key in _STRUCTURE:
@@ -87,7 +90,7 @@ def prepare(
         for saved_id, param, record in zip(saved["params"], group["params"], records):
             rows = None if record is None else trained_rows(param, record)
             if record is not None and state.get(saved_id):
-                state[saved_id] = _in_our_rows(state[saved_id], saved_mask, param, record, rows)
+                state[saved_id] = _in_our_rows(state[saved_id], saved_policy, param, record, rows)
             _check_saved_state(index, state.get(saved_id), param, rows)
         if "completed_steps" not in saved:  # of torch.optim.AdamW
             steps = [int(state[saved_id]["step"]) for saved_id in saved["params"] if state.get(saved_id)]
@@ -105,9 +108,10 @@ def _check_masking(index: int, saved: dict[str, Any], group: dict[str, Any], has
     remedy = "or go on under this one's with strict=False, which load_state_dict() and the constructor take"
     for key in _MASKING:
         if key in saved and saved[key] != group[key]:
+            theirs, ours = _from_difference(repr(saved[key]), repr(group[key]))
             raise ValueError(
-                f"the state dict was saved with {key}={saved[key]!r} in parameter group {index}, "
-                f"this optimizer has {key}={group[key]!r}: its masks would differ from the saved run's; "
+                f"the state dict was saved with {key}={theirs} in parameter group {index}, "
+                f"this optimizer has {key}={ours}: its masks would differ from the saved run's; "
                 f"construct it with the same one, {remedy}"
             )
     drawn = group["mask"] is not None or group["stochastic_rounding"]
@@ -119,25 +123,28 @@ def _check_masking(index: int, saved: dict[str, Any], group: dict[str, Any], has
         )
 
 
+def _from_difference(*texts: str) -> list[str]:
+    """Texts that differ, cut to what shows it: those of thousands of rows are long."""
+    start = max(len(os.path.commonprefix(texts)) - 60, 0) if max(map(len, texts)) > 300 else 0
+    return [f"{'...' * (start > 0)}{text[start : start + 300]}{'...' * (len(text) > start + 300)}" for text in texts]
+
+
 def _in_our_rows(
-    state: dict[str, Any], saved_mask: str | None, param: torch.Tensor, record: ParamRecord, rows: Runs | None
+    state: dict[str, Any], saved_policy: Policy | None, param: torch.Tensor, record: ParamRecord, rows: Runs | None
 ) -> dict[str, Any]:
     """A saved state with the rows that ours has. A file has those of its own mask, or all if it was saved sharded."""
     saved_rows: Runs | None = None
-    shape = state_shape(param, rows)
-    others = {
-        key: value
-        for key, value in state.items()
-        if key in STATE_TENSORS and isinstance(value, torch.Tensor) and tuple(value.shape) != shape
-    }
-    if not others or is_dtensor(param) or record.flat:
+    if is_dtensor(param) or record.flat:
         return state
-    if saved_mask is not None and '"TrainRows"' in saved_mask and (own := from_json(saved_mask).rows_of(record.name)):
+    if saved_policy is not None and (own := saved_policy.rows_of(record.name)):
         with contextlib.suppress(ValueError):  # of another number of rows
             saved_rows = own.runs(param.shape[0]) if own.parts else ()
     state = dict(state)
-    for key, value in others.items():
-        if saved_rows is not None and tuple(value.shape) == state_shape(param, saved_rows):
+    for key, value in state.items():
+        if key not in STATE_TENSORS or not isinstance(value, torch.Tensor):
+            continue
+        # The rows are compared, not only their number: the moments of others would be taken for those of ours.
+        if saved_rows not in (None, rows) and tuple(value.shape) == state_shape(param, saved_rows):
             whole = param.detach().to(value) if key == "master_param" else value.new_zeros(param.shape)
             for part, (start, stop) in zip(value.split([stop - start for start, stop in saved_rows]), saved_rows):
                 whole[start:stop] = part

@@ -64,7 +64,7 @@ def memory(optimizer: Owner) -> dict[str, dict[str, int]]:
                 if isinstance(value, torch.Tensor):
                     now[_OF_STATE.get(name, "moments")] += local(value).nbytes
             peak["parameters"] += _bytes(tensor)
-            if not _bytes(tensor) or not (param.requires_grad or param.grad is not None or state):
+            if not _can_be_stepped(tensor) or not (param.requires_grad or param.grad is not None or state):
                 continue
             peak["gradients"] += _bytes(tensor)
             peak["masks"] += _mask_bytes(policy, param, record)
@@ -81,9 +81,13 @@ def memory(optimizer: Owner) -> dict[str, dict[str, int]]:
     return {when: {**kinds, "total": sum(kinds.values())} for when, kinds in (("now", now), ("peak", peak))}
 
 
+def _can_be_stepped(tensor: torch.Tensor) -> bool:
+    """Not a sparse parameter, nor one that a lazy module has not made yet."""
+    return tensor.layout is torch.strided and not isinstance(tensor, UninitializedTensorMixin)
+
+
 def _bytes(tensor: torch.Tensor) -> int:
-    """0 for what cannot be stepped: a sparse parameter, or one that a lazy module has not made yet."""
-    return tensor.nbytes if tensor.layout is torch.strided and not isinstance(tensor, UninitializedTensorMixin) else 0
+    return tensor.nbytes if _can_be_stepped(tensor) else 0
 
 
 def _mask_bytes(policy: Policy | None, param: torch.Tensor, record: ParamRecord) -> int:

@@ -1,6 +1,7 @@
 """new_token_rows(): TrainRows for the tokens that were added to a language model."""
 
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -25,18 +26,20 @@ def new_token_rows(model: nn.Module, old_vocab_size: int | None = None, rest: st
         ValueError: there are no rows after the first ``old_vocab_size``; the checkpoint is not to be found; neither
             embeddings nor head are trained.
     """
-    inner = next((each for each in model.modules() if callable(getattr(each, "get_input_embeddings", None))), None)
-    if inner is None:
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    inner = next((each for each in modules if callable(getattr(each, "get_input_embeddings", None))), None)
+    embeddings = None if inner is None else _embeddings(inner)
+    params = () if embeddings is None else embeddings.parameters()
+    tables = [_shape(param) for param in params if len(_shape(param)) == 2]  # a model of images has none
+    if inner is None or not tables:
         raise TypeError(
-            f"new_token_rows: {type(model).__name__} has no get_input_embeddings(), as models of transformers have: "
-            "name the rows yourself, with TrainRows({name: slice(old_vocab_size, None)})"
+            f"new_token_rows: {type(model).__name__} has no get_input_embeddings() with a row per token, as language "
+            "models of transformers have: name the rows yourself, with TrainRows({name: slice(old_vocab_size, None)})"
         )
-    embeddings: Any = inner.get_input_embeddings()  # type: ignore[operator]  # callable, as was seen
-    tables = [_shape(param) for param in embeddings.parameters() if len(_shape(param)) == 2]
-    size = max((shape[0] for shape in tables), default=0)
+    size = max(shape[0] for shape in tables)
     if old_vocab_size is None:
         old_vocab_size = _of_checkpoint(inner)
-    if isinstance(old_vocab_size, bool) or not isinstance(old_vocab_size, int) or not 0 < old_vocab_size < size:
+    if isinstance(old_vocab_size, bool) or not isinstance(old_vocab_size, Integral) or not 0 < old_vocab_size < size:
         raise ValueError(
             f"new_token_rows(old_vocab_size={old_vocab_size!r}) must be an int from 1 to {size - 1}, as the embeddings "
             f"have {size} rows: add the tokens with model.resize_token_embeddings(len(tokenizer)) first"
@@ -48,7 +51,15 @@ def new_token_rows(model: nn.Module, old_vocab_size: int | None = None, rest: st
             f"new_token_rows: neither the input embeddings of {type(model).__name__} nor its head are trained: set "
             "requires_grad=True of their weights (with PEFT: modules_to_save)"
         )
-    return TrainRows({name: slice(old_vocab_size, None) for name in names}, rest)
+    return TrainRows({name: slice(int(old_vocab_size), None) for name in names}, rest)
+
+
+def _embeddings(model: Any) -> nn.Module | None:
+    try:
+        embeddings: nn.Module | None = model.get_input_embeddings()
+    except NotImplementedError:  # of models of sounds
+        return None
+    return embeddings
 
 
 def _head(model: Any) -> nn.Module | None:

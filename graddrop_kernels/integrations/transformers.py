@@ -82,10 +82,15 @@ def _policy_of(mask: Any, args: TrainingArguments, model: nn.Module) -> Policy |
     """Returns the policy for this model, and for as many epochs as ``args`` says. A search for hyper-parameters changes
     both in between.
     """
-    if mask is None or isinstance(mask, Policy):
-        return mask
-    if next(iter(inspect.signature(mask).parameters), None) == "model":
+    if isinstance(mask, Policy) or not callable(mask):  # what is no policy is refused by the optimizer
+        return mask  # type: ignore[no-any-return]
+    first = next(iter(inspect.signature(mask).parameters), None)
+    if first == "model":
         return mask(model)  # type: ignore[no-any-return]
+    if isinstance(mask, type) and issubclass(mask, Policy) and first != "epochs":
+        raise ValueError(
+            f"mask={mask.__name__} would take the number of epochs for its {first}: give a policy, {mask.__name__}(...)"
+        )
     if args.max_steps > 0:
         raise ValueError(
             f"mask={mask!r} needs the number of epochs, but args.max_steps={args.max_steps} decides how long is "

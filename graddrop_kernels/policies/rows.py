@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -41,8 +42,8 @@ class Rows:
         of = None
         if isinstance(given, str):
             parts = [_of_text(part.strip()) for part in given.split(",")]
-        elif isinstance(given, (slice, range)):
-            parts = [_of_slice(given)]
+        elif isinstance(given, slice) or (isinstance(given, range) and given.start >= 0 <= given.stop):
+            parts = [_of_slice(given)]  # in a range, unlike in a slice, a negative end does not count from the last row
         else:
             values = _values(given)
             if values and all(isinstance(value, bool) for value in values):
@@ -90,12 +91,18 @@ def _values(given: Any) -> list[Any]:
     if isinstance(given, torch.Tensor) or hasattr(given, "tolist"):  # of NumPy
         if given.ndim > 1:
             raise ValueError(f"{_USAGE}, got an array of shape {tuple(given.shape)}")
-        given = given.tolist()
-    if isinstance(given, int) and not isinstance(given, bool):
-        return [given]
-    if not isinstance(given, Iterable):
+        if str(given.dtype).endswith("uint8"):
+            raise ValueError(f"{_USAGE}, got uint8, a mask to some and ints to others: convert it to bool or int64")
+        try:
+            given = given.tolist()
+        except RuntimeError:
+            what = f"without readable values ({given.layout}, {given.device})"
+            raise ValueError(f"{_USAGE}, got a tensor {what}") from None
+    if isinstance(given, Integral) and not isinstance(given, bool):
+        return [int(given)]
+    if not isinstance(given, Iterable) or isinstance(given, (bytes, bytearray)):
         raise ValueError(f"{_USAGE}, got {given!r}")
-    return list(given)
+    return [int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value for value in given]
 
 
 def _one(row: int) -> _Slice:
@@ -132,7 +139,7 @@ def _canonical(parts: Sequence[_Slice]) -> list[_Slice]:
     """Equal rows in equal words, as far as that is seen without a tensor."""
     known = [part for part in parts if part.stop is not None and part.stop >= 0 and (part.start or 0) >= 0]
     runs = _merged(run for part in known for run in _runs_of(range(part.start or 0, part.stop or 0, part.step)))
-    others = sorted({part for part in parts if part not in known}, key=_text)
+    others = sorted(set(parts).difference(known), key=_text)
     empty = [part for part in known if not range(part.start or 0, part.stop or 0, part.step)]  # refused beside a tensor
     return [*(_Slice(start, stop, 1) for start, stop in runs), *empty, *others]
 

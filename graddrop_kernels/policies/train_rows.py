@@ -40,6 +40,8 @@ class TrainRows(Policy):
             raise ValueError(f"TrainRows(rows=) must be a non-empty mapping from parameter names to rows, got {rows!r}")
         if rest not in ("dense", "frozen"):
             raise ValueError(f"TrainRows(rest=) must be 'dense' or 'frozen', got {rest!r}")
+        if others := [name for name in rows if not isinstance(name, str)]:
+            raise ValueError(f"TrainRows(rows=) has the key {others[0]!r}: give the name of a parameter")
         if len(set(map(canonical_name, rows))) < len(rows):
             raise ValueError("TrainRows(rows=) names a parameter twice, with and without a wrapper's name: leave one")
         self.rest = rest
@@ -49,6 +51,7 @@ class TrainRows(Policy):
                 self.rows[canonical_name(name)] = Rows.parse(given)
             except ValueError as error:
                 raise ValueError(f"TrainRows(rows=), parameter {name!r}: {error}") from None
+        self._json = super().to_json()  # once, as it is long if the rows are many
 
     def rows_of(self, name: str) -> Rows | None:
         return self.rows.get(name, NO_ROWS if self.rest == "frozen" else None)
@@ -70,6 +73,9 @@ class TrainRows(Policy):
 
     def counts_steps(self, frozen: bool) -> bool:
         return False
+
+    def to_json(self) -> str:
+        return self._json
 
     def _values(self) -> dict[str, Any]:
         return {"rows": {name: str(rows) for name, rows in self.rows.items()}, "rest": self.rest}

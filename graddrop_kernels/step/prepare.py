@@ -23,7 +23,7 @@ from ..masks.row_block import RowBlock
 from ..policies import LEFT_OUT
 from ..tensors.local import any_nonzero, local, local_tensors, several_processes, sharded_over
 from ..tensors.memory import is_fake, is_marked, lies_as
-from .prepared import Member, PreparedStep, Row, memory_of
+from .prepared import Member, PreparedStep, Row
 from .warn_once import WarnOnce
 
 
@@ -65,7 +65,8 @@ def prepare(
     found = list(_found(masking, missing, params_of_all=fresh is not None))
     for new in found:
         masking.check_flat(new.record, new.param)
-    if any(policy.named for policy in map(masking.policy, {new.index for new in found}) if policy is not None):
+    policies = (masking.policy(new.index) for new in found)
+    if any(policy is not None and policy.named for policy in policies):
         check_named_params(masking)
     for new in found:
         check_row(owner, masking, new.group, new.param, new.record, new.grad)
@@ -163,8 +164,8 @@ def _member(owner: Owner, masking: Masking, new: _Found, backend: Backend, lost:
         elements = None if span.numel == tensor.numel() else slice(span.start, span.start + span.numel)
         of_state = None if elements is None and span.unit != LEFT_OUT else span.state
         rows.append(Row(
-            facts, memory_of(tensor, elements), span.key, span.layout, order, (new.index, span.unit), backend, words,
-            elements, of_state, frozenset(tensors), staged, own_steps[number - 1] if number else None,
+            facts, span.key, span.layout, order, (new.index, span.unit), backend, words, elements, of_state,
+            frozenset(tensors), staged, own_steps[number - 1] if number else None,
         ))  # fmt: skip
     return Member(tensors, new.grad, fits(new.grad), stride, rows, own_steps if len(spans) > 1 else None, lost)
 

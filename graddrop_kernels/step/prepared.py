@@ -37,7 +37,6 @@ class Row:
     """A parameter that has been stepped, or one span of it. Holds none of its tensors."""
 
     facts: tuple[Any, ...]  # device, dtypes of what is stepped, the moments and the gradient, rounding, process groups
-    memory: tuple[int, int]  # the first address of the parameter's elements and the one after the last
     key: int  # 64-bit Philox key
     layout: RowBlock  # which elements of the whole parameter these are
     order: MemoryOrder | None  # of the tensors in memory; None: that of their indices
@@ -67,6 +66,9 @@ class Member:
             own_steps: those of all rows but the first.
             lost: receives an item when a tensor of the state is gone.
         """
+        start = tensors["param"].data_ptr()
+        # The first address of its elements and the one after the last.
+        self.memory = start, start + reach(tensors["param"]) if tensors["param"].numel() else start
         self.same_pair = same_facts(tensors["param"], grad)
         self.grad_bytes = needed_bytes(grad)
         self.fits, self.stride, self.rows, self.own_steps = fits, stride, rows, own_steps
@@ -366,10 +368,10 @@ class PreparedStep:
 
     def _sort(self, members: list[Member]) -> list[_Whole]:
         wholes: dict[tuple[Any, ...], _Whole] = {}
-        turns = turns_of([row.memory for member in members for row in member.rows])
+        turns = turns_of([member.memory for member in members])  # the rows of one member have no element in common
         rows = [(index, row) for index, member in enumerate(members) for row in member.rows]
-        for position, (index, row) in enumerate(rows):
-            key = (*row.facts, row.backend.name, bool(row.staged), turns.get(position, 0))
+        for index, row in rows:
+            key = (*row.facts, row.backend.name, bool(row.staged), turns.get(index, 0))
             if key not in wholes:
                 wholes[key] = _Whole(row.facts, row.backend, bool(row.staged))
             wholes[key].add(index, row)
@@ -467,12 +469,4 @@ def _fill(
 
 def _span(tensor: torch.Tensor, span: slice | None) -> torch.Tensor:
     """The elements of a contiguous tensor whose flat indices are in ``span``; all of them for None."""
-    return tensor if span is None else tensor.detach().view(-1)[span]
-
-
-def memory_of(tensor: torch.Tensor, span: slice | None) -> tuple[int, int]:
-    """The first address of a tensor's elements, or of a span of them, and the one after the last."""
-    if span is not None and tensor.is_contiguous():
-        tensor = _span(tensor, span)
-    start = tensor.data_ptr()
-    return start, start + reach(tensor) if tensor.numel() else start
+    return tensor if span is None else tensor.view(-1)[span]

@@ -12,12 +12,13 @@ from toy import (
     build,
     every_policy,
     random_grads,
+    refused,
     snapshot,
     state_bits,
     train,
 )
 
-from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch, param_groups
+from graddrop_kernels import FusedGradDropAdamW, GradDrop, GradDropEpoch, TrainRows, param_groups
 
 # Groups.
 
@@ -253,6 +254,21 @@ def test_per_block_groups_train_alike(policy, seed):
     )
     again.load_state_dict(optimizer.state_dict())
     assert again.active_fraction() == optimizer.active_fraction()
+
+
+def test_pieces_that_were_refused_are_not_attached():
+    """So that the remedy, the shapes, can be given in another call."""
+    optimizer = FusedGradDropAdamW([("bias", torch.nn.Parameter(torch.ones(5)))], mask=TrainRows({"bias": [1]}))
+    flat = torch.zeros(5)
+    optimizer.param_groups[0]["params"] = [flat]
+    pieces = {flat: [("bias", 0, 0, 5)]}
+    for shapes, part in ((None, "give attach_pieces\\(\\) the shapes"), ({"bias": (1, 5)}, "but there are 1 rows")):
+        with refused(ValueError, part, optimizer=optimizer):
+            optimizer.attach_pieces(pieces, shapes)
+    optimizer.attach_pieces(pieces, {"bias": (5,)})
+    flat.grad = torch.ones(5)
+    optimizer.step()
+    assert (flat != 0).tolist() == [False, True, False, False, False]
 
 
 def test_the_pieces_of_a_buffer_count_one_step(seed):

@@ -55,6 +55,17 @@ def test_what_is_said_is_what_there_is(policy, options):
     run(model, optimizer)
 
 
+@every_option
+def test_tensors_without_elements_have_a_step_count(options):
+    options = dict(options)
+    params = {"empty": torch.nn.Parameter(torch.ones(0, 3, dtype=options.pop("dtype", torch.float32)))}
+    optimizer = FusedGradDropAdamW(params.items(), mask=None, **options)
+    params["empty"].grad = torch.ones_like(params["empty"])
+    said = optimizer.memory()["peak"]["moments"]
+    optimizer.step()
+    assert said == optimizer.memory()["now"]["moments"] == 4
+
+
 @pytest.mark.parametrize("mask", [SampleBlocks(2, 1, idle_state="drop"), CycleBlocks(1, idle_state="drop")], ids=repr)
 @every_option
 def test_moments_of_blocks_in_turns(mask, options):

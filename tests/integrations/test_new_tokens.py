@@ -1,13 +1,14 @@
 """new_token_rows(): the rows of new tokens in the embeddings and the head of a language model, and in Trainer."""
 
 import functools
+from unittest.mock import Mock
 
 import pytest
 import torch
 from lazy import Lazy
 from toy import refused
 
-from graddrop_kernels import FusedGradDropAdamW, SampleBlocks, TrainRows, new_token_rows, param_groups
+from graddrop_kernels import CycleBlocks, FusedGradDropAdamW, SampleBlocks, TrainRows, new_token_rows, param_groups
 
 transformers, peft = Lazy("transformers"), Lazy("peft")
 OLD, NEW = 20, 27
@@ -104,8 +105,12 @@ def test_sizes_that_leave_no_rows(size):
 
 
 def test_what_is_no_such_model():
-    with refused(TypeError, "Linear has no get_input_embeddings", "TrainRows"):
-        new_token_rows(torch.nn.Linear(2, 2), 1)
+    images = transformers.ViTModel(transformers.ViTConfig(image_size=8, patch_size=4, **SMALL))
+    sounds = transformers.BertModel(transformers.BertConfig(vocab_size=OLD, **SMALL))
+    sounds.get_input_embeddings = Mock(side_effect=NotImplementedError)
+    for other in (torch.nn.Linear(2, 2), images, sounds, 3, None):
+        with refused(TypeError, f"{type(other).__name__} has no get_input_embeddings", "TrainRows"):
+            new_token_rows(other, 1)
     with refused(ValueError, "checkpoint '' of the model is not to be found", "old_vocab_size="):
         new_token_rows(resized(bert()))
     with refused(ValueError, "neither the input embeddings of BertForMaskedLM nor its head are trained"):
@@ -151,6 +156,20 @@ def test_trainer_trains_the_rows(given, tmp_path, monkeypatch):
     assert rows[OLD:].all() and not rows[:OLD].any()
     assert all(each.any() for each in moved.values())
     assert {group["mask"] for group in trainer.optimizer.param_groups} == {new_token_rows(model, OLD).to_json()}
+
+
+@pytest.mark.parametrize(
+    "mask, error, parts",
+    [
+        (CycleBlocks, ValueError, ["would take the number of epochs for its every", r"give a policy, CycleBlocks\("]),
+        ("rows", ValueError, ["'rows' is not a mask policy"]),
+        ({"weight": [1]}, TypeError, ["mask= must be a policy"]),
+    ],
+    ids=str,
+)
+def test_what_trainer_cannot_take_as_a_mask(mask, error, parts, tmp_path):
+    with refused(error, *parts):
+        trained(mask, tmp_path)
 
 
 def test_the_log_names_the_blocks_whose_turn_it_is(tmp_path):

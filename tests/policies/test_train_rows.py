@@ -1,6 +1,7 @@
 """TrainRows: its rows, their text, and what it refuses."""
 
 import random
+import time
 
 import numpy as np
 import pytest
@@ -23,12 +24,14 @@ SIZE = 12
         (slice(2, 9, 3), [2, 5, 8], "2,5,8"),
         (slice(1, None, 4), [1, 5, 9], "1::4"),
         (range(3, 6), [3, 4, 5], "3:6"),
+        (range(-2, 1), [0, 10, 11], "0,-1,-2"),
         (7, [7], "7"),
         ([5, 4, 5, 9], [4, 5, 9], "4:6,9"),
         ([0, -1], [0, 11], "0,-1"),
         (torch.tensor([8, 2, 3]), [2, 3, 8], "2:4,8"),
         (np.array([1, 10]), [1, 10], "1,10"),
         (np.int64(3), [3], "3"),
+        ([np.int64(3), np.int32(4)], [3, 4], "3:5"),
         (torch.arange(SIZE) % 5 == 1, [1, 6, 11], "1,6,11"),
         (np.arange(SIZE) > 9, [10, 11], "10:12"),
         ([True] + 11 * [False], [0], "0"),
@@ -66,6 +69,12 @@ def test_the_parts_of_a_layout_within_a_range_are_its_elements_there(runs, seed)
     assert found == [(i, at) for i, at in enumerate(index(layout, numel)) if start <= at < stop] and len(parts) <= 3
 
 
+def test_many_rows_take_no_more_time_each():
+    start = time.process_time()
+    assert len(TrainRows({"weight": list(range(0, 80_000, 2))}).rows["weight"].parts) == 40_000
+    assert time.process_time() - start < 5  # comparing each with each takes four times as long
+
+
 # What is refused.
 
 
@@ -78,6 +87,7 @@ def test_the_parts_of_a_layout_within_a_range_are_its_elements_there(runs, seed)
         (lambda: TrainRows({"w": [1], "module.w": [2]}), ["names a parameter twice"]),
         (lambda: TrainRows({"weight": []}), ["'weight'", "no rows", "leave the parameter out"]),
         (lambda: TrainRows({"weight": torch.zeros(3).bool()}), ["'weight'", "no rows"]),
+        (lambda: TrainRows({"weight": range(7, -1)}), ["'weight'", "no rows"]),
         (lambda: TrainRows({"weight": torch.ones(3)}), ["'weight'", "must be a slice, ints, a bool vector", "tensor"]),
         (lambda: TrainRows({"weight": torch.ones(3, 2).bool()}), ["'weight'", r"shape \(3, 2\)"]),
         (lambda: TrainRows({"weight": [True, 2]}), ["'weight'", "must be a slice"]),
@@ -85,6 +95,12 @@ def test_the_parts_of_a_layout_within_a_range_are_its_elements_there(runs, seed)
         (lambda: TrainRows({"weight": slice(5, 1, -1)}), ["'weight'", "counts down", "at least 1"]),
         (lambda: TrainRows({"weight": slice(0.5, 1)}), ["'weight'", "must be a slice"]),
         (lambda: TrainRows({"weight": None}), ["'weight'", "must be a slice", "None"]),
+        (lambda: TrainRows({"weight": b"12"}), ["'weight'", "must be a slice", "b'12'"]),
+        (lambda: TrainRows({"weight": torch.ones(3, dtype=torch.uint8)}), ["'weight'", "got uint8", "bool or int64"]),
+        (lambda: TrainRows({"weight": np.ones(3, np.uint8)}), ["'weight'", "got uint8", "bool or int64"]),
+        (lambda: TrainRows({"weight": torch.ones(3, device="meta").long()}), ["'weight'", "readable values", "meta"]),
+        (lambda: TrainRows({"weight": torch.ones(3).to_sparse()}), ["'weight'", "readable values", "sparse_coo"]),
+        (lambda: TrainRows({1: [1]}), ["has the key 1", "name of a parameter"]),
     ],
 )
 def test_bad_rows(make, parts):

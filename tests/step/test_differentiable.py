@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from graddrop_kernels import FusedGradDropAdamW, GaussianGradDrop, GradDrop, GradDropEpoch, LayerGradDrop
+from graddrop_kernels import FusedGradDropAdamW, GaussianGradDrop, GradDrop, GradDropEpoch, LayerGradDrop, TrainRows
 
 F64 = torch.float64
 ARGUMENTS = {"betas": (0.75, 0.96875), "eps": 1e-3, "weight_decay": 0.2}
@@ -14,6 +14,7 @@ POLICIES = {
     "gaussian": (GaussianGradDrop(0.3), {}),
     "layer": (LayerGradDrop(0.5, layers=["layer.*"]), {}),
     "epoch": (GradDropEpoch(3), {}),
+    "rows": (TrainRows({"layer.0.weight": [1, 2, 4]}), {}),
 }
 SHAPE = (5, 4)
 

@@ -1,12 +1,15 @@
 """TrainRows in a step: the bits of a fixed mask of the same rows, in every mode, on moments of these rows alone."""
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
 from toy import bits, emulate_cuda, refused, through_a_file
 
 from graddrop_kernels import FixedMask, FusedGradDropAdamW, TrainRows, available_backends
+from graddrop_kernels.backends.batch import TensorBatch
+from graddrop_kernels.policies import Rows
 
 ROWS = {"embedding": [3, 4, 17, -1], "bias": slice(40, None), "experts": [1], "conv": torch.arange(8) % 3 == 0}
 SHAPES = {"embedding": (50, 6), "bias": (50,), "experts": (4, 5, 3), "conv": (8, 3, 2, 2), "dense": (7, 2)}
@@ -144,6 +147,35 @@ def test_many_runs_of_rows_are_stepped_too(seed):
     assert optimizer.state[weight]["step"] == 3
 
 
+def test_scattered_rows_of_other_strides_are_one_batch(seed, monkeypatch):
+    """The hulls of their memory overlap. A batch for each would copy the whole tensor as often as there are rows."""
+    weight = torch.nn.Parameter(torch.randn(3, 50, generator=torch.Generator().manual_seed(seed)).t())
+    before, called, step_with = weight.detach().clone(), [], TensorBatch.step_with
+    monkeypatch.setattr(TensorBatch, "step_with", lambda *given: (called.append(1), step_with(*given)))
+    optimizer = FusedGradDropAdamW([("weight", weight)], mask=TrainRows({"weight": slice(0, None, 2)}), **HYPERS)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert len(called) == 1 and torch.equal((weight != before).all(1), torch.arange(50) % 2 == 0)
+
+
+def test_the_text_of_the_rows_is_made_once(seed, monkeypatch):
+    """It is long if the rows are many, and was made and read once per parameter, in the backward pass for each pair."""
+    params = parameters(seed)
+    mask, calls = TrainRows(ROWS, "frozen"), Mock(wraps=Rows.parse)
+    monkeypatch.setattr(TrainRows, "_values", None)
+    optimizer = FusedGradDropAdamW(params.items(), mask=mask, **HYPERS)
+    train(params, optimizer, range(2), seed)
+    saved = optimizer.state_dict()
+    monkeypatch.setattr(Rows, "parse", calls)
+    optimizer.load_state_dict(saved)
+    assert not calls.called
+    optimizer.step_in_backward()
+    optimizer.zero_grad()
+    sum(param.sum() for param in params.values()).backward()
+    optimizer.step()
+    assert optimizer.state[params["bias"]]["step"] == 3
+
+
 def test_complex_rows(seed):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.nn.Parameter(torch.randn(6, 3, generator=generator, dtype=torch.complex64))
@@ -226,6 +258,21 @@ def test_masters_of_rows_that_were_frozen_are_the_weights(seed):
     assert torch.equal(master[5:7], optimizer.state[params["embedding"]]["master_param"])
 
 
+@pytest.mark.parametrize("rows", [[5, 6], [6, 9]])
+def test_moments_and_masters_of_other_rows_of_the_same_number_are_not_taken(rows, seed):
+    params = {"embedding": torch.nn.Parameter(parameters(seed)["embedding"].detach().bfloat16())}
+    options = {**HYPERS, "amsgrad": True, "master_weights": True}
+    old = FusedGradDropAdamW(params.items(), mask=TrainRows({"embedding": [6, 7]}), **options)
+    train(params, old, range(2), seed)
+    new = FusedGradDropAdamW(params.items(), mask=TrainRows({"embedding": rows}), **options)
+    new.load_state_dict(old.state_dict(), strict=False)
+    weight, at = params["embedding"], rows.index(6)
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param"):
+        value = new.state[weight][key]
+        others = weight[rows[1 - at]].float() if key == "master_param" else torch.zeros(6)
+        assert torch.equal(value[at], old.state[weight][key][0]) and torch.equal(value[1 - at], others), key
+
+
 def test_rows_of_another_parameter_are_refused(seed):
     saved = made(seed, TrainRows({"embedding": [1, 2, 3]}))
     train(*saved, range(1), seed)
@@ -238,6 +285,15 @@ def test_rows_of_another_parameter_are_refused(seed):
     state["param_groups"][0]["mask"] = TrainRows({"embedding": [40, 41]}).to_json()
     with refused(ValueError, "exp_avg in the state dict has shape", optimizer=optimizer):
         FusedGradDropAdamW(parameters(seed).items(), mask=None, **HYPERS).load_state_dict(state, strict=False)
+
+
+def test_the_refusal_of_many_other_rows_is_short_and_shows_where_they_differ():
+    weight = torch.nn.Parameter(torch.ones(9000, 2))
+    masks = [TrainRows({"weight": [*range(0, 8000, 2), last]}) for last in (8500, 8501)]
+    one, other = (FusedGradDropAdamW([("weight", weight)], mask=mask) for mask in masks)
+    with pytest.raises(ValueError, match=r"mask=\.\.\..{,70},8500\".*mask=\.\.\..{,70},8501\"") as error:
+        other.load_state_dict(one.state_dict())
+    assert len(str(error.value)) < 600
 
 
 @pytest.mark.filterwarnings("ignore:two optimizers are stepped in turn")
