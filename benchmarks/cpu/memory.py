@@ -8,10 +8,8 @@ process's resident memory at its peak (Linux). Exits with 1 when an optimizer ke
 import ctypes
 import functools
 import gc
-import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from graddrop_kernels.masks.bitmask import num_words
 
 from ..common.cases import CASES, HYPERS, Case
 from ..common.machine import Load
+from ..common.resident import peak_growth
 from ..common.results import arguments, write
 from ..common.shapes import encoder
 from ..common.tensors import Tensors, make_tensors
@@ -69,23 +68,6 @@ def computed_bytes(tensors: Tensors, moments: torch.dtype, mask_bits: int, maste
     """
     sizes, kept = [param.numel() for _, param in tensors.named], 2 * moments.itemsize + 4 * masters
     return sum(kept * numel + 4 + 4 * mask_bits * num_words(numel) for numel in sizes)
-
-
-def peak_growth(step: Callable[[], object]) -> int | None:
-    """Returns the bytes by which the resident memory grows while ``step`` runs; None if /proc does not report it."""
-
-    def resident(field: str) -> int:
-        return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # returns free memory, so that a step that takes it again is seen
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    except (OSError, AttributeError):
-        step()
-        return None
-    before = resident("VmRSS")
-    step()
-    return max(0, resident("VmHWM") - before)
 
 
 def measure(

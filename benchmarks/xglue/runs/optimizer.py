@@ -21,16 +21,10 @@ class WithHeadRate(GradDropFactory):
         return with_head_lr(groups, model, self.head_lr_factor * args.learning_rate)
 
 
-def skips(settings: Settings) -> bool:
-    """Whether the gradients of dropped blocks are not computed: where blocks take turns, to save memory."""
-    policy = policy_of(settings)
-    return policy is not None and policy.takes_turns
-
-
-def optimizer_of(settings: Settings, args: TrainingArguments) -> tuple[type[WithHeadRate], dict]:
-    """Makes ``Trainer(optimizer_cls_and_kwargs=...)``: FusedGradDropAdamW in the paper's scope. It clips itself
-    where Trainer would lack gradients for the norm.
+def optimizer_of(settings: Settings, args: TrainingArguments, skip_dropped: bool) -> tuple[type[WithHeadRate], dict]:
+    """Makes ``Trainer(optimizer_cls_and_kwargs=...)``: FusedGradDropAdamW in the paper's scope. With ``skip_dropped``
+    it clips gradients itself, as Trainer would lack some for the norm.
     """
-    clip = {"max_grad_norm": settings.max_grad_norm or None, "norm_after_mask": True} if skips(settings) else {}
+    clip = {"max_grad_norm": settings.max_grad_norm or None, "norm_after_mask": True} if skip_dropped else {}
     _, arguments = trainer_optimizer(args, mask=policy_of(settings), **clip)
     return WithHeadRate, {**arguments, "head_lr_factor": settings.head_lr_factor}
