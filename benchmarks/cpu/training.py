@@ -23,6 +23,7 @@ from ..common.machine import Load
 from ..common.resident import peak_growth
 from ..common.results import arguments, write
 from ..common.rounds import FIFTHS, spread
+from ..xglue.methods import BEYOND
 from ..xglue.report.saving import BESIDE, FULL
 from ..xglue.runs.methods import policy_of
 from ..xglue.runs.prepare import prepare
@@ -37,9 +38,8 @@ TINY_RUN = {"model": TINY, "train_examples": 24, "languages": ("en",)}
 
 def settings_of(quick: bool) -> dict[str, Settings]:
     """Returns a method's settings by its name, full fine-tuning first and last."""
-    (plan,) = plans(STUDY)
-    base = replace(plan.base, lr=RATE, **(TINY_RUN if quick else {}))
-    found = {name: replace(base, method=name) for name in (FULL, *plan.methods, BESIDE)}
+    base = replace(plans(STUDY)[0].base, lr=RATE, **(TINY_RUN if quick else {}))
+    found = {name: replace(base, method=name) for name in (FULL, *BEYOND, BESIDE)}
     return {**found, f"{FULL}, again": found[FULL]}
 
 
