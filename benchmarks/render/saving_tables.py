@@ -3,6 +3,7 @@
 """
 
 from pathlib import Path
+from statistics import mean
 
 from ..common.results import load
 from .cpu_tables import caption
@@ -42,10 +43,6 @@ def _costs(training: dict | None, method: str) -> tuple[str, str, str]:
     return f"{row['peak_bytes'] / 2**20:.0f}", number(row["peak_ratio"]), number(row["ratio"])
 
 
-def _seeds(found) -> str:
-    return " to ".join(dict.fromkeys(str(pick(score.others.n for score in found)) for pick in (min, max)))
-
-
 def summary(results: Path) -> str:
     """Returns the front page's table."""
     if not (own := _found(results)):
@@ -53,10 +50,12 @@ def summary(results: Path) -> str:
     group, found, training = own
     where = f"e5-small on SIB-200; memory and time: {caption(training) if training else 'not measured'}"
     rows = [
-        [_name(score.method), _interval(score.english), _interval(score.others), *_costs(training, score.method)[1:]]
-        for score in found
-    ]
-    header = [f"{_seeds(found)} seeds, mean ± 95 %", "English, %", f"{len(group.languages) - 1} others, %"]
+        [
+            _name(score.method), str(score.others.n), _interval(score.english), _interval(score.others),
+            *_costs(training, score.method)[1:],
+        ] for score in found
+    ]  # fmt: skip
+    header = ["mean ± 95 %", "seeds", "English, %", f"{len(group.languages) - 1} others, %"]
     return f"\n*{where}*\n\n{markdown([*header, 'peak memory', 'time per step'], rows)}\n\n"
 
 
@@ -70,16 +69,19 @@ def section(results: Path) -> str:
     again = _costs(training, "sft, again")
     rows = []
     for score in found:
-        rates = ", ".join(f"**{lr:g}**" if lr == score.lr else f"{lr:g}" for lr in group.runs[score.method].by_rate)
-        tuning = len(group.runs[score.method].tuning)
+        runs = group.runs[score.method]
+        others = [runs.at(lr) for lr in runs.by_rate if lr != score.lr]
+        beside = [f"{other.lr:g}: {number(mean(other.scores('zero').values()))}" for other in others]
         gain = "–" if score.gain is None else ("+" if score.gain.difference > 0 else "") + _interval(score.gain)
         rows.append([
-            _name(score.method), str(score.others.n), f"{rates} (by {tuning})", _interval(score.english),
-            _interval(score.others), gain, *_costs(training, score.method),
+            _name(score.method), str(score.others.n), f"{score.lr:g}", _interval(score.english),
+            _interval(score.others), gain, ", ".join(beside) or "–", *_costs(training, score.method),
         ])  # fmt: skip
-    header = ["method", "seeds", "learning rates (chosen by seeds)", "English, %", "other languages, %", "minus full"]
-    header += ["peak memory, MiB", "/ full", "time per step / full"]
-    parts = [f"*Accuracy: {group.result['model'].split(',')[0]}. {ran_on([group])}*", markdown(header, rows)]
+    tuning = sorted({len(runs.tuning) for runs in group.runs.values()})
+    header = ["method", "seeds", "rate", "English, %", "other languages, %", "minus full"]
+    header += [f"at the other rate, {' to '.join(map(str, tuning))} seeds", "peak memory, MiB", "/ full"]
+    header += ["time per step / full"]
+    parts = [f"*Accuracy: {group.result['model'].split(' (')[0]}. {ran_on([group])}*", markdown(header, rows)]
     if training:
         parts[1:1] = [f"*Memory and time: {caption(training)}. Full fine-tuning once more in the same run: memory "
                       f"{again[1]}, time {again[2]}.*"]  # fmt: skip

@@ -126,19 +126,19 @@ def test_the_tables(results):
     assert all("No results yet" in text for text in empty)
     path = results / "one.md"
     path.write_text(saving_tables.summary(results), encoding="utf-8")
-    assert lines(path, "full fine-tuning")[0] == ["full fine-tuning", "81.00 ± 2.48", "70.00 ± 0.00", "–", "–"]
+    assert lines(path, "full fine-tuning")[0] == ["full fine-tuning", "3", "81.00 ± 2.48", "70.00 ± 0.00", "–", "–"]
     training_of(
         results, sft=(400, 1.0, 1.0), lora=(100, 0.25, 0.625), random_mask=(402, 1.005, 1.01),
         **{"sft, again": (404, 1.01, 0.98)},
     )  # fmt: skip
     path.write_text(saving_tables.summary(results), encoding="utf-8")
-    header = ["2 to 3 seeds, mean ± 95 %", "English, %", "1 others, %", "peak memory", "time per step"]
+    header = ["mean ± 95 %", "seeds", "English, %", "1 others, %", "peak memory", "time per step"]
     assert lines(path, header[0]) == [header]
-    assert lines(path, "LoRA (PEFT), rank 8")[0][1:] == ["70.00 ± 0.00", "72.00 ± 12.71", "0.25", "0.62"]
+    assert lines(path, "LoRA (PEFT), rank 8")[0][1:] == ["2", "70.00 ± 0.00", "72.00 ± 12.71", "0.25", "0.62"]
     assert len(path.read_text().strip().splitlines()) <= 10
     path.write_text(saving_tables.section(results), encoding="utf-8")
     assert lines(path, "LoRA (PEFT), rank 8")[0][1:] == [
-        "2", "**0.0005**, 0.001 (by 1)", "70.00 ± 0.00", "72.00 ± 12.71", "+2.00 ± 12.71", "100", "0.25", "0.62",
+        "2", "0.0005", "70.00 ± 0.00", "72.00 ± 12.71", "+2.00 ± 12.71", "0.001: 99.00", "100", "0.25", "0.62",
     ]  # fmt: skip
     assert lines(path, "full fine-tuning")[0][-4:] == ["–", "400", "1.00", "1.00"]
     assert "a made-up CPU" in path.read_text() and "memory 1.01, time 0.98" in path.read_text()
