@@ -11,13 +11,13 @@ from graddrop_kernels.demo import e5_small, sib200
 from graddrop_kernels.demo.classifier import PREFIX, MeanPoolingClassifier, set_dropout
 
 
-def options(description: str, layers: int = 12, sentences: int = 192) -> argparse.Namespace:
+def options(description: str, layers: int = 12, sentences: int = 192, lr: float = 3e-4) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--layers", type=int, default=layers, help="blocks of the model (default: %(default)s)")
     parser.add_argument("--sentences", type=int, default=sentences, help="to train on (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=3e-4, help="(default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=lr, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of head and masks (default: %(default)s)")
     return parser.parse_args()
 

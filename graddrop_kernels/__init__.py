@@ -9,6 +9,7 @@ from .inspection.memory import memory
 from .inspection.schedule_plot import plot_schedule
 from .integrations.deepspeed import attach_deepspeed
 from .integrations.fsdp1 import attach_fsdp1
+from .integrations.new_tokens import new_token_rows
 from .integrations.zero_redundancy import attach_zero
 from .optimizer import FusedGradDropAdamW
 from .policies import (
@@ -21,6 +22,7 @@ from .policies import (
     LayerGradDrop,
     RandomMask,
     SampleBlocks,
+    TrainRows,
 )
 from .policies.mask_builders import top_change, top_gradient, top_magnitude
 from .policies.schedules import ExponentialAnneal, LinearAnneal
@@ -39,6 +41,7 @@ __all__ = [
     "LinearAnneal",
     "RandomMask",
     "SampleBlocks",
+    "TrainRows",
     "attach_deepspeed",
     "attach_fsdp1",
     "attach_zero",
@@ -46,6 +49,7 @@ __all__ = [
     "describe",
     "find_blocks",
     "memory",
+    "new_token_rows",
     "param_groups",
     "plot_mask",
     "plot_schedule",

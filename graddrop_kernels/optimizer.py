@@ -55,7 +55,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             own choice, see the README's table.
         bias_correction: ``"active"`` counts the steps in which a frozen unit was active: its first steps have the size
             of lr. ``"global"``, the literal form, counts all steps: a late unit starts with 3 to 6 times lr.
-        moment_dtype: None for moments in the parameter's dtype (as torch), or torch.float32.
+        moment_dtype: None for moments in the parameter's dtype (as torch); torch.float32, for 16-bit parameters;
+            torch.bfloat16, for float32 ones.
         master_weights: step a float32 copy of each bfloat16 or float16 parameter, with float32 moments; the parameter
             is that copy rounded. The state keeps it as ``master_param``. It overrides the parameter: load new weights
             before the first step.
@@ -251,9 +252,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         accumulation included. The training is the same bit for bit. Other policies drop no whole blocks, and nothing
         changes for them.
 
-        Inside, the parameters of those blocks have ``requires_grad`` False. A parameter's first step is run in full: it
-        shows whether the parameter has a gradient at all. A parameter with a gradient in some steps only counts as used
-        in all that drop it.
+        Inside, the parameters of those blocks have ``requires_grad`` False. A parameter's first step is run in full,
+        but under ``idle_state="drop"``: it shows whether the parameter has a gradient at all. A parameter with a
+        gradient in some steps only counts as used in all that drop it.
 
         Args:
             model: as it is called, with its wrappers. Needed with more than one process, unless all parameters are
@@ -369,7 +370,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
 
         Args:
             pieces: the pieces of each buffer, in order. Elements between them are padding and stay as they are.
-            shapes: of all parameters of the model by name, even of those in other processes only: to check a FixedMask.
+            shapes: of all parameters of the model by name, even of those in other processes only: to check a FixedMask,
+                and to know the rows of TrainRows.
             last: the last buffer of each group, where an engine steps the buffers of a group one after the other, with
                 a ``step()`` for each. Its step ends the group's.
             has_gradients: group index -> whether any process has gradients of the group in this step. Needed where a
@@ -409,7 +411,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 changed then.
         """
         self._skip_dropped.check_outside("load_state_dict()")
-        load_state.load(self, super().load_state_dict, state_dict, self.strict if strict is None else strict)
+        strict = self.strict if strict is None else strict
+        load_state.load(self, self._masking, super().load_state_dict, state_dict, strict)
         self.reloaded()
 
     def reloaded(self) -> None:

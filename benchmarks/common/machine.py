@@ -75,13 +75,13 @@ class Load:
         self.before, self.started = _load_average(), time.monotonic()
         self.busy_before, self.own_before = _busy_seconds(), _own_seconds()
 
-    def report(self) -> dict:
+    def report(self, helpers: float = 0.0) -> dict:
         """Returns load averages before and now (1 minute; ours counts too), and how many cores others used in
-        between.
+        between. ``helpers``: CPU seconds of processes that are ours and no children, as those of a forkserver.
         """
         elsewhere = None
         if self.busy_before is not None:
-            busy, own = _busy_seconds() - self.busy_before, _own_seconds() - self.own_before
+            busy, own = _busy_seconds() - self.busy_before, _own_seconds() - self.own_before + helpers
             elsewhere = round(max(0.0, busy - own) / max(time.monotonic() - self.started, 1e-9), 3)
         return {"before": self.before, "after": _load_average(), "elsewhere": elsewhere}
 

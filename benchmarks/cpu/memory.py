@@ -5,18 +5,16 @@ tensor storages that the optimizer keeps alive, beside tables of addresses. A st
 process's resident memory at its peak (Linux). Exits with 1 when an optimizer keeps other bytes than are computed.
 """
 
-import ctypes
 import functools
-import gc
 import sys
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from graddrop_kernels.masks.bitmask import num_words
 
 from ..common.cases import CASES, HYPERS, Case
+from ..common.kept import kept_bytes
 from ..common.machine import Load
 from ..common.resident import peak_growth
 from ..common.results import arguments, write
@@ -36,32 +34,6 @@ OPTIONS = {"stochastic_rounding": ", rounded stochastically", "master_weights": 
 TABLE = 1024  # bytes per tensor for addresses and keys; more would be a mask in disguise
 
 
-def kept_bytes(optimizer: torch.optim.Optimizer, tensors: Tensors) -> tuple[int, int]:
-    """Returns (bytes of tensors, bytes of tables) that only the optimizer keeps alive: no parameters or gradients."""
-    given = {tensor.untyped_storage().data_ptr() for _, param in tensors.named for tensor in (param, param.grad)}
-    found: dict[int, int] = {}
-    tables = 0
-    seen, queue = set(), [optimizer]
-    while queue:
-        item = queue.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, torch.Tensor):
-            storage = item.untyped_storage()
-            if storage.data_ptr() not in given:
-                found[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(item, (np.ndarray, ctypes.Array, ctypes.Structure)):
-            tables += memoryview(item).nbytes
-        elif isinstance(item, dict):
-            queue += [*item.keys(), *item.values()]
-        elif isinstance(item, (list, tuple, set, frozenset)):
-            queue += item
-        elif isinstance(item, torch.optim.Optimizer) or type(item).__module__.startswith("graddrop_kernels"):
-            queue += [value for value in gc.get_referents(item) if not isinstance(value, type)]
-    return sum(found.values()), tables
-
-
 def computed_bytes(tensors: Tensors, moments: torch.dtype, mask_bits: int, masters: bool = False) -> int:
     """Computes the bytes of two moments, a float32 step count per tensor, mask bits in words of 32, and float32
     masters.
@@ -79,7 +51,7 @@ def measure(
     first = peak_growth(step)
     later = [peak_growth(optimizer.step) for _ in range(3)]
     moments = optimizer.state[param]["exp_avg"].dtype if optimizer.state[param] else param.dtype
-    (kept, tables), mask_bits = kept_bytes(optimizer, tensors), case.mask_bits if case else 0
+    (kept, tables), mask_bits = kept_bytes(optimizer, tensors.params), case.mask_bits if case else 0
     group = optimizer.param_groups[0]
     option = "".join(text for option, text in OPTIONS.items() if group.get(option))
     computed = computed_bytes(tensors, moments, mask_bits, bool(group.get("master_weights")))

@@ -22,7 +22,8 @@ SM_90 = GPUTarget("cuda", 90, 32)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 _DTYPES = {"f": F32, "b": BF16, "h": F16}
 # Dtypes of parameters, gradients, moments. Parameters of another dtype than their gradients are master weights.
-MODES = {name: tuple(_DTYPES[letter] for letter in name) for name in ("fff", "bbf", "bbb", "hhf", "hhh", "fbf", "fhf")}
+_MODES = ("fff", "ffb", "bbf", "bbb", "hhf", "hhh", "fbf", "fhf")
+MODES = {name: tuple(_DTYPES[letter] for letter in name) for name in _MODES}
 ALIGNED = [["tt.divisibility", 16]]  # as in a real launch, for the tables' addresses
 
 

@@ -167,6 +167,26 @@ def precision(result: dict, folder: Path) -> Path:
     return save(figure, folder / "precision.png")
 
 
+def sampled_blocks(result: dict, folder: Path) -> Path:
+    """Draws the loss and the bytes that the optimizer keeps, by step, a line per way to train."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5.2))
+    rows = [row for row in result["rows"] if "error" not in row and row["kind"] != "check"]
+    for row, color, marker in zip(rows, COLORS, MARKERS):
+        style = {"color": color, "marker": marker, "markevery": 6, "label": row["name"]}
+        style["linestyle"] = "--" if row["kind"] == "peer" else "-"
+        steps = range(1, len(row["losses"]) + 1)
+        axes[0].plot(steps, report.smooth(row["losses"]), **style)
+        axes[1].plot(steps, [kept / 1e6 for kept in row["kept"]], **style)
+    axes[0].set(xlabel="step", ylabel=f"training loss, mean of {report.SMOOTHING} steps")
+    axes[1].set(xlabel="step", ylabel="kept by the optimizer after the step, MB", ylim=0)
+    for axis in axes:
+        axis.grid(axis="y")
+    axes[0].legend()
+    every = f"{result['layers']} blocks, others every {result['every']} steps (dashed: other code)"
+    figure.suptitle(title(every, result))
+    return save(figure, folder / "sampled_blocks.png")
+
+
 def draw(results: dict[str, dict], folder: Path) -> list[Path]:
     """Draws every figure that one machine has results for."""
     steps = {name: results[name] for name in (f"step_cpu_{dtype}" for dtype in DTYPES) if name in results}
@@ -174,4 +194,5 @@ def draw(results: dict[str, dict], folder: Path) -> list[Path]:
     if steps:
         paths += [frozen_blocks(steps, folder), bandwidth(steps, folder)]
     figures = {"host_overhead": host_overhead, "memory": memory, "precision": precision}
+    figures["sampled_blocks"] = sampled_blocks
     return paths + [figure(results[name], folder) for name, figure in figures.items() if name in results]

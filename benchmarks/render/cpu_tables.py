@@ -190,6 +190,34 @@ def _skip_backward(results: dict) -> str:
     return markdown(["saved of a training step, %", "FLOPs", *labels], lines)
 
 
+def _sampled_blocks(results: dict) -> str:
+    """Returns a line per way to train: time over that of full fine-tuning, memory, loss, whether it resumes."""
+    own, table = results["sampled_blocks"], []
+    for row in own["rows"]:
+        if "error" in row:
+            table.append([f"{row['name']}: {row['error']}", *"–" * 5])
+            continue
+        tail = row["losses"][-10:]
+        table.append([
+            row["name"],
+            f"{number(row['ratio'])} ({number(row['ratio_p20'])} to {number(row['ratio_p80'])})",
+            number(row["peak_bytes"] and row["peak_bytes"] / 1e6, 0),
+            f"{number(row['kept_bytes'] / 1e6, 1)} ({number(row['kept_bytes'] / row['computed_bytes'])})",
+            number(sum(tail) / len(tail)),
+            "yes" if row["same_bits"] else "**no**",
+        ])  # fmt: skip
+    header = [
+        f"{own['layers']} blocks, {own['steps']} steps, others every {own['every']} steps",
+        "time / full fine-tuning (p20 to p80)",
+        "peak memory, MB",
+        "kept by the optimizer, MB (/ moments of its blocks and the rest)",
+        "loss, last 10 steps",
+        "resumes to the same bits",
+    ]
+    whose = "; ".join(f"{name} is {source}" for name, source in own["sources"].items())
+    return f"{markdown(header, table)}\n\n{whose}."
+
+
 def _growing_costs(results: dict) -> str:
     """Returns a table each for patterns of gradients, strides, epochs and groups."""
     own = results["growing_costs"]
@@ -212,6 +240,20 @@ def _growing_costs(results: dict) -> str:
         f"Bytes of a group's history at the end: {bytes_kept}.",
         crossed("seconds, a group per parameter", own["groups"], "work", lambda row: number(row["seconds"], 3)),
     ))  # fmt: skip
+
+
+def _trained_rows(results: dict) -> str:
+    """Returns times and bytes in percent of a dense step's."""
+    own = results["trained_rows"]
+    dense = own["rows"][0]
+    lines = [
+        [row["name"], number(row["seconds"] * 1e3, 3), number(100 * row["ratio"]), f"{row['moment_bytes']:,}",
+         number(100 * row["moment_bytes"] / dense["moment_bytes"])]
+        for row in own["rows"]
+    ]  # fmt: skip
+    rows, width = own["shape"]
+    what = f"a weight of {rows:,} x {width}, {own['threads']} threads"
+    return markdown([what, "ms", "% of torch fused", "moments, bytes", "%"], lines)
 
 
 def _precision(results: dict) -> str:
@@ -282,7 +324,9 @@ TABLES = {  # name in the marker: (benchmarks, of which one suffices; the table)
     "modes": (("modes_cpu",), _modes),
     "precision": (("precision",), _precision),
     "skip-backward": (("skip_backward",), _skip_backward),
+    "sampled-blocks": (("sampled_blocks",), _sampled_blocks),
     "growing-costs": (("growing_costs",), _growing_costs),
+    "trained-rows": (("trained_rows",), _trained_rows),
     "step-detail": (_STEP, _details),
 }
 EXTRACTS = ("facts", "summary")  # parts of "step", left out of a page with all tables

@@ -296,7 +296,8 @@ static void masked_adamw(const PreparedRow& row, int64_t begin, int64_t end) {
     case kFloat32:
       if (mode.grad_dtype == kBFloat16) return masked_adamw_typed<Types<float, BFloat16, float>>(row, begin, end);
       if (mode.grad_dtype == kFloat16) return masked_adamw_typed<Types<float, Float16, float>>(row, begin, end);
-      return masked_adamw_typed<Types<float, float, float>>(row, begin, end);
+      if (wide_moments) return masked_adamw_typed<Types<float, float, float>>(row, begin, end);
+      return masked_adamw_typed<Types<float, float, BFloat16>>(row, begin, end);
     case kBFloat16:
       if (mode.stochastic) {
         if (wide_moments) return masked_adamw_typed<Types<BFloat16, BFloat16, float, true>>(row, begin, end);

@@ -94,6 +94,7 @@ static Kernel kernel_of(const LaunchSpec& spec) {
     default:
       if (spec.grad_dtype == kBFloat16) return kernel_for<Types<float, BFloat16, float>>(spec);
       if (spec.grad_dtype == kFloat16) return kernel_for<Types<float, Float16, float>>(spec);
+      if (spec.moment_dtype == kBFloat16) return kernel_for<Types<float, float, BFloat16>>(spec);
       return kernel_for<Types<float, float, float>>(spec);
   }
 }

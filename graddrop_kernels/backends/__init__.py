@@ -19,13 +19,14 @@ from .reference import step
 
 _HALF = (torch.bfloat16, torch.float16)
 # (parameter dtype, moment dtype)
-_ANY_DTYPES = (
-    *((dtype, moments) for dtype in (torch.float32, torch.float64, *_HALF) for moments in {dtype, torch.float32}),
-    *((dtype, dtype) for dtype in (torch.complex64, torch.complex128)),
-)
 _FUSED_DTYPES = (
-    (torch.float32, torch.float32),
+    *((torch.float32, moments) for moments in (torch.float32, torch.bfloat16)),
     *((dtype, moments) for dtype in _HALF for moments in (torch.float32, dtype)),
+)
+_ANY_DTYPES = (
+    *_FUSED_DTYPES,
+    *((torch.float64, moments) for moments in (torch.float64, torch.float32)),
+    *((dtype, dtype) for dtype in (torch.complex64, torch.complex128)),
 )
 
 

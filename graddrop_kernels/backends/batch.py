@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..masks.memory_order import MemoryOrder
@@ -31,7 +32,8 @@ class TensorBatch:
 
     For a backend that goes by addresses they are contiguous, or dense in the order that ``orders`` gives. Layouts and
     ``keys`` always mean an element's index. ``mask_words`` are in the order of memory. Such a backend may find ``rows``
-    in place of the tensors: the TensorRows that tensor_table() would make, up to their gradients.
+    in place of the tensors: the TensorRows that tensor_table() would make, up to their gradients. A row may be a part
+    of its gradient, see grad_addresses().
 
     It knows nothing of groups or policies. The backend call advances ``steps``. ``max_exp_avg_sqs`` holds None where
     there is no amsgrad. ``hyper_rows`` are indices into ``hypers``. ``hypers`` and ``grads`` are new in every step.
@@ -69,12 +71,20 @@ class TensorBatch:
     staged: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # (tensor, its contiguous copy)
     rows: Any = None
     table: Any = None  # of a type of the backend's own
+    grad_offsets: Any = None  # bytes from a gradient's address to that of the row's part of it, uint64; None: 0
     version: int = 0  # to be raised with each step's gradients and hyper-parameters
 
     @property
     def parts(self) -> int:
         """Numbers per element of a mask."""
         return 2 if self.param_dtype.is_complex else 1
+
+    def grad_addresses(self) -> list[int]:
+        """The address of each row's gradient."""
+        addresses = list(map(torch.Tensor.data_ptr, self.grads))
+        if self.grad_offsets is None:
+            return addresses
+        return (np.array(addresses, np.uint64) + self.grad_offsets).tolist()  # type: ignore[no-any-return]
 
     def step_with(self, masked_adamw_: Callable[["TensorBatch"], None]) -> None:
         """Steps the batch. A tensor that the backend cannot take as it lies is stepped through a contiguous copy, which

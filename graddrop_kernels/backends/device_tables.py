@@ -85,7 +85,7 @@ class DeviceTables:
     def refresh(self, batch: TensorBatch) -> None:
         """Brings the tables up to date with the batch's gradients and hyper-parameters. Copies only what has changed.
         """
-        addresses = list(map(torch.Tensor.data_ptr, batch.grads))
+        addresses = batch.grad_addresses()
         if capture.capturing(self.device):
             return self._capture(addresses, batch)
         self._make_room(batch.hypers)

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in torch's stub
 
-from ..policies import FixedMask
+from ..policies import Policy, TrainRows
 from ..tensors.local import has_processes, is_dtensor, local
 from ..tensors.memory import check_memory, is_fake, overlaps_itself
 from .masking import Masking
 from .options import check_clipping, check_options
 from .owner import Owner
 from .param_state import check_state
-from .records import ParamRecord
+from .records import ParamRecord, trained_rows
 
 
 def check_groups(masking: Masking, first: int = 0) -> None:
@@ -32,6 +32,11 @@ def check_groups(masking: Masking, first: int = 0) -> None:
                 f"masked={group['masked']!r} does not apply to {type(policy).__name__}, which drops nothing; "
                 "leave it None"
             )
+        if isinstance(policy, TrainRows) and not masking.is_frozen(index):
+            raise ValueError(
+                f"TrainRows needs masked='frozen', its default, as it does not step other rows; got masked="
+                f"{group['masked']!r}"
+            )
         if policy is not None and policy.takes_turns:
             policy.check_blocks(masking.blocks(index))
             if getattr(policy, "idle_state", "keep") == "drop" and not masking.is_frozen(index):
@@ -47,7 +52,7 @@ def check_groups(masking: Masking, first: int = 0) -> None:
             raise ValueError(f"a parameter appears twice in parameter group {index}; give each parameter once")
     check_names(masking, first)
     check_clipping(masking.groups, first)
-    check_fixed_masks(masking, wait=True, first=first)
+    check_named_params(masking, wait=True, first=first)
 
 
 def check_names(masking: Masking, first: int = 0) -> None:
@@ -71,51 +76,50 @@ def check_named(group: dict[str, Any], param: torch.Tensor, record: ParamRecord)
         )
 
 
-def check_fixed_masks(masking: Masking, wait: bool = False, first: int = 0) -> None:
-    """Raises ValueError for a FixedMask with a mask of an unknown parameter or of another shape than its parameter.
+def check_named_params(masking: Masking, wait: bool = False, first: int = 0) -> None:
+    """Raises ValueError for a policy that names an unknown parameter, or one whose shape does not suit it.
 
     With ``wait`` it raises nothing while pieces may still be attached to parameters without a name in this process.
     Groups before the one of index ``first`` have been checked before.
     """
     buffers = masking.buffers
     checked = {group["mask"] for group in masking.groups[:first]}
-    fixed: dict[FixedMask, dict[str, tuple[int, ...] | None]] = {}
+    found: dict[Policy, dict[str, tuple[int, ...] | None]] = {}
     for index, group in list(enumerate(masking.groups))[first:]:
         policy = masking.policy(index)
-        if not isinstance(policy, FixedMask):
+        if policy is None or not policy.named:
             continue
         nameless = "param_names" not in group and ("block" in group or has_processes())
         unknown = (param for param in group["params"] if param not in buffers.pieces)
         if wait and any(nameless or buffers.reason(param) for param in unknown):
             return
         for param, record in zip(group["params"], masking.records(index)):
-            named: dict[str, tuple[int, ...] | None] = {piece.name: None for piece, _, _ in record.flat}
-            named = named or {record.name: tuple(param.shape)}
-            fixed.setdefault(policy, {}).update(named)
-    for policy, shapes in fixed.items():
-        names = policy.shapes if policy.to_json() not in checked else [name for name in shapes if name in policy.shapes]
-        for name in names if buffers.shapes is None else ():
-            if name not in shapes and masking.has(name):
-                raise ValueError(
-                    f"FixedMask: {name!r} is in a parameter group with another mask, or none: leave it out "
-                    "(the builders take groups=param_groups(model)), or pass model.named_parameters()"
-                )
-        check_fixed_mask(policy, names, shapes if buffers.shapes is None else buffers.shapes)
+            shapes: dict[str, tuple[int, ...] | None] = {each.piece.name: None for each in record.flat}
+            found.setdefault(policy, {}).update(shapes or {record.name: tuple(param.shape)})
+    for policy, shapes in found.items():
+        names = policy.named if policy.to_json() not in checked else set(policy.named) & shapes.keys()
+        elsewhere = [name for name in names if name not in shapes and masking.has(name)]
+        if elsewhere and buffers.shapes is None:
+            raise ValueError(
+                f"{type(policy).__name__}: {elsewhere[0]!r} is in a parameter group with another mask, or none: leave "
+                "it out (the builders of masks take groups=param_groups(model)), or pass model.named_parameters()"
+            )
+        check_shapes(policy, names, shapes if buffers.shapes is None else buffers.shapes)
 
 
-def check_fixed_mask(
-    policy: FixedMask, names: Iterable[str], shapes: Mapping[str, tuple[int, ...] | None]
-) -> None:
-    """Raises ValueError unless each of these masks has a parameter of its name and shape. The shape is None in a flat
-    buffer.
+def check_shapes(policy: Policy, names: Iterable[str], shapes: Mapping[str, tuple[int, ...] | None]) -> None:
+    """Raises ValueError unless each of these names that the policy has is a parameter's, of a shape that suits it. The
+    shape is None in a flat buffer.
     """
     for name in names:
-        shape = policy.shapes[name]
         if name not in shapes:
             near = difflib.get_close_matches(name, shapes, n=3, cutoff=0.0)
-            raise ValueError(f"FixedMask: no parameter is called {name!r}; near names are {', '.join(map(repr, near))}")
-        if shapes[name] not in (None, shape):
-            raise ValueError(f"FixedMask: the mask of {name!r} has shape {shape}, but the parameter has {shapes[name]}")
+            raise ValueError(
+                f"{type(policy).__name__}: no parameter is called {name!r}; near names are {', '.join(map(repr, near))}"
+            )
+        shape = shapes[name]
+        if shape is not None:
+            policy.check_shape(name, shape)
 
 
 def check_row(
@@ -130,10 +134,9 @@ def check_row(
     if is_fake(tensor):
         return  # no kernel is given its address
     state = {key: local(value) for key, value in owner.state.get(param, {}).items()}
-    check_state(record.name, tensor, state)
+    check_state(record.name, tensor, state, trained_rows(param, record))
     check_memory(f"parameter {record.name!r}", tensor)
     check_memory(f"the gradient of {record.name!r}", grad)
-    masking.check_flat(record, param)
     if record.flat and owner.max_grad_norm is not None:
         raise ValueError(
             f"max_grad_norm={owner.max_grad_norm!r} cannot be used with the flat buffer {record.name!r}, whose "

@@ -1,5 +1,6 @@
 """Loads state dicts. Decides which values come from the file and which stay the optimizer's own."""
 
+import contextlib
 import copy
 from collections.abc import Callable
 from itertools import chain
@@ -7,9 +8,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..policies import Clock
+from ..policies import Clock, from_json
+from ..policies.rows import Runs
+from ..tensors.local import is_dtensor
+from .masking import Masking
 from .names import canonical_name
-from .param_state import has_master
+from .param_state import STATE_TENSORS, has_master, in_rows, state_shape, wanted_moments
+from .records import ParamRecord, trained_rows
 
 # These describe the live model and how it is stepped, not the training: a file never overrides them.
 _STRUCTURE = (
@@ -22,8 +27,8 @@ _ADAMW = ("lr", "betas", "eps", "weight_decay")  # in every group of a file of A
 
 
 def load(
-    optimizer: torch.optim.Optimizer, torchs_load: Callable[[dict[str, Any]], None], state_dict: dict[str, Any],
-    strict: bool,
+    optimizer: torch.optim.Optimizer, masking: Masking, torchs_load: Callable[[dict[str, Any]], None],
+    state_dict: dict[str, Any], strict: bool,
 ) -> None:  # fmt: skip
     """Does what load_state_dict() does: calls ``torchs_load`` with a state dict adapted to the optimizer's groups. A
     failure changes nothing, also when it comes after torch has replaced the state.
@@ -32,7 +37,7 @@ def load(
     before = {"state": optimizer.state, "param_groups": optimizer.param_groups}
 
     def fit(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        prepared.update(prepare(state_dict, optimizer.param_groups, strict))
+        prepared.update(prepare(state_dict, optimizer.param_groups, strict, masking))
         return prepared
 
     last_hook = optimizer.register_load_state_dict_pre_hook(fit)  # after the user's own, which may adapt the file
@@ -47,15 +52,19 @@ def load(
         last_hook.remove()
 
 
-def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]], strict: bool) -> dict[str, Any]:
+def prepare(
+    state_dict: dict[str, Any], groups: list[dict[str, Any]], strict: bool, masking: Masking | None = None
+) -> dict[str, Any]:  # fmt: skip
     """Returns a copy of ``state_dict`` adapted to ``groups``. Keys of ours that it lacks are filled in. Where the file
     and ``groups`` have names, groups and parameters are brought into our order by name.
+
+    ``masking``: that of the groups, where a state may have only some rows of its parameter.
 
     Raises:
         ValueError: another kind of optimizer's, or names or shapes differ. With strict also parameters that are grouped
             in another way, another policy, seed, masked or bias_correction, and masks drawn by position, not by name.
     """
-    state = state_dict["state"]
+    state = dict(state_dict["state"])
     saved_groups = [dict(group) for group in state_dict["param_groups"]]
     for index, saved in enumerate(saved_groups):
         if missing := [key for key in _ADAMW if key not in saved]:
@@ -67,14 +76,19 @@ def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]], strict: bo
     for index, (saved, group) in enumerate(zip(saved_groups, groups)):
         if strict:
             _check_masking(index, saved, group, any(map(state.get, saved["params"])))
+        saved_mask = saved.get("mask")
         for key in _MASKING:
             saved[key] = group[key]
         for key in _STRUCTURE:
             saved.pop(key, None)
         if "param_names" in group:  # otherwise the file's are taken, as in torch, and masks stay those of the saved run
             saved.pop("param_names", None)
-        for saved_id, param in zip(saved["params"], group["params"]):
-            _check_saved_state(index, state.get(saved_id), param)
+        records = masking.records(index) if masking is not None else [None] * len(group["params"])
+        for saved_id, param, record in zip(saved["params"], group["params"], records):
+            rows = None if record is None else trained_rows(param, record)
+            if record is not None and state.get(saved_id):
+                state[saved_id] = _in_our_rows(state[saved_id], saved_mask, param, record, rows)
+            _check_saved_state(index, state.get(saved_id), param, rows)
         if "completed_steps" not in saved:  # of torch.optim.AdamW
             steps = [int(state[saved_id]["step"]) for saved_id in saved["params"] if state.get(saved_id)]
             saved["completed_steps"] = max(steps, default=0)
@@ -83,7 +97,7 @@ def prepare(state_dict: dict[str, Any], groups: list[dict[str, Any]], strict: bo
         for key, value in group.items():
             if key != "params":
                 saved.setdefault(key, value)
-    return {**state_dict, "param_groups": saved_groups}
+    return {**state_dict, "state": state, "param_groups": saved_groups}
 
 
 def _check_masking(index: int, saved: dict[str, Any], group: dict[str, Any], has_state: bool) -> None:
@@ -105,9 +119,38 @@ def _check_masking(index: int, saved: dict[str, Any], group: dict[str, Any], has
         )
 
 
-def _check_saved_state(index: int, state: dict[str, Any] | None, param: torch.Tensor) -> None:
+def _in_our_rows(
+    state: dict[str, Any], saved_mask: str | None, param: torch.Tensor, record: ParamRecord, rows: Runs | None
+) -> dict[str, Any]:
+    """A saved state with the rows that ours has. A file has those of its own mask, or all if it was saved sharded."""
+    saved_rows: Runs | None = None
+    shape = state_shape(param, rows)
+    others = {
+        key: value
+        for key, value in state.items()
+        if key in STATE_TENSORS and isinstance(value, torch.Tensor) and tuple(value.shape) != shape
+    }
+    if not others or is_dtensor(param) or record.flat:
+        return state
+    if saved_mask is not None and '"TrainRows"' in saved_mask and (own := from_json(saved_mask).rows_of(record.name)):
+        with contextlib.suppress(ValueError):  # of another number of rows
+            saved_rows = own.runs(param.shape[0]) if own.parts else ()
+    state = dict(state)
+    for key, value in others.items():
+        if saved_rows is not None and tuple(value.shape) == state_shape(param, saved_rows):
+            whole = param.detach().to(value) if key == "master_param" else value.new_zeros(param.shape)
+            for part, (start, stop) in zip(value.split([stop - start for start, stop in saved_rows]), saved_rows):
+                whole[start:stop] = part
+            value = whole
+        if value.shape == param.shape:
+            state[key] = in_rows(value, rows)
+    return state
+
+
+def _check_saved_state(index: int, state: dict[str, Any] | None, param: torch.Tensor, rows: Runs | None) -> None:
     if not state:
         return
+    own_shape = state_shape(param, rows)
     dropped = set(state) <= {"step", "master_param"}  # the moments of a block without a turn
     for key in ("step",) if dropped else ("step", "exp_avg", "exp_avg_sq"):
         if key not in state:
@@ -115,13 +158,13 @@ def _check_saved_state(index: int, state: dict[str, Any] | None, param: torch.Te
                 f"the state dict has no {key!r} for a parameter of group {index}: "
                 "it is another kind of optimizer's, not AdamW's"
             )
-    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param"):
-        shape = tuple(getattr(state.get(key, param), "shape", ("no tensor",)))
-        if shape != tuple(param.shape):
+    for key in STATE_TENSORS:
+        shape = tuple(getattr(state[key], "shape", ("no tensor",))) if key in state else own_shape
+        if shape != own_shape:
             raise ValueError(
-                f"{key} in the state dict has shape {shape} where a parameter of group {index} "
-                f"has {tuple(param.shape)}: the state dict is of another model, or its parameters are in another order "
-                "(named parameters are matched by name)"
+                f"{key} in the state dict has shape {shape} where that of a parameter of group {index} has "
+                f"{own_shape}: the state dict is of another model, or its parameters are in another order (named "
+                "parameters are matched by name), or it was saved unsharded under TrainRows, with trained rows only"
             )
 
 
@@ -182,9 +225,9 @@ def _refuse(theirs: list[list[str]], ours: list[list[str]], remedy: str) -> NoRe
 
 
 def make_own(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Copies what torch has left shared with the file, so that it can be loaded again. Undoes torch's cast of float32
-    moments and masters to the parameter's dtype. Makes step counts float32, in which the kernels count. Removes masters
-    where none are wanted.
+    """Copies what torch has left shared with the file, so that it can be loaded again. Undoes torch's cast, to the
+    parameter's dtype, of float32 moments and masters, and of moments in the dtype that the group wants. Makes step
+    counts float32, in which the kernels count. Removes masters where none are wanted.
 
     Moments of any other dtype come from a model of that dtype, and for them the cast is right.
     """
@@ -198,7 +241,7 @@ def make_own(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> No
                 own[key] = torch.as_tensor(value, dtype=torch.float32, device=param.device).clone()
             elif not isinstance(value, torch.Tensor):
                 own[key] = copy.deepcopy(value)
-            elif value.dtype == torch.float32 != own[key].dtype:
+            elif value.dtype != own[key].dtype and value.dtype in (torch.float32, wanted_moments(param, group)):
                 own[key] = value.to(param.device, copy=True)
             elif own[key] is value:
                 own[key] = value.clone()

@@ -119,8 +119,8 @@ class Masking:
         plans: dict[Hashable, MaskPlan] = {}
         active, total = 0.0, 0
         for param, record in zip(self[index]["params"], self.records(index)):
-            spans: Sequence[Span | None] = spans_of(param, record) if record.flat else [None]
-            words = self.words(index, param, record) if record.flat else [None]
+            spans: Sequence[Span | None] = spans_of(param, record, left_out=True) if record.flat else [None]
+            words = self.words(index, param, spans) if record.flat else [None]
             for span, bits in zip(spans, words):
                 unit, numel = (record.unit, param.numel()) if span is None else (span.unit, span.numel)
                 if unit not in plans:
@@ -130,6 +130,8 @@ class Masking:
                 if plan.kind == "fixed":
                     policy: Any = self.policy(index)  # a FixedMask
                     share = count_kept(policy.words[record.name] if bits is None else bits) / max(numel, 1)
+                if record.rows is not None:
+                    share *= record.rows.share(param.shape)
                 active += share * numel
                 total += numel
         return active / total if total else 1.0
@@ -150,7 +152,7 @@ class Masking:
             made_from += tuple(map(id, group["params"]))
         cached = self._records.get(index)
         if cached is None or cached[0] != made_from:
-            made = make_records(self.groups, index, self.policy(index), self.buffers.pieces, self.matches)
+            made = make_records(self.groups, index, self.policy(index), self.buffers, self.matches)
             cached = self._records[index] = (made_from, made)
         return cached[1]
 
@@ -161,7 +163,7 @@ class Masking:
             key: name
             for index in drawing
             for record in self.records(index)
-            for key, name in [(record.key, record.name), *((key, piece.name) for piece, key, _ in record.flat)]
+            for key, name in [(record.key, record.name), *((each.key, each.piece.name) for each in record.flat)]
         }
 
     def find(self, param: torch.Tensor | str) -> tuple[int, int]:
@@ -239,12 +241,13 @@ class Masking:
     # Masks.
 
     def words(
-        self, index: int, param: torch.Tensor, record: ParamRecord, order: MemoryOrder | None = None
-    ) -> list[torch.Tensor | None]:
-        """Per span, the bit-planes of the buckets or the bits of a fixed mask; None where the policy stores none. They
-        are made once per parameter and kept on its device. With an ``order`` they are in that of the memory.
+        self, index: int, param: torch.Tensor, spans: Sequence[Any], order: MemoryOrder | None = None
+    ) -> list[torch.Tensor | None]:  # fmt: skip
+        """Per span of a parameter, the bit-planes of the buckets or the bits of a fixed mask; None where the policy
+        stores none. They are made once per parameter and kept on its device. With an ``order`` they are in that of the
+        memory.
         """
-        policy, spans = self.policy(index), spans_of(param, record)
+        policy = self.policy(index)
         if not isinstance(policy, FixedMask) and getattr(policy, "storage", None) != "bitpacked":
             return [None] * len(spans)
         made_for = (spans, param.device, self[index]["mask"], order)
@@ -272,7 +275,7 @@ class Masking:
         own_step = self.step_of(tensor) if step is None else step
         keep = torch.zeros(local(tensor).numel(), dtype=torch.bool, device=tensor.device)
         spans = spans_of(tensor, record)
-        for span, words in zip(spans, self.words(index, tensor, record)):
+        for span, words in zip(spans, self.words(index, tensor, spans)):
             plan = self.plan(index, span.unit, clock)
             keep[span.start : span.start + span.numel] = backends.keep_mask(
                 plan, span.key, own_step, span.layout, span.numel, words, tensor.device
@@ -289,7 +292,7 @@ class Masking:
 
 def _names_of(record: ParamRecord) -> list[str]:
     """The names that find a parameter: its own, and those of what a flat buffer holds."""
-    return [record.name, *(piece.name for piece, _, _ in record.flat)]
+    return [record.name, *(each.piece.name for each in record.flat)]
 
 
 def _words_of(policy: Any, span: Span, device: torch.device) -> torch.Tensor | None:

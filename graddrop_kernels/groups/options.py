@@ -13,7 +13,7 @@ GROUP_DEFAULTS = {
     "seed": 0,
     "masked": None,  # None: the policy's own; "gradient" or "frozen"
     "bias_correction": "active",  # or "global"
-    "moment_dtype": None,  # None: the parameter's; or "float32"
+    "moment_dtype": None,  # None: the parameter's; "float32" of 16-bit ones, "bfloat16" of float32 ones
     "master_weights": False,  # step a float32 copy of 16-bit parameters
     "stochastic_rounding": False,  # of bfloat16 parameters
     "max_grad_norm": None,  # this and the next: of the whole optimizer, the same in all groups
@@ -28,9 +28,12 @@ SHARED_BY_GROUPS = ("epoch", "epoch_was_set", "max_grad_norm", "norm_after_mask"
 
 
 def moment_dtype_name(dtype: torch.dtype | str | None) -> str | None:
-    if dtype not in (None, torch.float32, "float32"):
-        raise ValueError(f"moment_dtype must be None (the parameter's dtype) or torch.float32, got {dtype!r}")
-    return None if dtype is None else "float32"
+    name = str(dtype).removeprefix("torch.")
+    if dtype is not None and (name not in ("float32", "bfloat16") or not isinstance(dtype, (torch.dtype, str))):
+        raise ValueError(
+            f"moment_dtype must be None (the parameter's dtype), torch.float32 or torch.bfloat16, got {dtype!r}"
+        )
+    return None if dtype is None else name
 
 
 def _number(name: str, index: int, value: Any) -> float:

@@ -12,6 +12,7 @@ from .. import backends
 from ..groups.masking import Masking, masking_of
 from ..groups.names import block_of
 from ..groups.owner import Owner
+from ..groups.records import kept_rows
 from ..masks import bitmask
 from ..masks.bitmask import count_kept
 from ..masks.plan import MaskPlan
@@ -108,6 +109,8 @@ def _keep(masking: Masking, index: int, position: int, layout: RowBlock, numel: 
         words = _fixed_words(masking, index, record.name)
         runs = [_bits(words, first, count) for _, first, count in layout.runs(numel)]
         return torch.cat(runs) if runs else torch.empty(0, dtype=torch.bool, device=words.device)
+    if record.rows is not None:
+        return kept_rows(param, record, layout, numel)
     completed_steps = masking.step_of(param)
     return backends.keep_mask(plan, record.key, completed_steps, layout, numel, None, param.device)
 
@@ -135,10 +138,13 @@ def _crop(masking: Masking, index: int, position: int) -> torch.Tensor:
 
 def _share(masking: Masking, index: int, position: int) -> float:
     """Returns the share of a parameter's elements that the next step keeps; of a large random mask, a sample's."""
-    numel: int = masking[index]["params"][position].numel()
+    param, record = masking[index]["params"][position], masking.records(index)[position]
     plan = _plan_of(masking, index, position)
+    numel: int = param.numel()
+    if record.rows is not None:
+        share: float = record.rows.share(tuple(param.shape))
+        return share
     if plan.kind == "fixed":
-        record = masking.records(index)[position]
         return count_kept(_fixed_words(masking, index, record.name)) / numel
     if plan.kind not in ("bernoulli", "bucket"):
         return plan.active_fraction

@@ -1,5 +1,6 @@
 """memory(): the bytes of an optimizer's tensors, now and at the peak of its schedule."""
 
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -8,8 +9,8 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 
 from ..groups.masking import masking_of
 from ..groups.owner import Owner
-from ..groups.param_state import has_master, moment_dtype
-from ..groups.records import ParamRecord, spans_of
+from ..groups.param_state import has_master, moment_dtype, state_shape
+from ..groups.records import ParamRecord, spans_of, trained_rows
 from ..masks.bitmask import num_planes, num_words
 from ..masks.row_block import RowBlock
 from ..policies import FixedMask, GradDropEpoch, Policy
@@ -66,9 +67,10 @@ def memory(optimizer: Owner) -> dict[str, dict[str, int]]:
             if not _bytes(tensor) or not (param.requires_grad or param.grad is not None or state):
                 continue
             peak["gradients"] += _bytes(tensor)
-            peak["masters"] += 4 * tensor.numel() * has_master(param, group)
             peak["masks"] += _mask_bytes(policy, param, record)
-            moments = (2 + group["amsgrad"]) * tensor.numel() * moment_dtype(param, group, state).itemsize
+            numel = math.prod(state_shape(tensor, trained_rows(param, record)))
+            peak["masters"] += 4 * numel * has_master(param, group)
+            moments = (2 + group["amsgrad"]) * numel * moment_dtype(param, group, state).itemsize
             peak["moments"] += 4  # the step count, which stays
             if drops and record.unit is not None:
                 idle[policy][record.unit] += moments

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..masks.bitmask import count_kept
-from ..policies import FixedMask, Policy
+from ..policies import FixedMask, Policy, TrainRows
 from ..policies.clock import Clock, PlanContext
 from ..policies.schedules import drop_probability, quantize, require_epochs
 from .describe import policy_text
@@ -51,8 +51,14 @@ def plot_schedule(
     Raises:
         ImportError: matplotlib is missing.
         TypeError: no policy.
-        ValueError: an argument out of range, or a schedule without a usable p at one of the epochs.
+        ValueError: an argument out of range, a schedule without a usable p at one of the epochs, or TrainRows, whose
+            share depends on the model.
     """
+    if isinstance(policy, TrainRows):
+        raise ValueError(
+            f"plot_schedule: {policy!r} trains the same rows in every epoch, a share that only the model shows: see "
+            "describe(optimizer) and plot_mask(optimizer)"
+        )
     if policy is not None and not isinstance(policy, Policy):
         raise TypeError(f"plot_schedule(policy=) must be a policy such as GradDrop(p=0.2), or None; got {policy!r}")
     require_epochs("plot_schedule(epochs=)", epochs)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..optimizer import FusedGradDropAdamW
+from ..policies import Clock
 
 
 def unwrapped(optimizer: Any) -> FusedGradDropAdamW | None:
@@ -13,6 +14,25 @@ def unwrapped(optimizer: Any) -> FusedGradDropAdamW | None:
     while optimizer is not None and not isinstance(optimizer, FusedGradDropAdamW):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
+
+
+def active_blocks(optimizer: FusedGradDropAdamW) -> list[str]:
+    """Returns the blocks that had their turn in the last step, in forward order; [] if none take turns. Before the
+    first step, those of that one.
+    """
+    masking = optimizer.masking
+    return list(dict.fromkeys(
+        block
+        for index in masking.indices()
+        if (policy := masking.policy(index)) is not None and policy.takes_turns
+        for block in masking.blocks(index)
+        if masking.plan(index, block, _before(masking.clock(index))).kind != "off"
+    ))  # fmt: skip
+
+
+def _before(clock: Clock) -> Clock:
+    """The time of the step before."""
+    return replace(clock, completed_steps=max(clock.completed_steps - 1, 0))
 
 
 def describe_masks(optimizer: FusedGradDropAdamW) -> dict[str, float]:
@@ -26,7 +46,7 @@ def describe_masks(optimizer: FusedGradDropAdamW) -> dict[str, float]:
         policy, clock = masking.policy(index), masking.clock(index)
         if policy is None:
             continue
-        last = replace(clock, completed_steps=max(clock.completed_steps - 1, 0))
+        last = _before(clock)
         numel = sum(param.numel() for param in group["params"])
         active, total = active + numel * masking.active_fraction(index, last), total + numel
         if hasattr(policy, "p"):

@@ -8,6 +8,7 @@
 """
 
 import functools
+import inspect
 import math
 import sys
 import warnings
@@ -21,14 +22,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..groups.blocks import Layers
 from ..groups.param_groups import param_groups
 from ..optimizer import FusedGradDropAdamW
-from ..policies import GradDrop, Policy
+from ..policies import GradDrop, Policy, TrainRows
 from ..tensors.local import is_dtensor
 from .activation_dropout import warn_of_activation_dropout
 from .deepspeed import attach_deepspeed
 from .fsdp1 import attach_fsdp1
-from .optimizer_of import describe_masks, unwrapped
+from .optimizer_of import active_blocks, describe_masks, unwrapped
 
-Mask = Policy | Callable[[int], Policy] | None
+Mask = Policy | Callable[[int], Policy] | Callable[[nn.Module], Policy] | None
 
 
 class GradDropFactory:
@@ -58,9 +59,11 @@ class GradDropFactory:
         groups = self.adapt(groups, model, args)
         values = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         _warn_of_ignored(args, arguments)
-        optimizer = FusedGradDropAdamW(
-            groups, **{"mask": _policy_of(mask, args), "seed": args.seed, **values, **arguments}
-        )
+        policy = _policy_of(mask, args, model)
+        if isinstance(policy, TrainRows):  # what it names may be outside of the blocks, as embeddings are
+            for group in groups:
+                group.pop("mask", None)
+        optimizer = FusedGradDropAdamW(groups, **{"mask": policy, "seed": args.seed, **values, **arguments})
         if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):  # FSDP1
             attach_fsdp1(optimizer, model)
         optimizer.register_load_state_dict_pre_hook(functools.partial(_name_plain_run, _names_of_plain_run(model)))
@@ -75,16 +78,20 @@ class GradDropFactory:
         return groups
 
 
-def _policy_of(mask: Mask, args: TrainingArguments) -> Policy | None:
-    """Returns the policy for as many epochs as ``args`` says. A search for hyper-parameters changes it in between."""
+def _policy_of(mask: Any, args: TrainingArguments, model: nn.Module) -> Policy | None:
+    """Returns the policy for this model, and for as many epochs as ``args`` says. A search for hyper-parameters changes
+    both in between.
+    """
     if mask is None or isinstance(mask, Policy):
         return mask
+    if next(iter(inspect.signature(mask).parameters), None) == "model":
+        return mask(model)  # type: ignore[no-any-return]
     if args.max_steps > 0:
         raise ValueError(
             f"mask={mask!r} needs the number of epochs, but args.max_steps={args.max_steps} decides how long is "
             "trained: give a policy with its number of epochs"
         )
-    return mask(math.ceil(args.num_train_epochs))
+    return mask(math.ceil(args.num_train_epochs))  # type: ignore[no-any-return]
 
 
 def _warn_of_ignored(args: TrainingArguments, arguments: dict[str, Any]) -> None:
@@ -175,8 +182,9 @@ def trainer_optimizer(
     Args:
         args: gives learning rate, betas, eps and weight decay, as they are when Trainer makes the optimizer. Trainer
             clips gradients itself, by ``args.max_grad_norm``.
-        mask: a policy, or a function of the number of epochs that makes one: ``GradDropEpoch``, ``lambda epochs:
-            GradDrop(LinearAnneal(epochs))``.
+        mask: a policy, or a function that makes one: of the number of epochs (``GradDropEpoch``, ``lambda epochs:
+            GradDrop(LinearAnneal(epochs))``), or of the model if its first argument is called ``model``
+            (``new_token_rows``). TrainRows reaches all parameters, others those in the blocks.
         exclude, layers: as in ``param_groups``.
         model: the module to train, if not the trainer's model. With sentence-transformers this is a loss that has
             parameters. With transformers 4, which does not pass its model on, it is the trainer's model.
@@ -196,7 +204,8 @@ def trainer_optimizer(
 
 class GradDropCallback(TrainerCallback):
     """Sets the optimizer's epoch, also after a resume in mid-epoch, and logs what the masks of the last step did:
-    ``graddrop_epoch``, ``graddrop_active_fraction`` and, where a policy has one, ``graddrop_p``.
+    ``graddrop_epoch``, ``graddrop_active_fraction`` and, where a policy has them, ``graddrop_p`` and the names of the
+    blocks whose turn it is, ``graddrop_active_blocks``.
 
     Warns if the model drops out hidden activations, which the paper turns off. Works under Accelerate's and DeepSpeed's
     wrappers of the optimizer, and attaches DeepSpeed's flat partitions. Leaves another optimizer alone, with a warning.
@@ -279,7 +288,9 @@ class GradDropCallback(TrainerCallback):
     ) -> None:
         if logs is None or self._optimizer is None or "loss" not in logs:
             return
-        found = describe_masks(self._optimizer)
+        found: dict[str, Any] = dict(describe_masks(self._optimizer))
+        if blocks := active_blocks(self._optimizer):
+            found["graddrop_active_blocks"] = ", ".join(blocks)
         logs.update(found)
         if state.log_history:
             state.log_history[-1].update(found)  # Trainer has already put a copy there

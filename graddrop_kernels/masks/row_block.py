@@ -31,3 +31,31 @@ class RowBlock:
         """(local start, global start, length) of each contiguous run, in local order."""
         for row, start in enumerate(range(0, numel, self.local_inner)):
             yield start, self.base + row * self.global_inner, min(self.local_inner, numel - start)
+
+    def within(self, numel: int, start: int, stop: int) -> Iterator[tuple[int, int, "RowBlock"]]:
+        """(local start, count, layout) of the elements with global indices from ``start`` to before ``stop``, in local
+        order. There are at most three parts: whole runs, and what ``start`` and ``stop`` leave of one.
+
+        Args:
+            numel: of the local tensor.
+        """
+        inner, outer = self.local_inner, self.global_inner
+        # The runs that have any of these elements. The last of all may be shorter than the others.
+        first = max(0, (start - self.base - inner) // outer + 1)
+        last = min((numel - 1) // inner, (stop - 1 - self.base) // outer)
+        whole_first = first + (self.base + first * outer < start)
+        whole_last = last - (self.base + last * outer + inner > stop)
+        if whole_first <= whole_last:
+            edges = [range(first, whole_first), range(whole_first, whole_last + 1), range(whole_last + 1, last + 1)]
+        else:
+            edges = [range(first, first + 1), range(first + 1, last + 1)]  # at most two runs, neither of them whole
+        for rows in filter(len, edges):
+            begin = self.base + rows[0] * outer
+            skipped = max(start - begin, 0) if len(rows) == 1 else 0
+            local_start = rows[0] * inner + skipped
+            count = min((rows[-1] + 1) * inner, numel) - local_start
+            if len(rows) == 1:
+                count = min(count, stop - begin - skipped)
+            if count > 0:
+                strides = (inner, outer) if count > inner else (count, count)
+                yield local_start, count, RowBlock(begin + skipped, *strides)

@@ -10,11 +10,13 @@ from .elements import GaussianGradDrop, GradDrop, GradDropEpoch, RandomMask
 from .fixed_mask import FixedMask
 from .policy import KEEP, BlockPolicy, Policy
 from .registry import POLICIES, PolicyBook, from_json
+from .rows import Rows
 from .schedules import ExponentialAnneal, LinearAnneal, quantize
+from .train_rows import LEFT_OUT, TrainRows
 from .turns import CycleBlocks, SampleBlocks
 
 __all__ = [
     "KEEP", "POLICIES", "BlockPolicy", "Clock", "CycleBlocks", "ExponentialAnneal", "FixedMask", "GaussianGradDrop",
-    "GradDrop", "GradDropEpoch", "GradFreeze", "LayerGradDrop", "LinearAnneal", "MaskPlan", "PlanContext", "Policy",
-    "PolicyBook", "RandomMask", "SampleBlocks", "from_json", "quantize",
+    "GradDrop", "GradDropEpoch", "GradFreeze", "LEFT_OUT", "LayerGradDrop", "LinearAnneal", "MaskPlan", "PlanContext",
+    "Policy", "PolicyBook", "RandomMask", "Rows", "SampleBlocks", "TrainRows", "from_json", "quantize",
 ]  # fmt: skip

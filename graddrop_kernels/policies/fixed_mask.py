@@ -58,6 +58,16 @@ class FixedMask(Policy):
             digest.update(f"{name}{self.shapes[name]}".encode() + self.words[name].numpy().tobytes())
         self.digest = digest.hexdigest()
 
+    @property
+    def named(self) -> tuple[str, ...]:
+        return tuple(self.shapes)
+
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        if self.shapes[name] != shape:
+            raise ValueError(
+                f"FixedMask: the mask of {name!r} has shape {self.shapes[name]}, but the parameter has {shape}"
+            )
+
     def unit(self, name: str, block: str | None) -> Hashable:
         return name in self.words
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..masks.plan import MaskPlan
 from .clock import History, PlanContext
+from .rows import Rows
 from .schedules import ExponentialAnneal, LinearAnneal, Schedule, drop_probability, quantize
 
 KEEP = MaskPlan("keep")
@@ -37,6 +38,15 @@ class Policy:
 
     def unit(self, name: str, block: str | None) -> Hashable:
         """The unit of a parameter. Parameters of one unit share a plan."""
+        return None
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The canonical names of the parameters that it names."""
+        return ()
+
+    def rows_of(self, name: str) -> Rows | None:
+        """The rows of a parameter that are trained; None: the plan says what is."""
         return None
 
     @property
@@ -71,6 +81,9 @@ class Policy:
 
     def check_blocks(self, blocks: Sequence[str]) -> None:
         """Raises ValueError if the policy cannot work with these blocks, which are all that are trained."""
+
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises ValueError if a parameter that the policy names has another shape than it can work with."""
 
     def after_last_epoch(self, epoch: int) -> str | None:
         """The warning to give when training goes on to this epoch, or None."""

@@ -7,6 +7,7 @@ from .blocks import GradFreeze, LayerGradDrop
 from .elements import GaussianGradDrop, GradDrop, GradDropEpoch, RandomMask
 from .fixed_mask import FixedMask
 from .policy import _SCHEDULES, Policy
+from .train_rows import TrainRows
 from .turns import CycleBlocks, SampleBlocks
 
 
@@ -85,6 +86,6 @@ POLICIES = {
     cls.__name__: cls
     for cls in (
         GradDrop, GaussianGradDrop, LayerGradDrop, GradDropEpoch, GradFreeze, FixedMask, RandomMask, SampleBlocks,
-        CycleBlocks,
+        CycleBlocks, TrainRows,
     )
 }  # fmt: skip

@@ -37,7 +37,7 @@ class SampleBlocks(_Turns):
         every: number of steps N >= 1 until others are drawn.
         layers: as in LayerGradDrop.
         idle_state: what becomes of the moments of blocks without a turn. ``"keep"``: they stay as they are. ``"drop"``:
-            they are freed, and a block begins each turn with moments and a step count of 0, as in LISA's own code.
+            they are freed, and a block begins each turn with moments and a step count of 0, as in BAdam's own code.
 
     Raises:
         ValueError: ``k`` or ``every`` is no int >= 1; another ``idle_state``; ``layers`` that are no patterns; k > L,

@@ -20,6 +20,7 @@ import torch
 from ..groups.masking import Masking
 from ..groups.owner import Owner
 from ..groups.param_state import has_master, make_state
+from ..groups.records import trained_rows
 from ..tensors.local import is_dtensor
 from .idle_state import drops_idle_state
 from .in_backward import StepInBackward
@@ -138,10 +139,15 @@ def _before_tracing(handle: str, positions: list[int]) -> tuple[tuple[int, int],
     owner = _graph_steps[handle].stepper.owner
     if _has_pending_change(owner.param_groups):
         return None
-    rows = [(param, group) for group in owner.param_groups for param in group["params"]]
+    masking = _graph_steps[handle].stepper.masking
+    rows = [
+        (param, group, record)
+        for index, group in enumerate(owner.param_groups)
+        for param, record in zip(group["params"], masking.records(index))
+    ]
     for position in positions:
-        param, group = rows[position]
-        make_state(param, group, owner.state[param])
+        param, group, record = rows[position]
+        make_state(param, group, owner.state[param], trained_rows(param, record))
     return tuple(
         (index, place)
         for index, group in enumerate(owner.param_groups)

@@ -13,14 +13,14 @@ import torch
 
 from .. import backends
 from ..backends import Backend
-from ..groups.checks import check_fixed_masks, check_row
+from ..groups.checks import check_named_params, check_row
 from ..groups.masking import Masking
 from ..groups.owner import Owner
 from ..groups.param_state import has_master, is_stochastic, lay_out_state, make_state, mode
-from ..groups.records import ParamRecord, spans_of
+from ..groups.records import ParamRecord, spans_of, trained_rows
 from ..masks.memory_order import MemoryOrder
 from ..masks.row_block import RowBlock
-from ..policies import FixedMask
+from ..policies import LEFT_OUT
 from ..tensors.local import any_nonzero, local, local_tensors, several_processes, sharded_over
 from ..tensors.memory import is_fake, is_marked, lies_as
 from .prepared import Member, PreparedStep, Row, memory_of
@@ -29,7 +29,8 @@ from .warn_once import WarnOnce
 
 def prepared_for(owner: Owner, masking: Masking) -> tuple[Any, ...]:
     """The options and the environment variable that a prepared step depends on."""
-    return owner.max_grad_norm is not None, backend_name(owner), os.environ.get("GRADDROP_BACKEND"), masking.facts()
+    clips = owner.max_grad_norm is not None, owner.max_grad_norm is not None and owner.norm_after_mask
+    return *clips, backend_name(owner), os.environ.get("GRADDROP_BACKEND"), masking.facts()
 
 
 def backend_name(owner: Owner) -> str:
@@ -63,16 +64,18 @@ def prepare(
     missing = [each for each in zip(there, params, grads) if each[0] not in members]
     found = list(_found(masking, missing, params_of_all=fresh is not None))
     for new in found:
+        masking.check_flat(new.record, new.param)
+    if any(policy.named for policy in map(masking.policy, {new.index for new in found}) if policy is not None):
+        check_named_params(masking)
+    for new in found:
         check_row(owner, masking, new.group, new.param, new.record, new.grad)
-    if any(isinstance(masking.policy(new.index), FixedMask) for new in found):
-        check_fixed_masks(masking)
     _warn_of_position_names(masking, warn)
     chosen = [backends.select(name, *mode(new.param, new.group, states.get(new.param, {}))) for new in found]
     probe = fresh is not None and _is_state_probe(owner, grads, fresh)
     _warn_of_unknown_epochs(masking, warn, {new.index for new in found})
     free()
     for new in found:
-        make_state(new.param, new.group, states[new.param])
+        make_state(new.param, new.group, states[new.param], trained_rows(new.param, new.record))
     if probe or any(is_fake(local(new.param)) for new in found):
         return None  # under FakeTensorMode the state is all that a step would have left in memory
     lost = before.lost if before is not None else []
@@ -137,8 +140,9 @@ def _still_good(
 def _member(owner: Owner, masking: Masking, new: _Found, backend: Backend, lost: list[object]) -> Member:
     """Makes the rows of a parameter that has been checked."""
     group, param, state, tensor = new.group, new.param, owner.state[new.param], local(new.param)
-    spans, policy, stochastic = spans_of(param, new.record), masking.policy(new.index), is_stochastic(param, group)
-    master = has_master(param, group)
+    policy, stochastic, master = masking.policy(new.index), is_stochastic(param, group), has_master(param, group)
+    # Rows that are not trained are read only where their gradients are a part of the norm.
+    spans = spans_of(param, new.record, left_out=owner.max_grad_norm is not None and not owner.norm_after_mask)
     is_whole = len(spans) == 1 and spans[0].layout == RowBlock.whole(tensor.numel())
     draws = "numbers" if stochastic else policy.draws if policy is not None else None
     order = _order(tensor, backend, draws) if is_whole else None
@@ -153,15 +157,16 @@ def _member(owner: Owner, masking: Masking, new: _Found, backend: Backend, lost:
     dtypes = torch.float32 if master else tensor.dtype, state["exp_avg"].dtype, new.grad.dtype
     facts = (tensor.device, *dtypes, stochastic, sharded_over(param) if owner.max_grad_norm is not None else ())
     staged = frozenset(name for name, each in tensors.items() if name != "step" and not fits(local(each)))
+    own_steps = state["step"].repeat(len(spans) - 1)  # of all spans but the first, which counts in the parameter's
     rows = []
-    for number, (span, words) in enumerate(zip(spans, masking.words(new.index, param, new.record, order))):
+    for number, (span, words) in enumerate(zip(spans, masking.words(new.index, param, spans, order))):
         elements = None if span.numel == tensor.numel() else slice(span.start, span.start + span.numel)
-        own_step = state["step"].clone() if number else None
+        of_state = None if elements is None and span.unit != LEFT_OUT else span.state
         rows.append(Row(
             facts, memory_of(tensor, elements), span.key, span.layout, order, (new.index, span.unit), backend, words,
-            elements, frozenset(tensors), staged, own_step,
+            elements, of_state, frozenset(tensors), staged, own_steps[number - 1] if number else None,
         ))  # fmt: skip
-    return Member(tensors, new.grad, fits(new.grad), stride, rows, lost)
+    return Member(tensors, new.grad, fits(new.grad), stride, rows, own_steps if len(spans) > 1 else None, lost)
 
 
 def _order(tensor: torch.Tensor, backend: Backend, draws: str | None) -> MemoryOrder | None:

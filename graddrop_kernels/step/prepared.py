@@ -24,6 +24,7 @@ from ..tensors.memory import as_real, laid_out, needed_bytes, reach, storage_byt
 # For 400 tensors, map() with these takes a third of the time of a list comprehension.
 grad_of = attrgetter("grad")
 _address = torch.Tensor.data_ptr
+_NOTHING = slice(0, 0)
 
 STATE = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param")
 PlanOf = tuple[int, Any]  # (group index, unit): rows of one pair share a Hyper
@@ -44,6 +45,7 @@ class Row:
     backend: Backend
     mask_words: torch.Tensor | None  # int32 bit-planes of the buckets, or the bits of a fixed mask
     span: slice | None  # of the flat elements; None: all
+    state_span: slice | None  # of those of moments and masters, which may have fewer rows
     names: frozenset[str]  # the tensors that it has
     staged: frozenset[str]  # those that the backend cannot take as they lie
     own_step: torch.Tensor | None  # where it counts, if another span of its parameter counts the parameter's steps
@@ -55,18 +57,19 @@ class Member:
 
     def __init__(
         self, tensors: _Tensors, grad: torch.Tensor, fits: bool, stride: tuple[int, ...] | None, rows: list[Row],
-        lost: list[object],
+        own_steps: torch.Tensor | None, lost: list[object],
     ) -> None:  # fmt: skip
         """
         Args:
             tensors: the parameter's local tensor and its state's.
             fits: whether the backend can take the gradient as it lies. ``stride``: what a copy must have if not; None:
                 it is contiguous.
+            own_steps: those of all rows but the first.
             lost: receives an item when a tensor of the state is gone.
         """
         self.same_pair = same_facts(tensors["param"], grad)
         self.grad_bytes = needed_bytes(grad)
-        self.fits, self.stride, self.rows = fits, stride, rows
+        self.fits, self.stride, self.rows, self.own_steps = fits, stride, rows, own_steps
         kept = {name: tensors[name] for name in STATE if name in tensors}
         self.is_sharded = any(map(is_dtensor, kept.values()))
         self.ids = {name: id(tensor) for name, tensor in kept.items()}
@@ -114,6 +117,8 @@ class _Whole:
         }  # fmt: skip
         self._in_rows = ["keys", "layouts", "mask_words"] if any(self._columns["orders"]) else list(self._columns)
         self.has_spans = any(row.span for row in self.rows)
+        starts = [row.span.start if row.span else 0 for row in self.rows]
+        self._grad_offsets = np.array(starts, np.uint64) * self.facts[3].itemsize if self.has_spans else None
         self.met = np.array([row.tensor_row is not None for row in self.rows])
         self.table = np.zeros(len(self.rows), TENSOR_ROW)  # the TensorRows of those that were met
         self.table[self.met] = [row.tensor_row for row in self.rows if row.tensor_row is not None]
@@ -149,9 +154,10 @@ class _Whole:
             name: [] if name in without else list(compress(column, taken.tolist()))
             for name, column in self._columns.items()
         }
+        offsets = None if self._grad_offsets is None else self._grad_offsets[taken]
         return TensorBatch(
             device, param_dtype, moment_dtype, grad_dtype=grad_dtype, stochastic=stochastic, sharded_over=sharded_over,
-            **columns,
+            grad_offsets=offsets, **columns,
         )  # fmt: skip
 
 
@@ -204,7 +210,6 @@ class PreparedStep:
         self._index_of = {position: index for index, position in enumerate(members)}
         self._wholes = self._sort(list(members.values()))
         self.parts: list[Part] = []
-        self._own_steps: list[tuple[int, torch.Tensor]] = []
         self.there: list[int] = []
         known = self._choose(there, params)
         assert known, "every parameter with a gradient is a member"
@@ -239,12 +244,7 @@ class PreparedStep:
         # In the order in which rows made now would be sorted: the sum of a norm depends on it.
         self.parts = sorted((part for part in parts if part is not None), key=lambda part: part.members[0])
         self.has_spans = any(part.whole.has_spans for part in self.parts)
-        self._own_steps = [
-            (index, row.own_step)
-            for part in (self.parts if self.has_spans else ())
-            for index, row in zip(part.members, part.rows)
-            if row.own_step is not None
-        ]
+        self._own_steps = [(index, each) for index, each in enumerate(pick(columns.own_steps)) if each is not None]
         self.group_indices = {index for part in self.parts for index, _ in part.plans_of}
         self.there = there
         return True
@@ -300,9 +300,9 @@ class PreparedStep:
             batch = part.batch
             batch.version += 1
             batch.grads = self.used_grads
-            if self.has_spans:
+            if self.has_spans and not part.backend.by_address:
                 batch.grads = [_span(self.used_grads[at], row.span) for at, row in zip(part.members, part.rows)]
-            elif len(self.parts) > 1:
+            elif self.has_spans or len(self.parts) > 1:
                 batch.grads = [self.used_grads[at] for at in part.members]
             if batch.param_dtype.is_complex:
                 batch.grads = list(map(as_real, batch.grads))
@@ -318,7 +318,8 @@ class PreparedStep:
                 _give_rows(part, tensors, states)
             if self._own_steps:  # in one launch
                 torch._foreach_copy_(
-                    [step for _, step in self._own_steps], [states[index]["step"] for index, _ in self._own_steps]
+                    [own for _, own in self._own_steps],
+                    [states[index]["step"].expand_as(own) for index, own in self._own_steps],
                 )
 
     def write_grads_back(self) -> None:
@@ -385,6 +386,7 @@ class _Columns:
         self.grad_bytes = [member.grad_bytes for member in members]
         self.fits = [(member.fits, member.stride) for member in members]
         self.all_fit = all(member.fits for member in members)
+        self.own_steps = [member.own_steps for member in members]
         names = [name for name in STATE if any(name in member.ids for member in members)]
         having = {name: [name in member.ids for member in members] for name in names}
         self.ids = {name: [member.ids.get(name) for member in members] for name in names}
@@ -442,13 +444,15 @@ def _fill(
     copies: dict[tuple[int, str], torch.Tensor] = {}
 
     def of_row(name: str, index: int, row: Row) -> torch.Tensor:
+        if name == "master_param" and row.state_span == _NOTHING != row.span:
+            name = "param"  # rows that are not trained have none; only their number counts
         tensor = tensors[index] if name == "param" else local(states[index][name])
         if name in row.staged:
             if (index, name) not in copies:
                 copies[index, name] = torch.empty_like(tensor, memory_format=torch.contiguous_format)
                 batch.staged.append((tensor, copies[index, name]))
             tensor = copies[index, name]
-        return as_real(_span(tensor, row.span))
+        return as_real(_span(tensor, row.span if name == "param" else row.state_span))
 
     def column(name: str) -> list[Any]:
         return [of_row(name, index, row) if name in row.names else None for index, row in zip(members, rows)]

@@ -8,6 +8,7 @@ import torch
 
 from ..backends import capture
 from ..tensors.local import several_processes
+from .idle_state import drops_idle_state
 from .stepper import Stepper
 
 
@@ -18,8 +19,9 @@ class SkipDropped:
     steps and the block's name, so it is equal on all ranks. Inside of the with block, the parameters of these blocks
     have ``requires_grad`` False. The step then finds no gradient for them, and treats them as dropped, not as unused.
 
-    A parameter without state is never skipped, because only its first backward pass shows whether it has a gradient at
-    all. torch does not step a parameter that has none, and a dropped block must not change that.
+    A parameter without state is not skipped, because only its first backward pass shows whether it has a gradient at
+    all. torch does not step a parameter that has none, and a dropped block must not change that. Under
+    ``idle_state="drop"`` it does not matter: a dropped block has no state anyway.
     """
 
     def __init__(self, stepper: Stepper) -> None:
@@ -102,8 +104,14 @@ class SkipDropped:
         return found
 
     def _skippable(self) -> list[torch.Tensor]:
-        state = self._stepper.owner.state
-        known = [param for param in self._everything() if param.requires_grad and state.get(param)]
+        owner, masking = self._stepper.owner, self._stepper.masking
+        dropping = [drops_idle_state(masking, index) for index in masking.indices()]
+        known = [
+            param
+            for group, drops in zip(owner.param_groups, dropping)
+            for param in group["params"]
+            if param.requires_grad and (drops or owner.state.get(param))
+        ]
         dropped = self._dropped()
         skipped = [param for param in known if param in dropped]
         # A loss that depends on nothing trainable has no backward pass: one parameter stays, the last and cheapest.

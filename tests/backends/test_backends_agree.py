@@ -378,7 +378,7 @@ def check_patterns(dtypes, generator, count: int, steps: int, arguments: dict) -
         state[f"{key} of w"] = moment if key == "exp_avg" else moment.abs()
     after = {}
     for engine in (EXACT, *fused_engines(dtypes)):
-        wide = {"moment_dtype": F32} if dtypes[1] is not dtypes[0] else {}
+        wide = {"moment_dtype": dtypes[1]} if dtypes[1] is not dtypes[0] else {}
         training = Training(values, engine, **arguments, **wide)
         training.load(state)
         training.step(grads)

@@ -28,7 +28,7 @@ DTYPES = {"f": "float32", "NS_8BFloat16E": "bfloat16", "NS_7Float16E": "float16"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # (parameters, gradients, moments, stochastic rounding) of csrc/cuda/masked_adamw.h
 TYPES = (
-    ("float32", "float32", "float32", False),
+    ("float32", "float32", "float32", False), ("float32", "float32", "bfloat16", False),
     ("bfloat16", "bfloat16", "float32", False), ("bfloat16", "bfloat16", "bfloat16", False),
     ("float16", "float16", "float32", False), ("float16", "float16", "float16", False),
     ("float32", "bfloat16", "float32", False), ("float32", "float16", "float32", False),

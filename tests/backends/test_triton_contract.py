@@ -72,6 +72,8 @@ MIXED = [  # amsgrad, frozen, ages, grad_scale and the float16 modes, each with 
     Variant("bbf", "gaussian", grad_scale=True),
     Variant("hhf", "keep", grad_scale=True),
     Variant("bbb", "fixed", amsgrad=True),
+    Variant("ffb", "bernoulli"),
+    Variant("ffb", "bucket", frozen=True, ages=True, amsgrad=True),
     Variant("hhf", "bernoulli"),
     Variant("hhh", "bernoulli"),
     Variant("fbf", "bernoulli"),

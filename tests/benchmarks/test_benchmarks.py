@@ -33,6 +33,7 @@ from benchmarks.render import cpu_tables  # noqa: E402
 
 NUMEL = 40_000
 COUNT = 400  # tensors
+IN_TESTS_OF_THEIR_OWN = ("modes", "precision", "skip-backward", "sampled-blocks", "growing-costs", "trained-rows")
 
 
 def run(module: str, *arguments) -> subprocess.CompletedProcess:
@@ -158,11 +159,11 @@ def test_memory_finds_a_tensor_that_an_optimizer_hides():
     tensors = Tensors([("weight", param)], ["weight"], [])
     optimizer = FusedGradDropAdamW(tensors.named, mask=GradDrop(0.4))
     optimizer.step()
-    kept, tables = memory.kept_bytes(optimizer, tensors)
+    kept, tables = memory.kept_bytes(optimizer, tensors.params)
     assert kept == memory.computed_bytes(tensors, torch.float32, 0) == 2 * 8 * 4 + 4
     optimizer.masking._words[0, "weight"] = ((), torch.zeros(3, dtype=torch.int32))
     optimizer.extra = {"hidden": [numpy.zeros(5, numpy.int16)]}
-    assert memory.kept_bytes(optimizer, tensors) == (kept + 12, tables + 10)
+    assert memory.kept_bytes(optimizer, tensors.params) == (kept + 12, tables + 10)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of the resident memory")
@@ -274,7 +275,7 @@ def test_tables_are_rendered_once_and_checked(folder, readme, capsys):
         and text.startswith("before – \n\n<!-- benchmark: machine -->\n")
         and text.endswith("-->\n\nafter\n")
     )
-    elsewhere = 2 * len(("modes", "precision", "skip-backward", "growing-costs"))  # in tests of their own
+    elsewhere = 2 * len(IN_TESTS_OF_THEIR_OWN)
     assert text.count("\nbetween\n") == tables - 1 and text.count("No results yet") == elsewhere
     assert sum("a quick run, no measurement" in line for line in text.splitlines()) == tables - elsewhere
     render_well("--check", *arguments)
@@ -297,7 +298,7 @@ def test_a_machine_has_a_page_of_every_table(folder, tmp_path):
     render_well(*arguments)
     path = copy / "some-machine" / "tables.md"
     text = path.read_text()
-    left_out = ("modes", "precision", "skip-backward", "growing-costs", *cpu_tables.EXTRACTS)  # no results here; parts
+    left_out = (*IN_TESTS_OF_THEIR_OWN, *cpu_tables.EXTRACTS)  # no results here; parts
     wanted = [name for name in cpu_tables.TABLES if name not in left_out]
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == wanted and "No results yet" not in text
     render_well("--check", *arguments)
@@ -412,3 +413,12 @@ def test_load_tells_others_from_the_benchmark():
         pass
     report = load.report()
     assert report["elsewhere"] is None or 0 <= report["elsewhere"] <= os.cpu_count()
+
+
+def test_load_counts_helpers_as_ours(monkeypatch):
+    """Of 10 s on all cores in 10 s, this process took 1 s, and helpers that are no children 7 s."""
+    for name, seconds in (("_busy_seconds", [100.0, 110.0]), ("_own_seconds", [3.0, 4.0])):
+        monkeypatch.setattr(machine, name, iter(seconds).__next__)
+    load = machine.Load()
+    load.started -= 10
+    assert load.report(helpers=7.0)["elsewhere"] == pytest.approx(0.2, rel=0.05)

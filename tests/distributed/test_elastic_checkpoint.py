@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import MASKINGS, PAST_THE_LAST_EPOCH, assert_same_tensors
+from cases import ALL_MASKINGS, PAST_THE_LAST_EPOCH, assert_same_tensors, of_all_rows
 from ranks import RankFailure, run_ranks
 from test_sharded_modules import fully_sharded, mesh_of
 from torch import nn
@@ -53,7 +53,7 @@ def build(masking, seed, mesh=None, reverse=False):
     named = list(model.named_parameters())
     optimizer = FusedGradDropAdamW(
         named[::-1] if reverse else named, lr=0.03, betas=(0.8, 0.95), weight_decay=0.1, amsgrad=True,
-        seed=0xDEADBEEFCAFEF00D, mask=MASKINGS[masking].policy(values), **MASKINGS[masking].arguments,
+        seed=0xDEADBEEFCAFEF00D, mask=ALL_MASKINGS[masking].policy(values), **ALL_MASKINGS[masking].arguments,
     )  # fmt: skip
     return model, optimizer
 
@@ -118,7 +118,8 @@ def everything(model, optimizer):
     """Parameters and state, whole, by name; and the counts of the groups."""
     found = {name: whole(param) for name, param in model.named_parameters()}
     for name, param in model.named_parameters():
-        found |= {f"{key} of {name}": whole(value) for key, value in optimizer.state[param].items()}
+        state = optimizer.state[param].items()
+        found |= {f"{key} of {name}": of_all_rows(optimizer, param, whole(value)) for key, value in state}
     return found, [
         (group["completed_steps"], group["epoch"], group["epoch_history"]) for group in optimizer.param_groups
     ]
@@ -129,7 +130,7 @@ def leg(folder, number, steps, seed):
     States are flattened in every other of them, and in every other the parameters are in another order.
     """
     mesh = all_ranks()
-    runs = {masking: build(masking, seed, mesh, reverse=number % 2 == 1) for masking in MASKINGS}
+    runs = {masking: build(masking, seed, mesh, reverse=number % 2 == 1) for masking in ALL_MASKINGS}
 
     def with_form(number):
         return {masking: (*run, (index + number) % 2 == 1) for index, (masking, run) in enumerate(runs.items())}
@@ -165,7 +166,7 @@ def test_every_policy_goes_on_bit_for_bit_on_other_numbers_of_ranks(seed, tmp_pa
         steps = range(3 * number, 3 * number + 3)
         results = run_ranks(world, leg, str(tmp_path), number, steps, seed, timeout=300)
     for runs in results:
-        assert runs.keys() == MASKINGS.keys()
+        assert runs.keys() == ALL_MASKINGS.keys()
         for masking, run in runs.items():
             assert_equal_runs(run, in_one_go(masking, 3 * len(RANKS), seed), masking)
 

@@ -29,7 +29,7 @@ from test_engines import (
 
 from graddrop_kernels import FusedGradDropAdamW
 
-POLICIES = ("graddrop", "epoch-bitpacked", "layer", "freeze")  # each with counts of another kind
+POLICIES = ("graddrop", "epoch-bitpacked", "layer", "freeze", "rows")  # each with counts or spans of another kind
 LEGS = ((2, range(2)), (4, range(2, 3)), (1, range(3, 5)), (3, range(5, STEPS)))  # (ranks, numbers of the steps)
 COUNTS = [(STEPS, (STEPS - 1) // STEPS_PER_EPOCH, "0:0,1:2,2:4,3:6")]  # of every group at the end
 

@@ -245,7 +245,7 @@ def test_looking_changes_nothing(policy, seed):
         def look():
             text = looked[1].describe()
             plot_mask(looked[1])
-            plot_schedule(POLICIES[policy](looked[0]), 3)
+            plot_schedule(None if policy == "rows" else POLICIES[policy](looked[0]), 3)
             assert looked[1].describe() == text == describe(looked[1])
 
         assert warned(look) == []

@@ -23,6 +23,7 @@ from graddrop_kernels import (
     GradDropEpoch,
     GradFreeze,
     LayerGradDrop,
+    TrainRows,
     param_groups,
 )
 from graddrop_kernels.groups.flat_buffers import FlatBuffers, FlatPiece
@@ -123,6 +124,7 @@ POLICIES = {
     "layer": lambda: LayerGradDrop(p=0.4),
     "freeze": lambda: GradFreeze(epochs=3),
     "fixed": fixed_mask,
+    "rows": lambda: TrainRows({name: [1, 2, -1] for name, _ in Model().named_parameters() if ".up" in name}),
 }
 STEPS, STEPS_PER_EPOCH = 7, 2  # one more epoch than the policies have
 
@@ -281,12 +283,20 @@ def found_in(optimizer, pieces, masks={}):  # noqa: B006 (nobody writes to it)
     found = []
     for tensor, each in pieces.items():
         state = optimizer.state.get(tensor, {})
-        whats = {"param": tensor, **{key: value for key, value in state.items() if key != "step"}}
+        whats = {"param": tensor}
+        whats |= {key: _of_all_rows(value, optimizer, tensor) for key, value in state.items() if key != "step"}
         whats |= {f"mask of step {number}": mask for (number, masked), mask in masks.items() if masked is tensor}
         for name, local, start, numel in each:
             values = {what: _flat(value)[local : local + numel].clone() for what, value in whats.items()}
             found.append((name, start, float(state["step"]), values))
     return found
+
+
+def _of_all_rows(value, optimizer, tensor):
+    """A moment with zeros for the rows that TrainRows leaves out where a parameter is whole."""
+    if value.shape == tensor.shape:
+        return value
+    return torch.zeros_like(tensor).masked_scatter(optimizer.mask(tensor), value)
 
 
 def _flat(tensor):
@@ -389,7 +399,7 @@ def continued(engines, policies, seed, folder):
     ["zero", "fsdp1 slices", "fsdp1 flat"], pytest.param(["deepspeed 1", "deepspeed 3"], marks=needs_deepspeed),
 ])  # fmt: skip
 def test_a_run_goes_on_bit_for_bit(engines, seed, tmp_path):
-    policies = ["graddrop", "layer", "epoch-bitpacked"]
+    policies = ["graddrop", "layer", "epoch-bitpacked", "rows"]
     assert run_ranks(2, continued, engines, policies, seed, tmp_path, timeout=180) == [[], []]
 
 

@@ -136,7 +136,7 @@ def test_without_a_mask_a_step_is_torchs_within_2_ulp(keywords, seed):
         random_grads(theirs_model.parameters(), generator)
         with torch.no_grad():  # the same start for both
             for a, b in zip(theirs_model.parameters(), ours_model.parameters(), strict=True):
-                b.copy_(a + 1.0)  # away from 0, where the ulp of a difference means nothing
+                b.copy_(a.abs() + 1.0)  # away from 0, where the ulp of a difference means nothing
                 a.copy_(b)
                 b.grad = a.grad.clone()
                 for key, value in theirs.state[a].items():

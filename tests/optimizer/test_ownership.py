@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from graddrop_kernels import FixedMask, FusedGradDropAdamW, GradDrop, GradDropEpoch, available_backends, backends
+from graddrop_kernels.groups.records import spans_of
 
 BACKENDS = [name for name in ("cpu", "reference") if name in available_backends()]
 MODES = {
@@ -153,7 +154,7 @@ def test_bit_planes_of_replaced_parameters_are_gone(seed):
         params[0].grad = torch.randn(count)
         optimizer.step()
         masking = optimizer.masking
-        planes.append(weakref.ref(masking.words(0, params[0], masking.records(0)[0])[0]))
+        planes.append(weakref.ref(masking.words(0, params[0], spans_of(params[0], masking.records(0)[0]))[0]))
         assert optimizer.mask("weight").shape == (count,)
     gc.collect()
     assert [ref() is not None for ref in planes] == [False] * 19 + [True]

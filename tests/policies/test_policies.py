@@ -227,6 +227,7 @@ def test_defaults_of_the_table():
         "RandomMask",
         "SampleBlocks",
         "CycleBlocks",
+        "TrainRows",
     }
 
 

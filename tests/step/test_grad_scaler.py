@@ -95,7 +95,7 @@ def test_fused_unscaling_divides_in_float32_and_writes_back(policy, dtypes, seed
     values = [("layers.0.w", torch.randn(65, generator=generator).to(dtypes[0])),
               ("layers.1.w", torch.randn(12, 9, generator=generator).to(dtypes[0]))]  # fmt: skip
     grads = [torch.randn(value.shape, generator=generator).to(dtypes[0]) for _, value in values]
-    wide = {"moment_dtype": F32} if dtypes[1] is not dtypes[0] else {}
+    wide = {"moment_dtype": dtypes[1]} if dtypes[1] is not dtypes[0] else {}
     after = {}
     for engine in [Engine("exact"), *fused_engines(dtypes)]:
         named = [(name, torch.nn.Parameter(value.clone().to(engine.device))) for name, value in values]

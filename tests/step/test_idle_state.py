@@ -99,7 +99,7 @@ def test_freed_memory_is_freed(mask, seed):
 def test_a_resume_in_the_middle_of_a_turn_has_the_same_bits(mask, seed):
     model, optimizer = make(mask, seed)
     rng = torch.Generator().manual_seed(seed)
-    for _ in range(4):
+    for _ in range(5):  # no multiple of either's turn
         random_grads(model.parameters(), rng)
         optimizer.step()
     twin, resumed = make(mask, seed)
@@ -129,9 +129,8 @@ def test_skip_dropped_trains_the_same_and_makes_no_gradients_of_idle_blocks(mask
         with optimizer.skip_dropped():
             model(ids).square().sum().backward()
         twin(ids).square().sum().backward()
-        if step:
-            made = {block_of(name) for name, param in model.named_parameters() if param.grad is not None}
-            assert made - {None} <= active, (step, made)
+        made = {block_of(name) for name, param in model.named_parameters() if param.grad is not None}
+        assert made - {None} == active, (step, made)
         for each in (optimizer, plain):
             each.step()
             each.zero_grad()

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings(PAST_THE_LAST_EPOCH)
 settings.register_profile("numerics", deadline=None, max_examples=40, print_blob=True)
 settings.load_profile("numerics")
 
-ALL_DTYPES = [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32), (F64, F64)]
+ALL_DTYPES = [(F32, F32), (F32, BF16), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32), (F64, F64)]
 LAYERS = ("layers.*",)
 
 
@@ -108,7 +108,7 @@ def engines(dtypes) -> list[Engine]:
 
 
 def moments(dtypes) -> dict:
-    return {"moment_dtype": F32} if dtypes[1] is not dtypes[0] else {}
+    return {"moment_dtype": dtypes[1]} if dtypes[1] is not dtypes[0] else {}
 
 
 @given(trainings("gradient"))

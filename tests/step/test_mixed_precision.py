@@ -258,3 +258,74 @@ def test_describe_names_the_mode(seed):
     assert "bfloat16, moments float32, master weights" in optimizer.describe()
     _, optimizer = make(BF16, seed, "auto", stochastic_rounding=True)
     assert "bfloat16, moments bfloat16, stochastic rounding" in optimizer.describe()
+
+
+# bfloat16 moments of float32 parameters.
+
+
+@offered
+def test_bfloat16_moments_of_float32_parameters_are_rounded_once_a_step(backend, seed):
+    """Beside a plain loop in float64, which rounds the moments after each step."""
+    (param, _), optimizer = make(F32, seed, backend, "plain", moment_dtype=BF16, amsgrad=True)
+    param.grad, (beta1, beta2) = None, ARGUMENTS["betas"]
+    p, m, v, vmax = (torch.zeros(1031, dtype=torch.float64) for _ in range(4))
+    p.copy_(param.detach())
+    for step in range(1, 6):
+        give_grads([param], step, seed)
+        optimizer.step()
+        g = param.grad.double()
+        p *= 1 - ARGUMENTS["lr"] * ARGUMENTS["weight_decay"]
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        vmax = torch.maximum(v, vmax)
+        p -= ARGUMENTS["lr"] / (1 - beta1**step) * m / ((vmax / (1 - beta2**step)).sqrt() + ARGUMENTS["eps"])
+        m, v, vmax = (moment.bfloat16().double() for moment in (m, v, vmax))
+        state = optimizer.state[param]
+        for moment, wanted in ((state["exp_avg"], m), (state["exp_avg_sq"], v), (state["max_exp_avg_sq"], vmax)):
+            assert moment.dtype is BF16 and (moment.double() - wanted).abs().le(2**-7 * wanted.abs() + 1e-30).all()
+            assert (moment.double() != wanted).double().mean() < 0.01  # but for ties that float32 has moved
+        m, v, vmax = (state[name].double() for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+        assert torch.allclose(param.detach().double(), p, rtol=1e-6, atol=1e-7)
+        p.copy_(param.detach())
+
+
+def test_bfloat16_moments_come_and_go_with_a_checkpoint(seed):
+    pairs = [make(F32, seed, "auto", moment_dtype=BF16) for _ in range(2)]
+    for params, optimizer in pairs[:1]:
+        give_grads(params, 0, seed)
+        optimizer.step()
+    for param, other in zip(pairs[1][0], pairs[0][0]):
+        param.data.copy_(other.data)
+    pairs[1][1].load_state_dict(copy.deepcopy(pairs[0][1].state_dict()))
+    for params, optimizer in pairs:
+        give_grads(params, 1, seed)
+        optimizer.step()
+        assert {optimizer.state[param]["exp_avg"].dtype for param in params} == {BF16}
+    assert [bits(param) for param in pairs[0][0]] == [bits(param) for param in pairs[1][0]]
+    assert optimizer.memory()["now"]["moments"] == 2 * 2 * (1031 + 64) + 2 * 4
+    # A file of float32 moments keeps them; one of a bfloat16 model is of its parameters' dtype.
+    plain = make(F32, seed, "auto")
+    give_grads(plain[0], 0, seed)
+    plain[1].step()
+    pairs[1][1].load_state_dict(plain[1].state_dict())
+    assert pairs[1][1].state[pairs[1][0][0]]["exp_avg"].dtype is F32
+
+
+def test_moments_that_the_user_has_made_keep_their_dtype(seed):
+    """As with torch's newest fused step: state of another dtype, made before the first step."""
+    params, optimizer = make(F32, seed, "auto")
+    for param in params:
+        optimizer.state[param] = {name: torch.zeros_like(param, dtype=BF16) for name in ("exp_avg", "exp_avg_sq")}
+    wanted, other = make(F32, seed, "auto", moment_dtype=BF16)
+    for each, stepped in ((params, optimizer), (wanted, other)):
+        give_grads(each, 0, seed)
+        stepped.step()
+    assert [bits(param) for param in params] == [bits(param) for param in wanted]
+    assert optimizer.state[params[0]]["exp_avg"].dtype is BF16
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_bfloat16_moments_are_for_float32_parameters(dtype, seed):
+    params, optimizer = make(dtype, seed, "auto", moment_dtype=BF16)
+    give_grads(params, 0, seed)
+    optimizer.step()
+    assert optimizer.state[params[0]]["exp_avg"].dtype is dtype

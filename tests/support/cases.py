@@ -10,7 +10,14 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from graddrop_kernels import ExponentialAnneal, FixedMask, FusedGradDropAdamW, LinearAnneal, available_backends
+from graddrop_kernels import (
+    ExponentialAnneal,
+    FixedMask,
+    FusedGradDropAdamW,
+    LinearAnneal,
+    TrainRows,
+    available_backends,
+)
 from graddrop_kernels.backends import BACKENDS, cpu
 from graddrop_kernels.policies.paper import METHODS
 from graddrop_kernels.policies.schedules import Schedule
@@ -87,7 +94,8 @@ def fused_engines(dtypes: tuple[torch.dtype, torch.dtype]) -> list[Engine]:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-DTYPES = ((F32, F32), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32))  # (parameter, moments) of the fused backends
+# (parameter, moments) of the fused backends
+DTYPES = ((F32, F32), (F32, BF16), (BF16, BF16), (BF16, F32), (F16, F16), (F16, F32))
 
 SMALL_SIZES = (0, 1, 3, 4, 5, 31, 33, 1031)
 SIZES = (0, 1, 3, 4, 5, 31, 33, 65537)  # the last is more than two threads' grains
@@ -124,6 +132,20 @@ def _random_masks(named) -> FixedMask:
     generator = torch.Generator().manual_seed(len(named))
     drawn = {name: torch.rand(param.shape, generator=generator) < (i % 5) / 4 for i, (name, param) in enumerate(named)}
     return FixedMask({name: mask for i, (name, mask) in enumerate(drawn.items()) if i % 3}, scale=1.7)
+
+
+def _rows(named) -> TrainRows:
+    """Some rows of two thirds of the parameters that have any: single ones, and a run. The others are dense."""
+    sizes = {name: param.shape[0] for name, param in named if param.dim() and param.shape[0]}
+    rows = {name: {0, size - 1, *range(size // 3, size // 2)} for name, size in sizes.items()}
+    return TrainRows({name: chosen for i, (name, chosen) in enumerate(rows.items()) if i % 3 != 1})
+
+
+def of_all_rows(optimizer, param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A parameter's state tensor in the parameter's shape, with zeros where TrainRows keeps none."""
+    if value.shape in (param.shape, ()):
+        return value
+    return torch.zeros(param.shape, dtype=value.dtype).masked_scatter(optimizer.mask(param), value)
 
 
 _FROZEN, _GRADIENT, _GLOBAL = {"masked": "frozen"}, {"masked": "gradient"}, {"bias_correction": "global"}
@@ -170,6 +192,7 @@ MASKINGS = {
     "fixed": Masking(_random_masks),
     "fixed-gradient": Masking(_random_masks, _GRADIENT),
 }
+ALL_MASKINGS = {**MASKINGS, "rows": Masking(_rows)}  # also those whose moments may have other shapes than parameters
 
 
 _FOUR_BLOCKS = [(f"layers.{i}.weight", torch.ones(3)) for i in range(4)]
@@ -212,7 +235,7 @@ class Case(verify_cases.Case):
         masking = MASKINGS[self.policy]
         return {
             "mask": masking.policy(named), "seed": rng.getrandbits(64), "betas": (0.9, 0.999), "weight_decay": 1e-2,
-            "amsgrad": False, "moment_dtype": F32 if moments is F32 else None, "master_weights": masters,
+            "amsgrad": False, "moment_dtype": moments if moments in (F32, BF16) else None, "master_weights": masters,
             "stochastic_rounding": stochastic, **HYPERS[self.hyper], **masking.arguments,
         }  # fmt: skip
 

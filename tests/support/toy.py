@@ -16,6 +16,7 @@ from graddrop_kernels import (
     FixedMask,
     FusedGradDropAdamW,
     GradDrop,
+    TrainRows,
     backends,
     param_groups,
 )
@@ -134,6 +135,7 @@ POLICIES = {
     "graddrop-callable": lambda model: GradDrop(p=half),
     "freeze-up": lambda model: replace(_FROM_ROWS["freeze-up"], blocks_per_epoch=1),
     "fixed": lambda model: FixedMask(keep_some(model), scale=1.25),
+    "rows": lambda model: TrainRows({name: [1, 2, -1] for name in keep_some(model)}),
 }
 BLOCK_POLICIES = [name for name, policy in POLICIES.items() if getattr(policy(Encoder()), "needs_blocks", False)]
 every_policy = pytest.mark.parametrize("policy", POLICIES)

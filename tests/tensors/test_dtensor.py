@@ -6,7 +6,7 @@ over other ranks adds them up in another order.
 
 import pytest
 import torch
-from cases import EPOCH_OF_STEP, HYPERS, MASKINGS, PAST_THE_LAST_EPOCH, assert_same_bits
+from cases import ALL_MASKINGS, EPOCH_OF_STEP, HYPERS, PAST_THE_LAST_EPOCH, assert_same_bits, of_all_rows
 from ranks import run_ranks
 
 from graddrop_kernels import FusedGradDropAdamW
@@ -49,7 +49,7 @@ def sharded(value, mesh, placements):
 
 def arguments_of(masking, values):
     hyper = HYPERS["amsgrad"] | {"maximize": True}
-    return {"mask": MASKINGS[masking].policy(values), **MASKINGS[masking].arguments, **hyper}
+    return {"mask": ALL_MASKINGS[masking].policy(values), **ALL_MASKINGS[masking].arguments, **hyper}
 
 
 def train(named, masking, values, seed, given, **extra):
@@ -65,7 +65,8 @@ def train(named, masking, values, seed, given, **extra):
         norms.append(optimizer.grad_norm)
     after = {name: param.detach() for name, param in named}
     for name, param in named:
-        after |= {f"{key} of {name}": value for key, value in optimizer.state[param].items()}
+        state = optimizer.state[param].items()
+        after |= {f"{key} of {name}": of_all_rows(optimizer, param, value) for key, value in state}
     return masks | after, norms
 
 
@@ -98,6 +99,7 @@ def parameters(values, made):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_has_the_bits_of_one_process(layout, seed):
     world = torch.Size(LAYOUTS[layout][0]).numel()
-    turn = list(LAYOUTS).index(layout) % 3  # every policy in three layouts
-    compared = run_ranks(world, compare_with_whole, layout, list(MASKINGS)[turn::3], seed, {}, timeout=240)
+    turn = list(LAYOUTS).index(layout) % 3  # every policy in three layouts, rows in all
+    maskings = {*list(ALL_MASKINGS)[turn::3], "rows"}
+    compared = run_ranks(world, compare_with_whole, layout, sorted(maskings), seed, {}, timeout=240)
     assert min(compared) > 50_000

@@ -38,6 +38,8 @@ from graddrop_kernels.tools.verify.run_case import Engine, Findings, Training
 
 EXACT = backends._BY_NAME["exact"]
 CPU = torch.device("cpu")
+MODES = len(COLUMNS)  # of which a policy has a case each
+CASES = len(POLICIES) * MODES
 
 
 @pytest.fixture
@@ -90,10 +92,10 @@ def test_a_backend_with_the_exact_bits_passes(capsys, plant, seed):
     for policy in POLICIES:
         row = next(line for line in lines if line.startswith("planted ") and f"cpu     {policy}  " in line)
         cells = row.split(policy)[1].split()
-        masks = "-" if policy == "GaussianGradDrop" else "7/7"
-        assert cells[:2] == ["7", masks] and cells[2:9] == ["0"] * 7, row
+        masks = "-" if policy == "GaussianGradDrop" else f"{MODES}/{MODES}"
+        assert cells[:2] == [str(MODES), masks] and cells[2 : 2 + MODES] == ["0"] * MODES, row
         assert re.search(r" 0 of [1-9][0-9]{5,}  PASS$", row), row
-    assert lines[-1].startswith("PASS: 119 cases on 1 engines, 119 comparisons in ")
+    assert lines[-1].startswith(f"PASS: {CASES} cases on 1 engines, {CASES} comparisons in ")
 
 
 @pytest.mark.slow
@@ -115,7 +117,7 @@ def test_every_backend_that_runs_here_passes_in_a_process_without_pytest(seed):
     for backend in backends.BACKENDS:
         if backend.name != "exact" and (backend.unavailable() or "cpu" not in (backend.devices or ("cpu",))):
             assert any(line.startswith(f"not verified: {backend.name}: ") for line in lines)
-    assert re.fullmatch(r"119 of 119 cases, \d+ s", result.stderr.splitlines()[-1])
+    assert re.fullmatch(rf"{CASES} of {CASES} cases, \d+ s", result.stderr.splitlines()[-1])
 
 
 # What is planted is found.
@@ -148,16 +150,17 @@ def test_one_flipped_mask_bit(capsys, plant, only, seed):
     code, lines = run(capsys, seed)
     assert code == 1
     found = failures(lines)
-    assert len(found) == 2 * 3 + 1 and lines[-1] == found[-1] and found[-1].startswith("FAIL: 14 failures: 21 cases")
+    assert len(found) == 2 * 3 + 1 and lines[-1] == found[-1]
+    assert found[-1].startswith(f"FAIL: {2 * MODES} failures: {3 * MODES} cases")
     for line in found[:-1]:
         assert re.search(
             r"planted on cpu: GradDrop( every epoch)?, .*: step 0, epoch \d: mask, by what it did: 1 of \d+ elements "
             r"are wrong, the first layers\.3\.weight7\[700\] of 1031: (trained, not dropped|dropped, not trained)$",
             line,
         ), line
-    assert sum("and 4 more of planted on cpu, GradDrop" in line for line in lines) == 2
-    assert any(re.search(r"GradDrop +7 +0/7 .* FAIL 7$", line) for line in lines)
-    assert any(re.search(r"mask=None +7 +7/7 .* PASS$", line) for line in lines)
+    assert sum(f"and {MODES - 3} more of planted on cpu, GradDrop" in line for line in lines) == 2
+    assert any(re.search(rf"GradDrop +{MODES} +0/{MODES} .* FAIL {MODES}$", line) for line in lines)
+    assert any(re.search(rf"mask=None +{MODES} +{MODES}/{MODES} .* PASS$", line) for line in lines)
 
 
 def test_a_draw_that_is_off_by_one(capsys, plant, only, seed):
@@ -168,7 +171,7 @@ def test_a_draw_that_is_off_by_one(capsys, plant, only, seed):
     plant(step)
     only("GradDrop every epoch", "FixedMask")
     code, lines = run(capsys, seed)
-    assert code == 1 and any(re.search(r"FixedMask +7 +7/7 .* PASS$", line) for line in lines)
+    assert code == 1 and any(re.search(rf"FixedMask +{MODES} +{MODES}/{MODES} .* PASS$", line) for line in lines)
     for line in failures(lines)[:3]:
         wrong, of = map(int, re.search(r"mask, by what it did: (\d+) of (\d+) elements are wrong", line).groups())
         assert wrong > 0.01 * of
@@ -248,9 +251,9 @@ def test_a_backend_that_raises_or_gives_nan(capsys, plant, only, seed):
     only("mask=None")
     code, lines = run(capsys, seed)
     text = "\n".join(failures(lines))
-    assert code == 1 and "FAIL: 7 failures" in text
+    assert code == 1 and f"FAIL: {MODES} failures" in text
     assert "raised MemoryError: no room for it" in text and "layers.0.weight4[0] of 5: nan is not " in text
-    assert re.search(r"mask=None +7 +7/7 +inf +- +-", "\n".join(lines))
+    assert re.search(rf"mask=None +{MODES} +{MODES}/{MODES} +inf +inf +-", "\n".join(lines))
 
 
 # What is planted in a mode is found, also where a backend has a bound.
@@ -271,7 +274,7 @@ def test_another_draw_of_the_stochastic_rounding(name, capsys, plant, only, seed
     only("mask=None")
     code, lines = run(capsys, seed, name=name)
     [line, verdict] = failures(lines)
-    assert code == 1 and verdict.startswith("FAIL: 1 failures: 7 cases") and "stochastic" in line.split(": ")[1]
+    assert code == 1 and verdict.startswith(f"FAIL: 1 failures: {MODES} cases") and "stochastic" in line.split(": ")[1]
     off, of = map(int, re.search(r": param: (\d+) of (\d+) elements are ", line).groups())
     assert of == 66645 and off > bounds.TIPPED * of
     assert ("rounded to another number, more than 1 in 128" in line) == (name == "reference")
@@ -289,7 +292,7 @@ def test_masters_that_are_not_written(name, capsys, plant, only, seed):
     only("mask=None")
     code, lines = run(capsys, seed, name=name)
     [line, verdict] = failures(lines)
-    assert code == 1 and verdict.startswith("FAIL: 1 failures: 7 cases")
+    assert code == 1 and verdict.startswith(f"FAIL: 1 failures: {MODES} cases")
     # Beside a bound the parameter is compared with the rounding of the backend's own masters, and comes first.
     assert re.search(r"mask=None, b?f16 masters.*: step \d, epoch \d: (master_)?param: \d+ of 66645 elem", line), line
     assert ("master_param: " in line) == (name == "planted")
@@ -309,7 +312,7 @@ def test_a_copy_that_is_cut_off_instead_of_rounded(capsys, plant, only, seed):
         only("GradDrop")
         code, lines = run(capsys, seed, name=name)
         [line, verdict] = failures(lines)
-        assert code == 1 and verdict.startswith("FAIL: 1 failures: 7 cases")
+        assert code == 1 and verdict.startswith(f"FAIL: 1 failures: {MODES} cases")
         assert re.search(r"f16 masters.*: param: \d+ of \d+ elements are more than 0 ulp apart", line), line
 
 
@@ -352,7 +355,8 @@ def test_a_norm_that_rounds_otherwise_is_let_pass_for_its_step(capsys, plant, on
     clipping = [case for case in make_cases(seed, True, []) if "clip" in case.switches]
     for policy in ("mask=None", "FixedMask"):
         norms = sum(case.policy == policy for case in clipping)
-        assert any(re.search(rf" {policy} +7 +7/7 .* {norms} of \d+ +PASS$", line) for line in lines), lines
+        wanted = rf" {policy} +{MODES} +{MODES}/{MODES} .* {norms} of \d+ +PASS$"
+        assert any(re.search(wanted, line) for line in lines), lines
 
 
 def test_a_frozen_element_that_moves_is_seen_where_exact_moves_it_too(plant, seed):
@@ -497,7 +501,8 @@ def test_a_seed_repeats_a_run_and_another_does_not(seed):
 def test_every_policy_of_the_package_and_of_the_readme_is_stepped(seed):
     rng, named = random.Random(seed), [(f"layers.{i}.w", torch.ones(3)) for i in range(4)]
     made = {type(make(rng, named)).__name__ for make in POLICIES.values()}
-    assert made == {*policies.POLICIES, "NoneType"}
+    # A step of TrainRows is a plain one, of parts of the tensors: tests/step/test_stepped_rows.py.
+    assert made == {*policies.POLICIES, "NoneType"} - {"TrainRows"}
 
 
 def test_misaligned_tensors_are(seed):
@@ -599,7 +604,7 @@ def test_a_failure_is_printed_when_it_is_met(capsys, plant, only, seed):
     only("mask=None")
     run(capsys, seed)
     shown = [text.count("FAIL planted on cpu: mask=None") for text in printed]
-    assert shown[:4] == [0, 1, 1, 1] and sum(shown) == 3 and len(shown) == 7
+    assert shown[:4] == [0, 1, 1, 1] and sum(shown) == 3 and len(shown) == MODES
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("of the comparison itself")], ids=repr)
@@ -620,7 +625,7 @@ def test_a_table_comes_whatever_happens(error, capsys, plant, only, monkeypatch,
     lines = capsys.readouterr().out.splitlines()
     assert [case.policy for case in done] == ["mask=None", "GradDrop"] * 2 + ["mask=None"]  # in turns
     assert any(re.search(r"^planted  cpu     mask=None +3 +.* FAIL 3$", line) for line in lines), lines
-    assert lines[-1].startswith("FAIL: 5 failures: 5 of 14 cases on 1 engines, ")
+    assert lines[-1].startswith(f"FAIL: 5 failures: 5 of {2 * MODES} cases on 1 engines, ")
 
 
 def test_a_limit_of_seconds_ends_with_the_table(capsys, plant, only, monkeypatch, seed):
@@ -631,12 +636,12 @@ def test_a_limit_of_seconds_ends_with_the_table(capsys, plant, only, monkeypatch
     monkeypatch.setattr(verify.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(verify, "run_case", lambda *case: now.__setitem__(0, now[0] + 1) or run_case(*case))
     code, lines = run(capsys, seed, "--seconds", "3.5")
-    assert code == 0 and lines[-1] == "PASS so far: 4 of 21 cases on 1 engines, 4 comparisons in 4 s"
+    assert code == 0 and lines[-1] == f"PASS so far: 4 of {3 * MODES} cases on 1 engines, 4 comparisons in 4 s"
     for policy, cases in (("mask=None", 2), ("GradDrop", 1), ("FixedMask", 1)):
         assert any(re.search(rf"cpu     {policy} +{cases} +{cases}/{cases} .* PASS$", line) for line in lines), lines
     monkeypatch.setattr(verify.time, "monotonic", lambda: now.__setitem__(0, now[0] + 1) or now[0])
     code, lines = run(capsys, seed, "--seconds", "0.5")
-    assert code == 1 and lines[-1].startswith("FAIL: nothing was compared: 0 of 21 cases")
+    assert code == 1 and lines[-1].startswith(f"FAIL: nothing was compared: 0 of {3 * MODES} cases")
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -667,5 +672,5 @@ def test_findings_of_instruction_sets_share_a_row():
     }
     line = next(line for line in verify._table(findings).splitlines() if line.startswith("reference"))
     assert line.split() == [
-        "reference", "cpu", "GradDrop", "4", "3/4", "3", "-", "-", "-", "-", "-", "-", "14", "of", "200", "FAIL", "1"
+        "reference", "cpu", "GradDrop", "4", "3/4", "3", *["-"] * (MODES - 1), "14", "of", "200", "FAIL", "1"
     ]  # fmt: skip

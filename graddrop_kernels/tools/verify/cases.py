@@ -32,6 +32,7 @@ class Dtypes(NamedTuple):
 # Parameters/moments, and the mode; float64 belongs to the reference alone.
 DTYPES = {
     "f32": Dtypes(F32, F32),
+    "f32/bf16": Dtypes(F32, BF16),
     "bf16": Dtypes(BF16, BF16),
     "bf16/f32": Dtypes(BF16, F32),
     "f16": Dtypes(F16, F16),
@@ -130,7 +131,7 @@ class Case:
             "weight_decay": 10 ** rng.uniform(-2, -0.5) if "decay" in self.switches else 0.0,
             "amsgrad": "amsgrad" in self.switches,
             "maximize": "maximize" in self.switches,
-            "moment_dtype": F32 if moments is F32 else None,
+            "moment_dtype": moments if moments in (F32, BF16) else None,
             "master_weights": masters,
             "stochastic_rounding": stochastic,
         }
