@@ -60,6 +60,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.cpu.memory
 	$(BIN)/python -m benchmarks.cpu.modes
 	$(BIN)/python -m benchmarks.cpu.skip_backward
+	$(BIN)/python -m benchmarks.cpu.training
 	$(BIN)/python -m benchmarks.cpu.sampled_blocks
 	$(BIN)/python -m benchmarks.cpu.growing_costs
 	$(BIN)/python -m benchmarks.cpu.trained_rows

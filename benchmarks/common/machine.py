@@ -19,7 +19,7 @@ from .gpu_facts import gpu_facts
 ROOT = Path(__file__).resolve().parents[2]
 _FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 # The code that a figure depends on.
-_CODE = ("csrc", "graddrop_kernels", "setup.py", "benchmarks/common", "benchmarks/cpu", "benchmarks/gpu")
+_CODE = ("csrc", "graddrop_kernels", "setup.py", *(f"benchmarks/{part}" for part in ("common", "cpu", "gpu", "xglue")))
 
 
 def facts() -> dict:

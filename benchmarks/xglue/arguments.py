@@ -3,11 +3,9 @@
 import argparse
 from pathlib import Path
 
-from graddrop_kernels.demo.methods import METHODS
-
+from .methods import METHODS, PAPERS
 from .settings import LARGE, SELECTIONS, SMALL, TINY, Settings, settings_for
 from .tasks import TASKS
-from .titles import TITLES
 
 DESCRIPTION = """\
 The GradDrop paper's experiments: fine-tune a multilingual encoder on English with each of its methods, test it in every
@@ -27,7 +25,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     _settings(one)
 
     many = commands.add_parser("sweep", help="many methods and seeds, each method at its best learning rate")
-    many.add_argument("--methods", nargs="+", default=["all"], help="some of them, or all (default: all)")
+    many.add_argument("--methods", nargs="+", default=["all"], help="some of them, or all of the paper (default: all)")
     _seeds(many, "--seeds", "0..4", "of the final runs, as 0 1 5 or 0..15 (default: %(default)s)")
     many.add_argument("--lrs", type=float, nargs="+", help="the grid (default: the task's rate alone)")
     _seeds(many, "--tuning-seeds", "0..1", "the seeds of the grid (default: %(default)s); the rate is that of the best "
@@ -150,5 +148,5 @@ def seeds_of(words: list[str]) -> tuple[int, ...]:
 
 
 def methods_of(words: list[str]) -> tuple[str, ...]:
-    """Returns the methods, or all of them for "all"."""
-    return tuple(TITLES) if words == ["all"] else tuple(dict.fromkeys(words))
+    """Returns the methods, or all of the paper for "all"."""
+    return tuple(PAPERS) if words == ["all"] else tuple(dict.fromkeys(words))

@@ -7,8 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from graddrop_kernels.demo.methods import METHODS
-
+from .methods import METHODS
 from .tasks import TASKS
 
 LARGE, SMALL, TINY = "xlm-roberta-large", "e5-small", "tiny"

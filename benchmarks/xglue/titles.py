@@ -1,6 +1,6 @@
 """Names of the methods in tables."""
 
-from graddrop_kernels.demo.methods import METHODS
+from .methods import METHODS
 
 MISSING = "–"
 

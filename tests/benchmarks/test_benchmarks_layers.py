@@ -10,7 +10,7 @@ MAY_IMPORT = {
     "common": set(),
     "xglue": set(),
     "render": {"common", "xglue"},
-    "cpu": {"common", "render"},
+    "cpu": {"common", "render", "xglue"},
     "gpu": {"common", "render"},
     "test_micro": {"common"},
 }

@@ -35,7 +35,7 @@ def write(folder, task, method, seed, test, dev=0.5, model="e5-small", **given):
         "data": {"official": False, "examples": {"train": 701, "dev en": 99, "test en": 204, "test de": 198}},
         "best_epoch": 2, "dev": {str(e): official({"en": dev if e == 2 else dev / 2}) for e in (1, 2, 3)},
         "test": {epoch: official(scores) for epoch, scores in epochs.items()}, "losses": [], "active_fraction": [],
-        "seconds": {"train": 40 + seed, "test": 8},
+        "weights_sha256": None, "seconds": {"train": 40 + seed, "test": 8},
         "machine": {"device": "cpu", "processes": 1, "threads": 1}, "versions": {"torch": "2.13.0"}, "commit": "a" * 40,
     }  # fmt: skip
     path = folder / settings.file

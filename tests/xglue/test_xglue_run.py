@@ -21,6 +21,7 @@ sys.path.append(str(ROOT))
 
 from benchmarks.xglue.__main__ import main  # noqa: E402
 from benchmarks.xglue.examples.load import load  # noqa: E402
+from benchmarks.xglue.methods import BEYOND  # noqa: E402
 from benchmarks.xglue.models import encoders, features  # noqa: E402
 from benchmarks.xglue.runs import prepare  # noqa: E402
 from benchmarks.xglue.runs.batches import LengthBuckets  # noqa: E402
@@ -190,7 +191,7 @@ def test_what_is_masked_and_how_fast_it_learns(tmp_path):
     source = prepare.prepare(settings).source
     model = source.model(1, 0.0)
     args = transformers.TrainingArguments(output_dir=str(tmp_path), learning_rate=0.1, weight_decay=0.2, use_cpu=True)
-    make, arguments = optimizers.optimizer_of(settings, args)
+    make, arguments = optimizers.optimizer_of(settings, args, skip_dropped=False)
     optimizer = make()(model, **arguments)
     seen = {}
     for group in optimizer.param_groups:
@@ -238,7 +239,7 @@ def test_a_model_of_transformers(task, tmp_path):
 
 
 def test_methods_follow_the_settings():
-    assert set(TITLES) == set(METHODS)
+    assert set(TITLES) == {*METHODS, *BEYOND} and not METHODS.keys() & BEYOND.keys()
     policy = policy_of(tiny(method="anneal-layer-graddrop", anneal_start=0.6, anneal_end="zero"))
     assert policy == LayerGradDrop(LinearAnneal(3, 0.6, "zero"))
     policy = policy_of(tiny(method="gradfreeze-bottomup", blocks_per_epoch=2))

@@ -17,11 +17,11 @@ sys.path.append(str(ROOT))
 
 from benchmarks.xglue.__main__ import main  # noqa: E402
 from benchmarks.xglue.arguments import methods_of, seeds_of  # noqa: E402
+from benchmarks.xglue.methods import PAPERS  # noqa: E402
 from benchmarks.xglue.runs import study  # noqa: E402
 from benchmarks.xglue.runs.lock import claim  # noqa: E402
 from benchmarks.xglue.runs.sweep import Plan, deal_gpus, work  # noqa: E402
 from benchmarks.xglue.settings import settings_for  # noqa: E402
-from benchmarks.xglue.titles import TITLES  # noqa: E402
 
 OPTIONS = {"device": "cpu", "checkpoints": False, "progress": False}
 
@@ -172,7 +172,7 @@ def test_gpus_are_dealt_out(monkeypatch):
 
 
 def test_seeds_and_methods():
-    assert seeds_of(["0..2", "7", "1"]) == (0, 1, 2, 7) and methods_of(["all"]) == tuple(TITLES)
+    assert seeds_of(["0..2", "7", "1"]) == (0, 1, 2, 7) and methods_of(["all"]) == tuple(PAPERS)
     for words in (["x"], ["3..1"], ["-1"]):
         with pytest.raises(ValueError, match="seed"):
             seeds_of(words)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..runs.results import key_of, read_all
 from .collect import test_scores
+from .saving import FOLDER
 
 COMMITTED = Path(__file__).parents[2] / "results" / "xglue"
 
@@ -16,7 +17,8 @@ def compare(ours: Path, theirs: Path = COMMITTED) -> list[str]:
     Raises:
         ValueError: as ``read_all``.
     """
-    own, other = ({key_of(result): result for result in read_all(folder)} for folder in (ours, theirs))
+    found = read_all(ours), [*read_all(theirs), *read_all(theirs / FOLDER)]
+    own, other = ({key_of(result): result for result in results} for results in found)
     common = [key for key in own if key in other]
     lines, counts = [], dict.fromkeys(("the same bits", "the same test scores"), 0)
     for key in common:

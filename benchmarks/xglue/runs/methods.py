@@ -1,11 +1,11 @@
-"""Makes the mask of a run's settings from the paper's methods by name."""
+"""Makes the mask of a run's settings from the methods by name."""
 
 import dataclasses
 
-from graddrop_kernels.demo.methods import METHODS
 from graddrop_kernels.policies import GradFreeze, Policy
 from graddrop_kernels.policies.schedules import LinearAnneal
 
+from ..methods import METHODS
 from ..settings import Settings
 
 

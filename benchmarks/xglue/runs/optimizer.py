@@ -21,7 +21,10 @@ class WithHeadRate(GradDropFactory):
         return with_head_lr(groups, model, self.head_lr_factor * args.learning_rate)
 
 
-def optimizer_of(settings: Settings, args: TrainingArguments) -> tuple[type[WithHeadRate], dict]:
-    """Makes ``Trainer(optimizer_cls_and_kwargs=...)``: FusedGradDropAdamW in the paper's scope."""
-    _, arguments = trainer_optimizer(args, mask=policy_of(settings))
+def optimizer_of(settings: Settings, args: TrainingArguments, skip_dropped: bool) -> tuple[type[WithHeadRate], dict]:
+    """Makes ``Trainer(optimizer_cls_and_kwargs=...)``: FusedGradDropAdamW in the paper's scope. With ``skip_dropped``
+    it clips gradients itself, as Trainer would lack some for the norm.
+    """
+    clip = {"max_grad_norm": settings.max_grad_norm or None, "norm_after_mask": True} if skip_dropped else {}
+    _, arguments = trainer_optimizer(args, mask=policy_of(settings), **clip)
     return WithHeadRate, {**arguments, "head_lr_factor": settings.head_lr_factor}

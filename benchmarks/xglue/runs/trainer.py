@@ -16,10 +16,13 @@ from transformers.utils import logging
 from graddrop_kernels.demo import checkpoint
 from graddrop_kernels.integrations.transformers import GradDropCallback
 
+from ..methods import ADAPTED
 from ..models import features, weights
+from ..models.adapter import add_lora
 from ..scores import metrics, predictions
 from ..settings import Settings
 from .batches import LengthBuckets
+from .methods import policy_of
 from .optimizer import optimizer_of
 from .prepare import Prepared, Split
 
@@ -29,28 +32,37 @@ LOSSES = 200  # approximate number of values kept of a run's training loss
 
 
 class XglueTrainer(Trainer):
-    """Used by ``run.run_one``. Dev scores (and with ``test_every_epoch`` test scores) go to the log."""
+    """Used by ``run.run_one``. Dev scores (and with ``test_every_epoch`` test scores) go to the log.
+
+    skip_dropped: leave out the weight gradients of dropped blocks; default: where blocks take turns, to save memory.
+    """
 
     def __init__(
         self, settings: Settings, prepared: Prepared, folder: Path, *, checkpoints: bool, eval_batch_size: int,
         device: str | None, deterministic: bool, progress: bool, predictions: Path | None = None,
+        skip_dropped: bool | None = None,
     ):  # fmt: skip
         self.settings, self.prepared, self.checkpoints = settings, prepared, checkpoints
         self.predictions = predictions  # folder for the best epoch's test predictions
         self.best: tuple[int, dict] | None = None  # epoch and weights, if no file keeps them
+        if skip_dropped is None:
+            skip_dropped = getattr(policy_of(settings), "takes_turns", False)
         # transformers allows bf16 on a CPU only with use_cpu.
         on_cpu = device == "cpu" or not torch.accelerator.is_available()
         args = TrainingArguments(
             output_dir=str(folder), num_train_epochs=settings.epochs,
             per_device_train_batch_size=per_device(settings), gradient_accumulation_steps=settings.accumulation,
             per_device_eval_batch_size=eval_batch_size, learning_rate=settings.lr, adam_epsilon=settings.adam_eps,
-            weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm, lr_scheduler_type="linear",
-            warmup_steps=settings.warmup, logging_strategy="no", logging_nan_inf_filter=False, eval_strategy="epoch",
-            save_strategy="epoch" if checkpoints else "no", seed=settings.seed, bf16=settings.precision == "bf16",
-            use_cpu=on_cpu, full_determinism=deterministic, ddp_find_unused_parameters=False,
-            remove_unused_columns=False, dataloader_pin_memory=False, report_to=[], disable_tqdm=True,
+            weight_decay=settings.weight_decay, max_grad_norm=0 if skip_dropped else settings.max_grad_norm,
+            lr_scheduler_type="linear", warmup_steps=settings.warmup, logging_strategy="no",
+            logging_nan_inf_filter=False, eval_strategy="epoch", save_strategy="epoch" if checkpoints else "no",
+            seed=settings.seed, bf16=settings.precision == "bf16", use_cpu=on_cpu, full_determinism=deterministic,
+            ddp_find_unused_parameters=False, remove_unused_columns=False, dataloader_pin_memory=False, report_to=[],
+            disable_tqdm=True,
         )  # fmt: skip
         model = prepared.source.model(settings.seed, settings.dropout)
+        if settings.method in ADAPTED:
+            add_lora(model, settings.seed)
         if args.device.type == "cpu" and settings.precision == "bf16":
             # torch 2.13's fused attention in bf16 takes 0.75 s per step of e5-small, its parts only 0.6 s.
             model.set_attn_implementation("eager")
@@ -58,7 +70,8 @@ class XglueTrainer(Trainer):
         super().__init__(
             model=model, args=args, data_collator=features.collator(prepared.task, prepared.source.tokenizer),
             train_dataset=prepared.train.features, eval_dataset=prepared.dev["en"].features,
-            optimizer_cls_and_kwargs=optimizer_of(settings, args), callbacks=[GradDropCallback()],
+            optimizer_cls_and_kwargs=optimizer_of(settings, args, skip_dropped),
+            callbacks=[GradDropCallback(skip_dropped)],
         )  # fmt: skip
         # Trainer leaves the mean over micro-batches to models that take any keyword, even if they do not compute it.
         self.model_accepts_loss_kwargs = False
