@@ -93,22 +93,17 @@ def _isas(results: dict) -> str:
     return markdown(["time / torch fused, layers", *names], rows)
 
 
-# The front page's short tables: the range over all runs of a dtype, by the name of the row.
-
+# The front page's short table: {title: names of measured rows}, the range over all runs of a dtype.
 FACTS = {
     "GradDrop, drawn inside the step": ("GradDrop",),
     "the same mask drawn in PyTorch and multiplied in": (
         "bernoulli_ mask, multiply, torch fused", "torch.rand mask, multiply, torch fused",
     ),
 }  # fmt: skip
-SUMMARY = (
-    "mask=None", "GradDrop", "LayerGradDrop", "GradFreeze, half frozen", "GradDropEpoch, recomputed",
-    "GaussianGradDrop",
-)  # fmt: skip
 
 
-def _ranges(results: dict, rows: dict[str, tuple[str, ...]]) -> str:
-    """Returns ranges over all runs per dtype. ``rows``: {title: names of measured rows}."""
+def _facts(results: dict) -> str:
+    """Returns ranges over all runs per dtype."""
     runs = {dtype: results.get(f"step_cpu_{dtype}", {}).get("runs", ()) for dtype in DTYPES}
     configs = {dtype: [config_of(run, "layers") for run in own] for dtype, own in runs.items() if own}
 
@@ -117,7 +112,7 @@ def _ranges(results: dict, rows: dict[str, tuple[str, ...]]) -> str:
         ratios = [ratio for ratio in ratios if ratio is not None]
         return " to ".join(dict.fromkeys(map(number, (min(ratios), max(ratios))))) if ratios else "–"
 
-    table = [[title, *(cell(names, own) for own in configs.values())] for title, names in rows.items()]
+    table = [[title, *(cell(names, own) for own in configs.values())] for title, names in FACTS.items()]
     return markdown(["time of a step / torch fused without a mask", *configs], table)
 
 
@@ -311,8 +306,7 @@ def _machine(results: dict) -> str:
 _STEP = tuple(f"step_cpu_{dtype}" for dtype in DTYPES)
 TABLES = {  # name in the marker: (benchmarks, of which one suffices; the table)
     "machine": (_STEP, _machine),
-    "facts": (_STEP, lambda results: _ranges(results, FACTS)),
-    "summary": (_STEP, lambda results: _ranges(results, {name: (name,) for name in SUMMARY})),
+    "facts": (_STEP, _facts),
     "step": (_STEP, lambda results: _ratios(results, "layers")),
     "step-one-tensor": (_STEP, lambda results: _ratios(results, "one tensor")),
     "isas": (_STEP, _isas),
@@ -329,7 +323,7 @@ TABLES = {  # name in the marker: (benchmarks, of which one suffices; the table)
     "trained-rows": (("trained_rows",), _trained_rows),
     "step-detail": (_STEP, _details),
 }
-EXTRACTS = ("facts", "summary")  # parts of "step", left out of a page with all tables
+EXTRACTS = ("facts",)  # a part of "step", left out of a page with all tables
 
 
 def caption(result: dict) -> str:

@@ -14,7 +14,8 @@ from .masking import Masking
 from .options import check_clipping, check_options
 from .owner import Owner
 from .param_state import check_state
-from .records import ParamRecord, trained_rows
+from .records import ParamRecord
+from .spans import trained_rows
 
 
 def check_groups(masking: Masking, first: int = 0) -> None:

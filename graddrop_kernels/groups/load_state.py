@@ -15,7 +15,8 @@ from ..tensors.local import is_dtensor
 from .masking import Masking
 from .names import canonical_name
 from .param_state import STATE_TENSORS, has_master, in_rows, state_shape, wanted_moments
-from .records import ParamRecord, trained_rows
+from .records import ParamRecord
+from .spans import trained_rows
 
 # These describe the live model and how it is stepped, not the training: a file never overrides them.
 _STRUCTURE = (

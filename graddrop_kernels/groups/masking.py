@@ -20,7 +20,8 @@ from ..tensors.local import as_sharded, local
 from .flat_buffers import FlatBuffers
 from .names import canonical_name
 from .owner import Owner
-from .records import LayerMatches, ParamRecord, Span, make_records, spans_of
+from .records import LayerMatches, ParamRecord, make_records
+from .spans import Span, spans_of
 
 
 class Masking:

@@ -51,7 +51,7 @@ def mode(
 
 
 def state_shape(param: torch.Tensor, rows: Runs | None) -> tuple[int, ...]:
-    """The shape of moments and masters. ``rows``: as of records.trained_rows()."""
+    """The shape of moments and masters. ``rows``: as of spans.trained_rows()."""
     return tuple(param.shape) if rows is None else (sum(stop - start for start, stop in rows), *param.shape[1:])
 
 
@@ -67,7 +67,7 @@ def make_state(
 ) -> None:  # fmt: skip
     """Adds the entries that ``state`` lacks. Moments are zeros in the parameter's strides, as torch makes them.
 
-    ``rows``: as of records.trained_rows().
+    ``rows``: as of spans.trained_rows().
     """
     dtype = moment_dtype(param, group, state)
     for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + group["amsgrad"]]:
@@ -97,7 +97,7 @@ def check_state(name: str, param: torch.Tensor, state: dict[str, Any], rows: Run
     """Raises ValueError or TypeError for state that does not fit its parameter. Kernels get only addresses, and would
     write past the end of a tensor that is too short.
 
-    ``rows``: as of records.trained_rows().
+    ``rows``: as of spans.trained_rows().
     """
     shape = state_shape(param, rows)
     what = "its parameter" if rows is None else "the rows of its parameter that are trained"

@@ -1,27 +1,19 @@
-"""ParamRecord and Span: the name, random stream and unit of each parameter, and which of its elements are here."""
+"""ParamRecord: the name, random stream, unit and trained rows of each parameter."""
 
-import itertools
-import math
-import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from operator import methodcaller
 from typing import Any, NamedTuple
 
-import torch
-
 from ..masks.philox import stream_key
-from ..masks.row_block import RowBlock
-from ..policies import LEFT_OUT, Policy
-from ..policies.rows import NO_ROWS, Rows, Runs
-from ..tensors.local import is_dtensor
-from ..tensors.shard_layout import pieces_of
+from ..policies import Policy
+from ..policies.rows import Rows, Runs
 from .flat_buffers import Flat, FlatBuffers, FlatPiece
 from .names import LayerMatch, block_of, canonical_name
 
 
 class PieceRecord(NamedTuple):
-    """What is known of a parameter in a flat buffer. ``runs``: as of spans_of(), None if the piece is trained whole."""
+    """What is known of a parameter in a flat buffer. ``runs``: those of elements that are trained; None: all are."""
 
     piece: FlatPiece
     key: int
@@ -183,7 +175,7 @@ def _runs_of_piece(
     buffer does not show, is needed and not known.
     """
     rows = policy.rows_of(name) if policy is not None else None
-    if policy is None or rows is None or rows == NO_ROWS:
+    if policy is None or rows is None or not rows.parts:
         return None if rows is None else ()
     if shapes is None or name not in shapes:
         raise ValueError(
@@ -191,15 +183,7 @@ def _runs_of_piece(
             "attach_pieces() the shapes of all parameters"
         )
     policy.check_shape(name, shapes[name])
-    return _elements(rows, shapes[name])
-
-
-def _elements(rows: Rows, shape: tuple[int, ...]) -> Runs:
-    """The runs of the flat elements of these rows."""
-    if rows == NO_ROWS:
-        return ()
-    width = math.prod(shape[1:])
-    return tuple((start * width, stop * width) for start, stop in rows.runs(shape[0]))
+    return rows.elements(shapes[name])
 
 
 def _block_of_buffer(name: str, pieces: list[PieceRecord]) -> str | None:
@@ -213,75 +197,3 @@ def _block_of_buffer(name: str, pieces: list[PieceRecord]) -> str | None:
         )
     block: str | None = next(iter(found))
     return block
-
-
-class Span(NamedTuple):
-    """A contiguous range of a local tensor's flat elements. It is one row of the kernels' tables."""
-
-    start: int
-    numel: int
-    name: str  # of the parameter it belongs to
-    key: int  # of the parameter's random stream
-    unit: Hashable  # of the policy
-    layout: RowBlock  # which elements of the whole parameter these are
-    state: slice  # of the flat elements of a moment, which may have fewer rows than the parameter
-
-
-def spans_of(param: torch.Tensor, record: ParamRecord, left_out: bool = False) -> tuple[Span, ...]:
-    """The spans of a parameter's local tensor. Where nothing is trained in this process, as of an empty shard, there is
-    one empty span, so that the step count advances with the other ranks'.
-
-    Args:
-        left_out: adds spans of the unit LEFT_OUT, for the rows that are not trained.
-    """
-    spans: list[Span] = []
-    others: list[Span] = []
-    for span, runs in _held(param, record):
-        spans += [span] if runs is None else _within(span, runs)
-        if left_out and runs is not None:
-            gaps = zip((0, *(stop for _, stop in runs)), (*(start for start, _ in runs), sys.maxsize))
-            others += [each._replace(unit=LEFT_OUT) for each in _within(span, tuple(gaps))]
-    if trained_rows(param, record) is not None:  # the state has these rows only, side by side
-        starts = itertools.accumulate((span.numel for span in spans), initial=0)
-        spans = [span._replace(state=slice(start, start + span.numel)) for start, span in zip(starts, spans)]
-        others = [span._replace(state=slice(0, 0)) for span in others]
-    empty = Span(0, 0, record.name, record.key, record.unit, RowBlock.whole(0), slice(0, 0))
-    return (*(spans or [empty]), *others)
-
-
-def _held(param: torch.Tensor, record: ParamRecord) -> Iterator[tuple[Span, Runs | None]]:
-    """(span, the runs that are trained of the whole parameter that it belongs to) of all that this process has."""
-    for (name, start, first, numel), key, unit, runs in record.flat:
-        if numel:
-            yield Span(start, numel, name, key, unit, RowBlock(first, numel, numel), slice(start, start + numel)), runs
-    if not record.flat:
-        runs = None if record.rows is None else _elements(record.rows, tuple(param.shape))
-        for start, numel, layout in pieces_of(param):
-            span = Span(start, numel, record.name, record.key, record.unit, layout, slice(start, start + numel))
-            yield span, runs
-
-
-def _within(span: Span, runs: Runs) -> Iterator[Span]:
-    """The parts of a span that lie in these runs."""
-    for start, stop in runs:
-        for first, numel, layout in span.layout.within(span.numel, start, stop) if start < stop else ():
-            begin = span.start + first
-            yield span._replace(start=begin, numel=numel, layout=layout, state=slice(begin, begin + numel))
-
-
-def kept_rows(param: torch.Tensor, record: ParamRecord, layout: RowBlock, numel: int) -> torch.Tensor:
-    """Whether each element of a layout is in a row that is trained: bool, shape (numel,)."""
-    keep = torch.zeros(numel, dtype=torch.bool, device=param.device)
-    for start, stop in _elements(record.rows or NO_ROWS, tuple(param.shape)):
-        for first, count, _ in layout.within(numel, start, stop):
-            keep[first : first + count] = True
-    return keep
-
-
-def trained_rows(param: torch.Tensor, record: ParamRecord) -> Runs | None:
-    """The runs of rows that a parameter's moments and masters consist of. None: they have the parameter's shape, as
-    those of sharded parameters have, which engines and checkpoints pair with their shards.
-    """
-    if record.rows is None or record.flat or is_dtensor(param):
-        return None
-    return record.rows.runs(param.shape[0]) if record.rows != NO_ROWS else ()

@@ -12,7 +12,7 @@ from .. import backends
 from ..groups.masking import Masking, masking_of
 from ..groups.names import block_of
 from ..groups.owner import Owner
-from ..groups.records import kept_rows
+from ..groups.spans import kept_rows
 from ..masks import bitmask
 from ..masks.bitmask import count_kept
 from ..masks.plan import MaskPlan

@@ -10,7 +10,8 @@ from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-def
 from ..groups.masking import masking_of
 from ..groups.owner import Owner
 from ..groups.param_state import has_master, moment_dtype, state_shape
-from ..groups.records import ParamRecord, spans_of, trained_rows
+from ..groups.records import ParamRecord
+from ..groups.spans import spans_of, trained_rows
 from ..masks.bitmask import num_planes, num_words
 from ..masks.row_block import RowBlock
 from ..policies import FixedMask, GradDropEpoch, Policy

@@ -1,5 +1,6 @@
 """Rows: a choice among the rows of a tensor, which are the indices of its dimension 0."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -60,10 +61,14 @@ class Rows:
 
     def share(self, shape: tuple[int, ...]) -> float:
         """The share of the elements of a tensor that are in these rows."""
-        if self == NO_ROWS or not shape:
-            return 0.0
-        runs: Runs = self.runs(shape[0])
-        return sum(stop - start for start, stop in runs) / max(shape[0], 1)
+        return sum(stop - start for start, stop in self.elements(shape)) / max(math.prod(shape), 1)
+
+    def elements(self, shape: tuple[int, ...]) -> Runs:
+        """The runs of the flat elements of these rows in a tensor, in its contiguous order. Raises as runs() does."""
+        if not self.parts:
+            return ()
+        width = math.prod(shape[1:])
+        return tuple((start * width, stop * width) for start, stop in self.runs(shape[0]))
 
     @lru_cache(maxsize=1024)  # noqa: B019 (of values, which are small)
     def runs(self, size: int) -> Runs:

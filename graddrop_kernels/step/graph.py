@@ -20,7 +20,7 @@ import torch
 from ..groups.masking import Masking
 from ..groups.owner import Owner
 from ..groups.param_state import has_master, make_state
-from ..groups.records import trained_rows
+from ..groups.spans import trained_rows
 from ..tensors.local import is_dtensor
 from .idle_state import drops_idle_state
 from .in_backward import StepInBackward

@@ -17,7 +17,8 @@ from ..groups.checks import check_named_params, check_row
 from ..groups.masking import Masking
 from ..groups.owner import Owner
 from ..groups.param_state import has_master, is_stochastic, lay_out_state, make_state, mode
-from ..groups.records import ParamRecord, spans_of, trained_rows
+from ..groups.records import ParamRecord
+from ..groups.spans import spans_of, trained_rows
 from ..masks.memory_order import MemoryOrder
 from ..masks.row_block import RowBlock
 from ..policies import LEFT_OUT

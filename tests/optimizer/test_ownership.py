@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from graddrop_kernels import FixedMask, FusedGradDropAdamW, GradDrop, GradDropEpoch, available_backends, backends
-from graddrop_kernels.groups.records import spans_of
+from graddrop_kernels.groups.spans import spans_of
 
 BACKENDS = [name for name in ("cpu", "reference") if name in available_backends()]
 MODES = {
