@@ -48,7 +48,7 @@ def summary(results: Path) -> str:
     if not (own := _found(results)):
         return NONE
     group, found, training = own
-    where = f"e5-small on SIB-200; memory and time: {caption(training) if training else 'not measured'}"
+    where = f"Memory and time: {caption(training) if training else 'not measured'}"
     rows = [
         [
             _name(score.method), str(score.others.n), _interval(score.english), _interval(score.others),
