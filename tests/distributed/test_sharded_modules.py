@@ -147,8 +147,11 @@ def compare_with_whole(wrapper, maskings, seed):
         for (name, param), other in zip(model.named_parameters(), whole.parameters()):
             own, theirs = optimizers[0].state[param], optimizers[1].state[other]
             assert own.keys() == theirs.keys() and own["step"] == theirs["step"]
-            keys = own.keys() - {"step"}
-            for a, b in [(param, other), *((own[key], of_all_rows(optimizers[1], other, theirs[key])) for key in keys)]:
+            pairs = [(param, other)]
+            for key in own.keys() - {"step"}:
+                whole_rows = of_all_rows(optimizers[0], param, own[key]), of_all_rows(optimizers[1], other, theirs[key])
+                pairs.append(whole_rows)
+            for a, b in pairs:
                 assert_same_bits(local(a.detach()), b.detach().flatten()[index[name]], f"{masking}: of {name}")
                 compared += local(a).numel()
     return compared
