@@ -176,6 +176,17 @@ def test_the_text_of_the_rows_is_made_once(seed, monkeypatch):
     assert optimizer.state[params["bias"]]["step"] == 3
 
 
+def test_a_step_count_that_is_set_holds_for_all_rows(seed):
+    """In place, as a load past load_state_dict() does. Only the first of the rows counts in the parameter's own."""
+    weight = torch.nn.Parameter(torch.ones(9, 3))
+    optimizer = FusedGradDropAdamW([("weight", weight)], mask=TrainRows({"weight": [0, 4, 8]}), **HYPERS)
+    for _ in range(3):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        optimizer.state[weight]["step"].fill_(50)
+    assert torch.equal(weight[0], weight[4]) and torch.equal(weight[0], weight[8]) and (weight[0] < 1).all()
+
+
 def test_complex_rows(seed):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.nn.Parameter(torch.randn(6, 3, generator=generator, dtype=torch.complex64))
