@@ -459,8 +459,10 @@ def test_a_sparse_gradient_is_refused_by_the_step_where_no_full_graph_is_asked_f
         param.grad = torch.ones_like(param).to_sparse()
     with pytest.raises(RuntimeError, match="is sparse .*use sparse=False"):
         compiled(optimizer, fullgraph=False)()
+    torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="a sparse gradient is refused by the step"):
         compiled(optimizer)()  # seen before dynamo looks at a gradient
+    torch._dynamo.reset()
     for param in model.parameters():
         param.grad = param.grad.to_dense()
     before = snapshot(optimizer)
