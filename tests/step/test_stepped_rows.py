@@ -187,6 +187,17 @@ def test_a_step_count_that_is_set_holds_for_all_rows(seed):
     assert torch.equal(weight[0], weight[4]) and torch.equal(weight[0], weight[8]) and (weight[0] < 1).all()
 
 
+def test_a_parameter_that_comes_without_the_rows_is_refused(seed):
+    """In the place of another, after the optimizer was made, as resize_token_embeddings() would have it."""
+    params = parameters(seed)
+    optimizer = FusedGradDropAdamW(params.items(), mask=TrainRows(ROWS), **HYPERS)
+    smaller = torch.nn.Parameter(torch.ones(2, 6))
+    smaller.grad = torch.ones_like(smaller)
+    optimizer.param_groups[0]["params"][0] = smaller
+    with refused(ValueError, r"'embedding' of shape \(2, 6\) is given rows 3:5, but there are 2 rows", params=[smaller]):
+        optimizer.step()
+
+
 def test_complex_rows(seed):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.nn.Parameter(torch.randn(6, 3, generator=generator, dtype=torch.complex64))
