@@ -45,11 +45,9 @@ class RowBlock:
         last = min((numel - 1) // inner, (stop - 1 - self.base) // outer)
         whole_first = first + (self.base + first * outer < start)
         whole_last = last - (self.base + last * outer + inner > stop)
-        if whole_first <= whole_last:
-            edges = [range(first, whole_first), range(whole_first, whole_last + 1), range(whole_last + 1, last + 1)]
-        else:
-            edges = [range(first, first + 1), range(first + 1, last + 1)]  # at most two runs, neither of them whole
-        for rows in filter(len, edges):
+        after = max(whole_first, whole_last + 1)
+        parts = range(first, whole_first), range(whole_first, whole_last + 1), range(after, last + 1)
+        for rows in filter(len, parts):
             begin = self.base + rows[0] * outer
             skipped = max(start - begin, 0) if len(rows) == 1 else 0
             local_start = rows[0] * inner + skipped

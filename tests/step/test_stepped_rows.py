@@ -194,7 +194,8 @@ def test_a_parameter_that_comes_without_the_rows_is_refused(seed):
     smaller = torch.nn.Parameter(torch.ones(2, 6))
     smaller.grad = torch.ones_like(smaller)
     optimizer.param_groups[0]["params"][0] = smaller
-    with refused(ValueError, r"'embedding' of shape \(2, 6\) is given rows 3:5, but there are 2 rows", params=[smaller]):
+    said = r"'embedding' of shape \(2, 6\) is given rows 3:5, but there are 2 rows"
+    with refused(ValueError, said, params=[smaller]):
         optimizer.step()
 
 
