@@ -369,8 +369,7 @@ class PreparedStep:
     def _sort(self, members: list[Member]) -> list[_Whole]:
         wholes: dict[tuple[Any, ...], _Whole] = {}
         turns = turns_of([member.memory for member in members])  # the rows of one member have no element in common
-        rows = [(index, row) for index, member in enumerate(members) for row in member.rows]
-        for index, row in rows:
+        for index, row in ((index, row) for index, member in enumerate(members) for row in member.rows):
             key = (*row.facts, row.backend.name, bool(row.staged), turns.get(index, 0))
             if key not in wholes:
                 wholes[key] = _Whole(row.facts, row.backend, bool(row.staged))
