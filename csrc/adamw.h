@@ -57,10 +57,17 @@ GRADDROP_FN AdamWDirection<F> adamw_moments(AdamWElement<F>& e, F g, const AdamW
   return {s.step_size * e.exp_avg, sqrt(vhat)};
 }
 
+// Whether weight decay is not 0: it is skipped when it is, so that an infinite parameter does not become NaN. Cautious
+// (arXiv 2510.12402): not where the update moves a parameter away from 0.
+enum Decay : int32_t { kNoDecay, kPlainDecay, kCautiousDecay };
+
 template <typename F>
-GRADDROP_FN F adamw_param(F param, const AdamWDirection<F>& direction, const AdamWScalars<F>& s, bool decay) {
-  // decoupled weight decay; skipped when 0, so that an infinite parameter does not become NaN
-  if (decay) param = negate_fma(s.lr_weight_decay, param, param);
+GRADDROP_FN F adamw_param(F param, const AdamWDirection<F>& direction, const AdamWScalars<F>& s, Decay decay) {
+  // decoupled weight decay; the usual way first, and at no cost
+  if (__builtin_expect(decay == kPlainDecay, 1))
+    param = negate_fma(s.lr_weight_decay, param, param);
+  else if (decay == kCautiousDecay)
+    param = where_negative(direction.numerator * param, param, negate_fma(s.lr_weight_decay, param, param));
   const F denom = div_by_constant(direction.root, s.bias_correction2_sqrt, s.bias_correction2_sqrt_reciprocal) + s.eps;
   return param - div(direction.numerator, denom);
 }

@@ -54,6 +54,8 @@ GRADDROP_FN float div(float a, float b) {
 GRADDROP_FN float min(float a, float b) { return a < b ? a : b; }  // b where either is NaN, as vminps does
 GRADDROP_FN float max(float a, float b) { return a > b ? a : b; }  // b where either is NaN, as vmaxps does
 
+GRADDROP_FN float where_negative(float x, float a, float b) { return x < 0.0f ? a : b; }
+
 GRADDROP_FN uint32_t mulhi(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
   return __umulhi(a, b);

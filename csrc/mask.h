@@ -5,11 +5,15 @@
 
 namespace graddrop {
 
+// What is masked, as the plan of masks/plan.py has it in two bools. kMaskUpdate: the moments see the whole gradient, and
+// only the parameter is masked. Its scale is in step_size.
+enum Masked : int32_t { kMaskGradient, kMaskFrozen, kMaskUpdate };
+
 enum MaskKind : int32_t { kKeep, kOff, kBernoulli, kGaussian, kBucket, kFixed };  // as in masks/plan.py
 
 struct MaskSpec {
   int32_t kind;
-  int32_t frozen;         // dropped elements keep param and moments; else their gradient is 0
+  int32_t masked;         // Masked: the gradient of dropped elements, or all of their state, or their parameter
   uint32_t threshold;     // kBernoulli: keep = u16 >= threshold
   uint32_t draw;          // third counter word
   uint32_t buckets;       // kBucket: bucket = (u16 * buckets) >> 16, at most 4096

@@ -7,7 +7,7 @@
 
 namespace graddrop {
 
-constexpr int32_t kTableVersion = 3;
+constexpr int32_t kTableVersion = 4;
 
 enum DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
@@ -37,16 +37,18 @@ struct HyperRow {
   int64_t num_ages;
   int64_t draw;  // the Philox draw; -1: the parameter's own completed steps
   int32_t kind;  // MaskKind
-  int32_t frozen;
+  int32_t masked;  // Masked
   int32_t threshold;
   int32_t buckets, first_bucket, last_bucket;
   int32_t num_planes;  // -1: recompute buckets
   int32_t amsgrad;
   int32_t maximize;
   int32_t lr_at;  // LrAt; on a CPU kLrHere
+  int32_t cautious;  // decays only what the update moves towards 0, or leaves
+  int32_t weight_decay_at;
 };
 
-static_assert(sizeof(TensorRow) == 112 && sizeof(HyperRow) == 128, "tensor_table.py has the same sizes");
+static_assert(sizeof(TensorRow) == 112 && sizeof(HyperRow) == 136, "tensor_table.py has the same sizes");
 
 // The values that the prologue on a GPU derives from a TensorRow and its HyperRow for one step. A launch holds rows of
 // one mask kind. Rows of kind keep or off may be among them; their values make that kind keep or drop everything.
@@ -87,9 +89,11 @@ struct LaunchSpec {
   int32_t aligned;  // addresses are multiples of 16; eight elements from a multiple of 8 on share a Philox call
   int32_t amsgrad;
   int32_t frozen;  // some rows have kFrozenFlag
+  int32_t update;  // all rows are masked by kMaskUpdate, or keep everything
+  int32_t cautious;  // all rows decay cautiously
   int32_t ages;    // some rows have num_ages
 };
 
-static_assert(sizeof(StepRow) == 64 && sizeof(LaunchSpec) == 104, "the Python side has the same sizes");
+static_assert(sizeof(StepRow) == 64 && sizeof(LaunchSpec) == 112, "the Python side has the same sizes");
 
 }  // namespace graddrop

@@ -22,6 +22,7 @@ from .policies import (
     LayerGradDrop,
     RandomMask,
     SampleBlocks,
+    SkipUpdate,
     TrainRows,
 )
 from .policies.mask_builders import top_change, top_gradient, top_magnitude
@@ -41,6 +42,7 @@ __all__ = [
     "LinearAnneal",
     "RandomMask",
     "SampleBlocks",
+    "SkipUpdate",
     "TrainRows",
     "attach_deepspeed",
     "attach_fsdp1",

@@ -52,10 +52,13 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         mask: a policy of ``graddrop_kernels`` (default ``GradDrop(p=0.2)``), or None for plain AdamW.
         seed: int in [0, 2^64).
         masked: what happens to dropped elements. ``"gradient"``: their gradient is 0; moments decay, momentum and
-            weight decay still move the weight. ``"frozen"``: parameter and moments stay bit for bit. None: the policy's
-            own choice, see the README's table.
+            weight decay still move the weight. ``"frozen"``: parameter and moments stay bit for bit. ``"update"``: the
+            parameter does, and the moments see the whole gradient; the mask's scale is on the update, not on the
+            gradient and not on weight decay. None: the policy's own choice, see the README's table.
         bias_correction: ``"active"`` counts the steps in which a frozen unit was active: its first steps have the size
             of lr. ``"global"``, the literal form, counts all steps: a late unit starts with 3 to 6 times lr.
+        cautious_weight_decay: leave out weight decay where the update moves a weight away from 0, as it does where
+            exp_avg and the weight have opposite signs (arXiv 2510.12402).
         moment_dtype: None for moments in the parameter's dtype (as torch); torch.float32, for 16-bit parameters;
             torch.bfloat16, for float32 ones.
         master_weights: step a float32 copy of each bfloat16 or float16 parameter, with float32 moments; the parameter
@@ -104,6 +107,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         seed: int = 0,
         masked: str | None = None,
         bias_correction: str = "active",
+        cautious_weight_decay: bool = False,
         moment_dtype: torch.dtype | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
@@ -117,7 +121,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         self._assemble(PolicyBook())
         self._own_defaults = {
             **GROUP_DEFAULTS, "mask": self._masking.policies.add(mask), "seed": seed, "masked": masked,
-            "bias_correction": bias_correction, "moment_dtype": moment_dtype_name(moment_dtype),
+            "bias_correction": bias_correction, "cautious_weight_decay": cautious_weight_decay,
+            "moment_dtype": moment_dtype_name(moment_dtype),
             "master_weights": master_weights, "stochastic_rounding": stochastic_rounding,
             "max_grad_norm": check_max_grad_norm(max_grad_norm), "norm_after_mask": norm_after_mask,
         }  # fmt: skip

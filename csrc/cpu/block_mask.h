@@ -21,12 +21,14 @@ struct BlockMask {
 };
 
 // The ways in which an update uses the mask. There is one instance of the update loop per way.
-enum Variant { kPlain, kZeroGradient, kMaskedGradient, kFactor, kFrozen, kFrozenByAge };
+enum Variant { kPlain, kZeroGradient, kMaskedGradient, kFactor, kFrozen, kFrozenByAge, kMaskedUpdate };
 
+constexpr bool freezes_moments(Variant variant) { return variant == kFrozen || variant == kFrozenByAge; }
+constexpr bool freezes_param(Variant variant) { return freezes_moments(variant) || variant == kMaskedUpdate; }
 constexpr bool selects(Variant variant) {
-  return variant == kMaskedGradient || variant == kFrozen || variant == kFrozenByAge;
+  return variant == kMaskedGradient || freezes_param(variant);
 }
-constexpr bool freezes(Variant variant) { return variant == kFrozen || variant == kFrozenByAge; }
+constexpr bool masks_gradient(Variant variant) { return selects(variant) && variant != kMaskedUpdate; }
 
 // Bits [first, first + 64) of a bit array of numel bits. Bits past its end are undefined.
 GRADDROP_FN uint64_t bits_at(const uint32_t* words, int64_t numel, int64_t first) {
@@ -84,6 +86,8 @@ GRADDROP_FN void make_mask(const PreparedRow& row, const PhiloxKeys& keys, int64
   uint16_t* u16 = reinterpret_cast<uint16_t*>(part.words);
   if (kVariant == kFactor) {
     part.mask.factors = make_factors(row.mask, keys, global, count, part.factors);
+  } else if (kVariant == kMaskedUpdate && row.mask.kind == kOff) {
+    keep_bits(0, part.mask.keep);
   } else if (selects(kVariant) && row.mask.kind == kFixed) {
     keep_bits(bits_at(row.tensor.mask_words, row.tensor.numel, local), part.mask.keep);
   } else if (selects(kVariant) && row.mask.kind == kBucket && row.mask.num_planes >= 0) {
@@ -108,7 +112,7 @@ template <Variant kVariant, typename V>
 GRADDROP_FN V masked_gradient(V g, V factor, const typename V::LaneMask& keep, const BlockMask& mask, int i) {
   g = kVariant == kZeroGradient ? V(0.0f) : g * factor;
   if (kVariant == kFactor) g = g * load<V>(mask.factors + i);
-  if (selects(kVariant)) g = keep_or_zero(keep, g);
+  if (masks_gradient(kVariant)) g = keep_or_zero(keep, g);
   return g;
 }
 

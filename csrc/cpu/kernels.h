@@ -28,7 +28,8 @@ struct PreparedRow {
   int64_t num_ages;
   Mode mode;
   uint32_t rounding_draw;  // third counter word of stochastic rounding
-  bool decay, amsgrad;
+  Decay decay;
+  bool amsgrad;
   float sign;  // -1 to maximize
 };
 

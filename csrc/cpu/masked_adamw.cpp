@@ -53,11 +53,14 @@ const Kernels* chosen = best();
 struct StepScalars {
   float step_size, bias_correction2_sqrt, bias_correction2_sqrt_reciprocal;
 };
+float scale_of_update(const HyperRow& hyper) {
+  return hyper.masked == kMaskUpdate ? static_cast<float>(hyper.scale) : 1.0f;
+}
 StepScalars step_scalars(const HyperRow& hyper, double age) {
   const double beta1 = static_cast<float>(hyper.beta1), beta2 = static_cast<float>(hyper.beta2);
   const float bias_correction1 = static_cast<float>(1.0 - std::pow(beta1, age));
   const float bias_correction2_sqrt = static_cast<float>(std::sqrt(1.0 - std::pow(beta2, age)));
-  return {static_cast<float>(hyper.lr) / bias_correction1, bias_correction2_sqrt, 1.0f / bias_correction2_sqrt};
+  return {static_cast<float>(hyper.lr) / bias_correction1 * scale_of_update(hyper), bias_correction2_sqrt, 1.0f / bias_correction2_sqrt};
 }
 
 // Computes everything of a row except its bias corrections.
@@ -66,7 +69,7 @@ PreparedRow prepare(const TensorRow& row, const HyperRow& hyper, int64_t complet
   const int64_t draw = hyper.kind == kBucket ? 0 : hyper.draw < 0 ? completed_steps : hyper.draw;
   prepared.tensor = row;
   prepared.mask = {hyper.kind,
-                   hyper.frozen,
+                   hyper.masked,
                    static_cast<uint32_t>(hyper.threshold),
                    static_cast<uint32_t>(draw),
                    static_cast<uint32_t>(hyper.buckets),
@@ -74,14 +77,14 @@ PreparedRow prepare(const TensorRow& row, const HyperRow& hyper, int64_t complet
                    static_cast<uint32_t>(hyper.last_bucket),
                    hyper.num_planes,
                    row.key,
-                   static_cast<float>(hyper.scale)};
+                   hyper.masked == kMaskUpdate ? 1.0f : static_cast<float>(hyper.scale)};
   prepared.scalars.lr_weight_decay = static_cast<float>(hyper.lr) * static_cast<float>(hyper.weight_decay);
   prepared.scalars.beta1 = static_cast<float>(hyper.beta1);
   prepared.scalars.beta2 = static_cast<float>(hyper.beta2);
   prepared.scalars.eps = static_cast<float>(hyper.eps);
   prepared.mode = mode;
   prepared.rounding_draw = static_cast<uint32_t>(completed_steps);
-  prepared.decay = hyper.weight_decay != 0;
+  prepared.decay = hyper.weight_decay == 0 ? kNoDecay : hyper.cautious ? kCautiousDecay : kPlainDecay;
   prepared.amsgrad = hyper.amsgrad;
   prepared.sign = hyper.maximize ? -1.0f : 1.0f;
   return prepared;
@@ -175,7 +178,7 @@ GRADDROP_EXPORT void graddrop_cpu_masked_adamw(const TensorRow* rows, int64_t nu
   int64_t last_steps = -1, last_hyper = -1;
   for (int64_t i = 0; i < num_rows; ++i) {
     const HyperRow& hyper = hypers[rows[i].hyper];
-    if (hyper.kind == kOff && hyper.frozen) continue;  // nothing changes, nor does its step count
+    if (hyper.kind == kOff && hyper.masked == kMaskFrozen) continue;  // nothing changes, nor does its step count
     const int64_t completed_steps = static_cast<int64_t>(*rows[i].step);
     *rows[i].step += 1.0f;
     work.add(prepare(rows[i], hyper, completed_steps, mode));

@@ -31,6 +31,9 @@ GRADDROP_FN Vec sqrt(Vec a) { return Vec(_mm256_sqrt_ps(a.x)); }
 GRADDROP_FN Vec min(Vec a, Vec b) { return Vec(_mm256_min_ps(a.x, b.x)); }
 GRADDROP_FN Vec negate_fma(Vec a, Vec b, Vec c) { return Vec(_mm256_fnmadd_ps(a.x, b.x, c.x)); }
 GRADDROP_FN Vec max(Vec a, Vec b) { return Vec(_mm256_max_ps(a.x, b.x)); }
+GRADDROP_FN Vec where_negative(Vec x, Vec a, Vec b) {  // compared: blendv alone would take -0 for negative
+  return Vec(_mm256_blendv_ps(b.x, a.x, _mm256_cmp_ps(x.x, _mm256_setzero_ps(), _CMP_LT_OQ)));
+}
 GRADDROP_FN Vec keep_or_zero(Lanes keep, Vec a) { return Vec(_mm256_and_ps(_mm256_castsi256_ps(keep.x), a.x)); }
 GRADDROP_FN Vec select(Lanes keep, Vec yes, Vec no) {
   return Vec(_mm256_blendv_ps(no.x, yes.x, _mm256_castsi256_ps(keep.x)));
@@ -275,6 +278,9 @@ GRADDROP_FN Vec2 div(Vec2 x, Vec2 y) { return {div(x.a, y.a), div(x.b, y.b)}; }
 GRADDROP_FN Vec2 sqrt(Vec2 x) { return {sqrt(x.a), sqrt(x.b)}; }
 GRADDROP_FN Vec2 min(Vec2 x, Vec2 y) { return {min(x.a, y.a), min(x.b, y.b)}; }
 GRADDROP_FN Vec2 max(Vec2 x, Vec2 y) { return {max(x.a, y.a), max(x.b, y.b)}; }
+GRADDROP_FN Vec2 where_negative(Vec2 x, Vec2 y, Vec2 z) {
+  return {where_negative(x.a, y.a, z.a), where_negative(x.b, y.b, z.b)};
+}
 GRADDROP_FN Vec2 keep_or_zero(Lanes2 keep, Vec2 x) { return {keep_or_zero(keep.a, x.a), keep_or_zero(keep.b, x.b)}; }
 
 GRADDROP_FN void load(const float* source, Vec2& x) {

@@ -27,6 +27,7 @@ GRADDROP_FN Vec sqrt(Vec a) { return Vec(graddrop::sqrt(a.x)); }
 GRADDROP_FN Vec min(Vec a, Vec b) { return Vec(graddrop::min(a.x, b.x)); }
 GRADDROP_FN Vec negate_fma(Vec a, Vec b, Vec c) { return Vec(graddrop::fma(-a.x, b.x, c.x)); }
 GRADDROP_FN Vec max(Vec a, Vec b) { return Vec(graddrop::max(a.x, b.x)); }
+GRADDROP_FN Vec where_negative(Vec x, Vec a, Vec b) { return Vec(graddrop::where_negative(x.x, a.x, b.x)); }
 GRADDROP_FN Vec keep_or_zero(Lanes keep, Vec a) { return keep ? a : Vec(0.0f); }
 GRADDROP_FN Vec exponent_and_mantissa(Vec y, Vec& mantissa) {
   return Vec(graddrop::exponent_and_mantissa(y.x, mantissa.x));

@@ -101,7 +101,7 @@ static __attribute__((noinline)) double sum_of_squares_variant(const PreparedRow
 
 template <typename G>
 static double sum_of_squares_typed(const PreparedRow& row, bool masked, int64_t begin, int64_t end) {
-  if (!masked || row.mask.kind == kKeep) return sum_of_squares_variant<kPlain, G>(row, begin, end);
+  if (!masked || row.mask.kind == kKeep || row.mask.masked == kMaskUpdate) return sum_of_squares_variant<kPlain, G>(row, begin, end);
   if (row.mask.kind == kOff) return 0;
   if (row.mask.kind == kGaussian) return sum_of_squares_variant<kFactor, G>(row, begin, end);
   return sum_of_squares_variant<kMaskedGradient, G>(row, begin, end);

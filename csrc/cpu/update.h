@@ -37,7 +37,8 @@ struct Update {
   AgeTables by_age;
   int64_t num_ages;
   V grad_scale, clip_factor;
-  bool decay, amsgrad, unscale;
+  Decay decay;
+  bool amsgrad, unscale;
   bool rescale;  // by either of the two
 };
 template <typename V>
@@ -76,9 +77,9 @@ GRADDROP_FN Streams<T> streams_at(const PreparedRow& row, int64_t local) {
           static_cast<M*>(row.amsgrad ? t.max_exp_avg_sq : t.exp_avg_sq) + local};
 }
 
-template <Variant kVariant, typename E, typename V>
+template <bool kKeptOnly, typename E, typename V>
 GRADDROP_FN void store_result(E* target, const typename V::LaneMask& keep, V value) {
-  if (freezes(kVariant)) store_kept(target, keep, value);
+  if (kKeptOnly) store_kept(target, keep, value);
   else store(target, value);
 }
 
@@ -86,7 +87,7 @@ GRADDROP_FN void store_result(E* target, const typename V::LaneMask& keep, V val
 template <Variant kVariant, typename T, typename V>
 GRADDROP_FN AdamWDirection<V> update_moments(const Update<V>& u, const BlockMask& mask, int i, const Streams<T>& s) {
   typename V::LaneMask keep{};
-  if (selects(kVariant)) lanes_at(mask.keep, i, keep);
+  if (masks_gradient(kVariant)) lanes_at(mask.keep, i, keep);
   V g(0.0f);
   if (kVariant != kZeroGradient || u.unscale) g = load<V>(s.grad + i);
   // one branch for both, so that a step with neither pays for one
@@ -106,9 +107,9 @@ GRADDROP_FN AdamWDirection<V> update_moments(const Update<V>& u, const BlockMask
   e.exp_avg_sq = load<V>(s.exp_avg_sq + i);
   e.max_exp_avg_sq = u.amsgrad ? load<V>(s.max_exp_avg_sq + i) : e.exp_avg_sq;
   const AdamWDirection<V> direction = adamw_moments(e, g, scalars, u.amsgrad);
-  store_result<kVariant>(s.exp_avg + i, keep, e.exp_avg);
-  store_result<kVariant>(s.exp_avg_sq + i, keep, e.exp_avg_sq);
-  if (u.amsgrad) store_result<kVariant>(s.max_exp_avg_sq + i, keep, e.max_exp_avg_sq);
+  store_result<freezes_moments(kVariant)>(s.exp_avg + i, keep, e.exp_avg);
+  store_result<freezes_moments(kVariant)>(s.exp_avg_sq + i, keep, e.exp_avg_sq);
+  if (u.amsgrad) store_result<freezes_moments(kVariant)>(s.max_exp_avg_sq + i, keep, e.max_exp_avg_sq);
   return direction;
 }
 
@@ -117,7 +118,7 @@ template <Variant kVariant, typename T, typename V>
 GRADDROP_FN void update_param(const Update<V>& u, const BlockMask& mask, int i, typename T::P* param,
                               typename T::G* copy, const AdamWDirection<V>& direction) {
   typename V::LaneMask keep{};
-  if (freezes(kVariant)) lanes_at(mask.keep, i, keep);
+  if (freezes_param(kVariant)) lanes_at(mask.keep, i, keep);
   AdamWScalars<V> scalars = u.scalars;
   if (kVariant == kFrozenByAge) {
     lookup(u.by_age.bias_correction2_sqrt, u.num_ages, mask.buckets + i, scalars.bias_correction2_sqrt);
@@ -126,8 +127,8 @@ GRADDROP_FN void update_param(const Update<V>& u, const BlockMask& mask, int i, 
   }
   V updated = adamw_param(load<V>(param + i), direction, scalars, u.decay);
   if (T::kStochastic) updated = round_stochastically(updated, mask.rounding + i);
-  store_result<kVariant>(param + i, keep, updated);
-  if (T::kMaster) store_result<kVariant>(copy + i, keep, updated);
+  store_result<freezes_param(kVariant)>(param + i, keep, updated);
+  if (T::kMaster) store_result<freezes_param(kVariant)>(copy + i, keep, updated);
 }
 
 // The number of vectors whose moments are done and whose parameters are not: the last kLag of the block before.
@@ -239,6 +240,8 @@ GRADDROP_FN void whole_blocks(const PreparedRow& row, const PhiloxKeys& keys, in
       mask.factors = make_factors(spec, keys, global + block * kBlock, kBlock, factors);
     } else if (kDrawn) {
       mask_from_draws(spec, u16, mask);
+    } else if (kVariant == kMaskedUpdate && spec.kind == kOff) {
+      keep_bits(0, mask.keep);
     } else if (selects(kVariant) && spec.kind == kFixed) {
       keep_bits(bits_at(row.tensor.mask_words, row.tensor.numel, local), mask.keep);
     } else if (selects(kVariant)) {
@@ -278,12 +281,17 @@ static __attribute__((noinline)) void masked_adamw_variant(const PreparedRow& ro
 
 template <typename T>
 static void masked_adamw_typed(const PreparedRow& row, int64_t begin, int64_t end) {
+  const bool frozen = row.mask.masked == kMaskFrozen;
   switch (row.mask.kind) {
     case kKeep: return masked_adamw_variant<kPlain, T>(row, begin, end);
-    case kOff: return row.mask.frozen ? void() : masked_adamw_variant<kZeroGradient, T>(row, begin, end);
+    case kOff:
+      if (frozen) return;
+      if (row.mask.masked == kMaskGradient) return masked_adamw_variant<kZeroGradient, T>(row, begin, end);
+      return masked_adamw_variant<kMaskedUpdate, T>(row, begin, end);
     case kGaussian: return masked_adamw_variant<kFactor, T>(row, begin, end);
     default:
-      if (!row.mask.frozen) return masked_adamw_variant<kMaskedGradient, T>(row, begin, end);
+      if (row.mask.masked == kMaskUpdate) return masked_adamw_variant<kMaskedUpdate, T>(row, begin, end);
+      if (!frozen) return masked_adamw_variant<kMaskedGradient, T>(row, begin, end);
       if (row.num_ages) return masked_adamw_variant<kFrozenByAge, T>(row, begin, end);
       return masked_adamw_variant<kFrozen, T>(row, begin, end);
   }

@@ -8,13 +8,13 @@ namespace graddrop {
 
 // The number of blocks that a multiprocessor must hold. It bounds the registers to 80 per thread, or 128.
 constexpr int min_blocks(Variant variant, bool amsgrad) {
-  return amsgrad || by_age(variant) || variant == kFactor ? 2 : 3;
+  return amsgrad || by_age(variant) || variant == kFactor || variant == kBucketsUpdate ? 2 : 3;
 }
 
-template <Variant kVariant, bool kAmsgrad, typename T>
+template <Variant kVariant, bool kAmsgrad, bool kCautious, typename T>
 __global__ void __launch_bounds__(kThreads, min_blocks(kVariant, kAmsgrad))
     aligned_kernel(const __grid_constant__ LaunchSpec spec) {
-  aligned_thread<kVariant, kAmsgrad, T>(spec, blockIdx.x, gridDim.x, threadIdx.x);
+  aligned_thread<kVariant, kAmsgrad, kCautious, T>(spec, blockIdx.x, gridDim.x, threadIdx.x);
 }
 
 template <typename T>
@@ -62,20 +62,25 @@ struct Kernel {
 
 template <Variant kVariant, typename T>
 static Kernel aligned(const LaunchSpec& spec) {
-  if (spec.amsgrad) return {aligned_kernel<kVariant, true, T>, aligned_thread<kVariant, true, T>};
-  return {aligned_kernel<kVariant, false, T>, aligned_thread<kVariant, false, T>};
+  if (spec.cautious) return {aligned_kernel<kVariant, false, true, T>, aligned_thread<kVariant, false, true, T>};
+  if (spec.amsgrad) return {aligned_kernel<kVariant, true, false, T>, aligned_thread<kVariant, true, false, T>};
+  return {aligned_kernel<kVariant, false, false, T>, aligned_thread<kVariant, false, false, T>};
 }
 
 template <typename T>
 static Kernel kernel_for(const LaunchSpec& spec) {
-  if (!spec.aligned) return {general_kernel<T>, general_thread<T>};
+  // both at once are rare, and would double the build
+  if (!spec.aligned || (spec.amsgrad && spec.cautious)) return {general_kernel<T>, general_thread<T>};
   switch (spec.kind) {
-    case kBernoulli: return spec.frozen ? aligned<kDrawsFrozen, T>(spec) : aligned<kDraws, T>(spec);
+    case kBernoulli:
+      if (spec.update) return aligned<kDrawsUpdate, T>(spec);
+      return spec.frozen ? aligned<kDrawsFrozen, T>(spec) : aligned<kDraws, T>(spec);
     case kGaussian: return aligned<kFactor, T>(spec);
     case kBucket:
+      if (spec.update) return spec.planes ? aligned<kBitsUpdate, T>(spec) : aligned<kBucketsUpdate, T>(spec);
       if (!spec.planes) return spec.ages ? aligned<kBucketsByAge, T>(spec) : aligned<kBuckets, T>(spec);
       return spec.ages ? aligned<kBitsByAge, T>(spec) : aligned<kBits, T>(spec);
-    case kFixed: return aligned<kBits, T>(spec);
+    case kFixed: return spec.update ? aligned<kBitsUpdate, T>(spec) : aligned<kBits, T>(spec);
     default: return aligned<kPlain, T>(spec);
   }
 }

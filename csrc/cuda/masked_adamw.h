@@ -14,6 +14,10 @@ GRADDROP_FN AdamWScalars<float> scalars_of(const StepRow& step) {
           step.bias_correction2_sqrt_reciprocal, step.eps};
 }
 
+GRADDROP_FN Decay decay_of(const StepRow& step, bool cautious) {
+  return !(step.flags & kDecayFlag) ? kNoDecay : cautious ? kCautiousDecay : kPlainDecay;
+}
+
 // The scalars of an element's bucket; ages: the tensor's part of by_age.
 GRADDROP_FN void look_up_age(const float* ages, const StepRow& step, uint32_t bucket, AdamWScalars<float>& scalars) {
   struct alignas(16) Entry {
@@ -27,8 +31,8 @@ GRADDROP_FN void look_up_age(const float* ages, const StepRow& step, uint32_t bu
 }
 
 // The update of one element in registers. g is masked, scaled and signed.
-GRADDROP_LONG_FN void update(float& param, AdamWElement<float>& e, float g, const AdamWScalars<float>& scalars, bool decay,
-                        bool amsgrad) {
+GRADDROP_LONG_FN void update(float& param, AdamWElement<float>& e, float g, const AdamWScalars<float>& scalars,
+                             Decay decay, bool amsgrad) {
   const AdamWDirection<float> direction = adamw_moments(e, g, scalars, amsgrad);
   param = adamw_param(param, direction, scalars, decay);
 }
@@ -79,7 +83,7 @@ GRADDROP_FN uint32_t rounding_draw(const TensorRow& row) { return static_cast<ui
 
 // One turn of one lane, whose first group is s. All lanes of a warp must call it together. Groups that do not fit into
 // the tensor are left out.
-template <Variant kVariant, bool kAmsgrad, typename T>
+template <Variant kVariant, bool kAmsgrad, bool kCautious, typename T>
 GRADDROP_LONG_FN void update_turn(const LaunchSpec& spec, const TensorRow& row, const StepRow& step, const float* ages,
                              const Turn& turn, const Streams<T>& s) {
   using P = typename T::P;
@@ -93,10 +97,10 @@ GRADDROP_LONG_FN void update_turn(const LaunchSpec& spec, const TensorRow& row, 
   bool write[kElements], active[kGroups];
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
-    bool any_write = !freezes(kVariant) || spec.grad_scale;
+    bool any_write = !freezes(kVariant) || of_update(kVariant) || spec.grad_scale;
 #pragma unroll
     for (int e = group * kVector; e < (group + 1) * kVector; ++e) {
-      write[e] = !freezes(kVariant) || mask.keep[e] || !(step.flags & kFrozenFlag);
+      write[e] = !freezes(kVariant) || mask.keep[e] || !(of_update(kVariant) || step.flags & kFrozenFlag);
       any_write |= write[e];
     }
     // A group that is frozen as a whole is neither read nor written.
@@ -142,7 +146,7 @@ GRADDROP_LONG_FN void update_turn(const LaunchSpec& spec, const TensorRow& row, 
   }
 
   const AdamWScalars<float> shared = scalars_of(step);
-  const bool decay = step.flags & kDecayFlag;
+  const Decay decay = decay_of(step, kCautious);
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     Registers<T>& in = r[group];
@@ -173,9 +177,10 @@ GRADDROP_LONG_FN void update_turn(const LaunchSpec& spec, const TensorRow& row, 
       const bool w0 = write[first], w1 = write[first + 1];
       merge(param_words, param[0], param[1], w0, w1, P{});
       if (T::kMaster) merge(&in.copy.word[g_word], param[0], param[1], w0, w1, G{});
-      merge(&in.exp_avg.word[m_word], e[0].exp_avg, e[1].exp_avg, w0, w1, M{});
-      merge(&in.exp_avg_sq.word[m_word], e[0].exp_avg_sq, e[1].exp_avg_sq, w0, w1, M{});
-      if (kAmsgrad) merge(&in.max_exp_avg_sq.word[m_word], e[0].max_exp_avg_sq, e[1].max_exp_avg_sq, w0, w1, M{});
+      const bool m0 = of_update(kVariant) || w0, m1 = of_update(kVariant) || w1;
+      merge(&in.exp_avg.word[m_word], e[0].exp_avg, e[1].exp_avg, m0, m1, M{});
+      merge(&in.exp_avg_sq.word[m_word], e[0].exp_avg_sq, e[1].exp_avg_sq, m0, m1, M{});
+      if (kAmsgrad) merge(&in.max_exp_avg_sq.word[m_word], e[0].max_exp_avg_sq, e[1].max_exp_avg_sq, m0, m1, M{});
     }
     if (active[group]) {
       store(s.param + group * kStride, in.param);
@@ -190,7 +195,7 @@ GRADDROP_LONG_FN void update_turn(const LaunchSpec& spec, const TensorRow& row, 
 // The masking of a launch, for one element. An aligned kernel is compiled for it; the general one reads it.
 struct ElementSpec {
   int32_t kind;
-  bool planes, amsgrad, ages;
+  bool planes, amsgrad, ages, update, cautious;
 };
 
 // One element of a row of any layout and alignment.
@@ -198,30 +203,34 @@ template <typename T>
 GRADDROP_LONG_FN void update_element(const ElementSpec& how, const LaunchSpec& spec, const TensorRow& row,
                                 const StepRow& step, const float* ages, int64_t i) {
   const ElementMask mask = element_mask(how.kind, how.planes, row, step, i);
-  const bool off = step.flags & kOffFlag, write = mask.keep || !(step.flags & kFrozenFlag);
+  const bool off = step.flags & kOffFlag;
+  const bool write_moments = mask.keep || how.update || !(step.flags & kFrozenFlag);
+  const bool write_param = mask.keep || !(how.update || step.flags & kFrozenFlag);
   const Streams<T> s = streams_at<T>(row, i);
   float g = 0.0f;
-  if (spec.grad_scale || (!off && write)) g = widen(*s.grad);
+  if (spec.grad_scale || (!off && write_moments)) g = widen(*s.grad);
   if (spec.grad_scale) {
     g = div(g, *spec.grad_scale);
     narrow(g, *s.grad);
   }
-  if (!write) return;
+  if (!write_moments) return;
   if (spec.clip_factor) g *= *spec.clip_factor;
-  g = masked_gradient(g, step, mask);
+  g = masked_gradient(g, step, mask, how.update);
   AdamWScalars<float> scalars = scalars_of(step);
   if (how.ages && step.num_ages) look_up_age(ages, step, mask.bucket, scalars);
   float param = widen(*s.param);
   AdamWElement<float> e = {widen(*s.exp_avg), widen(*s.exp_avg_sq), 0.0f};
   if (how.amsgrad) e.max_exp_avg_sq = widen(*s.max_exp_avg_sq);
-  update(param, e, g, scalars, step.flags & kDecayFlag, how.amsgrad);
+  update(param, e, g, scalars, decay_of(step, how.cautious), how.amsgrad);
   if (T::kStochastic) {
     const uint64_t index = global_index(row, i);
     const PhiloxWords words = philox_call(index / 4, rounding_draw(row), kDomainRounding, row.key);
     param = round_stochastically(param, word_at(words, index));
   }
-  narrow(param, *s.param);
-  if (T::kMaster) narrow(param, *s.copy);
+  if (write_param) {
+    narrow(param, *s.param);
+    if (T::kMaster) narrow(param, *s.copy);
+  }
   narrow(e.exp_avg, *s.exp_avg);
   narrow(e.exp_avg_sq, *s.exp_avg_sq);
   if (how.amsgrad) narrow(e.max_exp_avg_sq, *s.max_exp_avg_sq);
@@ -235,7 +244,7 @@ GRADDROP_FN int64_t next_chunk(const LaunchSpec& spec, int64_t c, int num_blocks
 }
 
 // The work of one thread of one block.
-template <Variant kVariant, bool kAmsgrad, typename T>
+template <Variant kVariant, bool kAmsgrad, bool kCautious, typename T>
 GRADDROP_FN void aligned_thread(const LaunchSpec& spec, int block, int num_blocks, int thread) {
   constexpr int kVector = T::kVector;
   for (int64_t c = block; c < spec.num_chunks; c = next_chunk(spec, c, num_blocks)) {
@@ -247,14 +256,14 @@ GRADDROP_FN void aligned_thread(const LaunchSpec& spec, int block, int num_block
 
     const int64_t end_of_groups = row.numel / kVector * kVector;  // the few elements after it are done one by one
     if (chunk.first + kChunk > end_of_groups && end_of_groups + thread < row.numel)
-      update_element<T>({kind_of(kVariant), reads_bits(kVariant), kAmsgrad, by_age(kVariant)}, spec, row, step, ages,
-                        end_of_groups + thread);
+      update_element<T>({kind_of(kVariant), reads_bits(kVariant), kAmsgrad, by_age(kVariant), of_update(kVariant),
+                         kCautious}, spec, row, step, ages, end_of_groups + thread);
 
     Turn turn = first_turn(row, chunk, thread);
     Streams<T> s = streams_at<T>(row, turn.first + turn.lane * kVector);
 #pragma unroll 1
     for (; turn.left > 0; turn.left -= kTurn, turn.first += kTurn) {
-      update_turn<kVariant, kAmsgrad, T>(spec, row, step, ages, turn, s);
+      update_turn<kVariant, kAmsgrad, kCautious, T>(spec, row, step, ages, turn, s);
       s = {s.param + kTurn,   s.grad + kTurn,       s.copy + kTurn,
            s.exp_avg + kTurn, s.exp_avg_sq + kTurn, s.max_exp_avg_sq + kTurn};
     }
@@ -272,7 +281,8 @@ GRADDROP_FN void general_thread(const LaunchSpec& spec, int block, int num_block
     const int64_t end = row.numel < chunk.first + kChunk ? row.numel : chunk.first + kChunk;
 #pragma unroll 1
     for (int64_t i = chunk.first + thread; i < end; i += kThreads)
-      update_element<T>({spec.kind, spec.planes != 0, spec.amsgrad != 0, spec.ages != 0}, spec, row, step, ages, i);
+      update_element<T>({spec.kind, spec.planes != 0, spec.amsgrad != 0, spec.ages != 0,
+                         spec.update != 0, spec.cautious != 0}, spec, row, step, ages, i);
   }
 }
 

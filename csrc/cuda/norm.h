@@ -45,7 +45,7 @@ template <typename G>
 GRADDROP_FN double add_element(double squares, int32_t kind, bool planes, const TensorRow& row, const StepRow& step,
                                int64_t i) {
   const ElementMask mask = element_mask(kind, planes, row, step, i);
-  return mask.keep ? add_square(squares, masked_gradient(widen(gradients_of<G>(row)[i]), step, mask)) : squares;
+  return mask.keep ? add_square(squares, masked_gradient(widen(gradients_of<G>(row)[i]), step, mask, false)) : squares;
 }
 
 // The sum of the squares of a thread's elements in chunk number `block`. All loads come before the first mask, so that

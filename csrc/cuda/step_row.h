@@ -30,22 +30,23 @@ GRADDROP_FN AgeScalars age_scalars(const HyperRow& hyper, double age) {
   const double beta1 = static_cast<float>(hyper.beta1), beta2 = static_cast<float>(hyper.beta2);
   const float bias_correction1 = static_cast<float>(1.0 - ::pow(beta1, age));
   const float bias_correction2_sqrt = static_cast<float>(::sqrt(1.0 - ::pow(beta2, age)));
-  return {div(lr_of(hyper), bias_correction1), bias_correction2_sqrt, div(1.0f, bias_correction2_sqrt)};
+  const float scale = hyper.masked == kMaskUpdate ? static_cast<float>(hyper.scale) : 1.0f;
+  return {div(lr_of(hyper), bias_correction1) * scale, bias_correction2_sqrt, div(1.0f, bias_correction2_sqrt)};
 }
 
 GRADDROP_FN bool moves(const HyperRow& hyper, const float* found_inf) {
-  return !(hyper.kind == kOff && hyper.frozen) && !(found_inf && *found_inf != 0);
+  return !(hyper.kind == kOff && hyper.masked == kMaskFrozen) && !(found_inf && *found_inf != 0);
 }
 
 GRADDROP_FN StepRow step_row_of(const HyperRow& hyper, int64_t completed_steps, bool moves, int64_t age_stride) {
-  const bool off = hyper.kind == kOff;
+  const bool off = hyper.kind == kOff, update = hyper.masked == kMaskUpdate;
   StepRow step = {};
   step.lr_weight_decay = lr_of(hyper) * static_cast<float>(hyper.weight_decay);
   step.beta1 = static_cast<float>(hyper.beta1);
   step.beta2 = static_cast<float>(hyper.beta2);
   step.eps = static_cast<float>(hyper.eps);
-  step.factor = hyper.maximize && !off ? -1.0f : 1.0f;
-  if (hyper.kind == kBernoulli || hyper.kind == kFixed) step.factor *= static_cast<float>(hyper.scale);
+  step.factor = hyper.maximize && (!off || update) ? -1.0f : 1.0f;
+  if (!update && (hyper.kind == kBernoulli || hyper.kind == kFixed)) step.factor *= static_cast<float>(hyper.scale);
   step.deviation = hyper.kind == kGaussian ? static_cast<float>(hyper.scale) : 0.0f;
   step.threshold = hyper.kind == kBernoulli ? hyper.threshold : off ? 65536 : 0;
   step.draw = static_cast<uint32_t>(hyper.kind == kBucket ? 0 : hyper.draw < 0 ? completed_steps : hyper.draw);
@@ -61,7 +62,8 @@ GRADDROP_FN StepRow step_row_of(const HyperRow& hyper, int64_t completed_steps, 
     step.buckets = 2;
     step.first_bucket = step.last_bucket = 1;
   }
-  step.flags = (moves ? 0 : kSkipFlag) | (off ? kOffFlag : 0) | (hyper.frozen ? kFrozenFlag : 0) |
+  step.flags = (moves ? 0 : kSkipFlag) | (off && !update ? kOffFlag : 0) |
+               (hyper.masked == kMaskFrozen ? kFrozenFlag : 0) |
                (hyper.weight_decay != 0 ? kDecayFlag : 0);
   if (hyper.num_ages) {
     step.num_ages = static_cast<uint32_t>(hyper.buckets < age_stride ? hyper.buckets : age_stride);

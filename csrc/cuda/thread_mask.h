@@ -24,16 +24,21 @@ constexpr int kElements = 8;  // per thread and turn
 constexpr int kWarpElements = kWarp * kElements;
 
 // The ways in which a launch masks, with one instance of the kernel each. Buckets and bits freeze by their rows' flags.
-enum Variant : int32_t { kPlain, kFactor, kDraws, kDrawsFrozen, kBuckets, kBucketsByAge, kBits, kBitsByAge };
+enum Variant : int32_t {
+  kPlain, kFactor, kDraws, kDrawsFrozen, kBuckets, kBucketsByAge, kBits, kBitsByAge,
+  kDrawsUpdate, kBucketsUpdate, kBitsUpdate,  // kMaskUpdate
+};
 
-GRADDROP_FN constexpr bool draws_buckets(Variant v) { return v == kBuckets || v == kBucketsByAge; }
-GRADDROP_FN constexpr bool draws(Variant v) { return v == kDraws || v == kDrawsFrozen || draws_buckets(v); }
-GRADDROP_FN constexpr bool reads_bits(Variant v) { return v == kBits || v == kBitsByAge; }
+GRADDROP_FN constexpr bool draws_buckets(Variant v) { return v == kBuckets || v == kBucketsByAge || v == kBucketsUpdate; }
+GRADDROP_FN constexpr bool draws_elements(Variant v) { return v == kDraws || v == kDrawsFrozen || v == kDrawsUpdate; }
+GRADDROP_FN constexpr bool draws(Variant v) { return draws_elements(v) || draws_buckets(v); }
+GRADDROP_FN constexpr bool reads_bits(Variant v) { return v == kBits || v == kBitsByAge || v == kBitsUpdate; }
 GRADDROP_FN constexpr bool selects(Variant v) { return draws(v) || reads_bits(v); }
-GRADDROP_FN constexpr bool freezes(Variant v) { return selects(v) && v != kDraws; }
+GRADDROP_FN constexpr bool of_update(Variant v) { return v >= kDrawsUpdate; }
+GRADDROP_FN constexpr bool freezes(Variant v) { return selects(v) && v != kDraws; }  // at least the parameter
 GRADDROP_FN constexpr bool by_age(Variant v) { return v == kBucketsByAge || v == kBitsByAge; }
 GRADDROP_FN constexpr int32_t kind_of(Variant v) {
-  return v == kPlain ? kKeep : v == kFactor ? kGaussian : v == kDraws || v == kDrawsFrozen ? kBernoulli : kBucket;
+  return v == kPlain ? kKeep : v == kFactor ? kGaussian : draws_elements(v) ? kBernoulli : kBucket;
 }
 
 GRADDROP_FN uint64_t global_index(const TensorRow& row, int64_t i) {
@@ -133,7 +138,7 @@ GRADDROP_LONG_FN void mask_from_bits(const TensorRow& row, const StepRow& step, 
       for (int e = 0; e < kElements; ++e) mask.bucket[e] |= (bits >> e & 1) << k;
     }
   }
-  const uint32_t keep = step.flags & kOffFlag ? 0 : in_range(range);
+  const uint32_t keep = step.first_bucket <= step.last_bucket ? in_range(range) : 0;  // a dropped row has no range
 #pragma unroll
   for (int e = 0; e < kElements; ++e) mask.keep[e] = keep >> e & 1;
 }
@@ -176,7 +181,7 @@ template <Variant kVariant>
 GRADDROP_FN float masked_gradient(float g, const StepRow& step, const ThreadMask& mask, int e) {
   g *= step.factor;
   if (kVariant == kFactor) g *= mask.factor[e];
-  return !selects(kVariant) || mask.keep[e] ? g : 0.0f;
+  return !selects(kVariant) || of_update(kVariant) || mask.keep[e] ? g : 0.0f;
 }
 
 // The mask of local element i of any row. It makes one Philox call per element.
@@ -219,8 +224,8 @@ GRADDROP_LONG_FN ElementMask element_mask(int32_t kind, bool planes, const Tenso
   return mask;
 }
 
-GRADDROP_FN float masked_gradient(float g, const StepRow& step, const ElementMask& mask) {
-  return mask.keep ? g * step.factor * mask.factor : 0.0f;
+GRADDROP_FN float masked_gradient(float g, const StepRow& step, const ElementMask& mask, bool update) {
+  return mask.keep || update ? g * step.factor * mask.factor : 0.0f;
 }
 
 }  // namespace graddrop

@@ -24,6 +24,7 @@ class Hyper:
     amsgrad: bool
     maximize: bool
     plan: MaskPlan
+    cautious: bool = False  # weight decay only where the update does not move the parameter away from 0
 
 
 @dataclass

@@ -39,7 +39,7 @@ class LaunchSpec(ctypes.Structure):
         *((name, c_int64) for name in ("num_chunks", "age_stride")),
         *((name, c_int32) for name in (
             "param_dtype", "grad_dtype", "moment_dtype", "stochastic",
-            "kind", "planes", "aligned", "amsgrad", "frozen", "ages",
+            "kind", "planes", "aligned", "amsgrad", "frozen", "update", "cautious", "ages",
         )),
     ]  # fmt: skip
 
@@ -48,7 +48,7 @@ class MaskSpec(ctypes.Structure):
     """As in csrc/mask.h."""
 
     _fields_ = [
-        *((name, c_int32) for name in ("kind", "frozen")),
+        *((name, c_int32) for name in ("kind", "masked")),
         *((name, c_uint32) for name in ("threshold", "draw", "buckets", "first_bucket", "last_bucket")),
         ("num_planes", c_int32),
         ("key", c_uint64),
@@ -56,7 +56,7 @@ class MaskSpec(ctypes.Structure):
     ]
 
 
-assert ctypes.sizeof(LaunchSpec) == 104 and ctypes.sizeof(MaskSpec) == 48
+assert ctypes.sizeof(LaunchSpec) == 112 and ctypes.sizeof(MaskSpec) == 48
 
 
 @lru_cache(maxsize=1)
@@ -210,7 +210,7 @@ def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
     gradients give the same bits.
     """
     tables = DeviceTables.of(batch, for_norm=True)
-    launches = tables.launches if masked else tables.launches_of_all()
+    launches = tables.launches_of_norm(masked)
     total, first = sum(launch.chunks.numel() for launch in launches), 0
     out = (torch.empty if total else torch.zeros)((), dtype=torch.float64, device=batch.device)
     with tables.places(total) as (sums, arrived):
@@ -254,6 +254,8 @@ def _launch_spec(batch: TensorBatch, tables: DeviceTables, launch: Launch) -> La
         aligned=launch.aligned,
         amsgrad=launch.amsgrad,
         frozen=launch.frozen,
+        update=launch.update,
+        cautious=launch.cautious,
         ages=launch.ages,
     )
 

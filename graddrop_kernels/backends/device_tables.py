@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from .upload import Upload
 
 CHUNK = 4096  # elements per program or block of the update
 ALIGNMENT = 16  # bytes of the widest access
-_HYPER_BYTES, _STEP_ROW_BYTES = 128, 64
+_HYPER_BYTES, _STEP_ROW_BYTES = 136, 64
 _KEPT_LAUNCHES = 8  # sets of launches remembered: LayerGradDrop with masked="frozen" has another set in every step
 _FIXED_STREAMS = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "copy")  # gradients may lie elsewhere every time
 
@@ -23,7 +24,7 @@ _FIXED_STREAMS = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "copy")  #
 class DeviceTables:
     """The tables of csrc/tensor_table.h for one batch, in its device's memory.
 
-    ``rows`` (int64 [tensors, 14]) and ``hypers`` (int64 [hyper rows, 16]) are views of one tensor, in which the ages
+    ``rows`` (int64 [tensors, 14]) and ``hypers`` (int64 [hyper rows, 17]) are views of one tensor, in which the ages
     follow. The prologue kernel writes ``step_rows`` and ``by_age``. ``launches`` are the launches of this step.
 
     Once a CUDA graph has captured them they are the graph's: nothing of them is replaced, and only
@@ -99,11 +100,11 @@ class DeviceTables:
             self.hyper_image = b""
             self.upload.write(self.host.nbytes, hyper_image)
         self.hyper_image = hyper_image
-        self.launches = self._launches_of([kind_of(hyper.plan) for hyper in batch.hypers])
+        self.launches = self._launches_of([kind_of(hyper) for hyper in batch.hypers])
 
     def can_replay(self, hypers: list[Hyper]) -> bool:
         """Whether the launches that were captured can carry out a step with these hyper-parameters."""
-        kinds, _ = self._signature([kind_of(hyper.plan) for hyper in hypers])
+        kinds, _ = self._signature([kind_of(hyper) for hyper in hypers])
         return kinds == self.captured_kinds and not self._lacks_room(hypers)
 
     def refresh_captured(self, hypers: list[Hyper]) -> None:
@@ -120,7 +121,7 @@ class DeviceTables:
             raise RuntimeError(capture.UNPREPARED)
         self._point_to_grads(addresses, batch)
         self.addresses = []  # the device still has those of the step before
-        signature = self._signature([kind_of(hyper.plan) for hyper in batch.hypers])
+        signature = self._signature([kind_of(hyper) for hyper in batch.hypers])
         if signature not in self._launches:
             raise RuntimeError(capture.UNPREPARED)
         self.upload.write_captured(self.host)
@@ -144,9 +145,11 @@ class DeviceTables:
         self._point_to_device_ages(table)
         return bytes(table) + b"".join(bytes(array) for array in table.age_arrays)
 
-    def launches_of_all(self) -> tuple[Launch, ...]:
-        """Launches over all rows, dropped or not, as though each kept everything."""
-        return self._launches_of([Kind("keep")] * len(self.hypers))
+    def launches_of_norm(self, masked: bool) -> tuple[Launch, ...]:
+        """Launches over all rows, or with ``masked`` over those of this step, whose gradients are masked."""
+        if not masked:
+            return self._launches_of([Kind("keep")] * len(self.hypers))
+        return tuple(replace(each, kind="keep", planes=-1) if each.update else each for each in self.launches)
 
     @contextmanager
     def places(self, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -207,23 +210,23 @@ class DeviceTables:
         keep everything.
         """
         if not any(kind is not None and kind.is_drawn for kind in kinds):
-            kinds = [Kind("keep") if kind == Kind("off") else kind for kind in kinds]
+            kinds = [kind._replace(name="keep") if kind and kind.name == "off" else kind for kind in kinds]
         return tuple(kinds), self._aligned_bytes
 
     def _make_launches(self, kinds: list[Any]) -> tuple[Launch, ...]:
         """Makes one launch per mask kind, layout, alignment and use of amsgrad, for any number of tensors."""
-        drawn = next((kind for kind in kinds if kind is not None and kind.is_drawn), None)
-        members: dict[tuple[str, int, bool, bool, bool], list[tuple[int, Kind]]] = {}
+        drawn = {kind.cautious: kind for kind in reversed(kinds) if kind is not None and kind.is_drawn}
+        members: dict[tuple[str, int, bool, bool, bool, bool, bool], list[tuple[int, Kind]]] = {}
         columns = (self.hyper_rows, self.host["numel"], self.aligned, self.one_run, self.amsgrad)
         rows = zip(*(column.tolist() for column in columns))
         for row, (hyper_row, numel, aligned, one_run, amsgrad) in enumerate(rows):
             kind = kinds[hyper_row]
             if kind is None or numel == 0:
                 continue
-            if kind.name == "keep" and drawn is not None:
-                kind = drawn  # the prologue gives such a row a mask that keeps everything
+            if kind.name == "keep":  # the prologue gives such a row a mask that keeps everything
+                kind = drawn.get(kind.cautious, kind)
             name = "keep" if kind.name == "off" else kind.name
-            key = (name, kind.planes, aligned, not one_run, amsgrad)
+            key = (name, kind.planes, aligned, not one_run, amsgrad, kind.update, kind.cautious)
             members.setdefault(key, []).append((row, kind))
         return tuple(
             Launch(*key, frozen=any(kind.frozen for _, kind in found), ages=any(kind.ages for _, kind in found),

@@ -12,7 +12,7 @@ import torch
 from ..masks.bitmask import num_planes
 from .batch import Hyper, TensorBatch
 
-TABLE_VERSION = 3  # kTableVersion
+TABLE_VERSION = 4  # kTableVersion
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType
 LR_AT = {torch.float32: 1, torch.float64: 2}  # LrAt
 # MaskKind
@@ -43,16 +43,16 @@ class HyperRow(ctypes.Structure):
         ("num_ages", c_int64),
         ("draw", c_int64),
         *((name, c_int32) for name in (
-            "kind", "frozen", "threshold", "buckets", "first_bucket", "last_bucket",
-            "num_planes", "amsgrad", "maximize", "lr_at",
+            "kind", "masked", "threshold", "buckets", "first_bucket", "last_bucket",
+            "num_planes", "amsgrad", "maximize", "lr_at", "cautious", "weight_decay_at",
         )),
     ]  # fmt: skip
 
 
-_PACKED = struct.Struct("7d q Q 2q 10i")  # a HyperRow in one call, in a third of the time of its fields one by one
+_PACKED = struct.Struct("7d q Q 2q 12i")  # a HyperRow in one call, in a third of the time of its fields one by one
 
 assert _PACKED.size == ctypes.sizeof(HyperRow)
-assert ctypes.sizeof(TensorRow) == 112 and ctypes.sizeof(HyperRow) == 128  # as csrc/tensor_table.h asserts
+assert ctypes.sizeof(TensorRow) == 112 and ctypes.sizeof(HyperRow) == 136  # as csrc/tensor_table.h asserts
 
 
 def tensor_table(batch: TensorBatch) -> np.ndarray[Any, Any]:
@@ -98,8 +98,9 @@ def hyper_table(hypers: list[Hyper], lr_on: torch.device | None = None) -> Any:
             table, index * _PACKED.size,
             lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay, plan.scale, plan.age_rate, plan.global_step,
             ctypes.addressof(ages), len(plan.ages), -1 if plan.draw is None else plan.draw,
-            MASK_KINDS[plan.kind], plan.frozen, plan.threshold, plan.buckets, plan.first_bucket, plan.last_bucket,
-            num_planes(plan.buckets) if plan.bitpacked else -1, hyper.amsgrad, hyper.maximize, lr_at,
+            MASK_KINDS[plan.kind], plan.frozen + 2 * plan.update, plan.threshold,
+            plan.buckets, plan.first_bucket, plan.last_bucket, num_planes(plan.buckets) if plan.bitpacked else -1,
+            hyper.amsgrad, hyper.maximize, lr_at, hyper.cautious, 0,
         )  # fmt: skip
     return table
 

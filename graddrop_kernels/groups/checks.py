@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in torch's stub
 
-from ..policies import Policy, TrainRows
+from ..policies import Policy
 from ..tensors.local import has_processes, is_dtensor, local
 from ..tensors.memory import check_memory, is_fake, overlaps_itself
 from .masking import Masking
@@ -33,9 +33,9 @@ def check_groups(masking: Masking, first: int = 0) -> None:
                 f"masked={group['masked']!r} does not apply to {type(policy).__name__}, which drops nothing; "
                 "leave it None"
             )
-        if isinstance(policy, TrainRows) and not masking.is_frozen(index):
+        if policy is not None and not policy.takes_any_masked and group["masked"] not in (None, policy.masked):
             raise ValueError(
-                f"TrainRows needs masked='frozen', its default, as it does not step other rows; got masked="
+                f"{type(policy).__name__} has a meaning with masked={policy.masked!r} only, its default; got masked="
                 f"{group['masked']!r}"
             )
         if policy is not None and policy.takes_turns:

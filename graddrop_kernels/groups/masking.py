@@ -70,11 +70,15 @@ class Masking:
     def policy(self, index: int) -> Policy | None:
         return self.policies.get(self[index]["mask"])
 
-    def is_frozen(self, index: int) -> bool:
-        """Whether dropped elements stay as they are, rather than have a gradient of 0. The group must have a policy."""
+    def masked(self, index: int) -> str:
+        """What is masked in a group that has a policy, see options.MASKED."""
         policy: Any = self.policy(index)
         masked: str = self[index]["masked"] or policy.masked
-        return masked == "frozen"
+        return masked
+
+    def is_frozen(self, index: int) -> bool:
+        """Whether dropped elements stay as they are with their moments. The group must have a policy."""
+        return self.masked(index) == "frozen"
 
     def counts_steps(self, index: int) -> bool:
         """Whether the masks of a group depend on how many steps it has made."""
@@ -99,7 +103,8 @@ class Masking:
             steps = max(each["completed_steps"] for each in self.groups if each["mask"] == group["mask"])
             clock = replace(clock, completed_steps=clock.completed_steps + steps - group["completed_steps"])
         context = PlanContext(clock, group["seed"], self.is_frozen(index), count_active_steps, self.blocks(index))
-        return policy.plan(context, unit)
+        plan = policy.plan(context, unit)
+        return replace(plan, update=True) if self.masked(index) == "update" else plan
 
     def hyper(self, index: int, unit: Hashable, clock: Clock) -> Hyper:
         """The hyper-parameters and the mask of this step, for one unit of one group."""
@@ -109,7 +114,7 @@ class Masking:
         beta1, beta2 = map(float, group["betas"])
         return Hyper(
             lr, beta1, beta2, group["eps"], group["weight_decay"], group["amsgrad"], group["maximize"],
-            self.plan(index, unit, clock),
+            self.plan(index, unit, clock), group["cautious_weight_decay"],
         )  # fmt: skip
 
     def active_fraction(self, index: int, clock: Clock | None = None) -> float:

@@ -11,8 +11,9 @@ from ..policies import GradDrop
 GROUP_DEFAULTS = {
     "mask": GradDrop().to_json(),  # the policy as one canonical JSON string, or None
     "seed": 0,
-    "masked": None,  # None: the policy's own; "gradient" or "frozen"
+    "masked": None,  # None: the policy's own; or one of MASKED
     "bias_correction": "active",  # or "global"
+    "cautious_weight_decay": False,  # no decay where the update moves a weight away from 0
     "moment_dtype": None,  # None: the parameter's; "float32" of 16-bit ones, "bfloat16" of float32 ones
     "master_weights": False,  # step a float32 copy of 16-bit parameters
     "stochastic_rounding": False,  # of bfloat16 parameters
@@ -25,6 +26,9 @@ GROUP_DEFAULTS = {
 }
 # What all groups share, so that a new one takes it from the others.
 SHARED_BY_GROUPS = ("epoch", "epoch_was_set", "max_grad_norm", "norm_after_mask")
+
+
+MASKED = ("gradient", "frozen", "update")
 
 
 def moment_dtype_name(dtype: torch.dtype | str | None) -> str | None:
@@ -76,9 +80,14 @@ def check_options(index: int, group: dict[str, Any]) -> None:
         )
     if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**64:
         raise ValueError(f"seed of parameter group {index} must be an int in [0, 2^64), got {group['seed']!r}")
-    if group["masked"] not in (None, "gradient", "frozen"):
+    if group["masked"] not in (None, *MASKED):
         raise ValueError(
-            f"masked of parameter group {index} must be 'gradient', 'frozen' or None, got {group['masked']!r}"
+            f"masked of parameter group {index} must be one of {MASKED} or None, got {group['masked']!r}"
+        )
+    if not isinstance(group["cautious_weight_decay"], bool):
+        raise ValueError(
+            f"cautious_weight_decay of parameter group {index} must be True or False, got "
+            f"{group['cautious_weight_decay']!r}"
         )
     if group["bias_correction"] not in ("active", "global"):
         raise ValueError(

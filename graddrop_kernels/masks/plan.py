@@ -35,6 +35,9 @@ class MaskPlan:
         1.0  # expected share of the past steps in which an element active now was active: 1 + (t - 1) * age_rate
     )
     global_step: int = 0  # not 0: this number instead
+    # masked="update": the moments see the whole gradient. ``scale`` is on the update of kept elements, of any kind, and
+    # dropped ones keep their parameter.
+    update: bool = False
 
     @property
     def active_fraction(self) -> float:

@@ -12,11 +12,12 @@ from .policy import KEEP, BlockPolicy, Policy
 from .registry import POLICIES, PolicyBook, from_json
 from .rows import Rows
 from .schedules import ExponentialAnneal, LinearAnneal, quantize
+from .skip_update import SkipUpdate
 from .train_rows import LEFT_OUT, TrainRows
 from .turns import CycleBlocks, SampleBlocks
 
 __all__ = [
     "KEEP", "POLICIES", "BlockPolicy", "Clock", "CycleBlocks", "ExponentialAnneal", "FixedMask", "GaussianGradDrop",
     "GradDrop", "GradDropEpoch", "GradFreeze", "LEFT_OUT", "LayerGradDrop", "LinearAnneal", "MaskPlan", "PlanContext",
-    "Policy", "PolicyBook", "RandomMask", "Rows", "SampleBlocks", "TrainRows", "from_json", "quantize",
+    "Policy", "PolicyBook", "RandomMask", "Rows", "SampleBlocks", "SkipUpdate", "TrainRows", "from_json", "quantize",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from .blocks import GradFreeze, LayerGradDrop
 from .elements import GaussianGradDrop, GradDrop, GradDropEpoch, RandomMask
 from .policy import Policy
 from .schedules import LinearAnneal, Schedule
+from .skip_update import SkipUpdate
 from .turns import CycleBlocks, SampleBlocks
 
 
@@ -89,6 +90,7 @@ METHODS = {
     ),
     # Beyond the paper.
     "random-mask": Method("Random mask", "RandomMask", lambda epochs, p: RandomMask(0.05), studied=False),
+    "skip-update": Method("Skipped updates", "SkipUpdate", lambda epochs, p: SkipUpdate()),
     "sample-blocks": Method(
         "Sampled blocks", "SampleBlocks", lambda epochs, p: SampleBlocks(k=1, every=2), studied=False, timed=False
     ),

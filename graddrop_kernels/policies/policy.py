@@ -4,7 +4,8 @@ Sparsification For Masked Fine-Tuning of Transformers").
 A policy is an immutable value. It turns a PlanContext into a MaskPlan for each of its units (the whole group, or a
 block). It knows no tensors, except that FixedMask has its own. ``masked`` says what dropping means by default. With
 ``"gradient"`` the gradient is 0, so that moments decay and the weight still moves by momentum and weight decay. With
-``"frozen"`` parameter and moments stay as they are, bit for bit.
+``"frozen"`` parameter and moments stay as they are, bit for bit. With ``"update"`` the parameter does, and the moments
+see the whole gradient.
 """
 
 import json
@@ -26,6 +27,7 @@ class Policy:
     """Base of the policies: the JSON form, and the defaults that element policies share."""
 
     masked: str | None = "gradient"
+    takes_any_masked = True  # whether ``masked=`` may be another
     needs_blocks = False
     layers: tuple[str, ...] | None = None
     takes_turns = False  # whether all groups of the policy go by the count of the one that has made most steps

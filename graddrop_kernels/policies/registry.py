@@ -7,6 +7,7 @@ from .blocks import GradFreeze, LayerGradDrop
 from .elements import GaussianGradDrop, GradDrop, GradDropEpoch, RandomMask
 from .fixed_mask import FixedMask
 from .policy import _SCHEDULES, Policy
+from .skip_update import SkipUpdate
 from .train_rows import TrainRows
 from .turns import CycleBlocks, SampleBlocks
 
@@ -86,6 +87,6 @@ POLICIES = {
     cls.__name__: cls
     for cls in (
         GradDrop, GaussianGradDrop, LayerGradDrop, GradDropEpoch, GradFreeze, FixedMask, RandomMask, SampleBlocks,
-        CycleBlocks, TrainRows,
+        CycleBlocks, TrainRows, SkipUpdate,
     )
 }  # fmt: skip

@@ -32,6 +32,7 @@ class TrainRows(Policy):
     """
 
     masked = "frozen"
+    takes_any_masked = False  # other rows are not stepped
     follows_epochs = False
     draws = None
 

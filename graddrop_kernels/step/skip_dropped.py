@@ -99,7 +99,8 @@ class SkipDropped:
         for index in masking.indices():
             records, clock = masking.records(index), masking.clock(index)
             units = {record.unit for record in records}
-            off = {unit for unit in units if masking.plan(index, unit, clock).kind == "off"}
+            plans = {unit: masking.plan(index, unit, clock) for unit in units}
+            off = {unit for unit, plan in plans.items() if plan.kind == "off" and not plan.update}
             found.update(param for param, record in zip(masking[index]["params"], records) if record.unit in off)
         return found
 

@@ -15,7 +15,19 @@ from unittest import mock
 import cases
 import pytest
 import torch
-from batches import CHUNK, LAYOUTS, LISTS, PLANS, SIZES, assert_same_batches, batch_of, copy_of, generator_of, words_of
+from batches import (
+    CHUNK,
+    DROPPING,
+    LAYOUTS,
+    LISTS,
+    PLANS,
+    SIZES,
+    assert_same_batches,
+    batch_of,
+    copy_of,
+    generator_of,
+    words_of,
+)
 from cases import (
     BF16,
     DTYPES,
@@ -214,8 +226,7 @@ def exact_sum(tensors) -> float:
 
 
 def chunks_of(batch: TensorBatch, masked: bool) -> int:
-    launches = batch.table.launches if masked else batch.table.launches_of_all()
-    return sum(launch.chunks.numel() for launch in launches)
+    return sum(launch.chunks.numel() for launch in batch.table.launches_of_norm(masked))
 
 
 def assert_sum(batch: TensorBatch, masked: bool, expected: float, what: str = "") -> None:
@@ -320,7 +331,7 @@ def test_the_order_in_which_blocks_arrive_does_not_show_in_the_sum(masked, seed)
 
 
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
-@pytest.mark.parametrize("name", [name for name, plan in PLANS.items() if plan.kind not in ("keep", "gaussian")])
+@pytest.mark.parametrize("name", DROPPING)
 def test_what_a_mask_drops_is_not_in_the_sum_of_squares(name, offset, seed):
     """Infinities and NaN among dropped gradients; one among the kept ones makes the sum infinite or NaN."""
     torch.manual_seed(seed)

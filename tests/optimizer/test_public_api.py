@@ -21,7 +21,7 @@ PUBLIC = {
     "ExponentialAnneal", "FixedMask", "FusedGradDropAdamW", "GaussianGradDrop", "GradDrop", "GradDropEpoch",
     "GradFreeze", "LayerGradDrop", "LinearAnneal", "attach_deepspeed", "attach_fsdp1", "attach_zero",
     "available_backends", "describe", "find_blocks", "param_groups",
-    "plot_mask", "plot_schedule", "CycleBlocks", "RandomMask", "SampleBlocks", "top_change",
+    "plot_mask", "plot_schedule", "CycleBlocks", "RandomMask", "SampleBlocks", "SkipUpdate", "top_change",
     "top_gradient", "top_magnitude", "memory", "TrainRows", "new_token_rows",
 }  # fmt: skip
 every_public_name = pytest.mark.parametrize("name", sorted(PUBLIC))

@@ -26,6 +26,7 @@ from graddrop_kernels import (
     LinearAnneal,
     RandomMask,
     SampleBlocks,
+    SkipUpdate,
     TrainRows,
 )
 
@@ -161,7 +162,7 @@ class Moment(NamedTuple):
     epoch: int
     past: list  # the epochs of the group's completed steps
     most: int  # steps that any group has completed
-    frozen: bool
+    frozen: bool  # what is dropped, with its moments
     active: bool  # the bias correction counts ages
 
 
@@ -171,7 +172,7 @@ def threshold(p):
 
 class Rule(NamedTuple):
     policy: Any
-    frozen: bool  # by default
+    masked: str  # by default
     plan: Callable[[Moment], Plan]
 
 
@@ -185,7 +186,7 @@ def graddrop(p, p_of, every="step"):
         t = 1 + at.step * (sum(rates) / len(rates) if rates else 1.0)
         return Plan(keep, 65536 / (65536 - cut), t if at.frozen and at.active else None)
 
-    return Rule(GradDrop(p, every=every), False, plan)
+    return Rule(GradDrop(p, every=every), "gradient", plan)
 
 
 def gaussian(p, p_of):
@@ -195,7 +196,7 @@ def gaussian(p, p_of):
         z = normal(at.stream.words(at.step, GAUSSIAN, at.count + at.count % 2))[: at.count]
         return Plan(factor=fma(z, deviation, F32(1)) if cut else 1.0)
 
-    return Rule(GaussianGradDrop(p), False, plan)
+    return Rule(GaussianGradDrop(p), "gradient", plan)
 
 
 def buckets(epochs, toggle, storage):
@@ -207,14 +208,14 @@ def buckets(epochs, toggle, storage):
         age = np.minimum(age, at.step + 1)
         return Plan(active(now), t=age if at.frozen and at.active else None)
 
-    return Rule(GradDropEpoch(epochs, toggle=toggle, storage=storage), True, plan)
+    return Rule(GradDropEpoch(epochs, toggle=toggle, storage=storage), "frozen", plan)
 
 
 BLOCKS = [f"layers.{i}" for i in range(5)]
 PATTERN = "layers.*"
 
 
-def of_blocks(policy, frozen, keeps, completed=lambda at: len(at.past)):
+def of_blocks(policy, masked, keeps, completed=lambda at: len(at.past)):
     """Parameters outside of the blocks are dense."""
 
     def plan(at: Moment) -> Plan:
@@ -223,7 +224,7 @@ def of_blocks(policy, frozen, keeps, completed=lambda at: len(at.past)):
             return Plan()
         return Plan(keeps(at, block), t=completed(at) + 1 if at.frozen and not at.active else None)
 
-    return Rule(policy, frozen, plan)
+    return Rule(policy, masked, plan)
 
 
 def layer(p, p_of, every="step"):
@@ -231,7 +232,7 @@ def layer(p, p_of, every="step"):
         draw = at.epoch if every == "epoch" else len(at.past)
         return bool(Stream(block, at.stream.seed).u16(draw, BLOCK, 1)[0] >= threshold(p_of(at.epoch)))
 
-    return of_blocks(LayerGradDrop(p, every=every, layers=PATTERN), False, keeps)
+    return of_blocks(LayerGradDrop(p, every=every, layers=PATTERN), "gradient", keeps)
 
 
 def freeze(epochs, direction, per_epoch=None):
@@ -240,7 +241,7 @@ def freeze(epochs, direction, per_epoch=None):
         order = BLOCKS[::-1] if direction == "top_down" else BLOCKS
         return block in order[:count]
 
-    return of_blocks(GradFreeze(epochs, direction, per_epoch, layers=PATTERN), True, keeps)
+    return of_blocks(GradFreeze(epochs, direction, per_epoch, layers=PATTERN), "frozen", keeps)
 
 
 def shuffled(seed, draw):
@@ -253,7 +254,7 @@ def shuffled(seed, draw):
 
 def sample(k, every):
     keeps = lambda at, block: block in shuffled(at.stream.seed, at.most // every)[:k]
-    return of_blocks(SampleBlocks(k, every, layers=PATTERN), True, keeps, lambda at: at.most)
+    return of_blocks(SampleBlocks(k, every, layers=PATTERN), "frozen", keeps, lambda at: at.most)
 
 
 def cycle(every, order):
@@ -262,14 +263,22 @@ def cycle(every, order):
         orders = {"forward": BLOCKS, "backward": BLOCKS[::-1], "random": shuffled(at.stream.seed, turn // len(BLOCKS))}
         return block == orders[order][turn % len(BLOCKS)]
 
-    return of_blocks(CycleBlocks(every, order, layers=PATTERN), True, keeps, lambda at: at.most)
+    return of_blocks(CycleBlocks(every, order, layers=PATTERN), "frozen", keeps, lambda at: at.most)
 
 
 def random_mask(density):
     def plan(at: Moment) -> Plan:
         return Plan(at.stream.u16(0, ELEMENT, at.count) >= U64(65536 - round(65536 * density)))
 
-    return Rule(RandomMask(density), True, plan)
+    return Rule(RandomMask(density), "frozen", plan)
+
+
+def skip_update(p, p_of):
+    def plan(at: Moment) -> Plan:
+        cut = threshold(p_of(at.epoch))
+        return Plan(bool(at.stream.u16(len(at.past), BLOCK, 1)[0] >= cut), 65536 / (65536 - cut))
+
+    return Rule(SkipUpdate(p), "update", plan)
 
 
 def fixed(masks, scale):
@@ -277,7 +286,7 @@ def fixed(masks, scale):
         keep = masks.get(at.stream.name)
         return Plan() if keep is None else Plan(keep, scale)
 
-    return Rule(FixedMask({name: torch.tensor(mask) for name, mask in masks.items()}, scale), True, plan)
+    return Rule(FixedMask({name: torch.tensor(mask) for name, mask in masks.items()}, scale), "frozen", plan)
 
 
 def rows(masks):
@@ -311,7 +320,7 @@ def random_masks(rng):
 
 
 RULES = {
-    "none": lambda rng: Rule(None, False, lambda at: Plan()),
+    "none": lambda rng: Rule(None, "gradient", lambda at: Plan()),
     "graddrop": lambda rng: graddrop(*some_p(rng)),
     "graddrop, every epoch": lambda rng: graddrop(*some_p(rng), every="epoch"),
     "graddrop, annealed": lambda rng: graddrop(*annealed(rng)),
@@ -330,6 +339,8 @@ RULES = {
     "fixed": lambda rng: fixed(random_masks(rng), float(rng.uniform(0.5, 2))),
     "rows": lambda rng: rows(random_masks(rng)),
     "random mask": lambda rng: random_mask(float(rng.uniform(0.05, 0.95))),
+    "skipped updates": lambda rng: skip_update(*some_p(rng)),
+    "skipped updates, annealed": lambda rng: skip_update(*annealed(rng)),
     "sampled blocks": lambda rng: sample(int(rng.integers(1, 6)), int(rng.integers(1, 4))),
     "blocks in turns": lambda rng: cycle(
         int(rng.integers(1, 3)), ["forward", "backward", "random"][rng.integers(3)]
@@ -386,10 +397,10 @@ class Param:
         self.step = 0
 
 
-def update(one: Param, grad, plan: Plan, hyper: dict, kind: Kind, frozen: bool, stream: Stream, unscale, clip) -> None:
+def update(one: Param, grad, plan: Plan, hyper: dict, kind: Kind, masked: str, stream: Stream, unscale, clip) -> None:
     work = kind.work
     keep = np.repeat(plan.keep, kind.parts) if np.ndim(plan.keep) else np.full(grad.shape, plan.keep)
-    if frozen and np.ndim(plan.keep) == 0 and not plan.keep:
+    if masked == "frozen" and np.ndim(plan.keep) == 0 and not plan.keep:
         return
     step, one.step = one.step, one.step + 1
     lr, b1, b2, eps, decay = (
@@ -407,23 +418,30 @@ def update(one: Param, grad, plan: Plan, hyper: dict, kind: Kind, frozen: bool, 
         g = g * work(clip)
     g = -g if hyper["maximize"] else g
     factor = np.repeat(plan.factor, kind.parts) if np.ndim(plan.factor) else work(plan.factor)
-    g = np.where(keep, g * factor.astype(work), work(0))
+    rate = lr / bc1
+    if masked == "update":
+        rate = rate * factor
+    else:
+        g = np.where(keep, g * factor.astype(work), work(0))
 
     old = one.p, one.master, one.m, one.v, one.vmax
     p = one.master if kind.master else one.p
-    if decay:
-        p = fma(-(lr * decay), p, p)
     m = fma(b1, one.m, fma(-b1, g, g))
     g2 = g * g
     v = fma(b2, one.v, fma(-b2, np.minimum(g2, np.finfo(work).max), g2))
     vmax = np.where(v > one.vmax, v, one.vmax)
-    p = p - ((lr / bc1) * m) / (np.sqrt(vmax if hyper["amsgrad"] else v) / root2 + eps)
+    u = rate * m
+    if decay:
+        decays = ~(u * p < 0) if hyper["cautious_weight_decay"] else True
+        p = np.where(decays, fma(-(lr * decay), p, p), p)
+    p = p - u / (np.sqrt(vmax if hyper["amsgrad"] else v) / root2 + eps)
 
     param = to_bfloat16(p, stream.words(step, ROUNDING, len(p))) if kind.stochastic else STORED[kind.param](p)
     moment = STORED[kind.moments or (torch.float32 if kind.master else kind.param)]
     new = param, p, moment(m), moment(v), moment(vmax)
-    if frozen:
-        new = tuple(np.where(keep, *pair) for pair in zip(new, old))
+    if masked != "gradient":
+        frozen = 5 if masked == "frozen" else 2  # of the five
+        new = (*(np.where(keep, *pair) for pair in zip(new[:frozen], old)), *new[frozen:])
     one.p, one.master, one.m, one.v, one.vmax = new
 
 
@@ -451,6 +469,7 @@ def hyper_parameters(rng):
         "weight_decay": float(rng.choice([0, rng.uniform(0.01, 0.5)])),
         "amsgrad": bool(rng.random() < 0.5),
         "maximize": bool(rng.random() < 0.5),
+        "cautious_weight_decay": bool(rng.random() < 0.5),
     }
 
 
@@ -491,7 +510,7 @@ class Run:
 
     def __init__(self, rule: Rule, kind: Kind, arguments: dict, rng, named=True, **optimizer_arguments):
         self.rule, self.kind, self.rng = rule, kind, rng
-        self.frozen = {None: rule.frozen, "frozen": True, "gradient": False}[arguments.get("masked")]
+        self.masked = arguments.get("masked") or rule.masked
         self.active = arguments.get("bias_correction", "active") == "active"
         self.seed = int(rng.integers(2**64, dtype=U64))
         self.groups = [{"hyper": hyper_parameters(rng), "past": [], "names": []} for _ in range(2)]
@@ -521,7 +540,9 @@ class Run:
     def plan(self, group: dict, name: str, epoch: int) -> Plan:
         step, most = self.params[name].step, max(len(each["past"]) for each in self.groups)
         return self.rule.plan(
-            Moment(self.streams[name], SIZES[name], step, epoch, group["past"], most, self.frozen, self.active)
+            Moment(
+                self.streams[name], SIZES[name], step, epoch, group["past"], most, self.masked == "frozen", self.active
+            )
         )
 
     def step(self, epoch: int, grads: dict, unscale=None, clip=None) -> None:
@@ -538,7 +559,7 @@ class Run:
                     assert np.array_equal(optimizer.mask(tensors[name]).numpy(), keep), f"mask of {name}, epoch {epoch}"
                 if name in grads:
                     update(
-                        self.params[name], grads[name], plan, group["hyper"], self.kind, self.frozen,
+                        self.params[name], grads[name], plan, group["hyper"], self.kind, self.masked,
                         self.streams[name], unscale, clip,
                     )  # fmt: skip
             if any(name in grads for name in group["names"]):
@@ -573,6 +594,7 @@ MEANINGS = {
     "as it is": {},
     "gradient": {"masked": "gradient"},
     "frozen": {"masked": "frozen"},
+    "update": {"masked": "update"},
     "frozen, global": {"masked": "frozen", "bias_correction": "global"},
 }
 
@@ -581,7 +603,10 @@ MEANINGS = {
 @pytest.mark.parametrize("rule", RULES)
 def test_a_training_has_the_bits_of_the_page(rule, kind, seed):
     """float32 under every meaning of "dropped", other dtypes under a drawn one."""
-    refused = {"gaussian": MEANINGS.keys() - {"as it is"}, "rows": {"gradient"}}.get(rule.split(",")[0], ())
+    refused = {
+        **dict.fromkeys(("gaussian", "skipped updates"), MEANINGS.keys() - {"as it is"}),
+        "rows": {"gradient", "update"},
+    }.get(rule.split(",")[0], ())
     meanings = [meaning for meaning in MEANINGS if meaning not in refused]
     rng = np.random.default_rng([seed, list(RULES).index(rule), list(KINDS).index(kind)])
     for meaning in meanings if kind == "float32" else [rng.choice(meanings)]:

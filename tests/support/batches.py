@@ -29,12 +29,20 @@ PLANS = {
     "one bucket": MaskPlan("bucket", frozen=True, buckets=1, ages=(3,)),
     "fixed": MaskPlan("fixed", scale=2.0),
     "fixed frozen": MaskPlan("fixed", frozen=True, scale=1.5),
+    "keep update": MaskPlan("keep", scale=1.7, update=True),
+    "off update": MaskPlan("off", scale=1.7, update=True),
+    "bernoulli update": MaskPlan("bernoulli", threshold=30_000, scale=65536 / 35536, update=True),
+    "buckets update": MaskPlan("bucket", update=True, **BUCKETS),
+    "fixed update": MaskPlan("fixed", scale=1.5, update=True),
 }
 PLANS |= {
     f"{name} in planes": dataclasses.replace(plan, bitpacked=True)
     for name, plan in PLANS.items()
     if plan.kind == "bucket"
 }
+DROPPING = [  # names of those that drop gradients
+    name for name, plan in PLANS.items() if plan.kind not in ("keep", "gaussian") and not plan.update
+]
 LISTS = ("params", "copies", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "grads", "steps")
 LAYOUTS = (
     (4099, RowBlock(2**40 + 8, 4099, 4099)),  # a range that begins with a Philox call
@@ -63,7 +71,7 @@ def words_of(plan: MaskPlan, key: int, layout: RowBlock, numel: int, generator) 
 
 def batch_of(
     generator, plans, dtypes, layouts, offset=0, amsgrad=False, maximize=False, decay=0.1, masters=False,
-    stochastic=False,
+    stochastic=False, cautious=False,
 ) -> TensorBatch:  # fmt: skip
     """Makes a row per (numel, layout), its plan the next of ``plans``; values of all scales; gradients of 0, inf and
     NaN.
@@ -75,7 +83,7 @@ def batch_of(
     batch = TensorBatch(
         torch.device("cpu"), stepped, moment_dtype, grad_dtype=param_dtype, stochastic=stochastic
     )  # fmt: skip
-    batch.hypers = [Hyper(3e-2, 0.8, 0.95, 1e-3, decay, amsgrad, maximize, plan) for plan in plans]
+    batch.hypers = [Hyper(3e-2, 0.8, 0.95, 1e-3, decay, amsgrad, maximize, plan, cautious) for plan in plans]
     low = -3.0 if F16 in dtypes else -22.0
 
     def drawn(numel, dtype):

@@ -116,7 +116,9 @@ HYPERS = {
     "default": {"lr": 1e-3},
     "amsgrad": {"lr": 3e-2, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1, "amsgrad": True},
     "maximize": {"lr": 7e-3, "betas": (0.5, 0.9), "eps": 1e-6, "weight_decay": 0.0, "maximize": True},
-    "all": {"lr": 2e-2, "betas": (0.0, 0.9999), "eps": 1e-5, "weight_decay": 0.3, "amsgrad": True, "maximize": True},
+    "all": {"lr": 2e-2, "betas": (0.0, 0.9999), "eps": 1e-5, "weight_decay": 0.3, "amsgrad": True, "maximize": True,
+            "cautious_weight_decay": True},
+    "cautious": {"lr": 2e-2, "betas": (0.7, 0.97), "eps": 1e-4, "weight_decay": 0.4, "cautious_weight_decay": True},
 }
 
 
@@ -148,7 +150,8 @@ def of_all_rows(optimizer, param: torch.Tensor, value: torch.Tensor) -> torch.Te
     return torch.zeros(param.shape, dtype=value.dtype).masked_scatter(optimizer.mask(param), value)
 
 
-_FROZEN, _GRADIENT, _GLOBAL = {"masked": "frozen"}, {"masked": "gradient"}, {"bias_correction": "global"}
+_FROZEN, _GRADIENT, _UPDATE = ({"masked": masked} for masked in ("frozen", "gradient", "update"))
+_GLOBAL = {"bias_correction": "global"}
 BLOCKS = ("layers.*",)
 
 
@@ -191,7 +194,19 @@ MASKINGS = {
     "buckets-20": _of("graddrop-epoch", 20),
     "fixed": Masking(_random_masks),
     "fixed-gradient": Masking(_random_masks, _GRADIENT),
+    "fixed-update": Masking(_random_masks, _UPDATE),
+    "graddrop-update": _of("graddrop", p=0.7, arguments=_UPDATE),
+    "layer-update": _of("layer-graddrop", arguments=_UPDATE),
+    "buckets-update": _of("graddrop-epoch", 6, arguments=_UPDATE, **_PACKED),
+    "buckets-update-recompute": _of("graddrop-epoch-toggle", 5, arguments=_UPDATE),
 }
+def masked_of(masking: str) -> str | None:
+    """What a masking masks: "gradient", "frozen" or "update"; None: nothing is dropped."""
+    how = MASKINGS[masking]
+    policy = how.policy(_FOUR_BLOCKS)
+    return policy and (how.arguments.get("masked") or policy.masked)
+
+
 ALL_MASKINGS = {**MASKINGS, "rows": Masking(_rows)}  # also those whose moments may have other shapes than parameters
 
 
@@ -213,10 +228,9 @@ class Case(verify_cases.Case):
         masters: bool = False, stochastic: bool = False, steps: int = 1, start: int = 0,
     ) -> "Case":  # fmt: skip
         """``steps`` from the place ``start`` of EPOCH_OF_STEP on."""
-        how = MASKINGS[masking]
-        policy = how.policy(_FOUR_BLOCKS)
-        frozen = policy is not None and (how.arguments.get("masked") or policy.masked) == "frozen"
-        switches = ("frozen",) * frozen + tuple(name for name in ("amsgrad", "maximize") if HYPERS[hyper].get(name))
+        masked = masked_of(masking)
+        on = tuple(name for name in ("amsgrad", "maximize") if HYPERS[hyper].get(name))
+        switches = (masked,) * (masked in ("frozen", "update")) + on
         names = {**_DTYPE_NAMES, (F64, F64, False, False): "f64"}
         return cls(masking, names[(*dtypes, masters, stochastic)], switches, sizes, steps, "", hyper=hyper, start=start)
 

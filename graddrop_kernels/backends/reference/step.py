@@ -37,7 +37,7 @@ def sum_of_squares(batch: TensorBatch, masked: bool, exact: bool = False) -> tor
     total = torch.zeros((), dtype=torch.float64, device=batch.device)
     for row, hyper_row in enumerate(batch.hyper_rows):
         g = batch.grads[row].to(_working_dtype(batch.params[row])).flatten()
-        if masked:
+        if masked and not batch.hypers[hyper_row].plan.update:
             plan = batch.hypers[hyper_row].plan
             completed_steps = int(batch.steps[row])
             keep, _ = _keep_and_bucket(batch, row, plan, completed_steps)
@@ -79,11 +79,12 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
     g = grad.to(dtype).flatten()
     if hyper.maximize:
         g = -g
-    g = _masked_gradient(g, batch, row, plan, completed_steps, keep, rounding)
+    if plan.update:
+        step_size = step_size * step_size.new_tensor(plan.scale)
+    else:
+        g = _masked_gradient(g, batch, row, plan, completed_steps, keep, rounding)
 
     old: tuple[Any, ...] = p, m, v, vmax
-    if hyper.weight_decay != 0:
-        p = fma(neg_lr_wd, p, p)
     m = fma(beta1, m, fma(-beta1, g, g))
     g_squared = g * g
     # An infinite square gives an infinite v, by which nothing moves, and not infinity - infinity, which is NaN.
@@ -92,7 +93,11 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
     if hyper.amsgrad:
         vhat = vmax = torch.where(v > vmax, v, vmax)
     denom = rounding.sqrt(vhat) / bias_correction2_sqrt + eps
-    p = p - step_size * m / denom
+    numerator = step_size * m
+    if hyper.weight_decay != 0:
+        decayed = fma(neg_lr_wd, p, p)
+        p = torch.where(numerator * p < 0, p, decayed) if hyper.cautious else decayed
+    p = p - numerator / denom
 
     if batch.stochastic:
         draws = lambda *run: words32(key, completed_steps, DOMAIN_ROUNDING, *run)
@@ -101,9 +106,13 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
     if batch.copies:  # of the master weights that have just been stepped
         targets.append(batch.copies[row])
         old += (batch.copies[row].flatten(),)
-    for target, new, kept in zip(targets, (p, m, v, vmax, p.to(batch.grad_dtype or param.dtype)), old):
+    if plan.kind == "off" and plan.update:
+        keep = torch.zeros((), dtype=torch.bool, device=param.device)
+    is_moment = False, True, True, True, False
+    new_values = p, m, v, vmax, p.to(batch.grad_dtype or param.dtype)
+    for target, new, kept, moment in zip(targets, new_values, old, is_moment):
         if new is not None:
-            if plan.frozen and keep is not None:
+            if keep is not None and (plan.frozen or plan.update and not moment):
                 new = torch.where(keep, new, kept)
             target.copy_(new.view_as(target))
 

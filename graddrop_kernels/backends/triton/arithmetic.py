@@ -89,14 +89,18 @@ def new_moments(g, m, v, vmax, beta1, beta2, AMSGRAD: tl.constexpr, INTERPRETED:
 
 @triton.jit
 def new_parameter(
-    p, m, vhat, lr_weight_decay, eps, step_size, bc2_sqrt, bc2_sqrt_reciprocal, decay, INTERPRETED: tl.constexpr
-):
+    p, m, vhat, lr_weight_decay, eps, step_size, bc2_sqrt, bc2_sqrt_reciprocal, decay, CAUTIOUS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """The parameter in float32 from the new moments; vhat is exp_avg_sq, or its maximum for amsgrad."""
+    numerator = step_size * m
     # decoupled weight decay; skipped when 0, so that an infinite parameter does not become NaN
+    if CAUTIOUS:  # and where the update moves the parameter away from 0
+        decay = decay & ((numerator * p < 0) == 0)
     p = tl.where(decay, fma(negated(lr_weight_decay), p, p, INTERPRETED), p)
     root = tl.sqrt_rn(vhat)
     # root / bc2_sqrt, rounded once: see div_by_constant in csrc/adamw.h
     quotient = tl.minimum(root * bc2_sqrt_reciprocal, FLOAT32_MAX)
     remainder = fma(negated(quotient), bc2_sqrt + tl.zeros_like(quotient), root, INTERPRETED)
     denom = fma(remainder, bc2_sqrt_reciprocal, quotient, INTERPRETED) + eps
-    return p - tl.div_rn(step_size * m, denom)
+    return p - tl.div_rn(numerator, denom)

@@ -65,10 +65,10 @@ def load_gradient(at, in_bounds, wanted, SPARE: tl.constexpr, FULL: tl.constexpr
 def masked_gradient(
     row, g, clip, wanted, block_start,
     KIND_: tl.constexpr, PLANES: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr, SELECT: tl.constexpr,
-    CLIP: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
+    CLIP: tl.constexpr, UPDATE: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(g, keep, bucket) of the BLOCK elements from block_start on. g are their float32 gradients, clipped, signed,
-    masked and scaled; keep and bucket are the mask.
+    masked and scaled, with UPDATE whole; keep and bucket are the mask.
 
     SELECT: g of a dropped block may have any value.
     """
@@ -84,5 +84,6 @@ def masked_gradient(
     keep, bucket = True, 0
     if KIND_ != KEEP and KIND_ != GAUSSIAN:
         keep, bucket = keep_and_bucket(row, block_start, KIND_, PLANES, VEC, ROWS, BLOCK)
-        g = tl.where(keep, g, 0.0)  # selection: a dropped inf or NaN is dropped
+        if not UPDATE:
+            g = tl.where(keep, g, 0.0)  # selection: a dropped inf or NaN is dropped
     return g, keep, bucket

@@ -50,8 +50,9 @@ def constants(
     return {
         "P": types[param_dtype], "G": types[grad_dtype], "M": types[moment_dtype], "KIND_": MASK_KINDS[launch.kind],
         "PLANES": launch.planes, "VEC": vector if launch.aligned else 1, "ROWS": launch.rows,
-        "AMSGRAD": launch.amsgrad, "FROZEN_": launch.frozen, "AGES_": launch.ages, "COPY_": copies,
-        "STOCHASTIC": stochastic, "GRAD_SCALE": grad_scale, "CLIP": clip, "INTERPRETED": interpreted(),
+        "AMSGRAD": launch.amsgrad, "FROZEN_": launch.frozen, "UPDATE": launch.update, "CAUTIOUS": launch.cautious,
+        "AGES_": launch.ages, "COPY_": copies, "STOCHASTIC": stochastic, "GRAD_SCALE": grad_scale, "CLIP": clip,
+        "INTERPRETED": interpreted(),
     }  # fmt: skip
 
 

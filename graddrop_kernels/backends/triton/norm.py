@@ -34,7 +34,7 @@ def add_squares(
     g = to_float32(g, INTERPRETED)
     if MASKED:
         g, keep, bucket = masked_gradient(
-            row, g, 1.0, wanted, block_start, KIND_, PLANES, VEC, ROWS, False, False, INTERPRETED, BLOCK
+            row, g, 1.0, wanted, block_start, KIND_, PLANES, VEC, ROWS, False, False, False, INTERPRETED, BLOCK
         )
     g = g.to(tl.float64)
     return tl.fma(g, g, squares)  # the product is exact in any case
@@ -86,7 +86,7 @@ def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
     dropped ones count as 0 and kept ones are multiplied by their scale. The step counts do not change.
     """
     tables = tables_of(batch, for_norm=True)
-    launches = tables.launches if masked else tables.launches_of_all()
+    launches = tables.launches_of_norm(masked)
     total, first = sum(launch.chunks.numel() for launch in launches), 0
     out = (torch.empty if total else torch.zeros)((), dtype=torch.float64, device=batch.device)
     block = block_of(batch.device)

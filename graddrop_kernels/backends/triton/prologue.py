@@ -36,9 +36,10 @@ from .row import (
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, SCALE, AGE_RATE, GLOBAL_STEP, AGES, NUM_AGES, DRAW = (
     tl.constexpr(i) for i in range(11)
 )
-KIND, FROZEN, THRESHOLD, BUCKETS, FIRST_BUCKET, LAST_BUCKET = (tl.constexpr(i) for i in range(22, 28))
+MASK_FROZEN, MASK_UPDATE = tl.constexpr(1), tl.constexpr(2)  # Masked
+KIND, MASKED, THRESHOLD, BUCKETS, FIRST_BUCKET, LAST_BUCKET = (tl.constexpr(i) for i in range(22, 28))
 MAXIMIZE, LR_AT = tl.constexpr(30), tl.constexpr(31)
-HYPER_WORDS = tl.constexpr(16)
+HYPER_WORDS = tl.constexpr(17)
 
 
 @triton.jit
@@ -69,7 +70,8 @@ def prologue_kernel(
     doubles, ints = hyper.to(tl.pointer_type(tl.float64)), hyper.to(tl.pointer_type(tl.int32))
     scalars = step_rows + tensor * STEP_WORDS
     as_float = scalars.to(tl.pointer_type(tl.float32))
-    kind, frozen = tl.load(ints + KIND), tl.load(ints + FROZEN) != 0
+    kind, masked = tl.load(ints + KIND), tl.load(ints + MASKED)
+    frozen, update = masked == MASK_FROZEN, masked == MASK_UPDATE
     skip = (kind == OFF) & frozen
     if FOUND_INF:
         skip = skip | (tl.load(found_inf) != 0)
@@ -95,6 +97,8 @@ def prologue_kernel(
         step_size, bc2_sqrt, bc2_sqrt_reciprocal = bias_corrections(
             lr, beta1.to(tl.float64), beta2.to(tl.float64), age + tl.zeros([LANES], tl.float64)
         )
+        scale_of_update = tl.where(update, scale, 1.0)
+        step_size *= scale_of_update
         lane = tl.arange(0, LANES)
         first_lane = lane == 0
         tl.store(as_float + STEP_SIZE + lane, step_size, mask=first_lane)
@@ -104,9 +108,9 @@ def prologue_kernel(
         tl.store(as_float + S_BETA1, beta1)
         tl.store(as_float + S_BETA2, beta2)
         tl.store(as_float + S_EPS, tl.load(doubles + EPS).to(tl.float32))
-        # a dropped block's gradient is +0, never -0
-        sign = tl.where((tl.load(ints + MAXIMIZE) != 0) & (kind != OFF), -1.0, 1.0)
-        scales = (kind == BERNOULLI) | (kind == FIXED)
+        off = (kind == OFF) & (masked != MASK_UPDATE)  # a dropped block's gradient is +0, never -0
+        sign = tl.where((tl.load(ints + MAXIMIZE) != 0) & (off == 0), -1.0, 1.0)
+        scales = ((kind == BERNOULLI) | (kind == FIXED)) & (masked != MASK_UPDATE)
         tl.store(as_float + FACTOR, tl.where(scales, sign * scale, sign))
         tl.store(as_float + DEVIATION, tl.where(kind == GAUSSIAN, scale, 0.0))
         # Rows that keep everything may be in a launch of any drawn kind.
@@ -116,10 +120,12 @@ def prologue_kernel(
         tl.store(scalars + S_DRAW, tl.where(kind == BUCKET, 0, draw).to(tl.uint32))
         buckets = tl.load(ints + BUCKETS)
         tl.store(scalars + S_BUCKETS, tl.where(keeps, 1, buckets).to(tl.uint32))
-        tl.store(scalars + S_FIRST, tl.where(keeps, 0, tl.load(ints + FIRST_BUCKET)).to(tl.uint32))
+        # A dropped row of masked="update" has one bucket, out of the range.
+        first = tl.where(keeps, 0, tl.where((kind == OFF) & update, 1, tl.load(ints + FIRST_BUCKET)))
+        tl.store(scalars + S_FIRST, first.to(tl.uint32))
         tl.store(scalars + S_LAST, tl.where(keeps, 0, tl.load(ints + LAST_BUCKET)).to(tl.uint32))
         decays = tl.load(doubles + WEIGHT_DECAY) != 0
-        flags = tl.where(kind == OFF, OFF_FLAG, 0) | tl.where(frozen, FROZEN_FLAG, 0) | tl.where(decays, DECAY_FLAG, 0)
+        flags = tl.where(off, OFF_FLAG, 0) | tl.where(frozen, FROZEN_FLAG, 0) | tl.where(decays, DECAY_FLAG, 0)
         tl.store(scalars + S_FLAGS, (flags | completed.to(tl.int64) << STEPS_SHIFT).to(tl.uint32))
 
         if AGES_:

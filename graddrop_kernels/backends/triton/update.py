@@ -37,8 +37,8 @@ from .row import (
 def update_block(
     row, by_age, divisor, clip, block_start,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, KIND_: tl.constexpr, PLANES: tl.constexpr, VEC: tl.constexpr,
-    ROWS: tl.constexpr, AMSGRAD: tl.constexpr, FROZEN_: tl.constexpr, AGES_: tl.constexpr, COPY_: tl.constexpr,
-    STOCHASTIC: tl.constexpr, GRAD_SCALE: tl.constexpr, CLIP: tl.constexpr,
+    ROWS: tl.constexpr, AMSGRAD: tl.constexpr, FROZEN_: tl.constexpr, UPDATE: tl.constexpr, CAUTIOUS: tl.constexpr,
+    AGES_: tl.constexpr, COPY_: tl.constexpr, STOCHASTIC: tl.constexpr, GRAD_SCALE: tl.constexpr, CLIP: tl.constexpr,
     INTERPRETED: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Masks, scales and updates the elements [block_start, block_start + BLOCK) of a tensor; FULL: all are in it."""
@@ -64,15 +64,16 @@ def update_block(
         vmax_old = tl.load(vmax_at, mask=in_bounds, other=other)
     if COPY_:
         copy_at = row.copy + block_start + lane
-        copy_old = tl.load(copy_at, mask=in_bounds, other=other) if FROZEN_ else 0
+        copy_old = tl.load(copy_at, mask=in_bounds, other=other) if FROZEN_ or UPDATE else 0
 
     g = to_float32(g_old, INTERPRETED)
     if GRAD_SCALE:
         g = tl.div_rn(g, divisor + tl.zeros_like(g))
         tl.store(g_at, to_storage(g, G, INTERPRETED), mask=in_bounds)
     g, keep, bucket = masked_gradient(
-        row, g, clip, wanted, block_start, KIND_, PLANES, VEC, ROWS, GRAD_SCALE or CLIP, CLIP, INTERPRETED, BLOCK
-    )
+        row, g, clip, wanted, block_start, KIND_, PLANES, VEC, ROWS, GRAD_SCALE or CLIP, CLIP, UPDATE, INTERPRETED,
+        BLOCK,
+    )  # fmt: skip
     moves = True
     if FROZEN_:
         moves = keep | ((flags & FROZEN_FLAG) == 0)
@@ -96,22 +97,24 @@ def update_block(
         bc2_sqrt_reciprocal = tl.load(at + 1).to(tl.uint32).to(tl.float32, bitcast=True)
     p = new_parameter(
         to_float32(p_old, INTERPRETED), m, vmax if AMSGRAD else v, row.lr_weight_decay, row.eps,
-        step_size, bc2_sqrt, bc2_sqrt_reciprocal, (flags & DECAY_FLAG) != 0, INTERPRETED,
+        step_size, bc2_sqrt, bc2_sqrt_reciprocal, (flags & DECAY_FLAG) != 0, CAUTIOUS, INTERPRETED,
     )  # fmt: skip
     if STOCHASTIC:
         start = block_start + tl.arange(0, BLOCK // VEC) * VEC
         p = stochastic_bfloat16(p, words32(start, row, row.flags >> STEPS_SHIFT, DOMAIN_ROUNDING, VEC, ROWS))
-    store(p_at, p, p_old, moves, in_bounds, P, FROZEN_, INTERPRETED)
+    if UPDATE:
+        moves = keep
+    store(p_at, p, p_old, moves, in_bounds, P, FROZEN_ or UPDATE, INTERPRETED)
     if COPY_:
-        store(copy_at, p, copy_old, moves, in_bounds, G, FROZEN_, INTERPRETED)
+        store(copy_at, p, copy_old, moves, in_bounds, G, FROZEN_ or UPDATE, INTERPRETED)
 
 
 @triton.jit(do_not_specialize=["age_stride"])
 def masked_adamw_kernel(
     rows, step_rows, by_age_table, chunks, grad_scale, clip_factor, age_stride,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, KIND_: tl.constexpr, PLANES: tl.constexpr, VEC: tl.constexpr,
-    ROWS: tl.constexpr, AMSGRAD: tl.constexpr, FROZEN_: tl.constexpr, AGES_: tl.constexpr, COPY_: tl.constexpr,
-    STOCHASTIC: tl.constexpr, GRAD_SCALE: tl.constexpr, CLIP: tl.constexpr,
+    ROWS: tl.constexpr, AMSGRAD: tl.constexpr, FROZEN_: tl.constexpr, UPDATE: tl.constexpr, CAUTIOUS: tl.constexpr,
+    AGES_: tl.constexpr, COPY_: tl.constexpr, STOCHASTIC: tl.constexpr, GRAD_SCALE: tl.constexpr, CLIP: tl.constexpr,
     INTERPRETED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Makes one masked AdamW step on one chunk: BLOCKS blocks of BLOCK elements of one tensor."""
@@ -127,13 +130,13 @@ def masked_adamw_kernel(
         start = first
         while start + BLOCK <= end:
             start = tl.multiple_of(start, BLOCK)
-            update_block(row, by_age, divisor, clip, start, P, G, M, KIND_, PLANES, VEC, ROWS, AMSGRAD, FROZEN_, AGES_,
-                         COPY_, STOCHASTIC, GRAD_SCALE, CLIP, INTERPRETED, BLOCK, True)  # fmt: skip
+            update_block(row, by_age, divisor, clip, start, P, G, M, KIND_, PLANES, VEC, ROWS, AMSGRAD, FROZEN_, UPDATE,
+                         CAUTIOUS, AGES_, COPY_, STOCHASTIC, GRAD_SCALE, CLIP, INTERPRETED, BLOCK, True)  # fmt: skip
             start += BLOCK
         if start < end:
             start = tl.multiple_of(start, BLOCK)
-            update_block(row, by_age, divisor, clip, start, P, G, M, KIND_, PLANES, VEC, ROWS, AMSGRAD, FROZEN_, AGES_,
-                         COPY_, STOCHASTIC, GRAD_SCALE, CLIP, INTERPRETED, BLOCK, False)  # fmt: skip
+            update_block(row, by_age, divisor, clip, start, P, G, M, KIND_, PLANES, VEC, ROWS, AMSGRAD, FROZEN_, UPDATE,
+                         CAUTIOUS, AGES_, COPY_, STOCHASTIC, GRAD_SCALE, CLIP, INTERPRETED, BLOCK, False)  # fmt: skip
 
 
 def masked_adamw_(batch: TensorBatch) -> None:

@@ -46,7 +46,8 @@ DTYPES = {
 COLUMNS: dict[str, list[str]] = {}
 for _name in DTYPES:
     COLUMNS.setdefault(_name.split()[-1], []).append(_name)
-SWITCHES = ("amsgrad", "maximize", "decay", "frozen", "clip")
+MASKED = ("gradient", "frozen", "update")
+SWITCHES = ("amsgrad", "maximize", "decay", *MASKED[1:], "clip", "cautious")
 SMALL_SIZES = (0, 1, 3, 4, 5, 31, 33, 1031)
 SIZES = (*SMALL_SIZES, 65537)  # the last is more than two threads' shares
 LARGE_SIZES = (2**22 + 3, 33)  # for a GPU: more blocks than run at a time
@@ -80,6 +81,13 @@ POLICIES["FixedMask"] = _fixed_mask
 _DROPS_NOTHING = {method.name.replace(",", "") for method in METHODS.values() if method.masked is None}
 
 
+def _masked_of(policy: str) -> tuple[str, ...]:
+    """The meanings of dropping that a policy can have."""
+    if policy in _DROPS_NOTHING:
+        return MASKED[:1]
+    return ("update",) if policy == "SkipUpdate" else MASKED
+
+
 @dataclass(frozen=True)
 class Case:
     """``switches``: those of SWITCHES that are on; ``reference``: the device on which "exact" steps it; ``eager``:
@@ -105,8 +113,8 @@ class Case:
         return self.policy == "GaussianGradDrop"
 
     @property
-    def frozen(self) -> bool:
-        return "frozen" in self.switches
+    def masked(self) -> str:
+        return next((switch for switch in MASKED if switch in self.switches), MASKED[0])
 
     @property
     def column(self) -> str:
@@ -131,6 +139,7 @@ class Case:
             "weight_decay": 10 ** rng.uniform(-2, -0.5) if "decay" in self.switches else 0.0,
             "amsgrad": "amsgrad" in self.switches,
             "maximize": "maximize" in self.switches,
+            "cautious_weight_decay": "cautious" in self.switches,
             "moment_dtype": moments if moments in (F32, BF16) else None,
             "master_weights": masters,
             "stochastic_rounding": stochastic,
@@ -139,25 +148,25 @@ class Case:
             arguments["max_grad_norm"] = norm * rng.uniform(0.3, 0.7)
             arguments["norm_after_mask"] = rng.random() < 0.5
         if self.policy not in _DROPS_NOTHING:
-            arguments["masked"] = "frozen" if self.frozen else "gradient"
+            arguments["masked"] = self.masked
             arguments["bias_correction"] = rng.choice(("active", "active", "global"))
         return arguments
 
 
 def make_cases(seed: int, quick: bool, gpus: list[torch.device]) -> list[Case]:
     """Every policy with all columns: under every combination of the switches in float32 and 4 of them in the others, or
-    with ``quick`` under one each; on a GPU also with a long tensor. Clipping, which leaves the rest of a step as it is,
-    is a coin of each case. The policies take turns, so that the first cases hold something of each.
+    with ``quick`` under one each; on a GPU also with a long tensor. Clipping and cautious decay, which leave the rest
+    of a step as it is, are coins of each case. The policies take turns, so that the first cases hold something of each.
     """
     rng = random.Random(f"{seed} cases")
-    clip: Callable[[], tuple[str, ...]] = lambda: ("clip",) * rng.randrange(2)
+    coins: Callable[[], tuple[str, ...]] = lambda: ("clip",) * rng.randrange(2) + ("cautious",) * rng.randrange(2)
     by_policy = []
     for policy in POLICIES:
         cases = []
         combinations = [
-            tuple(itertools.compress(SWITCHES, on))
-            for on in itertools.product((False, True), repeat=4)
-            if not (on[3] and policy in _DROPS_NOTHING)
+            tuple(itertools.compress(SWITCHES, on)) + ((masked,) if masked in SWITCHES else ())
+            for on in itertools.product((False, True), repeat=3)
+            for masked in _masked_of(policy)
         ]
         eager = rng.choice(list(COLUMNS)) if quick else None  # None: all
         for column, names in COLUMNS.items():
@@ -166,12 +175,12 @@ def make_cases(seed: int, quick: bool, gpus: list[torch.device]) -> list[Case]:
             for i, switches in enumerate(chosen):
                 own_seed = f"{seed} {policy} {column} {i}"
                 sizes = SIZES if i % 4 < len(names) else SMALL_SIZES
-                cases.append(Case(policy, names[i % len(names)], switches + clip(), sizes, 3, own_seed,
+                cases.append(Case(policy, names[i % len(names)], switches + coins(), sizes, 3, own_seed,
                                   rng.random() < 0.3, eager=i == 0 and eager in (None, column)))  # fmt: skip
         # "exact" on the GPU is fast enough for long tensors. An eager case of the dtypes compares it with the CPU's.
         for gpu in gpus:
             dtypes = rng.choice([case.dtypes for case in cases if case.eager])
-            switches, own_seed = rng.choice(combinations) + clip(), f"{seed} {policy} large"
+            switches, own_seed = rng.choice(combinations) + coins(), f"{seed} {policy} large"
             cases.append(Case(policy, dtypes, switches, LARGE_SIZES, 2, own_seed, rng.random() < 0.3, gpu, not quick))
         by_policy.append(cases)
     return [case for turn in itertools.zip_longest(*by_policy) for case in turn if case]

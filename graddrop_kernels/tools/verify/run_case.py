@@ -220,12 +220,16 @@ def _check_step(case: Case, arguments: dict[str, Any], truth: Truth, training: T
         moment, old = stepped["exp_avg"], before["exp_avg"]
         wide = torch.promote_types(old.dtype, torch.float32)
         decayed = (torch.tensor(beta1, dtype=wide) * old.to(wide)).to(old.dtype)
-        trained = bits(moment) != bits(old) if case.frozen else moment != decayed
+        if case.masked == "update":  # the moments show no mask, and not every parameter that is trained moves
+            trained = mask & said
+        else:
+            trained = bits(moment) != bits(old) if case.masked == "frozen" else moment != decayed
         for what, actual in (("optimizer.mask", said), ("what it did", trained)):
             if not torch.equal(actual, mask):
                 found.wrong_masks += 1
                 raise _wrong_mask(case, what, actual, mask)
-        for key in before if case.frozen else ():  # by itself, and not only as "exact" has it
+        kept = {"gradient": (), "frozen": before, "update": [key for key in before if "param" in key]}[case.masked]
+        for key in kept:  # by itself, and not only as "exact" has it
             moved = (bits(stepped[key]) != bits(before[key])) & ~mask if key != "step" else mask[:0]
             if moved.any():
                 raise Mismatch(f"{key}: a frozen element moved, {_place(case, int(moved.nonzero()[0]))}")

@@ -25,6 +25,7 @@ _TYPES = {DTYPES[torch.float32]: "f", DTYPES[torch.bfloat16]: BFLOAT16, DTYPES[t
 _KINDS = {number: kind for kind, number in MASK_KINDS.items()}
 # Variant of csrc/cuda/thread_mask.h: of a mask kind, and what is added to it for frozen elements and for ages
 _VARIANTS = {"gaussian": 1, "bernoulli": 2, "bucket": 4, "fixed": 6, "planes": 6}
+_OF_UPDATE = {"bernoulli": 8, "bucket": 9, "fixed": 10, "planes": 10}
 
 
 def cuobjdump() -> str | None:
@@ -92,8 +93,9 @@ class CudaEmulation(Emulation):
         gradients = _TYPES[spec.grad_dtype] if half == "f" else half
         types = f"NS_5TypesI{half}{gradients}{moments}Lb{int(spec.stochastic and half == BFLOAT16)}EE"
         part = f"14general_kernelI{types}"
-        if spec.aligned:
-            part = f"14aligned_kernelILNS_7VariantE{_variant(spec)}ELb{int(spec.amsgrad)}E{types}"
+        if spec.aligned and not (spec.amsgrad and spec.cautious):
+            how = f"{_variant(spec)}ELb{int(spec.amsgrad)}ELb{int(spec.cautious)}E"
+            part = f"14aligned_kernelILNS_7VariantE{how}{types}"
         self._launch(part, spec.num_chunks, bytes(spec))
 
     def sum_of_squares(self, address: int, masked, sums, arrived, out, first, total) -> None:
@@ -122,6 +124,8 @@ def _variant(spec: cuda.LaunchSpec, for_norm: bool = False) -> int:
     variant = _VARIANTS.get(kind, 0)
     if for_norm:
         return variant
+    if spec.update:
+        return _OF_UPDATE[kind]
     return variant + bool(spec.frozen if kind == "bernoulli" else spec.ages and kind in ("bucket", "planes"))
 
 
