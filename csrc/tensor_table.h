@@ -7,11 +7,11 @@
 
 namespace graddrop {
 
-constexpr int32_t kTableVersion = 3;
+constexpr int32_t kTableVersion = 4;
 
 enum DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
-enum LrAt : int32_t { kLrHere, kLrInFloat, kLrInDouble };  // lr is the rate, or the device address of a number
+enum NumberAt : int32_t { kHere, kInFloat, kInDouble };  // it is the number, or the device address of one
 
 struct TensorRow {
   void* param;
@@ -43,10 +43,11 @@ struct HyperRow {
   int32_t num_planes;  // -1: recompute buckets
   int32_t amsgrad;
   int32_t maximize;
-  int32_t lr_at;  // LrAt; on a CPU kLrHere
+  int32_t lr_at;            // NumberAt; on a CPU kHere
+  int32_t weight_decay_at;  // likewise
 };
 
-static_assert(sizeof(TensorRow) == 112 && sizeof(HyperRow) == 128, "tensor_table.py has the same sizes");
+static_assert(sizeof(TensorRow) == 112 && sizeof(HyperRow) == 136, "tensor_table.py has the same sizes");
 
 // The values that the prologue on a GPU derives from a TensorRow and its HyperRow for one step. A launch holds rows of
 // one mask kind. Rows of kind keep or off may be among them; their values make that kind keep or drop everything.

@@ -15,7 +15,7 @@ from .upload import Upload
 
 CHUNK = 4096  # elements per program or block of the update
 ALIGNMENT = 16  # bytes of the widest access
-_HYPER_BYTES, _STEP_ROW_BYTES = 128, 64
+_HYPER_BYTES, _STEP_ROW_BYTES = 136, 64
 _KEPT_LAUNCHES = 8  # sets of launches remembered: LayerGradDrop with masked="frozen" has another set in every step
 _FIXED_STREAMS = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "copy")  # gradients may lie elsewhere every time
 
@@ -23,7 +23,7 @@ _FIXED_STREAMS = ("param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "copy")  #
 class DeviceTables:
     """The tables of csrc/tensor_table.h for one batch, in its device's memory.
 
-    ``rows`` (int64 [tensors, 14]) and ``hypers`` (int64 [hyper rows, 16]) are views of one tensor, in which the ages
+    ``rows`` (int64 [tensors, 14]) and ``hypers`` (int64 [hyper rows, 17]) are views of one tensor, in which the ages
     follow. The prologue kernel writes ``step_rows`` and ``by_age``. ``launches`` are the launches of this step.
 
     Once a CUDA graph has captured them they are the graph's: nothing of them is replaced, and only
