@@ -16,6 +16,7 @@ from .groups.checks import check_groups
 from .groups.flat_buffers import FlatPiece, check_pieces
 from .groups.masking import Masking
 from .groups.options import GROUP_DEFAULTS, SHARED_BY_GROUPS, check_at_least_0, check_max_grad_norm, moment_dtype_name
+from .groups.param_state import note_moments
 from .inspection import describe, memory
 from .policies import GradDrop, Policy, PolicyBook
 from .step.graph import GraphStep, step_in_graph
@@ -217,9 +218,12 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 params, list(map(grad_of, params)), grad_scale, self._in_backward.under_way
             )
             self._stepper.step(
-                params, grads, grad_scale, found_inf, fresh=lambda: not self.state, stepped=self._in_backward.finish
+                params, grads, grad_scale, found_inf, fresh=self._has_not_stepped, stepped=self._in_backward.finish
             )
         return loss
+
+    def _has_not_stepped(self) -> bool:
+        return not any(group["completed_steps"] for group in self.param_groups)
 
     def advance_captured_step(self) -> None:
         """Prepares a replay of a CUDA graph in which ``step()`` was captured; call it right before each one. Updates
@@ -406,6 +410,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         """As torch's; the groups also hold the policies and our counts."""
         self._in_backward.check_ended("state_dict()")
         self._stepper.settle()
+        for group in self.param_groups:
+            note_moments(group, self.state)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool | None = None) -> None:
