@@ -7,10 +7,12 @@ import pickle
 import pytest
 import torch
 from cases import F16, F32, F64
+from torch._subclasses.fake_tensor import FakeTensorMode
 from toy import Encoder, build, emulate_cuda, named_params, random_grads, refused, state_bits, through_a_file, train
 
 from graddrop_kernels import FusedGradDropAdamW, GradDrop, param_groups
 from graddrop_kernels.groups import masking
+from graddrop_kernels.groups.options import check_options
 
 # Exact in every dtype. In a step with 0 nothing decays, and an infinite weight stays what it is.
 DECAYS = (0.0, 0.25, 0.5, 0.0, 0.125)
@@ -61,6 +63,19 @@ def test_a_tensor_on_the_parameters_device(dtype, backend, amsgrad, seed, monkey
     monkeypatch.setattr(masking, "_read", lambda number: number)
     for how in ("in place", "replaced"):
         assert state_bits(*train_by(how, "graddrop", backend, seed, dtype, amsgrad=amsgrad)) == expected
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_one_on_a_gpu_is_not_read_by_the_host(name):
+    """Neither by the checks of a step nor for its table."""
+    optimizer = FusedGradDropAdamW(named_params(), mask=None)
+    with FakeTensorMode():
+        value = optimizer.param_groups[0][name] = torch.empty((), device="cuda")
+    with pytest.raises(RuntimeError):
+        float(value)
+    check_options(0, optimizer.param_groups[0])
+    hyper = optimizer.masking.hyper(0, None, optimizer.masking.clock(0))
+    assert getattr(hyper, name) is value
 
 
 def test_every_way_to_give_it(backend, seed):
