@@ -11,7 +11,7 @@ constexpr int32_t kTableVersion = 4;
 
 enum DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
-enum LrAt : int32_t { kLrHere, kLrInFloat, kLrInDouble };  // lr is the rate, or the device address of a number
+enum NumberAt : int32_t { kHere, kInFloat, kInDouble };  // it is the number, or the device address of one
 
 struct TensorRow {
   void* param;
@@ -43,9 +43,9 @@ struct HyperRow {
   int32_t num_planes;  // -1: recompute buckets
   int32_t amsgrad;
   int32_t maximize;
-  int32_t lr_at;  // LrAt; on a CPU kLrHere
-  int32_t cautious;  // decays only what the update moves towards 0, or leaves
-  int32_t weight_decay_at;
+  int32_t lr_at;            // NumberAt; on a CPU kHere
+  int32_t weight_decay_at;  // likewise
+  int32_t cautious;         // decays only what the update does not move away from 0
 };
 
 static_assert(sizeof(TensorRow) == 112 && sizeof(HyperRow) == 136, "tensor_table.py has the same sizes");

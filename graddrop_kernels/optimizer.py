@@ -15,7 +15,8 @@ from .groups import load_state
 from .groups.checks import check_groups
 from .groups.flat_buffers import FlatPiece, check_pieces
 from .groups.masking import Masking
-from .groups.options import GROUP_DEFAULTS, SHARED_BY_GROUPS, check_max_grad_norm, moment_dtype_name
+from .groups.options import GROUP_DEFAULTS, SHARED_BY_GROUPS, check_at_least_0, check_max_grad_norm, moment_dtype_name
+from .groups.param_state import note_moments
 from .inspection import describe, memory
 from .policies import GradDrop, Policy, PolicyBook
 from .step.graph import GraphStep, step_in_graph
@@ -40,7 +41,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         params: floating-point tensors, (name, tensor) pairs such as ``model.named_parameters()``, group dicts (each may
             have its own ``"mask"``), or ``graddrop_kernels.param_groups(model)`` for the paper's scope: blocks masked,
             embeddings and head dense.
-        lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW.
+        lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW. lr and weight_decay may be tensors of
+            one element, changed in place or replaced between steps; the host does not wait for one on the parameters'
+            GPU.
         foreach: accepted without effect. The step is always one fused pass.
         fused: True lets ``torch.amp.GradScaler`` pass its scale to the step, as to torch's fused AdamW. The step then
             unscales the gradients and skips itself if they are not finite, all on the device. Otherwise the scaler does
@@ -48,7 +51,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         capturable: accepted for parameters on a GPU, without effect. A step there can always be captured in a CUDA
             graph, see ``advance_captured_step``.
         differentiable: record the step for autograd, as torch does: a later loss can be differentiated with respect to
-            the gradients, the previous parameters, the moments and a tensor lr. Slow, because it runs on the reference.
+            the gradients, the previous parameters, the moments and a tensor lr or weight_decay. Slow, because it runs
+            on the reference.
         mask: a policy of ``graddrop_kernels`` (default ``GradDrop(p=0.2)``), or None for plain AdamW.
         seed: int in [0, 2^64).
         masked: what happens to dropped elements. ``"gradient"``: their gradient is 0; moments decay, momentum and
@@ -95,7 +99,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         lr: float | torch.Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        weight_decay: float | torch.Tensor = 1e-2,
         amsgrad: bool = False,
         *,
         maximize: bool = False,
@@ -127,8 +131,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             "max_grad_norm": check_max_grad_norm(max_grad_norm), "norm_after_mask": norm_after_mask,
         }  # fmt: skip
         self._constructing = True
+        if isinstance(weight_decay, torch.Tensor):  # torch takes it for a number
+            check_at_least_0("weight_decay", weight_decay)
         super().__init__(
-            params, lr, betas, eps, weight_decay, amsgrad,
+            params, lr, betas, eps, weight_decay, amsgrad,  # type: ignore[arg-type]  # torch computes with a tensor too
             maximize=maximize, foreach=foreach, capturable=capturable, differentiable=differentiable,
         )  # fmt: skip
         if fused and differentiable:
@@ -217,14 +223,17 @@ class FusedGradDropAdamW(torch.optim.AdamW):
                 params, list(map(grad_of, params)), grad_scale, self._in_backward.under_way
             )
             self._stepper.step(
-                params, grads, grad_scale, found_inf, fresh=lambda: not self.state, stepped=self._in_backward.finish
+                params, grads, grad_scale, found_inf, fresh=self._has_not_stepped, stepped=self._in_backward.finish
             )
         return loss
 
+    def _has_not_stepped(self) -> bool:
+        return not any(group["completed_steps"] for group in self.param_groups)
+
     def advance_captured_step(self) -> None:
         """Prepares a replay of a CUDA graph in which ``step()`` was captured; call it right before each one. Updates
-        lr, p, the epoch and the masks of blocks without waiting for the GPU, and counts the step. Element masks, step
-        counts and bias corrections advance on the GPU by themselves.
+        lr, weight decay, p, the epoch and the masks of blocks without waiting for the GPU, and counts the step. Element
+        masks, step counts and bias corrections advance on the GPU by themselves.
 
         Steps outside of the graph may come in between. Several graphs of the same parameters may be captured, with a
         ``step()`` outside before each capture; one call then prepares whichever is replayed.
@@ -406,6 +415,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         """As torch's; the groups also hold the policies and our counts."""
         self._in_backward.check_ended("state_dict()")
         self._stepper.settle()
+        for group in self.param_groups:
+            note_moments(group, self.state)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool | None = None) -> None:

@@ -10,13 +10,14 @@
 
 namespace graddrop {
 
-// The learning rate: a number, or that of a tensor on the device, which may change without the host's knowledge.
-GRADDROP_FN float lr_of(const HyperRow& hyper) {
-  if (hyper.lr_at == kLrHere) return static_cast<float>(hyper.lr);
-  const void* at;
-  std::memcpy(&at, &hyper.lr, sizeof at);
-  return hyper.lr_at == kLrInFloat ? *static_cast<const float*>(at) : static_cast<float>(*static_cast<const double*>(at));
+// A number of a HyperRow, or that of a tensor on the device, which may change without the host's knowledge.
+GRADDROP_FN double number_of(const double& number, int32_t at) {
+  if (at == kHere) return number;
+  const void* address;
+  std::memcpy(&address, &number, sizeof address);
+  return at == kInFloat ? *static_cast<const float*>(address) : *static_cast<const double*>(address);
 }
+GRADDROP_FN float lr_of(const HyperRow& hyper) { return static_cast<float>(number_of(hyper.lr, hyper.lr_at)); }
 
 // The scalars that depend on the age. float64 from the float32-rounded betas, rounded once.
 // 1 - pow() and not -expm1(age * log(beta)), which is more accurate, because the CPU backend and the reference have it,
@@ -40,8 +41,9 @@ GRADDROP_FN bool moves(const HyperRow& hyper, const float* found_inf) {
 
 GRADDROP_FN StepRow step_row_of(const HyperRow& hyper, int64_t completed_steps, bool moves, int64_t age_stride) {
   const bool off = hyper.kind == kOff, update = hyper.masked == kMaskUpdate;
+  const double weight_decay = number_of(hyper.weight_decay, hyper.weight_decay_at);
   StepRow step = {};
-  step.lr_weight_decay = lr_of(hyper) * static_cast<float>(hyper.weight_decay);
+  step.lr_weight_decay = lr_of(hyper) * static_cast<float>(weight_decay);
   step.beta1 = static_cast<float>(hyper.beta1);
   step.beta2 = static_cast<float>(hyper.beta2);
   step.eps = static_cast<float>(hyper.eps);
@@ -63,8 +65,7 @@ GRADDROP_FN StepRow step_row_of(const HyperRow& hyper, int64_t completed_steps, 
     step.first_bucket = step.last_bucket = 1;
   }
   step.flags = (moves ? 0 : kSkipFlag) | (off && !update ? kOffFlag : 0) |
-               (hyper.masked == kMaskFrozen ? kFrozenFlag : 0) |
-               (hyper.weight_decay != 0 ? kDecayFlag : 0);
+               (hyper.masked == kMaskFrozen ? kFrozenFlag : 0) | (weight_decay != 0 ? kDecayFlag : 0);
   if (hyper.num_ages) {
     step.num_ages = static_cast<uint32_t>(hyper.buckets < age_stride ? hyper.buckets : age_stride);
   } else {

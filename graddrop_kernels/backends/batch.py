@@ -20,7 +20,7 @@ class Hyper:
     beta1: float
     beta2: float
     eps: float
-    weight_decay: float
+    weight_decay: float | torch.Tensor  # likewise
     amsgrad: bool
     maximize: bool
     plan: MaskPlan

@@ -14,7 +14,7 @@ from .batch import Hyper, TensorBatch
 
 TABLE_VERSION = 4  # kTableVersion
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType
-LR_AT = {torch.float32: 1, torch.float64: 2}  # LrAt
+NUMBER_AT = {torch.float32: 1, torch.float64: 2}  # NumberAt
 # MaskKind
 MASK_KINDS = {kind: number for number, kind in enumerate(("keep", "off", "bernoulli", "gaussian", "bucket", "fixed"))}
 
@@ -44,7 +44,7 @@ class HyperRow(ctypes.Structure):
         ("draw", c_int64),
         *((name, c_int32) for name in (
             "kind", "masked", "threshold", "buckets", "first_bucket", "last_bucket",
-            "num_planes", "amsgrad", "maximize", "lr_at", "cautious", "weight_decay_at",
+            "num_planes", "amsgrad", "maximize", "lr_at", "weight_decay_at", "cautious",
         )),
     ]  # fmt: skip
 
@@ -78,11 +78,11 @@ def tensor_table(batch: TensorBatch) -> np.ndarray[Any, Any]:
     return table
 
 
-def hyper_table(hypers: list[Hyper], lr_on: torch.device | None = None) -> Any:
+def hyper_table(hypers: list[Hyper], device: torch.device | None = None) -> Any:
     """Returns one HyperRow per Hyper. The table keeps the age arrays alive.
 
-    ``lr_on``: an lr that is a tensor on this device is stored as its address. Any other is stored as its value, for
-    which the host may have to wait for a device.
+    ``device``: an lr or weight decay that is a tensor on it is stored as its address. Any other is stored as its value,
+    for which the host may have to wait for a device.
     """
     table: Any = (HyperRow * len(hypers))()
     table.age_arrays = []
@@ -90,22 +90,21 @@ def hyper_table(hypers: list[Hyper], lr_on: torch.device | None = None) -> Any:
         plan = hyper.plan
         ages = (c_int64 * len(plan.ages))(*plan.ages)
         table.age_arrays.append(ages)
-        lr, lr_at = hyper.lr, 0
-        if isinstance(lr, torch.Tensor) and lr.device == lr_on and lr.dtype in LR_AT:
-            lr_at = LR_AT[lr.dtype]
-            lr = _as_double(lr.data_ptr())
+        lr, lr_at = _number_or_address(hyper.lr, device)
+        weight_decay, weight_decay_at = _number_or_address(hyper.weight_decay, device)
         _PACKED.pack_into(
             table, index * _PACKED.size,
-            lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay, plan.scale, plan.age_rate, plan.global_step,
+            lr, hyper.beta1, hyper.beta2, hyper.eps, weight_decay, plan.scale, plan.age_rate, plan.global_step,
             ctypes.addressof(ages), len(plan.ages), -1 if plan.draw is None else plan.draw,
             MASK_KINDS[plan.kind], plan.frozen + 2 * plan.update, plan.threshold,
             plan.buckets, plan.first_bucket, plan.last_bucket, num_planes(plan.buckets) if plan.bitpacked else -1,
-            hyper.amsgrad, hyper.maximize, lr_at, hyper.cautious, 0,
+            hyper.amsgrad, hyper.maximize, lr_at, weight_decay_at, hyper.cautious,
         )  # fmt: skip
     return table
 
 
-def _as_double(address: int) -> float:
-    """The float64 with the bits of an address."""
-    value: float = struct.unpack("d", struct.pack("Q", address))[0]
-    return value
+def _number_or_address(number: float | torch.Tensor, device: torch.device | None) -> tuple[float | torch.Tensor, int]:
+    """(the number, or the float64 with the bits of its address; NumberAt)."""
+    if isinstance(number, torch.Tensor) and number.device == device and number.dtype in NUMBER_AT:
+        return struct.unpack("d", struct.pack("Q", number.data_ptr()))[0], NUMBER_AT[number.dtype]
+    return number, 0

@@ -108,13 +108,11 @@ class Masking:
 
     def hyper(self, index: int, unit: Hashable, clock: Clock) -> Hyper:
         """The hyper-parameters and the mask of this step, for one unit of one group."""
-        group, lr = self[index], self[index]["lr"]
-        if not isinstance(lr, torch.Tensor) or (lr.device.type == "cpu" and not lr.requires_grad):
-            lr = float(lr)
+        group = self[index]
         beta1, beta2 = map(float, group["betas"])
         return Hyper(
-            lr, beta1, beta2, group["eps"], group["weight_decay"], group["amsgrad"], group["maximize"],
-            self.plan(index, unit, clock), group["cautious_weight_decay"],
+            _read(group["lr"]), beta1, beta2, group["eps"], _read(group["weight_decay"]), group["amsgrad"],
+            group["maximize"], self.plan(index, unit, clock), group["cautious_weight_decay"],
         )  # fmt: skip
 
     def active_fraction(self, index: int, clock: Clock | None = None) -> float:
@@ -315,6 +313,13 @@ def _reordered(words: torch.Tensor | None, order: MemoryOrder) -> torch.Tensor |
         return None
     planes = [pack(order.bits(unpack(plane, math.prod(order.shape)))) for plane in words.view(-1, words.size(-1))]
     return torch.stack(planes).view_as(words) if planes else words
+
+
+def _read(number: float | torch.Tensor) -> float | torch.Tensor:
+    """The number as a float. A tensor stays one if the host would have to wait for its value, or if it is recorded."""
+    if isinstance(number, torch.Tensor) and (number.device.type != "cpu" or number.requires_grad):
+        return number
+    return float(number)
 
 
 def masking_of(function: str, optimizer: Any) -> Masking:

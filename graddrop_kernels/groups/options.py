@@ -40,28 +40,35 @@ def moment_dtype_name(dtype: torch.dtype | str | None) -> str | None:
     return None if dtype is None else name
 
 
-def _number(name: str, index: int, value: Any) -> float:
+def _number(name: str, where: str, value: Any) -> float:
     """The value as a float. Raises ValueError for anything else: a string, None, a tensor of several elements.
 
-    An lr on a GPU counts as 0, so that the host does not wait for its value.
+    An lr or weight decay on a GPU counts as 0, so that the host does not wait for its value.
     """
-    if name == "lr" and isinstance(value, torch.Tensor) and value.is_cuda and value.numel() == 1:
+    if name in ("lr", "weight_decay") and isinstance(value, torch.Tensor) and value.is_cuda and value.numel() == 1:
         return 0.0
     try:
         value = value.detach() if isinstance(value, torch.Tensor) else value
         return float("a string" if isinstance(value, str) else value)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name} of parameter group {index} must be a number, got {value!r}") from None
+        raise ValueError(f"{name}{where} must be a number, got {value!r}") from None
+
+
+def check_at_least_0(name: str, value: Any, where: str = "") -> None:
+    """Raises ValueError unless the value is a finite number >= 0. NaN fails the comparison. ``where``: of which group.
+    """
+    if not 0 <= _number(name, where, value) < math.inf:
+        raise ValueError(f"{name}{where} must be a finite number >= 0, got {value!r}")
 
 
 def check_options(index: int, group: dict[str, Any]) -> None:
     """Raises a ValueError that names the group's offending value. Comparisons are written so that NaN fails them."""
+    where = f" of parameter group {index}"
     for name in ("lr", "eps", "weight_decay"):
-        if not 0 <= _number(name, index, group[name]) < math.inf:
-            raise ValueError(f"{name} of parameter group {index} must be a finite number >= 0, got {group[name]!r}")
+        check_at_least_0(name, group[name], where)
     if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
         raise ValueError(f"betas of parameter group {index} must be two numbers in [0, 1), got {group['betas']!r}")
-    betas = [_number("betas", index, beta) for beta in group["betas"]]
+    betas = [_number("betas", where, beta) for beta in group["betas"]]
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas of parameter group {index} must be in [0, 1), got {group['betas']!r}")
     if not all(beta < 1 - 2**-25 for beta in betas):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
 from .blocks import Layers
@@ -20,15 +21,16 @@ _NORM_CLASS = re.compile(r"norm(?:\dd|gated)?$", re.IGNORECASE)
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float = 1e-2, exclude: str | Iterable[str] = (), layers: Layers | None = None,
-    per_block: bool = False, blocks: Sequence[str] | None = None,
+    model: nn.Module, weight_decay: float | torch.Tensor = 1e-2, exclude: str | Iterable[str] = (),
+    layers: Layers | None = None, per_block: bool = False, blocks: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Return parameter groups for the optimizer, so that its mask acts inside the model's blocks only (section III).
 
     Args:
         model: its trainable parameters are grouped, each once; frozen ones (``requires_grad=False``) are left out.
-        weight_decay: the weight decay of the decaying groups, at least 0. Biases (any name with "bias" in it, T5's
-            ``relative_attention_bias`` too) and normalisation layers get 0, as in transformers' Trainer.
+        weight_decay: the weight decay of the decaying groups, at least 0, a number or a tensor of one element. Biases
+            (any name with "bias" in it, T5's ``relative_attention_bias`` too) and normalisation layers get 0, as in
+            transformers' Trainer.
         exclude: shell patterns on whole canonical parameter names. Parameters that match are dense although they are
             inside a block. ``*`` is any run of characters, dots too: ``"*.bias"``, ``"*LayerNorm*"``,
             ``"encoder.layer.1.*"``.
@@ -67,10 +69,12 @@ def param_groups(
             parameters with one canonical name, no usable ``layers`` (see ``find_blocks``), or a block of the model that
             is not among ``blocks``.
     """
-    if isinstance(weight_decay, bool) or not isinstance(weight_decay, (int, float)):
-        raise TypeError(f"weight_decay must be a float, not {weight_decay!r}")
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise ValueError(f"weight_decay must be finite and at least 0, not {weight_decay}")
+    if not isinstance(weight_decay, torch.Tensor):  # the optimizer checks a tensor
+        if isinstance(weight_decay, bool) or not isinstance(weight_decay, (int, float)):
+            raise TypeError(f"weight_decay must be a float, not {weight_decay!r}")
+        if not (math.isfinite(weight_decay) and weight_decay >= 0):
+            raise ValueError(f"weight_decay must be finite and at least 0, not {weight_decay}")
+        weight_decay = float(weight_decay)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     named = _named_parameters(model)
@@ -82,7 +86,7 @@ def param_groups(
     kinds = ("matrices", "dense") if scope.no_blocks else ("blocks", "dense")
     groups: dict[str, dict[str, Any]] = {}
     for kind, ending in itertools.product(kinds, ("", "_no_decay")):
-        decay = 0.0 if ending else float(weight_decay)
+        decay = 0.0 if ending else weight_decay
         group = groups[kind + ending] = {"name": kind + ending, "params": [], "weight_decay": decay}
         if kind == "dense":
             group["mask"] = None

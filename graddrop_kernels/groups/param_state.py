@@ -1,6 +1,7 @@
 """AdamW's state of a parameter (step, exp_avg, exp_avg_sq, max_exp_avg_sq, master_param): dtypes, creation, validation.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,6 +39,17 @@ def wanted_moments(param: torch.Tensor, group: dict[str, Any]) -> torch.dtype:
     if has_master(param, group) or (group["moment_dtype"] == "float32" and param.dtype in _HALF):
         return torch.float32
     return torch.bfloat16 if group["moment_dtype"] == "bfloat16" and param.dtype == torch.float32 else param.dtype
+
+
+def note_moments(group: dict[str, Any], states: Mapping[torch.Tensor, Any]) -> None:
+    """Sets the group's moment_dtype to bfloat16 if the user has given such moments to a float32 parameter. A load then
+    keeps them, while those of a bfloat16 model are cast to the dtype of the model that they are loaded for.
+    """
+    if group["moment_dtype"] is None and any(
+        param.dtype == torch.float32 and getattr(states.get(param, {}).get("exp_avg"), "dtype", None) == torch.bfloat16
+        for param in group["params"]
+    ):
+        group["moment_dtype"] = "bfloat16"
 
 
 def mode(

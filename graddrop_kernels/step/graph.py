@@ -27,10 +27,10 @@ from .in_backward import StepInBackward
 from .skip_dropped import SkipDropped
 from .stepper import Stepper
 
-# `hypers` are the tensors among lr, beta1 and beta2. `hyper_places` says where each belongs, in flat pairs: the index
-# of a group, then 0 (lr), 1 (beta1) or 2 (beta2). `positions` are the indices of `params` among all parameters of the
-# optimizer. `max_exp_avg_sqs` and `master_params` have an entry for each parameter that has one. With a grad_scale the
-# gradients are written too, which is the overload `unscale`.
+# `hypers` are the tensors among lr, beta1, beta2 and weight_decay. `hyper_places` says where each belongs, in flat
+# pairs: the index of a group, then 0 to 3 in that order. `positions` are the indices of `params` among all parameters
+# of the optimizer. `max_exp_avg_sqs` and `master_params` have an entry for each parameter that has one. With a
+# grad_scale the gradients are written too, which is the overload `unscale`.
 _SCHEMA = (
     "(Tensor(a!)[] params, Tensor{}[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] master_params, Tensor(f!)[] steps, Tensor[] hypers, "
@@ -125,7 +125,7 @@ def step_in_graph(
 
 
 def _hyper(group: dict[str, Any], place: int) -> Any:
-    return group["lr"] if place == 0 else group["betas"][place - 1]
+    return group["betas"][place - 1] if place in (1, 2) else group["lr" if place == 0 else "weight_decay"]
 
 
 def _before_tracing(handle: str, positions: list[int]) -> tuple[tuple[int, int], ...] | None:
@@ -151,7 +151,7 @@ def _before_tracing(handle: str, positions: list[int]) -> tuple[tuple[int, int],
     return tuple(
         (index, place)
         for index, group in enumerate(owner.param_groups)
-        for place in range(3)
+        for place in range(4)
         if isinstance(_hyper(group, place), torch.Tensor)
     )
 
@@ -284,8 +284,8 @@ def _twin(
     ]
     for (index, place), value in hypers:
         group = groups[index]
-        if place == 0:
-            group["lr"] = value
+        if place in (0, 3):
+            group["lr" if place == 0 else "weight_decay"] = value
         else:
             group["betas"] = tuple(value if i == place - 1 else beta for i, beta in enumerate(group["betas"]))
     twin = _Twin(

@@ -73,7 +73,7 @@ def prepare(
         check_row(owner, masking, new.group, new.param, new.record, new.grad)
     _warn_of_position_names(masking, warn)
     chosen = [backends.select(name, *mode(new.param, new.group, states.get(new.param, {}))) for new in found]
-    probe = fresh is not None and _is_state_probe(owner, grads, fresh)
+    probe = fresh is not None and _is_state_probe(owner, params, grads, fresh)
     _warn_of_unknown_epochs(masking, warn, {new.index for new in found})
     free()
     for new in found:
@@ -185,14 +185,17 @@ def _order(tensor: torch.Tensor, backend: Backend, draws: str | None) -> MemoryO
     return order if draws == "bits" and backend.draws_in_order and order.transposed() else None
 
 
-def _is_state_probe(owner: Owner, grads: list[torch.Tensor], fresh: Callable[[], bool]) -> bool:
+def _is_state_probe(
+    owner: Owner, params: list[torch.Tensor], grads: list[torch.Tensor], fresh: Callable[[], bool]
+) -> bool:
     """Whether the call only asks for the state. torch.distributed.checkpoint makes a fresh optimizer create its state
-    by a step with lr 0 and zero gradients, which must not count as a step.
+    by a step with lr 0 and zero gradients, which must not count as a step. The user's hook may have made state before.
     """
     return (
         fresh()
         and bool(grads)
         and all(float(group["lr"]) == 0 for group in owner.param_groups)
+        and not any(bool(owner.state.get(param, {}).get("step", 0)) for param in params)
         and not any_nonzero([param for group in owner.param_groups for param in group["params"]], grads)
     )
 

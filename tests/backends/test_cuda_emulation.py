@@ -394,20 +394,26 @@ def test_a_norm_after_one_that_was_interrupted(masked, seed, monkeypatch):
     assert_same_bits(cuda.sum_of_squares(batch, masked), expected, "the next norm")
 
 
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
 @pytest.mark.parametrize("dtype", [F32, torch.float64, BF16], ids=str)
-def test_lr_in_a_tensor_on_the_device(dtype, seed):
-    """Read at every step anew, for tensors with ages and without; another dtype is taken by its value."""
+def test_a_number_in_a_tensor_on_the_device(dtype, name, seed):
+    """Read at every step anew, for tensors with ages and without; another dtype is taken by its value. A decay of 0
+    leaves infinite weights alone, one that is 0 in float32 only does not.
+    """
     require("cpu")
     layouts = [(size, RowBlock.whole(size)) for size in (500, 5000)]
     batch = batch_of(generator_of(seed), [PLANS["ages"], PLANS["bernoulli"]], (F32, F32), layouts)
-    expected, lr = copy_of(batch), torch.tensor(0.1, dtype=dtype)
-    batch.hypers = [dataclasses.replace(hyper, lr=lr) for hyper in batch.hypers]
-    for step in range(3):
-        expected.hypers = [dataclasses.replace(hyper, lr=lr.item()) for hyper in expected.hypers]
+    expected, number = copy_of(batch), torch.tensor(0.1, dtype=dtype)
+    batch.hypers = [dataclasses.replace(hyper, **{name: number}) for hyper in batch.hypers]
+    for value in (0.1, 0.03, 0.0, 1e-300):
+        number.fill_(value)
+        for each in (batch, expected):
+            for param in each.params:
+                param[:9] = torch.inf
+        expected.hypers = [dataclasses.replace(hyper, **{name: number.item()}) for hyper in expected.hypers]
         cuda.masked_adamw_(batch)
         cpu.masked_adamw_(expected)
-        assert_same_batches(batch, expected, f"step {step}")
-        lr.mul_(0.3)
+        assert_same_batches(batch, expected, f"{name} {value}")
 
 
 @pytest.mark.skipif(cuda.unavailable() is not None, reason="the cuda backend cannot run here")

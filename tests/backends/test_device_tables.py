@@ -287,22 +287,23 @@ def test_nothing_is_made_in_a_capture(what, monkeypatch):
     assert tables.rows[:, 1].tolist() == [grad.data_ptr() for grad in batch.grads] and not tables.is_captured
 
 
+@pytest.mark.parametrize("name, column, at", [("lr", 0, 31), ("weight_decay", 4, 32)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_an_lr_on_the_device_is_not_fetched(dtype, monkeypatch):
+def test_a_number_on_the_device_is_not_fetched(dtype, name, column, at, monkeypatch):
     """Its address is in the table, and stays there when its value changes: nothing to copy."""
-    batch, lr = batch_of([64]), torch.tensor(1e-3, dtype=dtype)
-    batch.hypers = [dataclasses.replace(batch.hypers[0], lr=lr)]
+    batch, number = batch_of([64]), torch.tensor(1e-3, dtype=dtype)
+    batch.hypers = [dataclasses.replace(batch.hypers[0], **{name: number})]
     with monkeypatch.context() as patch:
-        for name in ("__float__", "item", "tolist"):
-            patch.setattr(torch.Tensor, name, lambda *args: pytest.fail("the host waits for the device"))
+        for method in ("__float__", "item", "tolist"):
+            patch.setattr(torch.Tensor, method, lambda *args: pytest.fail("the host waits for the device"))
         tables = refreshed(batch)
         patch.setattr(tables.upload, "write", lambda *args: pytest.fail("copied"))
-        lr.fill_(5e-4)
+        number.fill_(5e-4)
         tables.refresh(batch)
-    assert tables.hypers[0, 0] == lr.data_ptr()
-    assert tables.hypers[0].view(torch.int32)[31] == (1 if dtype == torch.float32 else 2)
+    assert tables.hypers[0, column] == number.data_ptr()
+    assert tables.hypers[0].view(torch.int32)[at] == (1 if dtype == torch.float32 else 2)
     (by_value,) = hyper_table(batch.hypers)  # for a backend that looks for a number there
-    assert by_value.lr == lr and by_value.lr_at == 0
+    assert getattr(by_value, name) == number and getattr(by_value, f"{name}_at") == 0
 
 
 def test_copies_of_masters_have_a_column_and_count_for_the_alignment():

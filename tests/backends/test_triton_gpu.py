@@ -237,11 +237,12 @@ def test_the_norm_is_that_of_the_reference(name, after, seed):
     assert abs(norms[0] - norms[1]) <= 2**-22 * norms[1]
 
 
+@pytest.mark.parametrize("number", ["lr", "weight_decay"])
 @pytest.mark.parametrize("name", BACKENDS)
-def test_an_lr_on_the_gpu_is_never_fetched(name, seed):
+def test_a_number_on_the_gpu_is_never_fetched(name, number, seed):
     params = parameters([(1000,), (77,)], seed)
-    lr = torch.tensor(1e-2, device="cuda")
-    arguments = {**ARGUMENTS, "lr": lr, "max_grad_norm": 1.0}
+    value = torch.tensor(1e-2, device="cuda")
+    arguments = {**ARGUMENTS, number: value, "max_grad_norm": 1.0}
     optimizer = FusedGradDropAdamW(params, **arguments, mask=GradDrop(0.3), backend=name)
     give_gradients(params, torch.Generator().manual_seed(seed))
     optimizer.step()
@@ -249,7 +250,7 @@ def test_an_lr_on_the_gpu_is_never_fetched(name, seed):
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
-            lr.mul_(0.5)
+            value.mul_(0.5)
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -237,20 +237,26 @@ def test_ages_of_another_epoch_and_of_another_group_do_not_linger(seed):
             batch.hypers.reverse()
 
 
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
 @pytest.mark.parametrize("dtype", [F32, torch.float64, BF16], ids=str)
-def test_lr_in_a_tensor_on_the_device(dtype, seed):
-    """Read at every step anew, for tensors with ages and without; another dtype is taken by its value."""
+def test_a_number_in_a_tensor_on_the_device(dtype, name, seed):
+    """Read at every step anew, for tensors with ages and without; another dtype is taken by its value. A decay of 0
+    leaves infinite weights alone, one that is 0 in float32 only does not.
+    """
     sizes = [(RowBlock.whole(500), 500)] * 2
     arguments = (seed, (F32, F32), sizes, [PLANS["buckets by age"], PLANS["bernoulli"]], [0, 1])
     mine, expected = one_batch(*arguments), one_batch(*arguments)
-    lr = torch.tensor(0.1, dtype=dtype, device=mine.device)
-    mine.hypers = [dataclasses.replace(hyper, lr=lr) for hyper in mine.hypers]
-    for _ in range(2):
-        expected.hypers = [dataclasses.replace(hyper, lr=lr.item()) for hyper in expected.hypers]
+    number = torch.tensor(0.1, dtype=dtype, device=mine.device)
+    mine.hypers = [dataclasses.replace(hyper, **{name: number}) for hyper in mine.hypers]
+    for value in (0.1, 0.03, 0.0, 1e-300):
+        number.fill_(value)
+        for batch in (mine, expected):
+            for param in batch.params:
+                param[:9] = torch.inf
+        expected.hypers = [dataclasses.replace(hyper, **{name: number.item()}) for hyper in expected.hypers]
         stepped = step(mine, TRITON)
-        for name, tensor in step(expected, EXACT).items():
-            assert_same_bits(stepped[name], tensor, name)
-        lr.mul_(0.3)
+        for what, tensor in step(expected, EXACT).items():
+            assert_same_bits(stepped[what], tensor, what, any_nan=True)
 
 
 # --- the norm ---------------------------------------------------------------------------------------------------------

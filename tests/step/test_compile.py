@@ -140,6 +140,37 @@ def test_tensor_hyperparameters_mean_their_values(how, arguments, seed):
     train_both(pairs, step, seed)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("how", ["in place", "in the graph"])
+def test_a_tensor_weight_decay_is_one_graph(how, backend, seed):
+    """Its value in each step, beside a tensor lr; also where the compiled function changes it."""
+    pairs = twice(lr=torch.tensor(0.02))
+    decays = [torch.tensor(0.4), torch.tensor(0.4)]
+    for (_, optimizer), decay in zip(pairs, decays):
+        for group in optimizer.param_groups[::2]:
+            group["weight_decay"] = decay
+
+    def step_of(optimizer, decay):
+        def step():
+            decay.mul_(0.5)
+            optimizer.step()
+
+        return step
+
+    steps = [step_of(optimizer, decay) for (_, optimizer), decay in zip(pairs, decays)]
+    if how == "in the graph":
+        steps[0] = torch.compile(steps[0], fullgraph=True, backend=backend)
+    else:
+        step = compiled(pairs[0][1], backend)
+        steps[0] = lambda: (decays[0].mul_(0.5), step())
+    for i in range(3):
+        for (model, _), do in zip(pairs, steps):
+            random_grads(model.parameters(), torch.Generator().manual_seed(seed + i))
+            do()
+    assert state_bits(*pairs[0]) == state_bits(*pairs[1])
+    assert graphs() == 1 and decays[0] == decays[1] == 0.05
+
+
 @pytest.mark.parametrize("how", ["eager", "compiled"])
 @pytest.mark.parametrize("first", ["float", "tensor"])
 def test_lr_may_become_a_tensor_and_a_float_again(how, first, seed):

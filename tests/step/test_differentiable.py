@@ -6,7 +6,7 @@ import torch
 from graddrop_kernels import FusedGradDropAdamW, GaussianGradDrop, GradDrop, GradDropEpoch, LayerGradDrop, TrainRows
 
 F64 = torch.float64
-ARGUMENTS = {"betas": (0.75, 0.96875), "eps": 1e-3, "weight_decay": 0.2}
+ARGUMENTS = {"betas": (0.75, 0.96875), "eps": 1e-3}
 POLICIES = {
     "plain": (None, {}),
     "graddrop": (GradDrop(0.3), {}),
@@ -24,10 +24,11 @@ def values(seed, count, dtype=F64):
     return [torch.randn(SHAPE, dtype=dtype, generator=generator) for _ in range(count)]
 
 
-def stepped(make, param, grads, lr):
-    """The parameter after a step a gradient, by an optimizer over a copy of ``param``; differentiable by all three."""
+def stepped(make, param, grads, lr, weight_decay=0.2):
+    """The parameter after a step a gradient, by an optimizer over a copy of ``param``; differentiable by all."""
     param = param.clone()
     optimizer = make(param, lr)
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
     for grad in grads:
         param.grad = grad
         optimizer.step()
@@ -54,18 +55,18 @@ def ours(policy, seed, **more):
 
 @pytest.mark.parametrize("more", [{}, {"maximize": True}], ids=str)
 def test_derivatives_are_torchs(more, seed):
-    """By the parameter, each of two gradients and lr. torch's bias corrections are float32 here; with amsgrad its
-    second step cannot be differentiated.
+    """By the parameter, each of two gradients, lr and weight_decay. torch's bias corrections are float32 here; with
+    amsgrad its second step cannot be differentiated.
     """
-    inputs = [*values(seed, 3), torch.tensor(0.03, dtype=F64)]
+    inputs = [*values(seed, 3), torch.tensor(0.03, dtype=F64), torch.tensor(0.2, dtype=F64)]
     found = []
     for make in (theirs(**more), ours("plain", seed, **more)):
-        param, *grads, lr = (value.clone().requires_grad_() for value in inputs)
-        out = stepped(make, param, [grad * grad for grad in grads], lr)
-        found.append(torch.autograd.grad(out.square().sum(), [param, *grads, lr]))
+        param, *grads, lr, decay = (value.clone().requires_grad_() for value in inputs)
+        out = stepped(make, param, [grad * grad for grad in grads], lr, decay)
+        found.append(torch.autograd.grad(out.square().sum(), [param, *grads, lr, decay]))
     largest = [expected.abs().max() for expected in found[0]]
     assert min(largest[:3]) > 1e-3
-    largest[3] = largest[0]  # the one by lr is a sum over all elements, which may cancel
+    largest[3:] = largest[:1] * 2  # those by lr and weight_decay are sums over all elements, which may cancel
     for expected, actual, size in zip(*found, largest):
         assert (actual - expected).abs().max() <= 1e-6 * size
 
@@ -75,9 +76,11 @@ def test_derivatives_are_torchs(more, seed):
 def test_derivatives_are_those_of_differences(policy, more, seed):
     """gradcheck: the mask is a constant of the function."""
     param, *grads = (value.requires_grad_() for value in values(seed, 3))
-    lr = torch.tensor(0.03, dtype=F64, requires_grad=True)
-    function = lambda param, first, second, lr: stepped(ours(policy, seed, **more), param, [first, second], lr)
-    assert torch.autograd.gradcheck(function, (param, *grads, lr))
+    lr, decay = (torch.tensor(value, dtype=F64, requires_grad=True) for value in (0.03, 0.2))
+    function = lambda param, first, second, *numbers: stepped(
+        ours(policy, seed, **more), param, [first, second], *numbers
+    )
+    assert torch.autograd.gradcheck(function, (param, *grads, lr, decay))
 
 
 def test_a_dropped_gradient_has_no_influence(seed):
@@ -97,7 +100,8 @@ def test_results_are_those_of_a_step_that_is_not_recorded(seed):
         assert recorded.requires_grad
         plain = torch.nn.Parameter(param.clone())
         optimizer = FusedGradDropAdamW(
-            [("layer.0.weight", plain)], lr=0.03, **ARGUMENTS, mask=GradDrop(0.3), seed=seed, backend="reference"
+            [("layer.0.weight", plain)], lr=0.03, **ARGUMENTS, weight_decay=0.2, mask=GradDrop(0.3), seed=seed,
+            backend="reference",
         )
         for grad in grads:
             plain.grad = grad

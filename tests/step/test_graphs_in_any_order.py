@@ -117,16 +117,17 @@ class Worlds:
         kind = self.rng.choice(("number", "number", "float32", "float64"))
         for _, made in self.both():
             for group in made.param_groups:
-                group["lr"] = lr
-                if kind != "number":
-                    group["lr"] = torch.tensor(lr, dtype=getattr(torch, kind), device=self.device)
-                group["betas"], group["weight_decay"], group["maximize"] = (beta, 0.95), decay, lr == 0.003
+                group["lr"], group["weight_decay"] = lr, decay
+                for name in ("lr", "weight_decay") if kind != "number" else ():
+                    group[name] = torch.tensor(group[name], dtype=getattr(torch, kind), device=self.device)
+                group["betas"], group["maximize"] = (beta, 0.95), lr == 0.003
 
-    def change_lr_in_its_tensor(self):
+    def change_numbers_in_their_tensors(self):
         for _, made in self.both():
             for group in made.param_groups:
                 if isinstance(group["lr"], torch.Tensor):
                     group["lr"].mul_(0.5)
+                    group["weight_decay"].mul_(0.5)
 
     def change_norm(self):
         limit, after = self.rng.choice((None, 0.5, 2.0)), self.rng.random() < 0.5
@@ -162,8 +163,8 @@ class Worlds:
 
     ACTIONS = {
         step_anywhere: 3, step_in_place: 4, step_on_a_graphs_gradients: 3, capture: 1, step_and_capture: 3, replay: 9,
-        change_numbers: 2, change_lr_in_its_tensor: 1, change_norm: 1, change_epoch: 1, save: 1, load: 1,
-        add_group: 0.3,
+        change_numbers: 2, change_numbers_in_their_tensors: 1, change_norm: 1, change_epoch: 1, save: 1,
+        load: 1, add_group: 0.3,
     }  # fmt: skip
 
 

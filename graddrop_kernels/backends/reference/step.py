@@ -146,9 +146,8 @@ def _scalars(hyper: Hyper, step: int, dtype: torch.dtype, device: torch.device) 
     """
     plan = hyper.plan
     lr = torch.as_tensor(hyper.lr, dtype=dtype, device=device).reshape(())
-    beta1, beta2, eps, weight_decay = torch.tensor(
-        (hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay), dtype=dtype, device=device
-    )
+    weight_decay = torch.as_tensor(hyper.weight_decay, dtype=dtype, device=device).reshape(())
+    beta1, beta2, eps = torch.tensor((hyper.beta1, hyper.beta2, hyper.eps), dtype=dtype, device=device)
     ages: Sequence[float]
     if plan.ages:
         ages = [min(max(age, 1), step) for age in plan.ages] + [1] * (plan.buckets - len(plan.ages))

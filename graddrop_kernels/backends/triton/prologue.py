@@ -38,8 +38,20 @@ LR, BETA1, BETA2, EPS, WEIGHT_DECAY, SCALE, AGE_RATE, GLOBAL_STEP, AGES, NUM_AGE
 )
 MASK_FROZEN, MASK_UPDATE = tl.constexpr(1), tl.constexpr(2)  # Masked
 KIND, MASKED, THRESHOLD, BUCKETS, FIRST_BUCKET, LAST_BUCKET = (tl.constexpr(i) for i in range(22, 28))
-MAXIMIZE, LR_AT = tl.constexpr(30), tl.constexpr(31)
+MAXIMIZE, LR_AT, WEIGHT_DECAY_AT = (tl.constexpr(i) for i in range(30, 33))
 HYPER_WORDS = tl.constexpr(17)
+
+
+@triton.jit
+def number(hyper, COLUMN: tl.constexpr, AT: tl.constexpr):
+    """A number of a HyperRow, or that of a tensor on the device, in float64."""
+    value = tl.load(hyper.to(tl.pointer_type(tl.float64)) + COLUMN)
+    at = tl.load(hyper.to(tl.pointer_type(tl.int32)) + AT)
+    if at == 1:
+        value = tl.load(tl.load(hyper + COLUMN).to(tl.pointer_type(tl.float32))).to(tl.float64)
+    elif at == 2:
+        value = tl.load(tl.load(hyper + COLUMN).to(tl.pointer_type(tl.float64)))
+    return value
 
 
 @triton.jit
@@ -83,12 +95,7 @@ def prologue_kernel(
         if ADVANCE:
             tl.store(step_at, completed + 1.0)
 
-        lr, weight_decay = tl.load(doubles + LR).to(tl.float32), tl.load(doubles + WEIGHT_DECAY).to(tl.float32)
-        lr_at = tl.load(ints + LR_AT)
-        if lr_at == 1:  # in a tensor on the device
-            lr = tl.load(tl.load(hyper + LR).to(tl.pointer_type(tl.float32)))
-        elif lr_at == 2:
-            lr = tl.load(tl.load(hyper + LR).to(tl.pointer_type(tl.float64))).to(tl.float32)
+        lr, weight_decay = number(hyper, LR, LR_AT).to(tl.float32), number(hyper, WEIGHT_DECAY, WEIGHT_DECAY_AT)
         beta1, beta2 = tl.load(doubles + BETA1).to(tl.float32), tl.load(doubles + BETA2).to(tl.float32)
         global_step, draw = tl.load(hyper + GLOBAL_STEP), tl.load(hyper + DRAW)
         scale = tl.load(doubles + SCALE).to(tl.float32)
@@ -104,7 +111,7 @@ def prologue_kernel(
         tl.store(as_float + STEP_SIZE + lane, step_size, mask=first_lane)
         tl.store(as_float + BC2_SQRT + lane, bc2_sqrt, mask=first_lane)
         tl.store(as_float + BC2_SQRT_RECIPROCAL + lane, bc2_sqrt_reciprocal, mask=first_lane)
-        tl.store(as_float + LR_WEIGHT_DECAY, lr * weight_decay)
+        tl.store(as_float + LR_WEIGHT_DECAY, lr * weight_decay.to(tl.float32))
         tl.store(as_float + S_BETA1, beta1)
         tl.store(as_float + S_BETA2, beta2)
         tl.store(as_float + S_EPS, tl.load(doubles + EPS).to(tl.float32))
@@ -124,8 +131,8 @@ def prologue_kernel(
         first = tl.where(keeps, 0, tl.where((kind == OFF) & update, 1, tl.load(ints + FIRST_BUCKET)))
         tl.store(scalars + S_FIRST, first.to(tl.uint32))
         tl.store(scalars + S_LAST, tl.where(keeps, 0, tl.load(ints + LAST_BUCKET)).to(tl.uint32))
-        decays = tl.load(doubles + WEIGHT_DECAY) != 0
-        flags = tl.where(off, OFF_FLAG, 0) | tl.where(frozen, FROZEN_FLAG, 0) | tl.where(decays, DECAY_FLAG, 0)
+        flags = tl.where(off, OFF_FLAG, 0) | tl.where(frozen, FROZEN_FLAG, 0)
+        flags = flags | tl.where(weight_decay != 0, DECAY_FLAG, 0)
         tl.store(scalars + S_FLAGS, (flags | completed.to(tl.int64) << STEPS_SHIFT).to(tl.uint32))
 
         if AGES_:
