@@ -1,5 +1,6 @@
 """GradDrop, masked fine-tuning of transformers, inside one fused AdamW step. See README.md."""
 
+from .attached.handle import AttachedMask, attach_mask
 from .backends import available_backends
 from .groups.blocks import find_blocks
 from .groups.param_groups import param_groups
@@ -29,6 +30,7 @@ from .policies.schedules import ExponentialAnneal, LinearAnneal
 
 __version__ = "0.1.0"
 __all__ = [
+    "AttachedMask",
     "CycleBlocks",
     "ExponentialAnneal",
     "FixedMask",
@@ -44,6 +46,7 @@ __all__ = [
     "TrainRows",
     "attach_deepspeed",
     "attach_fsdp1",
+    "attach_mask",
     "attach_zero",
     "available_backends",
     "describe",

@@ -1,7 +1,8 @@
 """The triton backend in Triton's interpreter, on CPU tensors, bit for bit against the reference.
 
 The interpreter must be chosen before Triton is imported, so these tests run the others in a process of their own:
-every policy on tensors of more than one program, gradients masked in place, every kind of mask x dtype x shard, any alignment, any bit pattern.
+every policy on tensors of more than one program, every kind of mask x dtype x shard, any alignment, any bit pattern,
+gradients that are masked in place.
 The compiled kernels are looked at in test_triton_contract.py.
 """
 
