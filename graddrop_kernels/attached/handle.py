@@ -91,6 +91,11 @@ def attach_mask(
     return AttachedMask(optimizer, mask, named, model, seed, masked, backends.check_name(backend))
 
 
+def attached_to(optimizer: Any) -> "AttachedMask | None":
+    """The mask that is attached to this very optimizer, not to one inside of it; None if there is none."""
+    return _attached.get(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else None
+
+
 class AttachedMask:
     """A mask on an optimizer, made by ``attach_mask()``."""
 

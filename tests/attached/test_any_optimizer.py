@@ -254,7 +254,7 @@ def test_groups_with_masks_seeds_and_no_mask_of_their_own(seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64])
-@pytest.mark.parametrize("policy", [GradDrop(p=0.3), GradDropEpoch(epochs=3, storage="bitpacked")], ids=["draws", "bits"])
+@pytest.mark.parametrize("policy", [GradDrop(p=0.3), GradDropEpoch(3, storage="bitpacked")], ids=["draws", "bits"])
 def test_all_backends_and_dtypes(policy, dtype, seed, monkeypatch):
     """Gradients of all memory layouts: contiguous, transposed, a part of a larger one, conjugated, empty."""
     emulate_cuda(monkeypatch)

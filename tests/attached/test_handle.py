@@ -7,8 +7,8 @@ import weakref
 import pytest
 import torch
 from cases import assert_same_bits
-from toy import POLICIES, Encoder, bits, half, refused, snapshot, through_a_file, warned
 from torch import nn
+from toy import POLICIES, Encoder, bits, half, refused, snapshot, through_a_file, warned
 
 from graddrop_kernels import (
     CycleBlocks,
@@ -55,7 +55,7 @@ def attach(optimizer, policy, name):
     return attach_mask(optimizer, policy, seed=3, masked=masked)
 
 
-# --- state dicts --------------------------------------------------------------------------------------------------------
+# --- state dicts ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["attach, load", "load, attach"])
@@ -168,7 +168,7 @@ def test_a_checkpoint_that_only_asks_for_the_state_is_no_step(seed):
     assert torch.equal(handle.mask("head.weight"), handle.mask("head.weight", step=0))
 
 
-# --- the handle ---------------------------------------------------------------------------------------------------------
+# --- the handle -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("groups", [lambda model: model.parameters(), param_groups], ids=["plain", "scope"])
@@ -246,7 +246,7 @@ def test_warnings():
     assert not warned(optimizer.step)
 
 
-# --- closures, compilation, scalers -------------------------------------------------------------------------------------
+# --- closures, compilation, scalers -----------------------------------------------------------------------------------
 
 
 def test_a_closure_computes_the_gradients_that_are_masked(seed):
@@ -316,7 +316,7 @@ def test_a_compiled_step_is_masked(seed):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_grad_scaler(fused, seed):
-    """Scales are powers of two, so that masks and scales commute. A step with an inf is none, and its mask comes again."""
+    """Scales are powers of two, which masks commute with. A step with an inf is none, and its mask comes again."""
     runs = []
     for scaling in (False, True):
         model = Encoder()
@@ -355,7 +355,7 @@ def test_scaled_float16_gradients_are_refused(seed):
         optimizer.step()
 
 
-# --- gradients ----------------------------------------------------------------------------------------------------------
+# --- gradients --------------------------------------------------------------------------------------------------------
 
 
 def test_a_gradient_is_masked_once(seed):
@@ -423,7 +423,7 @@ def test_a_captured_step_is_refused(seed, monkeypatch):
         optimizer.step()
 
 
-# --- arguments ----------------------------------------------------------------------------------------------------------
+# --- arguments --------------------------------------------------------------------------------------------------------
 
 
 def _fixed():
