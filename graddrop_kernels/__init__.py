@@ -1,6 +1,6 @@
 """GradDrop, masked fine-tuning of transformers, inside one fused AdamW step. See README.md."""
 
-from .attached.handle import AttachedMask, attach_mask
+from .attached.handle import attach_mask
 from .backends import available_backends
 from .groups.blocks import find_blocks
 from .groups.param_groups import param_groups
@@ -30,7 +30,6 @@ from .policies.schedules import ExponentialAnneal, LinearAnneal
 
 __version__ = "0.1.0"
 __all__ = [
-    "AttachedMask",
     "CycleBlocks",
     "ExponentialAnneal",
     "FixedMask",

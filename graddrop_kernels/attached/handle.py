@@ -64,6 +64,10 @@ def attach_mask(
         masked: ``"gradient"`` or, for policies of whole blocks, ``"frozen"``. None: the policy's own choice.
         backend: as in FusedGradDropAdamW.
 
+    Returns:
+        A handle with ``set_epoch(epoch)``, ``mask(param, step=None)``, ``active_fraction()``, ``describe()`` and
+        ``skip_dropped(model)``, as FusedGradDropAdamW has them, and ``remove()``.
+
     Raises:
         TypeError, ValueError: an argument that cannot work, or an optimizer that cannot be masked from outside: LBFGS
             and ZeroRedundancyOptimizer, ``differentiable=True``, masks on single elements that are frozen. Nothing has

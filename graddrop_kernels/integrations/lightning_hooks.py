@@ -9,8 +9,8 @@ from .optimizer_of import Masked, describe_masks, unwrapped
 
 
 class GradDropHooks:
-    """Sets the epoch of every FusedGradDropAdamW of the trainer, and of every optimizer with ``attach_mask``, also after
-    a resume in mid-epoch. Logs what the masks of each step did: ``graddrop_epoch``, ``graddrop_active_fraction`` and,
+    """Sets the epoch of every FusedGradDropAdamW of the trainer, and of those with ``attach_mask``, also after a resume
+    in mid-epoch. Logs what the masks of each step did: ``graddrop_epoch``, ``graddrop_active_fraction`` and,
     where a policy has one, ``graddrop_p`` (with ``_0``, ``_1`` ... at the end if there are several such optimizers).
 
     Warns if the model drops out hidden activations, which the paper turns off. Leaves other optimizers alone, with a
