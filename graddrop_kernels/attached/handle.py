@@ -302,7 +302,8 @@ class AttachedMask:
                 if place not in plans:
                     plans[place] = masking.plan(index, record.unit, clocks[index])
                 if frozen and plans[place].kind == "off":
-                    held.append((param, grad))
+                    if grad is not None:
+                        held.append((param, grad))
                     continue
                 counted.append((index, position))
                 if grad is None:  # it was skipped, and dropping it means a gradient of 0

@@ -1,6 +1,7 @@
 """AttachedOwner: an optimizer of any class, as Masking and SkipDropped see it."""
 
 import weakref
+from operator import is_
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ class AttachedOwner:
         self._optimizer = weakref.ref(optimizer)
         self.backend = backend
         self.defaults: dict[str, Any] = {"differentiable": False}
+        self._made_from: list[Any] = []
+        self._state: dict[torch.Tensor, dict[str, int]] = {}
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -32,9 +35,9 @@ class AttachedOwner:
     @property
     def state(self) -> Any:
         """{parameter: {"step": its completed steps}} of those that have made one."""
-        return {
-            param: {"step": steps}
-            for group in self.param_groups
-            for param, steps in zip(group["params"], group.get("param_steps", ()))
-            if steps
-        }
+        lists = [each for group in self.param_groups for each in (group["params"], group.get("param_steps", ()))]
+        if len(lists) != len(self._made_from) or not all(map(is_, lists, self._made_from)):  # a step replaces them
+            pairs = (pair for params, steps in zip(lists[::2], lists[1::2]) for pair in zip(params, steps))
+            self._state = {param: {"step": steps} for param, steps in pairs if steps}
+            self._made_from = lists
+        return self._state

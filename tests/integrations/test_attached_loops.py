@@ -37,6 +37,7 @@ def test_trainer_masks_the_optimizer_of_any_optim(optim, mask, tmp_path):
     whole.train()
     handle = callback._optimizer
     groups = handle.optimizer.param_groups
+    assert {group["seed"] for group in groups} == {args("").seed}
     assert type(handle.optimizer).__name__.lower().startswith(optim[:5]), optim
     assert {group["completed_steps"] for group in groups} == {12} and {group["epoch"] for group in groups} == {1}
     logged = [entry for entry in whole.state.log_history if "loss" in entry]
