@@ -11,18 +11,19 @@ from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 
 from .. import backends
-from ..backends import capture
 from ..groups.checks import check_names, check_param
 from ..groups.masking import Masking
 from ..groups.options import check_epoch, check_seed
 from ..inspection.describe import describe_masks
+from ..masks.plan import MaskPlan
 from ..policies import Clock, Policy, PolicyBook
 from ..step.prepare import warn_of_position_names, warn_of_unknown_epochs
 from ..step.prepared import grad_of
 from ..step.skip_dropped import SkipDropped
 from ..step.streams import Streams
 from ..step.warn_once import WarnOnce
-from ..tensors.local import any_nonzero, is_dtensor, local_grads
+from ..tensors.local import is_dtensor, local_grads
+from .checks import check_grads, check_step, is_state_probe
 from .gradients import GradientBatches, Place
 from .groups import KEYS, MaskedGroups, name_params
 from .owner import AttachedOwner
@@ -118,9 +119,8 @@ class AttachedMask:
         self._skip_dropped = SkipDropped(this)
         self._batches: GradientBatches | None = None
         self._held: list[tuple[torch.Tensor, torch.Tensor | None]] = []  # gradients that come back after the step
-        self._counted: list[Place] | None = None  # the parameters that the step under way counts
+        self._counted: dict[int, list[int]] | None = None  # per group, the parameters that the step under way counts
         self._clocks: list[Clock] = []
-        self._stepped: set[int] = set()  # the groups that have gradients
         self._masked: list[tuple[weakref.ref[torch.Tensor], int]] = []  # the last masked gradients, and their versions
         self._awaited = False  # whether the optimizer has still to call the step's closure
         self._checked = 0  # groups
@@ -276,119 +276,62 @@ class AttachedMask:
         groups, masking = optimizer.param_groups, self.masking
         params = [param for group in groups for param in group["params"]]
         grads = list(map(grad_of, params))
-        self._check_step(optimizer, grads)
-        if self._is_state_probe(optimizer, params, grads):
+        check_step(optimizer, [grad for grad in grads if grad is not None], self._masked)
+        if is_state_probe(optimizer, params, grads):
             return
         completed = self._skip_dropped.complete(params, grads, None, False)
         clocks = masking.clocks()
-        plans: dict[tuple[int, Any], Any] = {}
+        plans: dict[tuple[int, Any], MaskPlan] = {}
         places: list[Place] = []  # of what is masked in place
-        masked: list[torch.Tensor] = []
-        held, counted, number = [], [], 0
-        stepped: set[int] = set()
+        counted: dict[int, list[int]] = {}
+        held: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        start = 0
         for index, group in enumerate(groups):
-            policy = masking.policy(index)
-            frozen = policy is not None and masking.is_frozen(index)
-            for position, (param, record) in enumerate(zip(group["params"], masking.records(index))):
-                grad, stand_in = grads[number], completed[number]
-                number += 1
-                if stand_in is None:
-                    continue
-                stepped.add(index)
-                if policy is None:
-                    counted.append((index, position))
-                    continue
-                place = index, record.unit
-                if place not in plans:
-                    plans[place] = masking.plan(index, record.unit, clocks[index])
-                if frozen and plans[place].kind == "off":
-                    if grad is not None:
-                        held.append((param, grad))
-                    continue
-                counted.append((index, position))
-                if grad is None:  # it was skipped, and dropping it means a gradient of 0
-                    held.append((param, None))
-                elif not frozen:
-                    places.append((index, position))
-                    masked.append(param)
-        self._mask_in_place(places, masked, plans, [group["param_steps"] for group in groups])
-        self._masked = [(weakref.ref(grad), grad._version) for grad in map(grad_of, masked) if grad is not None]
+            own, stop = group["params"], start + len(group["params"])
+            there = [position for position, grad in enumerate(completed[start:stop]) if grad is not None]
+            given, start = grads[start:stop], stop
+            if not there:
+                continue
+            counted[index] = there
+            if masking.policy(index) is None:
+                continue
+            records = masking.records(index)
+            units = {records[position].unit for position in there}
+            plans |= {(index, unit): masking.plan(index, unit, clocks[index]) for unit in units}
+            if masking.is_frozen(index):
+                dropped = {unit for unit in units if plans[index, unit].kind == "off"}
+                idle = [position for position in there if records[position].unit in dropped]
+                held += [(own[position], given[position]) for position in idle if given[position] is not None]
+                counted[index] = [position for position in there if records[position].unit not in dropped]
+            else:  # what was skipped has a gradient of 0 in this step
+                held += [(own[position], None) for position in there if given[position] is None]
+                places += [(index, position) for position in there if given[position] is not None]
+        self._mask_in_place(places, plans)
         for param, grad in held:
             param.grad = torch.zeros_like(param) if grad is None else None
         self._held, self._counted, self._clocks = held, counted, clocks
-        self._stepped = stepped
 
-    def _mask_in_place(
-        self, places: list[Place], params: list[torch.Tensor], plans: dict[tuple[int, Any], Any], steps: list[list[int]]
-    ) -> None:
-        for param in params:
-            grad: Any = param.grad
-            if is_dtensor(param) and is_dtensor(grad) and grad.placements != param.placements:
-                param.grad = grad.redistribute(placements=param.placements)  # what is masked must be what is stepped
-        whole: list[Any] = list(map(grad_of, params))
-        grads = local_grads(params, whole)
-        self._check_memory(params, grads)
-        made_for = [(group["mask"], group["seed"], group.get("param_names")) for group in self.param_groups]
+    def _mask_in_place(self, places: list[Place], plans: dict[tuple[int, Any], MaskPlan]) -> None:
+        groups = self.param_groups
+        params = [groups[index]["params"][position] for index, position in places]
+        given: list[Any] = list(map(grad_of, params))
+        if not set(map(type, given)) <= {torch.Tensor}:
+            for param, grad in zip(params, given):  # what is masked must be what is stepped
+                if is_dtensor(param) and is_dtensor(grad) and grad.placements != param.placements:
+                    param.grad = grad.redistribute(placements=param.placements)
+            given = list(map(grad_of, params))
+        grads = local_grads(params, given)
+        check_grads(grads)
+        made_for = [(group["mask"], group["seed"], group.get("param_names")) for group in groups]
         if self._batches is None or not self._batches.holds(places, grads, made_for):
             warn_of_position_names(self.masking, self.warn)
             warn_of_unknown_epochs(self.masking, self.warn, {index for index, _ in places})
             batches = GradientBatches(self.masking, self.owner.backend, places, params, grads, made_for)
             self._streams.hold(self.masking.drawn_streams())
             self._batches = batches
-        self._batches.mask_(grads, plans, steps)
-        if grads:
-            increment_version(whole if grads is whole else [*whole, *grads])
-
-    def _check_step(self, optimizer: torch.optim.Optimizer, grads: list[torch.Tensor | None]) -> None:
-        """Raises RuntimeError for a step that cannot be masked from outside."""
-        devices = {grad.device for grad in grads if grad is not None}
-        if any(map(capture.capturing, devices)):
-            raise RuntimeError(
-                "a CUDA graph is being captured, whose replays run no hooks, so that all would have the mask of this "
-                "step: call step() outside of the graph, or use FusedGradDropAdamW, whose step can be captured"
-            )
-        for grad in grads:
-            if grad is not None and grad.layout is not torch.strided:
-                raise RuntimeError(
-                    f"a gradient is sparse ({grad.layout}), and attach_mask needs dense gradients: use sparse=False in "
-                    "the embedding, or leave its parameter to another optimizer"
-                )
-        scaled = getattr(optimizer, "grad_scale", None) is not None
-        if scaled and any(grad is not None and grad.dtype == torch.float16 for grad in grads):
-            raise RuntimeError(
-                "a GradScaler leaves these float16 gradients scaled until the step, where the mask's own scale could "
-                "make them infinite: call scaler.unscale_(optimizer) before scaler.step(optimizer), or make the "
-                "optimizer with fused=False"
-            )
-        known = {id(grad): grad._version for grad in grads if grad is not None} if self._masked else {}
-        before = ((ref(), version) for ref, version in self._masked)
-        if any(grad is not None and known.get(id(grad)) == version for grad, version in before):
-            raise RuntimeError(
-                "a gradient was masked already, by a step() before, and has not been computed anew since: call "
-                "zero_grad(), then run forward, backward and step()"
-            )
-
-    def _check_memory(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
-        """Raises ValueError if two gradients begin at one address: one mask would act on the result of the other."""
-        addresses = [grad.data_ptr() for grad in grads if grad.numel()]
-        if len(set(addresses)) < len(addresses):
-            raise ValueError(
-                "two parameters have the same tensor for a gradient, which two masks would act on: give each its own "
-                "(param.grad = param.grad.clone())"
-            )
-
-    def _is_state_probe(
-        self, optimizer: torch.optim.Optimizer, params: list[torch.Tensor], grads: list[torch.Tensor | None]
-    ) -> bool:
-        """Whether the call only asks for the state, as torch.distributed.checkpoint does: lr and gradients are 0."""
-        groups = optimizer.param_groups
-        if optimizer.state or any(each for group in groups for each in group["param_steps"]):
-            return False
-        if not all("lr" in group and group["lr"] is not None and float(group["lr"]) == 0 for group in groups):
-            return False
-        found = [(param, grad) for param, grad in zip(params, grads) if grad is not None]
-        local = local_grads([param for param, _ in found], [grad for _, grad in found])
-        return bool(local) and not any_nonzero(params, local)
+        self._batches.mask_(grads, plans, [group["param_steps"] for group in groups])
+        increment_version(given if grads is given else [*given, *grads])
+        self._masked = [(weakref.ref(grad), grad._version) for grad in given]
 
     @_disable_dynamo
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
@@ -408,12 +351,12 @@ class AttachedMask:
         if found_inf is not None and float(found_inf) != 0:
             return  # a GradScaler has made the step a no-op
         self.warn(self._streams.warning_of_step())
-        groups = optimizer.param_groups
-        new = [list(group["param_steps"]) for group in groups]
-        for index, position in counted:
-            new[index][position] += 1
-        for index in self._stepped:
-            groups[index]["param_steps"] = new[index]  # a new list: a state dict may hold the old one
+        for index, positions in counted.items():
+            group = optimizer.param_groups[index]
+            steps = list(group["param_steps"])  # a new list: a state dict may hold the old one
+            for position in positions:
+                steps[position] += 1
+            group["param_steps"] = steps
             self.masking.count_step(index, self._clocks[index])
         if self._batches is not None:
             self._batches.count()

@@ -418,7 +418,7 @@ def test_a_captured_step_is_refused(seed, monkeypatch):
     model, optimizer, policy = built(GradDrop(p=0.3))
     attach_mask(optimizer, policy)
     give(model, seed, 0)
-    monkeypatch.setattr("graddrop_kernels.attached.handle.capture.capturing", lambda device: True)
+    monkeypatch.setattr("graddrop_kernels.attached.checks.capture.capturing", lambda device: True)
     with refused(RuntimeError, "CUDA graph", "outside of the graph", optimizer=optimizer):
         optimizer.step()
 
