@@ -180,6 +180,8 @@ def test_dropped_blocks_that_are_frozen_stay_and_keep_their_gradients(name, seed
         for (each, param), other in zip(model.named_parameters(), twin.parameters()):
             assert optimizer.state[param].get("step", 0) == ours.state[other].get("step", 0), (each, step)
             assert ulps_apart(param, other).max() <= 2 * (step + 1), (each, step)
+        for group in optimizer.param_groups:
+            assert group["param_steps"] == [optimizer.state[param].get("step", 0) for param in group["params"]]
     assert dropped or "layer" not in name
 
 
@@ -329,7 +331,7 @@ def test_skip_dropped_leaves_out_what_the_step_drops(seed):
             for step in range(10):
                 ids = torch.randint(7, (4, 5), generator=torch.Generator().manual_seed(seed + step))
                 optimizer.zero_grad()
-                if skipping:
+                if skipping and step % 3:  # a step of its own in between is as good
                     with handle.skip_dropped(model):
                         model(ids).square().mean().backward()
                     missing += sum(param.grad is None for param in model.parameters())

@@ -24,7 +24,7 @@ SELECTIONS = {
     "shards": ["backends/test_layout.py", "-k", "slices_of_the_whole or far_shards"],
 }
 
-LONG = ("policies", "values", "modes", "shards")
+LONG = ("masks", "policies", "values", "modes", "shards")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
