@@ -97,6 +97,7 @@ class GradientBatches:
         Raises before anything has changed.
         """
         self.places, self.made_for, self._environment = places, made_for, os.environ.get("GRADDROP_BACKEND")
+        self._params = list(map(id, params))  # a wrapper may put shards of the same shape in their place
         rows: dict[tuple[Any, ...], list[_Row]] = {}
         chosen: dict[tuple[Any, ...], tuple[Backend, torch.Tensor]] = {}
         self._misfits: list[int] = []
@@ -126,10 +127,13 @@ class GradientBatches:
         self.plans = {plan_of for each in self._batches for plan_of in each.plans}
         self._same_facts, self._grad_bytes = same_facts(*grads), list(map(needed_bytes, grads))
 
-    def holds(self, places: list[Place], grads: list[torch.Tensor], made_for: object) -> bool:
+    def holds(
+        self, places: list[Place], params: list[torch.Tensor], grads: list[torch.Tensor], made_for: object
+    ) -> bool:  # fmt: skip
         """Whether rows made now would be the same."""
         return (
             places == self.places
+            and list(map(id, params)) == self._params
             and made_for == self.made_for
             and os.environ.get("GRADDROP_BACKEND") == self._environment
             and self._same_facts(*grads)

@@ -74,6 +74,13 @@ class MaskedGroups:
                 )
 
 
+def keys_of_user(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of our keys that a group had before a mask was attached. Of a checkpoint's it is that the group is dense."""
+    if "param_steps" in group:
+        return {"mask": None} if group["mask"] is None else {}
+    return {key: group[key] for key in KEYS if key in group}
+
+
 def _other_mask(index: int, group: Mapping[str, Any], known: tuple[Any, ...]) -> str:
     found = ", ".join(f"{key}={group.get(key)!r}" for key in _GIVEN)
     given = ", ".join(f"{key}={value!r}" for key, value in zip(_GIVEN, known))

@@ -25,7 +25,7 @@ from ..step.warn_once import WarnOnce
 from ..tensors.local import is_dtensor, local_grads
 from .checks import check_grads, check_step, is_state_probe
 from .gradients import GradientBatches, Place
-from .groups import KEYS, MaskedGroups, name_params
+from .groups import KEYS, MaskedGroups, keys_of_user, name_params
 from .owner import AttachedOwner
 from .refuse import check_policy, inner
 
@@ -133,7 +133,7 @@ class AttachedMask:
                 group.clear()
                 group.update(values)
             raise
-        self._before_groups = [{key: values[key] for key in KEYS if key in values} for values in before]
+        self._before_groups = list(map(keys_of_user, before))
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -323,7 +323,7 @@ class AttachedMask:
         grads = local_grads(params, given)
         check_grads(grads)
         made_for = [(group["mask"], group["seed"], group.get("param_names")) for group in groups]
-        if self._batches is None or not self._batches.holds(places, grads, made_for):
+        if self._batches is None or not self._batches.holds(places, params, grads, made_for):
             warn_of_position_names(self.masking, self.warn)
             warn_of_unknown_epochs(self.masking, self.warn, {index for index, _ in places})
             batches = GradientBatches(self.masking, self.owner.backend, places, params, grads, made_for)

@@ -189,6 +189,18 @@ def test_remove_leaves_the_optimizer_as_it_was(groups, seed):
     attach_mask(optimizer, GradDrop(p=0.5), model=model).remove()
 
 
+def test_remove_after_a_resume(seed):
+    """The keys of the file go too. A dense group stays one."""
+    model, optimizer, policy = built(GradDrop(p=0.3))
+    train(model, optimizer, attach_mask(optimizer, policy), range(2), seed)
+    _, other, _ = built(policy)
+    other.load_state_dict(optimizer.state_dict())
+    attach_mask(other, policy).remove()
+    assert [group.get("mask", "") for group in other.param_groups] == ["", "", None, None]
+    assert not any({"seed", "epoch", "param_steps"} & group.keys() for group in other.param_groups)
+    assert attach_mask(other, GradDrop(p=0.9)).active_fraction()[2:] == [1.0, 1.0]
+
+
 def test_it_frees_the_optimizer(seed):
     """No circle holds its moments until garbage is collected."""
     model, optimizer, policy = built(GradDrop(p=0.3))
