@@ -75,7 +75,7 @@ class MaskedGroups:
 
 
 def keys_of_user(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of our keys that a group had before a mask was attached. Of a checkpoint's it is that the group is dense."""
+    """The keys of ours that a group had before a mask was attached. Of a checkpoint's only that the group is dense."""
     if "param_steps" in group:
         return {"mask": None} if group["mask"] is None else {}
     return {key: group[key] for key in KEYS if key in group}
