@@ -16,9 +16,9 @@ def check_policy(index: int, policy: Policy | None, masked: str | None) -> None:
         return
     name = type(policy).__name__
     meaning = masked or policy.masked
-    if masked not in (None, "gradient", "frozen"):
+    if meaning not in (None, "gradient", "frozen"):  # also by the policy's own choice
         raise ValueError(
-            f"masked={masked!r} of parameter group {index}: attach_mask knows 'gradient' and, for policies of whole "
+            f"masked={meaning!r} of parameter group {index}: attach_mask knows 'gradient' and, for policies of whole "
             "blocks, 'frozen'; use FusedGradDropAdamW for others"
         )
     if masked is not None and policy.masked is None:

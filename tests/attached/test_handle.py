@@ -477,6 +477,15 @@ def test_arguments_that_cannot_work_are_refused(mask, arguments, parts):
         attach_mask(optimizer, mask, **arguments)
 
 
+def test_a_policy_that_masks_in_another_way_by_itself_is_refused(monkeypatch):
+    model = Encoder()
+    optimizer = torch.optim.SGD(param_groups(model), lr=0.1)
+    for kind in (GradDrop, LayerGradDrop):
+        monkeypatch.setattr(kind, "masked", "update")
+        with refused(ValueError, "masked='update' of parameter group 0", optimizer=optimizer):
+            attach_mask(optimizer, kind(p=0.5))
+
+
 def test_optimizers_that_cannot_be_masked_are_refused():
     weight = nn.Parameter(torch.ones(3))
     attach = lambda optimizer: attach_mask(optimizer, GradDrop(p=0.5))
