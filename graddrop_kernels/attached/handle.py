@@ -113,6 +113,7 @@ class AttachedMask:
         self.owner = AttachedOwner(optimizer, backend)
         owner: Any = self.owner  # as an Owner, though nobody replaces its attributes
         self.masking = Masking(owner, book)
+        self.masking.buffers.note(optimizer.param_groups)  # flat tensors that come later are an engine's
         self._groups = MaskedGroups(book, mask, seed, masked)
         self.captured: tuple[()] = ()  # for SkipDropped: steps in CUDA graphs, of which there are none
         this: Any = self

@@ -7,7 +7,7 @@ import torch
 from ..policies import Policy, TrainRows
 
 _FROZEN = "stays as it is, so the mask must act inside of the optimizer's step, which only FusedGradDropAdamW has"
-_FLAT = ("deepspeed", "apex", "megatron")  # packages whose optimizers step flat tensors of their own
+_FLAT = ("deepspeed.runtime.", "apex.contrib.", "megatron.")  # modules whose optimizers step flat tensors
 
 
 def check_policy(index: int, policy: Policy | None, masked: str | None) -> None:
@@ -40,9 +40,9 @@ def inner(optimizer: Any) -> torch.optim.Optimizer:
     """
     given, outer = optimizer, optimizer
     while optimizer is not None:  # Accelerate's and Lightning's wrappers, which call the step of the one inside
-        if (package := type(optimizer).__module__.partition(".")[0]) in _FLAT:
+        if (module := f"{type(optimizer).__module__}.").startswith(_FLAT):
             raise ValueError(
-                f"{type(optimizer).__name__} of {package} steps flat tensors, of which attach_mask does not know what "
+                f"{type(optimizer).__name__} of {module.partition('.')[0]} steps flat tensors, of which attach_mask does not know what "
                 "they hold: use FusedGradDropAdamW, with attach_deepspeed() under DeepSpeed"
             )
         outer, optimizer = optimizer, getattr(optimizer, "optimizer", None)

@@ -426,6 +426,17 @@ def test_gradients_that_cannot_be_masked_are_refused(seed):
         optimizer.step()
 
 
+def test_a_flat_tensor_that_takes_the_place_of_parameters_is_refused(seed):
+    """As DeepSpeed puts it into the groups of an optimizer without names."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(10, 10))], lr=0.1)
+    attach_mask(optimizer, GradDrop(p=0.5))
+    flat = torch.zeros(100, requires_grad=True)
+    flat.grad = torch.ones(100)
+    optimizer.param_groups[0]["params"] = [flat]
+    with refused(TypeError, "is a flat buffer of a wrapper", optimizer=optimizer):
+        optimizer.step()
+
+
 def test_a_captured_step_is_refused(seed, monkeypatch):
     model, optimizer, policy = built(GradDrop(p=0.3))
     attach_mask(optimizer, policy)
