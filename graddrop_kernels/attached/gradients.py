@@ -97,7 +97,7 @@ class GradientBatches:
         Raises before anything has changed.
         """
         self.places, self.made_for, self._environment = places, made_for, os.environ.get("GRADDROP_BACKEND")
-        self._params = list(map(id, params))  # a wrapper may put shards of the same shape in their place
+        self._param_ids = list(map(id, params))  # a wrapper may put shards of the same shape in their place
         rows: dict[tuple[Any, ...], list[_Row]] = {}
         chosen: dict[tuple[Any, ...], tuple[Backend, torch.Tensor]] = {}
         self._misfits: list[int] = []
@@ -133,7 +133,7 @@ class GradientBatches:
         """Whether rows made now would be the same."""
         return (
             places == self.places
-            and list(map(id, params)) == self._params
+            and list(map(id, params)) == self._param_ids
             and made_for == self.made_for
             and os.environ.get("GRADDROP_BACKEND") == self._environment
             and self._same_facts(*grads)

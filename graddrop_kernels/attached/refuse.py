@@ -42,8 +42,8 @@ def inner(optimizer: Any) -> torch.optim.Optimizer:
     while optimizer is not None:  # Accelerate's and Lightning's wrappers, which call the step of the one inside
         if (module := f"{type(optimizer).__module__}.").startswith(_FLAT):
             raise ValueError(
-                f"{type(optimizer).__name__} of {module.partition('.')[0]} steps flat tensors, of which "
-                "attach_mask does not know what they hold: use FusedGradDropAdamW, with attach_deepspeed() under DeepSpeed"
+                f"{type(optimizer).__name__} of {module.partition('.')[0]} steps flat tensors, of which attach_mask "
+                "does not know what they hold: use FusedGradDropAdamW, under DeepSpeed with attach_deepspeed()"
             )
         outer, optimizer = optimizer, getattr(optimizer, "optimizer", None)
     optimizer = outer
