@@ -64,6 +64,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.cpu.sampled_blocks
 	$(BIN)/python -m benchmarks.cpu.growing_costs
 	$(BIN)/python -m benchmarks.cpu.trained_rows
+	$(BIN)/python -m benchmarks.cpu.attached_mask
 	$(BIN)/python -m benchmarks.cpu.precision
 	$(BIN)/python -m benchmarks.render.figures
 	$(BIN)/python -m benchmarks.render.mask_pictures

@@ -1,5 +1,6 @@
 """GradDrop, masked fine-tuning of transformers, inside one fused AdamW step. See README.md."""
 
+from .attached.handle import attach_mask
 from .backends import available_backends
 from .groups.blocks import find_blocks
 from .groups.param_groups import param_groups
@@ -46,6 +47,7 @@ __all__ = [
     "TrainRows",
     "attach_deepspeed",
     "attach_fsdp1",
+    "attach_mask",
     "attach_zero",
     "available_backends",
     "describe",

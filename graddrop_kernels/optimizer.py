@@ -15,7 +15,14 @@ from .groups import load_state
 from .groups.checks import check_groups
 from .groups.flat_buffers import FlatPiece, check_pieces
 from .groups.masking import Masking
-from .groups.options import GROUP_DEFAULTS, SHARED_BY_GROUPS, check_at_least_0, check_max_grad_norm, moment_dtype_name
+from .groups.options import (
+    GROUP_DEFAULTS,
+    SHARED_BY_GROUPS,
+    check_at_least_0,
+    check_epoch,
+    check_max_grad_norm,
+    moment_dtype_name,
+)
 from .groups.param_state import note_moments
 from .inspection import describe, memory
 from .policies import GradDrop, Policy, PolicyBook
@@ -295,18 +302,10 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             ValueError: no such number, or a schedule without a usable p at this epoch.
             RuntimeError: inside ``skip_dropped()``.
         """
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
-            raise ValueError(f"set_epoch(epoch) needs the number of the epoch, an int >= 0, got {epoch!r}")
+        check_epoch(epoch)
         self._skip_dropped.check_outside("set_epoch()")
         self._in_backward.check_ended("set_epoch()")
-        masking = self.masking
-        for policy in map(masking.policy, masking.indices()):
-            if policy is not None and policy.follows_epochs:
-                policy.check_epoch(epoch)
-                self._stepper.warn(policy.after_last_epoch(epoch))
-        for group in self.param_groups:
-            group["epoch"] = epoch
-            group["epoch_was_set"] = True
+        self.masking.set_epoch(epoch, self._stepper.warn)
 
     @property
     def masking(self) -> Masking:

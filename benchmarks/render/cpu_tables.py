@@ -251,6 +251,17 @@ def _trained_rows(results: dict) -> str:
     return markdown([what, "ms", "% of torch fused", "moments, bytes", "%"], lines)
 
 
+def _attached_mask(results: dict) -> str:
+    """Returns the time of a pass, beside one step of torch and a mask by hand."""
+    own = results["attached_mask"]
+    lines = [
+        [row["name"], number(row["seconds"] * 1e3), number(row["ratio"]), number(row["bernoulli_ratio"], 1)]
+        for row in own["rows"]
+    ]
+    what = f"{own['numel']:,} gradients, {own['threads']} threads, {own['isa']}"
+    return markdown([what, "ms", "/ torch fused AdamW", "times as fast as bernoulli_"], lines)
+
+
 def _precision(results: dict) -> str:
     """Returns the mean and, after the sign, the standard deviation over the seeds."""
     rows = results["precision"]["rows"]
@@ -321,6 +332,7 @@ TABLES = {  # name in the marker: (benchmarks, of which one suffices; the table)
     "sampled-blocks": (("sampled_blocks",), _sampled_blocks),
     "growing-costs": (("growing_costs",), _growing_costs),
     "trained-rows": (("trained_rows",), _trained_rows),
+    "attached-mask": (("attached_mask",), _attached_mask),
     "step-detail": (_STEP, _details),
 }
 EXTRACTS = ("facts",)  # a part of "step", left out of a page with all tables

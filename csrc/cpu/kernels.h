@@ -42,6 +42,8 @@ struct Kernels {
   void (*masked_adamw)(const PreparedRow& row, int64_t begin, int64_t end);
   // The sum of the squares of the gradients [begin, end) in float64, with masked after their mask.
   double (*sum_of_squares)(const PreparedRow& row, bool masked, int64_t begin, int64_t end);
+  // Masks the gradients [begin, end) in place. Nothing else of the row is read.
+  void (*mask_gradients)(const PreparedRow& row, int64_t begin, int64_t end);
   // The 16-bit draws of elements first .. first + count of a stream.
   void (*uniform16)(uint64_t key, uint32_t draw, uint32_t domain, int64_t first, int64_t count, uint16_t* out);
   // Bit-planes of the buckets of local elements [begin, end); begin is a multiple of 32.

@@ -94,6 +94,7 @@ struct Work {
   std::vector<PreparedRow> rows;
   std::vector<int64_t> first_unit = {0};  // of each row, and of the row that is added next
   const Kernels* kernels = chosen;
+  void (*kernel)(const PreparedRow& row, int64_t begin, int64_t end) = nullptr;  // of run_units
 
   explicit Work(int64_t num_rows) {
     rows.reserve(num_rows);
@@ -115,7 +116,7 @@ void run_units(int64_t begin, int64_t end, void* context) {
     const int64_t stop = std::min(end, work.first_unit[row + 1]), numel = work.rows[row].tensor.numel;
     if (begin == stop) continue;  // an empty tensor
     const int64_t first = (begin - work.first_unit[row]) * kUnit, last = (stop - work.first_unit[row]) * kUnit;
-    work.kernels->masked_adamw(work.rows[row], first, std::min(last, numel));
+    work.kernel(work.rows[row], first, std::min(last, numel));
     begin = stop;
   }
 }
@@ -173,6 +174,7 @@ GRADDROP_EXPORT void graddrop_cpu_masked_adamw(const TensorRow* rows, int64_t nu
   const Mode mode = {static_cast<DType>(param_dtype), static_cast<DType>(grad_dtype), static_cast<DType>(moment_dtype),
                      stochastic != 0, grad_scale, clip_factor};
   Work work(num_rows);
+  work.kernel = chosen->masked_adamw;
   // per-bucket scalars; the inner buffers do not move when the outer vector grows
   std::vector<std::vector<float>> tables;
   int64_t last_steps = -1, last_hyper = -1;
@@ -212,6 +214,20 @@ GRADDROP_EXPORT void graddrop_cpu_masked_adamw(const TensorRow* rows, int64_t nu
     last_steps = completed_steps;
     last_hyper = rows[i].hyper;
   }
+  run(work.units(), kGrainUnits, run_units, &work);
+}
+
+// Masks all gradients in place as the next step would, and changes nothing else. Of a row it reads the gradient, the step
+// count, the layout, the key and the stored mask.
+GRADDROP_EXPORT void graddrop_cpu_mask_gradients(const TensorRow* rows, int64_t num_rows, const HyperRow* hypers,
+                                                 int32_t grad_dtype) {
+  Mode mode = {};
+  mode.grad_dtype = static_cast<DType>(grad_dtype);
+  Work work(num_rows);
+  work.kernel = chosen->mask_gradients;
+  for (int64_t i = 0; i < num_rows; ++i)
+    if (hypers[rows[i].hyper].kind != kKeep)
+      work.add(prepare(rows[i], hypers[rows[i].hyper], static_cast<int64_t>(*rows[i].step), mode));
   run(work.units(), kGrainUnits, run_units, &work);
 }
 

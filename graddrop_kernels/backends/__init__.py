@@ -47,6 +47,10 @@ class Backend:
         unavailable: () -> None when it can run on this machine, else the reason and the remedy.
         masked_adamw_: the step on a TensorBatch, in place.
         sum_of_squares: (batch, masked) -> float64 tensor (), the sum of the gradients' squares.
+        mask_gradients_: masks the gradients of a TensorBatch in place, and changes nothing else: what a masked step
+            would take for its moments, rounded to the gradients' dtype. A dropped block becomes 0, frozen or not. Only
+            gradients, ``steps`` (completed ones), masks and layouts are read. ``maximize`` is False: the sign is the
+            step's.
         keep_mask: makes a drawn or fixed mask for ``keep_mask`` below; None if it makes masks only inside of a step.
         bucket_planes: makes bit-planes for ``bucket_planes`` below; None if it makes none.
         by_address: whether it takes addresses, so that tensors must be contiguous or dense in a MemoryOrder. Else it
@@ -64,6 +68,7 @@ class Backend:
     unavailable: Callable[[], str | None]
     masked_adamw_: Callable[[TensorBatch], None]
     sum_of_squares: Callable[[TensorBatch, bool], torch.Tensor]
+    mask_gradients_: Callable[[TensorBatch], None]
     keep_mask: KeepMask | None = None
     bucket_planes: BucketPlanes | None = None
     by_address: bool = True
@@ -97,28 +102,29 @@ BACKENDS = (
     Backend(
         "cpu", "C++, one pass over memory",
         ("cpu",), _FUSED_DTYPES, True, cpu.unavailable, cpu.masked_adamw_, cpu.sum_of_squares,
+        cpu.mask_gradients_,
         bucket_planes=lambda key, buckets, layout, numel, _: cpu.bucket_planes(key, buckets, layout, numel),
         draws_in_order=True,
     ),
     Backend(
         "triton", "Triton, one launch for any number of tensors",
         triton.DEVICES, _FUSED_DTYPES, True, triton.unavailable, triton.masked_adamw_,
-        triton.sum_of_squares, triton.keep_mask, triton.bucket_planes, capturable=True,
+        triton.sum_of_squares, triton.mask_gradients_, triton.keep_mask, triton.bucket_planes, capturable=True,
     ),
     Backend(
         "cuda", "C++ for CUDA, the same headers as the CPU kernels",
         ("cuda",), _FUSED_DTYPES, True, cuda.unavailable, cuda.masked_adamw_, cuda.sum_of_squares,
-        cuda.keep_mask, cuda.bucket_planes, capturable=True,
+        cuda.mask_gradients_, cuda.keep_mask, cuda.bucket_planes, capturable=True,
     ),
     Backend(
         "reference", "plain PyTorch, slow; defines the meaning",
         None, _ANY_DTYPES, True, lambda: None, step.masked_adamw_,
-        step.sum_of_squares, _keep_mask, _bucket_planes, by_address=False,
+        step.sum_of_squares, step.mask_gradients_, _keep_mask, _bucket_planes, by_address=False,
     ),
     Backend(
         "exact", "the reference with every fma rounded once: the bits of the fused backends",
         None, _ANY_DTYPES, False, lambda: None, partial(step.masked_adamw_, exact=True),
-        partial(step.sum_of_squares, exact=True), by_address=False,
+        partial(step.sum_of_squares, exact=True), partial(step.mask_gradients_, exact=True), by_address=False,
     ),
 )  # fmt: skip
 _BY_NAME = {backend.name: backend for backend in BACKENDS}

@@ -45,6 +45,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"{_LIBRARY.name} cannot be loaded with torch {torch.__version__}: {error}"
     tables = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
     library.graddrop_cpu_masked_adamw.argtypes = [*tables, *[ctypes.c_int32] * 4, *[ctypes.c_void_p] * 2]
+    library.graddrop_cpu_mask_gradients.argtypes = [*tables, ctypes.c_int32]
     library.graddrop_cpu_sum_of_squares.argtypes = [*tables, ctypes.c_int32, ctypes.c_int32]
     library.graddrop_cpu_sum_of_squares.restype = ctypes.c_double
     library.graddrop_cpu_uniform16.argtypes = [
@@ -155,6 +156,14 @@ def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
         table.ctypes.data, len(table), ctypes.addressof(hypers), grad_dtype, masked
     )
     return torch.tensor(total, dtype=torch.float64, device="cpu")
+
+
+def mask_gradients_(batch: TensorBatch) -> None:
+    """Masks the gradients of the batch in place, on torch.get_num_threads() threads."""
+    table, hypers = _tables(batch, for_norm=False)
+    grad_dtype = DTYPES[batch.grad_dtype or batch.param_dtype]
+    library().graddrop_cpu_mask_gradients(table.ctypes.data, len(table), ctypes.addressof(hypers), grad_dtype)
+    batch.table.planes = []
 
 
 class _Tables:

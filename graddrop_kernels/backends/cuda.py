@@ -25,6 +25,7 @@ _LIBRARY = Path(__file__).resolve().parent.parent / "_cuda.so"
 _FUNCTIONS = {  # without the stream, which is the last argument of each
     "prologue": (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int32),
     "masked_adamw": (c_void_p,),
+    "mask_gradients": (c_void_p,),
     "sum_of_squares": (c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_int64),
     "keep_mask": (c_void_p, c_void_p, c_void_p),
     "bucket_planes": (c_void_p, c_int64, c_int64, c_void_p),
@@ -224,6 +225,17 @@ def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
             )  # fmt: skip
             first += spec.num_chunks
     return out
+
+
+def mask_gradients_(batch: TensorBatch) -> None:
+    """Masks the gradients of the batch in place. After the prologue there is one launch per mask kind and alignment."""
+    tables = DeviceTables.of(batch)
+    launches = tables.launches_of_masks(batch.hypers)
+    if launches:
+        _prologue(tables, 0, None, advance=False)
+    for launch in launches:
+        spec = _launch_spec(batch, tables, launch)
+        _call("mask_gradients", batch.device, ctypes.addressof(spec))
 
 
 def _prologue(tables: DeviceTables, age_stride: int, found_inf: torch.Tensor | None, advance: bool) -> None:

@@ -151,6 +151,11 @@ class DeviceTables:
             return self._launches_of([Kind("keep")] * len(self.hypers))
         return tuple(replace(each, kind="keep", planes=-1) if each.update else each for each in self.launches)
 
+    def launches_of_masks(self, hypers: list[Hyper]) -> tuple[Launch, ...]:
+        """Launches over the rows whose gradients a mask changes. Those of kind "keep" hold dropped blocks only."""
+        kinds = (Kind("off") if hyper.plan.kind == "off" else kind_of(hyper) for hyper in hypers)
+        return self._launches_of([None if kind == Kind("keep") else kind for kind in kinds])
+
     @contextmanager
     def places(self, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Scratch space for a norm: one float64 slot per program (``count`` or more) for its partial sum, and an int32

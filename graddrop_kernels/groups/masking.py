@@ -93,12 +93,29 @@ class Masking:
         """The clock of each group."""
         return list(map(self.clock, self.indices()))
 
+    def set_epoch(self, epoch: int, warn: Callable[[str | None], None]) -> None:
+        """See FusedGradDropAdamW.set_epoch()."""
+        for policy in map(self.policy, self.indices()):
+            if policy is not None and policy.follows_epochs:
+                policy.check_epoch(epoch)
+                warn(policy.after_last_epoch(epoch))
+        for group in self.groups:
+            group["epoch"] = epoch
+            group["epoch_was_set"] = True
+
+    def count_step(self, index: int, clock: Clock) -> None:
+        """Counts a step that a group has made at the time ``clock``."""
+        group = self[index]
+        if not clock.history or clock.history[-1][0] != clock.epoch:
+            group["epoch_history"] = clock.with_this_step((self.policy(index) or Policy()).fold)
+        group["completed_steps"] += 1
+
     def plan(self, index: int, unit: Hashable, clock: Clock | None = None) -> MaskPlan:
         """The plan of one unit of a group at the time ``clock``, by default in the next step."""
         policy, group = self.policy(index), self[index]
         if policy is None:
             return KEEP
-        count_active_steps, clock = group["bias_correction"] == "active", clock or self.clock(index)
+        count_active_steps, clock = group.get("bias_correction") != "global", clock or self.clock(index)
         if policy.takes_turns:  # a group may have missed steps, or be new, and all groups change at once
             steps = max(each["completed_steps"] for each in self.groups if each["mask"] == group["mask"])
             clock = replace(clock, completed_steps=clock.completed_steps + steps - group["completed_steps"])
@@ -162,7 +179,7 @@ class Masking:
 
     def drawn_streams(self) -> dict[int, str]:
         """{key: name} of the random streams that the steps of these groups draw from."""
-        drawing = [i for i in self.indices() if self[i]["mask"] is not None or self[i]["stochastic_rounding"]]
+        drawing = [i for i in self.indices() if self[i]["mask"] is not None or self[i].get("stochastic_rounding")]
         return {
             key: name
             for index in drawing

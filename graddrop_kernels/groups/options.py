@@ -61,6 +61,12 @@ def check_at_least_0(name: str, value: Any, where: str = "") -> None:
         raise ValueError(f"{name}{where} must be a finite number >= 0, got {value!r}")
 
 
+def check_seed(index: int, seed: Any) -> None:
+    """Raises ValueError for anything but a seed."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed of parameter group {index} must be an int in [0, 2^64), got {seed!r}")
+
+
 def check_options(index: int, group: dict[str, Any]) -> None:
     """Raises a ValueError that names the group's offending value. Comparisons are written so that NaN fails them."""
     where = f" of parameter group {index}"
@@ -85,8 +91,7 @@ def check_options(index: int, group: dict[str, Any]) -> None:
             f"master_weights and stochastic_rounding of parameter group {index} exclude each other: the rounding of "
             "master weights is not lost; leave one False"
         )
-    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**64:
-        raise ValueError(f"seed of parameter group {index} must be an int in [0, 2^64), got {group['seed']!r}")
+    check_seed(index, group["seed"])
     if group["masked"] not in (None, *MASKED):
         raise ValueError(
             f"masked of parameter group {index} must be one of {MASKED} or None, got {group['masked']!r}"
@@ -100,6 +105,12 @@ def check_options(index: int, group: dict[str, Any]) -> None:
         raise ValueError(
             f"bias_correction of parameter group {index} must be 'active' or 'global', got {group['bias_correction']!r}"
         )
+
+
+def check_epoch(epoch: Any) -> None:
+    """Raises ValueError for anything but the number of an epoch."""
+    if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+        raise ValueError(f"set_epoch(epoch) needs the number of the epoch, an int >= 0, got {epoch!r}")
 
 
 def check_max_grad_norm(max_grad_norm: float | None) -> float | None:

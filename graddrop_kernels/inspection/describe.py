@@ -48,6 +48,13 @@ def describe(optimizer: Owner) -> str:
         0           -        2          10  2e-05          0.01         75%  gradient  GradDrop(p=0.25, every='step')
     """
     masking = masking_of("describe", optimizer)
+    return describe_masks(masking, lambda: [*_backends(optimizer), _memory(optimizer)])
+
+
+def describe_masks(
+    masking: Masking, of_tensors: Callable[[], list[str]] = list, plain: str = "plain AdamW"
+) -> str:
+    """The text of ``describe``. ``of_tensors`` makes the lines about tensors. ``plain`` is a step without a mask."""""
     rows, clocks, active_blocks, notes = [], [], [], []
     all_blocks, all_tensors, all_elements, active = set(), 0, 0, 0.0
     for index, group in enumerate(masking.groups):
@@ -57,8 +64,8 @@ def describe(optimizer: Owner) -> str:
         all_blocks.update(blocks)
         all_tensors, all_elements, active = all_tensors + len(params), all_elements + numel, active + share * numel
         rows.append((
-            f"{index} {group.get('name', '')}", *_counts(blocks, len(params), numel), f"{float(group['lr']):g}",
-            f"{float(group['weight_decay']):g}", _percent(share, numel), _meaning(group, policy), policy_text(policy),
+            f"{index} {group.get('name', '')}", *_counts(blocks, len(params), numel), _option(group, "lr"),
+            _option(group, "weight_decay"), _percent(share, numel), _meaning(group, policy), policy_text(policy, plain),
         ))  # fmt: skip
         clocks.append((index, f"{clock_text(group)}, seed {group['seed']}"))
         if policy is not None and policy.needs_blocks:
@@ -74,15 +81,14 @@ def describe(optimizer: Owner) -> str:
         *_table(rows),
         *_by_group("position", clocks),
         *_by_group("active blocks", active_blocks),
-        *_backends(optimizer),
-        _memory(optimizer),
+        *of_tensors(),
         *_by_group("note", notes),
     ])  # fmt: skip
 
 
-def policy_text(policy: Policy | None) -> str:
+def policy_text(policy: Policy | None, plain: str = "plain AdamW") -> str:
     """The policy's repr, without the addresses of callables, which change from run to run."""
-    return "None: plain AdamW" if policy is None else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(policy))
+    return f"None: {plain}" if policy is None else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(policy))
 
 
 def clock_text(group: dict[str, Any]) -> str:
@@ -120,6 +126,11 @@ def _notes(group: dict[str, Any], policy: Policy | None) -> list[str]:
     if policy is not None and policy.follows_epochs and not group["epoch_was_set"]:
         notes.append("the policy follows epochs, but set_epoch(epoch) has not been called")
     return notes
+
+
+def _option(group: dict[str, Any], name: str) -> str:
+    """A number of a group. Of other optimizers than ours it may not be there."""
+    return "-" if group.get(name) is None else f"{float(group[name]):g}"
 
 
 def _counts(blocks: Collection[str], tensors: int, numel: int) -> tuple[str, str, str]:

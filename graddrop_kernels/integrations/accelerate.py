@@ -9,20 +9,21 @@
 
 from torch.optim import Optimizer
 
-from ..optimizer import FusedGradDropAdamW
-from .optimizer_of import describe_masks, unwrapped
+from .optimizer_of import Masked, describe_masks, unwrapped
 
 
-def graddrop_optimizer(optimizer: Optimizer) -> FusedGradDropAdamW:
-    """Returns the FusedGradDropAdamW that ``accelerator.prepare()`` has wrapped, with all of its methods.
+def graddrop_optimizer(optimizer: Optimizer) -> Masked:
+    """Returns the FusedGradDropAdamW that ``accelerator.prepare()`` has wrapped, with all of its methods, or the handle
+    of ``attach_mask`` for another optimizer.
 
     Raises:
-        TypeError: no FusedGradDropAdamW in ``optimizer``.
+        TypeError: no FusedGradDropAdamW in ``optimizer``, and no mask attached to it.
     """
     found = unwrapped(optimizer)
     if found is None:
         raise TypeError(
-            f"no FusedGradDropAdamW in this {type(optimizer).__name__}: pass what accelerator.prepare() made of one"
+            f"no FusedGradDropAdamW in this {type(optimizer).__name__}: pass what accelerator.prepare() made of one, "
+            "or of an optimizer with attach_mask()"
         )
     return found
 

@@ -4,12 +4,12 @@ import warnings
 
 from torch import nn
 
-from ..optimizer import FusedGradDropAdamW
+from .optimizer_of import Masked
 
 _RATES = ("hidden_dropout_prob", "dropout", "resid_pdrop")  # of BERT and its relatives, BART and T5, GPT-2
 
 
-def warn_of_activation_dropout(model: nn.Module | None, optimizer: FusedGradDropAdamW) -> None:
+def warn_of_activation_dropout(model: nn.Module | None, optimizer: Masked) -> None:
     """Warns if gradients are masked and the config of the model, or of a module in it, drops out hidden activations."""
     configs = [getattr(module, "config", None) for module in model.modules()] if model is not None else []
     rates = [(name, getattr(config, name, 0)) for config in configs for name in _RATES]

@@ -4,15 +4,14 @@ import contextlib
 import warnings
 from typing import Any
 
-from ..optimizer import FusedGradDropAdamW
 from .activation_dropout import warn_of_activation_dropout
-from .optimizer_of import describe_masks, unwrapped
+from .optimizer_of import Masked, describe_masks, unwrapped
 
 
 class GradDropHooks:
-    """Sets the epoch of every FusedGradDropAdamW of the trainer, also after a resume in mid-epoch, and logs what the
-    masks of each step did: ``graddrop_epoch``, ``graddrop_active_fraction`` and, where a policy has one, ``graddrop_p``
-    (with ``_0``, ``_1`` ... at the end if there are several such optimizers).
+    """Sets the epoch of every FusedGradDropAdamW of the trainer, and of those with ``attach_mask``, also after a resume
+    in mid-epoch. Logs what the masks of each step did: ``graddrop_epoch``, ``graddrop_active_fraction`` and,
+    where a policy has one, ``graddrop_p`` (with ``_0``, ``_1`` ... at the end if there are several such optimizers).
 
     Warns if the model drops out hidden activations, which the paper turns off. Leaves other optimizers alone, with a
     warning if there is none of ours.
@@ -28,7 +27,7 @@ class GradDropHooks:
 
     def __init__(self, skip_dropped: bool = False) -> None:
         self.skip_dropped = skip_dropped
-        self._optimizers: list[FusedGradDropAdamW] = []
+        self._optimizers: list[Masked] = []
         self._skipping = contextlib.ExitStack()
         self._ahead: list[int] = []  # epochs that each optimizer is ahead of the trainer, see on_train_start
 
@@ -45,7 +44,7 @@ class GradDropHooks:
         if not self._optimizers:
             warnings.warn(
                 f"GradDropCallback: the trainer's optimizers are {[type(one).__name__ for one in trainer.optimizers]}, "
-                "none of them a FusedGradDropAdamW; return one from configure_optimizers()",
+                "none of them a FusedGradDropAdamW, or with attach_mask(); return one from configure_optimizers()",
                 stacklevel=2,
             )
             return

@@ -3,20 +3,25 @@
 from dataclasses import replace
 from typing import Any
 
+from ..attached.handle import AttachedMask, attached_to
 from ..optimizer import FusedGradDropAdamW
 from ..policies import Clock
 
+Masked = FusedGradDropAdamW | AttachedMask  # what sets the epoch, and tells of the masks
 
-def unwrapped(optimizer: Any) -> FusedGradDropAdamW | None:
-    """Returns the FusedGradDropAdamW in a wrapper (Accelerate's, DeepSpeed's, one in the other); None if there is
-    none.
+
+def unwrapped(optimizer: Any) -> Masked | None:
+    """Returns the FusedGradDropAdamW in a wrapper (Accelerate's, DeepSpeed's, one in the other), or the mask that
+    ``attach_mask`` has attached to another optimizer there; None if there is neither.
     """
     while optimizer is not None and not isinstance(optimizer, FusedGradDropAdamW):
+        if (attached := attached_to(optimizer)) is not None:
+            return attached
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
 
 
-def active_blocks(optimizer: FusedGradDropAdamW) -> list[str]:
+def active_blocks(optimizer: Masked) -> list[str]:
     """Returns the blocks that had their turn in the last step, in forward order; [] if none take turns. Before the
     first step, those of that one.
     """
@@ -35,7 +40,7 @@ def _before(clock: Clock) -> Clock:
     return replace(clock, completed_steps=max(clock.completed_steps - 1, 0))
 
 
-def describe_masks(optimizer: FusedGradDropAdamW) -> dict[str, float]:
+def describe_masks(optimizer: Masked) -> dict[str, float]:
     """Returns what a training log should show of the last step: epoch, share of active elements of the masked groups,
     p. Before the first step, it describes that one.
     """

@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ..attached.handle import attach_mask
 from ..groups.blocks import Layers
 from ..groups.param_groups import param_groups
 from ..optimizer import FusedGradDropAdamW
@@ -27,7 +28,7 @@ from ..tensors.local import is_dtensor
 from .activation_dropout import warn_of_activation_dropout
 from .deepspeed import attach_deepspeed
 from .fsdp1 import attach_fsdp1
-from .optimizer_of import active_blocks, describe_masks, unwrapped
+from .optimizer_of import Masked, active_blocks, describe_masks, unwrapped
 
 Mask = Policy | Callable[[int], Policy] | Callable[[nn.Module], Policy] | None
 
@@ -212,6 +213,9 @@ class GradDropCallback(TrainerCallback):
     ``graddrop_epoch``, ``graddrop_active_fraction`` and, where a policy has them, ``graddrop_p`` and the names of the
     blocks whose turn it is, ``graddrop_active_blocks``.
 
+    With ``mask`` it needs no ``trainer_optimizer``: it attaches the mask to the optimizer of any ``args.optim``, by
+    ``attach_mask``. The mask then acts on all parameters, and blocks are those of the model.
+
     Warns if the model drops out hidden activations, which the paper turns off. Works under Accelerate's and DeepSpeed's
     wrappers of the optimizer, and attaches DeepSpeed's flat partitions. Leaves another optimizer alone, with a warning.
     Trainer calls the trackers of ``args.report_to`` before its callbacks. A tracker that shall have these values must
@@ -220,16 +224,20 @@ class GradDropCallback(TrainerCallback):
     Args:
         skip_dropped: leave out the weight gradients of the blocks that a step drops, see
             ``FusedGradDropAdamW.skip_dropped``. In one process or under FSDP2.
+        mask: what to attach to the trainer's optimizer: a policy, or a function that makes one, as in
+            ``trainer_optimizer``. None: its optimizer is that of ``trainer_optimizer``.
+        attach: more arguments of ``attach_mask``, as ``masked``, ``seed`` (default: ``args.seed``).
 
     Raises:
-        ValueError: when training begins, ``skip_dropped`` with ``args.max_grad_norm``, as Trainer would clip by a norm
+        ValueError: when training begins, ``mask`` beside an optimizer of ``trainer_optimizer``; what ``attach_mask``
+            refuses. ``skip_dropped`` with ``args.max_grad_norm``, as Trainer would clip by a norm
             without the gradients that were left out. Set it to 0, and give ``trainer_optimizer`` a ``max_grad_norm``
             and ``norm_after_mask``. Also ``skip_dropped`` in several processes without FSDP2.
     """
 
-    def __init__(self, skip_dropped: bool = False):
-        self.skip_dropped = skip_dropped
-        self._optimizer: FusedGradDropAdamW | None = None
+    def __init__(self, skip_dropped: bool = False, mask: Mask = None, **attach: Any):
+        self.skip_dropped, self.mask, self.attach = skip_dropped, mask, attach
+        self._optimizer: Masked | None = None
         self._stop: Callable[[], None] | None = None  # ends the skipping
         self._epoch: int | None = None
 
@@ -239,22 +247,37 @@ class GradDropCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         self._stop_skipping()  # on if an exception ended the last training
         self._epoch, self._optimizer = None, unwrapped(optimizer)
+        if self.mask is not None:
+            self._optimizer = self._attached(optimizer, args, model)
         if self._optimizer is None:
             warnings.warn(
                 f"GradDropCallback: the trainer's optimizer is a {type(optimizer).__name__}, not a FusedGradDropAdamW; "
-                "pass optimizer_cls_and_kwargs=trainer_optimizer(args, ...)",
+                "pass optimizer_cls_and_kwargs=trainer_optimizer(args, ...), or GradDropCallback(mask=...)",
                 stacklevel=2,
             )
             return
         if self.skip_dropped:
             self._check_skip_dropped(self._optimizer, args)
             self._stop = _skip_in_training_steps(_calling_trainer(), self._optimizer)
-        _attach_to_deepspeed(optimizer, model, args, state)
-        if not self._optimizer.strict:
-            _fit_schedule(lr_scheduler, self._optimizer.param_groups)
+        if isinstance(self._optimizer, FusedGradDropAdamW):
+            _attach_to_deepspeed(optimizer, model, args, state)
+            if not self._optimizer.strict:
+                _fit_schedule(lr_scheduler, self._optimizer.param_groups)
         warn_of_activation_dropout(model, self._optimizer)
 
-    def _check_skip_dropped(self, optimizer: FusedGradDropAdamW, args: TrainingArguments) -> None:
+    def _attached(self, optimizer: Any, args: Any, model: Any) -> Masked:
+        """The mask on the trainer's optimizer. In a second training it may be there already."""
+        if isinstance(self._optimizer, FusedGradDropAdamW):
+            raise ValueError(
+                "GradDropCallback(mask=...) is for other optimizers: give mask= to trainer_optimizer(), or "
+                "leave optimizer_cls_and_kwargs out"
+            )
+        if self._optimizer is not None:
+            return self._optimizer
+        policy = _policy_of(self.mask, args, model)
+        return attach_mask(optimizer, policy, model=model, **{"seed": args.seed, **self.attach})
+
+    def _check_skip_dropped(self, optimizer: Masked, args: TrainingArguments) -> None:
         if args.max_grad_norm:
             raise ValueError(
                 f"GradDropCallback(skip_dropped=True) with args.max_grad_norm={args.max_grad_norm!r}: the norm would "
@@ -312,7 +335,7 @@ def _calling_trainer() -> Trainer:
     raise RuntimeError("GradDropCallback(skip_dropped=True) is called by no Trainer of transformers: give it to one")
 
 
-def _skip_in_training_steps(trainer: Any, optimizer: FusedGradDropAdamW) -> Callable[[], None]:
+def _skip_in_training_steps(trainer: Any, optimizer: Masked) -> Callable[[], None]:
     """Lets every ``training_step()`` of the trainer, its forward and backward pass, leave out what is dropped. Whatever
     ends one, also an interrupt, leaves no parameter frozen. Returns the function that ends this.
     """

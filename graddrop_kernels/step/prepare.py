@@ -71,10 +71,10 @@ def prepare(
         check_named_params(masking)
     for new in found:
         check_row(owner, masking, new.group, new.param, new.record, new.grad)
-    _warn_of_position_names(masking, warn)
+    warn_of_position_names(masking, warn)
     chosen = [backends.select(name, *mode(new.param, new.group, states.get(new.param, {}))) for new in found]
     probe = fresh is not None and _is_state_probe(owner, params, grads, fresh)
-    _warn_of_unknown_epochs(masking, warn, {new.index for new in found})
+    warn_of_unknown_epochs(masking, warn, {new.index for new in found})
     free()
     for new in found:
         make_state(new.param, new.group, states[new.param], trained_rows(new.param, new.record))
@@ -200,7 +200,8 @@ def _is_state_probe(
     )
 
 
-def _warn_of_unknown_epochs(masking: Masking, warn: WarnOnce, indices: set[int]) -> None:
+def warn_of_unknown_epochs(masking: Masking, warn: WarnOnce, indices: set[int]) -> None:
+    """Warns of policies of these groups that follow epochs, where nothing tells them the epoch."""
     for index in sorted(indices):
         policy = masking.policy(index)
         if policy is not None and policy.follows_epochs and not masking[index]["epoch_was_set"]:
@@ -210,7 +211,8 @@ def _warn_of_unknown_epochs(masking: Masking, warn: WarnOnce, indices: set[int])
             )
 
 
-def _warn_of_position_names(masking: Masking, warn: WarnOnce) -> None:
+def warn_of_position_names(masking: Masking, warn: WarnOnce) -> None:
+    """Warns of masks that are drawn by places in the optimizer, with several processes."""
     if several_processes() and any(
         group["mask"] is not None and "param_names" not in group and param not in masking.buffers.pieces
         for group in masking.groups

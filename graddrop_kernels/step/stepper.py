@@ -13,7 +13,7 @@ from ..groups.checks import check_written_grads
 from ..groups.masking import Masking
 from ..groups.options import check_clipping, check_options
 from ..groups.owner import Owner
-from ..policies import Clock, Policy
+from ..policies import Clock
 from ..tensors.local import local_grads, local_tensors
 from .captured import CapturedStep, check_capture
 from .clip import clip_
@@ -146,12 +146,9 @@ class Stepper:
         self.warn(self.streams.warning_of_step())
         elsewhere = set(filter(self.masking.buffers.has_gradients, self.masking.indices()))
         for index in indices | elsewhere:
-            group, clock = self.owner.param_groups[index], clocks[index]
-            if not self.masking.buffers.completes_step(group):
+            if not self.masking.buffers.completes_step(self.owner.param_groups[index]):
                 continue
-            if not clock.history or clock.history[-1][0] != clock.epoch:
-                group["epoch_history"] = clock.with_this_step((self.masking.policy(index) or Policy()).fold)
-            group["completed_steps"] += 1
+            self.masking.count_step(index, clocks[index])
             if found_inf is not None:
                 self.voided[index] = self.voided.get(index, 0) + (found_inf != 0).to(torch.int64)
 

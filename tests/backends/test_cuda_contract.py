@@ -175,14 +175,20 @@ def aligned(kernels) -> dict[tuple, Kernel]:
     return found
 
 
-def norms(kernels) -> dict[tuple, Kernel]:
+def norms(kernels, what: str = "norm") -> dict[tuple, Kernel]:
     """{(variant or "general", gradient dtype): kernel}."""
     found = {}
     for name, kernel in kernels.items():
-        match = re.search(r"(?:aligned_norm_kernelILNS_7VariantE(\d)E|general_norm_kernelI)(f|NS_\w+?E)EEv", name)
+        pattern = rf"(?:aligned_{what}_kernelILNS_7VariantE(\d)E|general_{what}_kernelI)(f|NS_\w+?E)EEv"
+        match = re.search(pattern, name)
         if match:
             found[VARIANTS[int(match[1])] if match[1] else "general", DTYPES[match[2]]] = kernel
     return found
+
+
+def masks(kernels) -> dict[tuple, Kernel]:
+    """The kernels that mask gradients in place, as norms()."""
+    return norms(kernels, "masks")
 
 
 every_arch = pytest.mark.parametrize("kernels", ARCHS, indirect=True)
@@ -193,6 +199,7 @@ def test_every_variant_is_there(kernels):
     assert sorted(aligned(kernels)) == sorted(ALL)
     assert sum("general_kernel" in name for name in kernels) == len(TYPES)
     assert sorted(norms(kernels)) == sorted(product((*NORM_VARIANTS, "general"), BYTES))
+    assert sorted(masks(kernels)) == sorted(norms(kernels))
     for name in ("prologue", "keep_mask", "planes"):
         assert sum(f"{name}_kernel" in found for found in kernels) == 1, name
 
@@ -206,6 +213,8 @@ def test_nothing_spills_and_registers_are_bounded(kernels):
         many = way == "amsgrad" or variant in ("factor", "buckets_update") or variant.endswith("by_age")
         assert kernel.registers <= REGISTERS[many], (variant, way, types)
     for (variant, dtype), kernel in norms(kernels).items():
+        assert kernel.registers <= NORM_REGISTERS[variant], (variant, dtype, kernel.registers)
+    for (variant, dtype), kernel in masks(kernels).items():
         assert kernel.registers <= NORM_REGISTERS[variant], (variant, dtype, kernel.registers)
 
 
@@ -270,6 +279,24 @@ def test_the_norm_reads_16_bytes_a_lane_before_it_adds(kernels):
         assert len(loads) == TURNS * ELEMENTS * BYTES[dtype] // 16, (variant, dtype)
         assert len(squares) == TURNS * ELEMENTS + 1, (variant, dtype)  # one that fills no group
         assert max(loads) < min(squares), (variant, dtype)
+
+
+@every_arch
+def test_gradients_are_masked_16_bytes_a_lane(kernels):
+    """All loads of a thread are under way before its first store. A launch that keeps nothing reads nothing."""
+    for (variant, dtype), kernel in masks(kernels).items():
+        if variant == "general":
+            continue
+        what, code = (variant, dtype), kernel.instructions
+        loads = [i.address for i in code if i.name == "LDG" and i.bytes == 16]
+        stores = [i.address for i in code if i.name == "STG" and i.bytes == 16]
+        accesses = TURNS * ELEMENTS * BYTES[dtype] // 16
+        assert len(stores) == accesses, what
+        if variant == "plain":
+            continue
+        gradients = [address for address in loads if address < min(stores)]
+        assert len(gradients) >= accesses, what
+        assert not {"BAR", "LDS", "STS", "RED", "ATOM", "ATOMG"} & {i.name for i in code}, what
 
 
 @every_arch

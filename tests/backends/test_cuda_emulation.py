@@ -136,7 +136,7 @@ def emulation(monkeypatch) -> str:
     """A name that the optimizer takes for a backend: the emulation, on CPU tensors."""
     row = backends.Backend(
         "cuda-emulation", "", ("cpu",), backends._FUSED_DTYPES, False, lambda: None, cuda.masked_adamw_,
-        cuda.sum_of_squares,
+        cuda.sum_of_squares, cuda.mask_gradients_,
     )  # fmt: skip
     monkeypatch.setitem(backends._BY_NAME, row.name, row)
     monkeypatch.setitem(cases._ROWS, row.name, row)

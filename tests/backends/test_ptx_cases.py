@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from batches import CHUNK, LAYOUTS, PLANS, SIZES, assert_same_batches, batch_of, copy_of, generator_of, words_of
-from cases import DTYPES, F32, MODES, PAST_THE_LAST_EPOCH, assert_same_bits, require
+from cases import BF16, DTYPES, F16, F32, MODES, PAST_THE_LAST_EPOCH, assert_same_bits, require
 from ptx import build
 from ptx_backends.cuda import CudaEmulation, missing
 from ptx_backends.emulation import Emulation
@@ -133,6 +133,22 @@ def test_a_norm_of_more_chunks_than_the_last_program_adds_at_a_time(compiled, se
     squares = math.fsum(x for tensor in batch.grads for x in tensor.double().square().flatten().tolist())
     total = emulation(compiled, seed).run("sum_of_squares", batch, False)
     assert abs(total.item() - squares) <= 200 * 2.0**-53 * squares
+
+
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_gradients_masked_in_place(compiled, seed, some):
+    """Rows of several plans in one batch, with infinities and NaN, of any layout and alignment."""
+    emulated = emulation(compiled, seed)
+    for dtype, offset in some(list(itertools.product((F32, BF16, F16), (0, 1))), 1, 3):
+        plans = random.Random(f"{seed} {dtype}").sample(list(PLANS.values()), 9)
+        layouts = [(size, RowBlock.whole(size)) for size in (1, 33, CHUNK + 8, 2 * CHUNK)] + list(LAYOUTS)
+        batch = batch_of(generator_of(seed, dtype), plans, (dtype, dtype), layouts, offset)
+        expected, before = copy_of(batch), copy_of(batch)
+        emulated.run("mask_gradients_", batch)
+        cpu.mask_gradients_(expected)
+        what = f"{compiled}, {dtype}, offset {offset}, {[plan.kind for plan in plans]}"
+        assert_same_batches(batch, expected, what)
+        assert any(not torch.equal(a, b) for a, b in zip(batch.grads, before.grads)), what
 
 
 @pytest.mark.parametrize("compiled", COMPILED)

@@ -1,7 +1,8 @@
 """The triton backend in Triton's interpreter, on CPU tensors, bit for bit against the reference.
 
 The interpreter must be chosen before Triton is imported, so these tests run the others in a process of their own:
-every policy on tensors of more than one program, every kind of mask x dtype x shard, any alignment, any bit pattern.
+every policy on tensors of more than one program, every kind of mask x dtype x shard, any alignment, any bit pattern,
+gradients that are masked in place.
 The compiled kernels are looked at in test_triton_contract.py.
 """
 
@@ -16,13 +17,14 @@ import pytest
 TESTS = Path(__file__).resolve().parents[1]
 SELECTIONS = {
     "kernels": ["backends/test_triton_kernels.py"],
+    "masks": ["backends/test_mask_gradients.py"],
     "policies": ["backends/test_backends_agree.py", "-k", "on_long_tensors"],
     "values": ["backends/test_backends_agree.py", "-k", "bit_pattern or signed_zeros or stay or alignment or infin"],
     "modes": ["step/test_mixed_precision.py", "step/test_clipping.py", "-k", "triton and not fast and not float64"],
     "shards": ["backends/test_layout.py", "-k", "slices_of_the_whole or far_shards"],
 }
 
-LONG = ("policies", "values", "modes", "shards")
+LONG = ("masks", "policies", "values", "modes", "shards")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")

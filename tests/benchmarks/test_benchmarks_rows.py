@@ -1,4 +1,4 @@
-"""The benchmark of trained rows runs end to end, and has a table."""
+"""The benchmarks of trained rows and of attached masks run end to end, and have a table."""
 
 import json
 import sys
@@ -21,3 +21,12 @@ def test_every_variant_is_measured_and_shown(tmp_path):
     for row in result["rows"]:
         assert f"| {row['name']} | {row['seconds'] * 1e3:.3f} | {100 * row['ratio']:.2f} |" in text
     assert "a quick run, no measurement" in text and "| 640 | 2.00 |" in text
+
+
+def test_every_attached_mask_is_measured_and_shown(tmp_path):
+    run_well("cpu.attached_mask", "--quick", "--out", tmp_path / "some-machine")
+    result = json.loads((tmp_path / "some-machine" / "attached_mask.json").read_text())
+    assert len(result["rows"]) == 9 and not any("error" in row for row in result["rows"])
+    text = render.section("attached-mask", "some-machine", load(tmp_path))
+    for row in result["rows"]:
+        assert f"| {row['name']} | {row['seconds'] * 1e3:.2f} | {row['ratio']:.2f} |" in text

@@ -23,6 +23,7 @@ PUBLIC = {
     "available_backends", "describe", "find_blocks", "param_groups",
     "plot_mask", "plot_schedule", "CycleBlocks", "RandomMask", "SampleBlocks", "SkipUpdate", "top_change",
     "top_gradient", "top_magnitude", "memory", "TrainRows", "new_token_rows",
+    "attach_mask",
 }  # fmt: skip
 every_public_name = pytest.mark.parametrize("name", sorted(PUBLIC))
 

@@ -189,7 +189,7 @@ def test_what_cannot_be_meant_is_refused():
         (TrainRows({"a": [1]}), {"masked": "update"}, ["TrainRows has a meaning with masked='frozen' only"]),
         (GaussianGradDrop(), {"masked": "update"}, ["masked='update' does not apply to GaussianGradDrop"]),
         (GradDrop(), {"masked": "updates"}, ["masked of parameter group 0", "'update'", "got 'updates'"]),
-        (GradDrop(), {"cautious_weight_decay": 1}, ["cautious_weight_decay of parameter group 0", "True or False", "1"]),
+        (GradDrop(), {"cautious_weight_decay": 1}, ["cautious_weight_decay of parameter group 0", "True or False"]),
     ):
         with refused(ValueError, *words):
             FusedGradDropAdamW(model.named_parameters(), mask=mask, **arguments)

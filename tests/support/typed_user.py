@@ -19,6 +19,7 @@ from graddrop_kernels import (
     LayerGradDrop,
     LinearAnneal,
     attach_fsdp1,
+    attach_mask,
     attach_zero,
     available_backends,
     describe,
@@ -60,6 +61,10 @@ optimizer.load_state_dict(optimizer.state_dict(), strict=False)
 handle = optimizer.step_in_backward()
 handle.remove()
 attach_fsdp1(optimizer, model)
+masks = attach_mask(torch.optim.SGD(model.parameters()), GradDrop(p=0.2), model=model)
+masks.set_epoch(1)
+assert_type(masks.mask("weight"), torch.Tensor)
+assert_type(masks.active_fraction(), list[float])
 
 FusedGradDropAdamW(model.parameters(), mask=0.2)  # type: ignore[arg-type]
 FusedGradDropAdamW(model.parameters(), moment_dtype="float32")  # type: ignore[arg-type]
@@ -69,4 +74,5 @@ optimizer.set_epoch("1")  # type: ignore[arg-type]
 optimizer.mask(0)  # type: ignore[arg-type]
 describe(torch.optim.AdamW(model.parameters()))  # type: ignore[arg-type]
 attach_zero(optimizer, model)  # type: ignore[arg-type]
+attach_mask(model, GradDrop(p=0.2))  # type: ignore[arg-type]
 optimizer.no_such_method()  # type: ignore[attr-defined]

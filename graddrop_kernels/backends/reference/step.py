@@ -46,6 +46,19 @@ def sum_of_squares(batch: TensorBatch, masked: bool, exact: bool = False) -> tor
     return total
 
 
+def mask_gradients_(batch: TensorBatch, exact: bool = False) -> None:
+    """Masks and scales the gradients of every row of the batch in place. Changes nothing else."""
+    for row, hyper_row in enumerate(batch.hyper_rows):
+        plan, grad = batch.hypers[hyper_row].plan, batch.grads[row]
+        if plan.kind == "keep":
+            continue
+        completed_steps = int(batch.steps[row])
+        keep, _ = _keep_and_bucket(batch, row, plan, completed_steps)
+        g = grad.to(_working_dtype(grad)).flatten()
+        g = _masked_gradient(g, batch, row, plan, completed_steps, keep, EXACT if exact else PLAIN)
+        grad.copy_(g.view_as(grad))
+
+
 def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rounding) -> None:
     plan, fma = hyper.plan, rounding.fma
     if plan.kind == "off" and plan.frozen:
@@ -159,8 +172,8 @@ def _scalars(hyper: Hyper, step: int, dtype: torch.dtype, device: torch.device) 
 
 
 def _keep_and_bucket(batch: TensorBatch, row: int, plan: MaskPlan, completed_steps: int) -> list[Any]:
-    param, layout, words = batch.params[row], batch.layouts[row], batch.mask_words[row]
+    grad, layout, words = batch.grads[row], batch.layouts[row], batch.mask_words[row]
     found = keep_and_bucket(
-        plan, batch.keys[row], completed_steps, layout, param.numel() // batch.parts, words, param.device
+        plan, batch.keys[row], completed_steps, layout, grad.numel() // batch.parts, words, grad.device
     )
     return [each if each is None else each.repeat_interleave(batch.parts) for each in found]

@@ -10,7 +10,10 @@ from ...masks.row_block import RowBlock
 from ..batch import TensorBatch
 from .probe import DEVICES, interpreted, unavailable
 
-__all__ = ["DEVICES", "bucket_planes", "interpreted", "keep_mask", "masked_adamw_", "sum_of_squares", "unavailable"]
+__all__ = [
+    "DEVICES", "bucket_planes", "interpreted", "keep_mask", "mask_gradients_", "masked_adamw_", "sum_of_squares",
+    "unavailable",
+]  # fmt: skip
 
 
 def masked_adamw_(batch: TensorBatch) -> None:
@@ -25,6 +28,13 @@ def sum_of_squares(batch: TensorBatch, masked: bool) -> torch.Tensor:
     from . import kernels
 
     return kernels.norm.sum_of_squares(batch, masked)
+
+
+def mask_gradients_(batch: TensorBatch) -> None:
+    """See mask_gradients.py."""
+    from . import kernels
+
+    kernels.mask_gradients.mask_gradients_(batch)
 
 
 def keep_mask(

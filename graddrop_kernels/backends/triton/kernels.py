@@ -5,10 +5,10 @@ constants of a callee that has not been hashed yet. So another first kernel woul
 that are not found again. Here callees are hashed first.
 """
 
-from . import arithmetic, gradient, masks, norm, prologue, random, row, update
+from . import arithmetic, gradient, mask_gradients, masks, norm, prologue, random, row, update
 
-__all__ = ["hash_callees_first", "masks", "norm", "update"]
-_CALLEES_FIRST = (arithmetic, random, row, gradient, prologue, norm, update, masks)
+__all__ = ["hash_callees_first", "mask_gradients", "masks", "norm", "update"]
+_CALLEES_FIRST = (arithmetic, random, row, gradient, prologue, norm, mask_gradients, update, masks)
 
 
 def hash_callees_first() -> None:

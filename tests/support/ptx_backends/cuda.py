@@ -103,9 +103,17 @@ class CudaEmulation(Emulation):
         gradients = _TYPES[spec.grad_dtype]
         part = f"19general_norm_kernelI{gradients}E"
         if spec.aligned:
-            part = f"19aligned_norm_kernelILNS_7VariantE{_variant(spec, for_norm=True)}E{gradients}E"
+            part = f"19aligned_norm_kernelILNS_7VariantE{_variant(spec, of_step=False)}E{gradients}E"
         places = b"".join(value.to_bytes(8, "little") for value in (sums, arrived, out, first, total))
         self._launch(part, spec.num_chunks, bytes(spec), int(masked), places, spans=[(out, 8)])
+
+    def mask_gradients(self, address: int) -> None:
+        spec = cuda.LaunchSpec.from_address(address)
+        part = f"20general_masks_kernelI{_TYPES[spec.grad_dtype]}E"
+        if spec.aligned:
+            variant = _variant(spec, of_step=False)
+            part = f"20aligned_masks_kernelILNS_7VariantE{variant}E{_TYPES[spec.grad_dtype]}E"
+        self._launch(part, spec.num_chunks, bytes(spec))
 
     def keep_mask(self, row_address: int, mask_address: int, out: int) -> None:
         row, mask = TensorRow.from_address(row_address), cuda.MaskSpec.from_address(mask_address)
@@ -119,10 +127,10 @@ class CudaEmulation(Emulation):
         self._launch("13planes_kernel", blocks, bytes(row), buckets, planes, out, spans=spans)
 
 
-def _variant(spec: cuda.LaunchSpec, for_norm: bool = False) -> int:
+def _variant(spec: cuda.LaunchSpec, of_step: bool = True) -> int:
     kind = "planes" if spec.planes else _KINDS[spec.kind]
     variant = _VARIANTS.get(kind, 0)
-    if for_norm:
+    if not of_step:
         return variant
     if spec.update:
         return _OF_UPDATE[kind]

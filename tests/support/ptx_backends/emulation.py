@@ -52,7 +52,7 @@ class Emulation:
         cpu = backends._BY_NAME["cpu"]
         row = backends.Backend(
             self.name, "", ("cpu",), cpu.dtypes, False, lambda: None, call("masked_adamw_"), call("sum_of_squares"),
-            call("keep_mask"), call("bucket_planes"),
+            call("mask_gradients_"), call("keep_mask"), call("bucket_planes"),
         )  # fmt: skip
         with mock.patch.dict(backends._BY_NAME, {row.name: row}):
             yield row

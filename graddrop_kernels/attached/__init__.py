@@ -1,0 +1,1 @@
+"""Masks on the gradients of any optimizer: attach_mask()."""
