@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..masks.bitmask import count_kept
-from ..policies import FixedMask, Policy, TrainRows
+from ..policies import FixedMask, GradDrop, Policy, SkipUpdate, TrainRows
 from ..policies.clock import Clock, PlanContext
 from ..policies.schedules import drop_probability, quantize, require_epochs
 from .describe import policy_text
@@ -112,6 +112,8 @@ def _element_curves(policy: Policy | None, epochs: int) -> dict[str, list[float]
         numel = sum(math.prod(shape) for shape in policy.shapes.values())
         share = sum(map(count_kept, policy.words.values())) / numel if numel else 1.0
         return {"share active, of the tensors with a mask": [share] * epochs}
+    if isinstance(policy, SkipUpdate):
+        policy = GradDrop(policy.p)  # whose elements are kept as often as its parameters
     plans = [policy.plan(_context(policy, epoch), None) for epoch in range(epochs)]
     curves = {"share active": [plan.active_fraction for plan in plans]}
     if hasattr(policy, "p"):

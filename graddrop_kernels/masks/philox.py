@@ -101,7 +101,7 @@ def block_uniform16(key: int, draw: int) -> int:
 
 @lru_cache(maxsize=4096)  # half a kilobyte each
 def _block_draws(key: int, window: int) -> "array[int]":
-    draws = torch.arange(window << 8, (window + 1) << 8)
+    draws = torch.arange(window << 8, (window + 1) << 8, device="cpu")
     zero = torch.zeros_like(draws)
     words, *_ = philox4x32_10(zero, zero, draws, zero + DOMAIN_BLOCK, key)
     return array("H", (words & 0xFFFF).tolist())

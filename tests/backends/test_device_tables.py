@@ -136,9 +136,9 @@ def test_what_looks_at_gradients_alone_walks_every_row():
     batch = batch_of([2 * CHUNK, 10, 0, 30], (DROP, FROZEN_OFF, OFF), [0, 1, 0, 2])
     tables = refreshed(batch)
     before = tables.launches
-    (launch,) = tables.launches_of_all()
+    (launch,) = tables.launches_of_norm(False)
     assert (launch.kind, chunks(launch)) == ("keep", [(0, 0), (0, 1), (1, 0), (3, 0)])
-    assert tables.launches is before and tables.launches_of_all()[0] is launch
+    assert tables.launches is before and tables.launches_of_norm(False)[0] is launch
 
 
 def test_places_of_sums_grow_and_are_kept():
@@ -275,7 +275,7 @@ def test_nothing_is_made_in_a_capture(what, monkeypatch):
     with pytest.raises(RuntimeError, match="after one that was like it"):
         tables = DeviceTables.of(batch)
         if what == "launches of all rows":
-            tables.launches_of_all()
+            tables.launches_of_norm(False)
         elif what == "more sums":
             with tables.places(7):
                 pass

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from batches import CHUNK, LAYOUTS, LISTS, PLANS, SIZES, batch_of, copy_of, generator_of
+from batches import CHUNK, LAYOUTS, LISTS, OF_GRADIENTS, SIZES, batch_of, copy_of, generator_of
 from cases import BF16, ENGINES, F16, F32, F64, Engine, assert_same_bits, require
 
 from graddrop_kernels import backends
@@ -43,17 +43,17 @@ def masked_plainly(batch: TensorBatch, row: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "misaligned"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", OF_GRADIENTS)
 def test_all_backends_have_the_same_bits(name, dtype, offset, seed):
     require("cpu")
     layouts = [(size, RowBlock.whole(size)) for size in SIZES] + list(LAYOUTS)
-    batch = batch_of(generator_of(seed, name, dtype), [PLANS[name]], (dtype, dtype), layouts, offset)
+    batch = batch_of(generator_of(seed, name, dtype), [OF_GRADIENTS[name]], (dtype, dtype), layouts, offset)
     expected = masked_by(Engine("exact"), batch)
     for row, grad in enumerate(expected.grads):
-        if PLANS[name].kind != "gaussian":
+        if OF_GRADIENTS[name].kind != "gaussian":
             assert_same_bits(grad, masked_plainly(batch, row), f"{name}: row {row}", any_nan=True)
     for engine in ENGINES:  # on a machine with a GPU also what runs there
-        if engine.backend != "reference" or PLANS[name].kind != "gaussian":  # whose fma is a product and a sum
+        if engine.backend != "reference" or OF_GRADIENTS[name].kind != "gaussian":  # whose fma is a product and a sum
             assert_only_gradients_differ(masked_by(engine, batch), expected, batch, engine)
     emulated = copy_of(batch)
     cuda.mask_gradients_(emulated)
@@ -63,7 +63,7 @@ def test_all_backends_have_the_same_bits(name, dtype, offset, seed):
 
 @pytest.mark.parametrize("drawn", ["bernoulli", "gaussian", "buckets", "ages in planes", "fixed frozen"])
 def test_rows_of_all_kinds_in_one_batch(drawn, seed):
-    plans = [PLANS[drawn], MaskPlan("keep"), MaskPlan("off"), MaskPlan("off", frozen=True)]
+    plans = [OF_GRADIENTS[drawn], MaskPlan("keep"), MaskPlan("off"), MaskPlan("off", frozen=True)]
     layouts = [(size, RowBlock.whole(size)) for size in (33, 5000, CHUNK, 0, 70, 8200)] * 2
     batch = batch_of(generator_of(seed, drawn), plans, (F32, F32), layouts)
     expected = masked_by(Engine("exact"), batch)
@@ -96,7 +96,7 @@ def test_a_gradient_that_is_kept_whole_is_not_read(seed):
 def test_masks_of_a_step_are_those_of_its_norm_and_update(seed):
     """The sum of the squares of masked gradients, before and after mask_gradients_ has masked them."""
     layouts = [(size, RowBlock.whole(size)) for size in (33, 5000)]
-    for name, plan in PLANS.items():
+    for name, plan in OF_GRADIENTS.items():
         batch = batch_of(generator_of(seed, name), [plan], (F32, F32), layouts)
         for grad in batch.grads:
             grad.nan_to_num_(0.0, 1.0, -1.0)
@@ -110,9 +110,9 @@ def test_wide_and_complex_gradients(name, dtype, seed):
     """A mask keeps or drops both numbers of a pair."""
     generator, numel, key = generator_of(seed, name, dtype), 1031, 12345 + seed
     grad = torch.randn(numel, generator=generator, dtype=dtype)
-    row = batch_of(generator, [PLANS[name]], (F32, F32), [(numel, RowBlock.whole(numel))])
-    if row.mask_words[0] is not None and PLANS[name].kind == "bucket":
-        row.mask_words = [backends.bucket_planes(key, PLANS[name].buckets, row.layouts[0], numel, grad.device)]
+    row = batch_of(generator, [OF_GRADIENTS[name]], (F32, F32), [(numel, RowBlock.whole(numel))])
+    if row.mask_words[0] is not None and OF_GRADIENTS[name].kind == "bucket":
+        row.mask_words = [backends.bucket_planes(key, OF_GRADIENTS[name].buckets, row.layouts[0], numel, grad.device)]
     pairs = torch.view_as_real(grad) if dtype.is_complex else grad
     batch = dataclasses.replace(
         row, param_dtype=dtype, moment_dtype=dtype, grad_dtype=dtype, keys=[key], grads=[pairs.clone()], params=[],
@@ -121,13 +121,13 @@ def test_wide_and_complex_gradients(name, dtype, seed):
         masked = dataclasses.replace(batch, grads=[pairs.clone()])
         backends._BY_NAME[backend].mask_gradients_(masked)
         actual = torch.view_as_complex(masked.grads[0]) if dtype.is_complex else masked.grads[0]
-        if PLANS[name].kind == "gaussian":
+        if OF_GRADIENTS[name].kind == "gaussian":
             factor = (actual / grad).real
             assert torch.allclose(actual, grad * factor.to(dtype)) and 0.4 < float(factor.std()) < 0.6
-        elif PLANS[name].kind == "off":
+        elif OF_GRADIENTS[name].kind == "off":
             assert not actual.any()
         else:
-            keep, _ = keep_and_bucket(PLANS[name], key, 3, batch.layouts[0], numel, batch.mask_words[0])
-            scale = PLANS[name].scale if PLANS[name].kind != "bucket" else 1.0
+            keep, _ = keep_and_bucket(OF_GRADIENTS[name], key, 3, batch.layouts[0], numel, batch.mask_words[0])
+            scale = OF_GRADIENTS[name].scale if OF_GRADIENTS[name].kind != "bucket" else 1.0
             expected = torch.where(keep, grad * torch.tensor(scale, dtype=pairs.dtype), torch.zeros((), dtype=dtype))
             assert torch.equal(actual, expected)

@@ -12,7 +12,18 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from batches import CHUNK, LAYOUTS, PLANS, SIZES, assert_same_batches, batch_of, copy_of, generator_of, words_of
+from batches import (
+    CHUNK,
+    LAYOUTS,
+    OF_GRADIENTS,
+    PLANS,
+    SIZES,
+    assert_same_batches,
+    batch_of,
+    copy_of,
+    generator_of,
+    words_of,
+)
 from cases import BF16, DTYPES, F16, F32, MODES, PAST_THE_LAST_EPOCH, assert_same_bits, require
 from ptx import build
 from ptx_backends.cuda import CudaEmulation, missing
@@ -140,7 +151,7 @@ def test_gradients_masked_in_place(compiled, seed, some):
     """Rows of several plans in one batch, with infinities and NaN, of any layout and alignment."""
     emulated = emulation(compiled, seed)
     for dtype, offset in some(list(itertools.product((F32, BF16, F16), (0, 1))), 1, 3):
-        plans = random.Random(f"{seed} {dtype}").sample(list(PLANS.values()), 9)
+        plans = random.Random(f"{seed} {dtype}").sample(list(OF_GRADIENTS.values()), 9)
         layouts = [(size, RowBlock.whole(size)) for size in (1, 33, CHUNK + 8, 2 * CHUNK)] + list(LAYOUTS)
         batch = batch_of(generator_of(seed, dtype), plans, (dtype, dtype), layouts, offset)
         expected, before = copy_of(batch), copy_of(batch)

@@ -16,7 +16,7 @@ from graddrop_kernels import GradDrop, LayerGradDrop, attach_mask
 
 pytestmark = pytest.mark.filterwarnings(PAST_THE_LAST_EPOCH)
 
-MASKINGS = [name for name in ALL_MASKINGS if name not in ("none", "rows")]
+MASKINGS = [name for name in cases.MASKINGS if cases.masked_of(name) != "update" and name != "none"]
 SGD = {"lr": 0.03, "momentum": 0.8, "weight_decay": 0.1}
 
 

@@ -118,11 +118,13 @@ def test_a_new_process_continues_bit_for_bit(policy, resumed):
 
 @every_policy
 @pytest.mark.parametrize(
-    "masked, bias_correction", [("frozen", "active"), ("frozen", "global"), ("gradient", "active")]
+    "masked, bias_correction",
+    [("frozen", "active"), ("frozen", "global"), ("gradient", "active"), ("update", "active")],
 )
 def test_resuming_under_every_meaning(policy, masked, bias_correction, seed):
     arguments = {
-        "masked": None if policy in ("plain", "gaussian", "rows") else masked,
+        "cautious_weight_decay": True,
+        "masked": None if policy in ("plain", "gaussian", "rows", "skip-update") else masked,
         "bias_correction": bias_correction,
         "amsgrad": True,
     }

@@ -115,7 +115,7 @@ BAD_VALUES = [
     *(("weight_decay", value, "weight_decay") for value in (-0.1, nan, inf)),
     *(("betas", value, "beta") for value in ((-0.1, 0.9), (1.0, 0.9), (0.9, 1.0), (0.9, 1.5), (nan, 0.9), (0.9, nan))),
     *(("seed", value, "seed") for value in (-1, 2**64, 1.5, True, "0", None)),
-    ("masked", "freeze", "masked.*'gradient', 'frozen' or None"),
+    ("masked", "freeze", "masked.*'gradient', 'frozen', 'update'. or None"),
     ("bias_correction", "none", "bias_correction.*'active' or 'global'"),
 ]
 bad_values = pytest.mark.parametrize(

@@ -26,6 +26,7 @@ def test_arguments_are_those_of_torch_in_their_order():
         "mask": GradDrop(p=0.2),
         "seed": 0,
         "masked": None,
+        "cautious_weight_decay": False,
         "bias_correction": "active",
         "moment_dtype": None,
         "master_weights": False,

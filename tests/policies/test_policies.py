@@ -21,6 +21,7 @@ from graddrop_kernels import (
     LinearAnneal,
     RandomMask,
     SampleBlocks,
+    SkipUpdate,
     param_groups,
 )
 from graddrop_kernels.policies import POLICIES
@@ -213,6 +214,7 @@ def test_defaults_of_the_table():
     assert defaults(GradFreeze) == {"epochs": None, "direction": "top_down", "blocks_per_epoch": None, "layers": None}
     assert defaults(FixedMask) == {"masks": empty, "scale": 1.0}
     assert defaults(RandomMask) == {"density": None}
+    assert defaults(SkipUpdate) == {"p": 0.5}
     assert defaults(SampleBlocks) == {"k": empty, "every": empty, "layers": None, "idle_state": "keep"}
     assert defaults(CycleBlocks) == {"every": empty, "order": "forward", "layers": None, "idle_state": "keep"}
     assert defaults(LinearAnneal) == {"epochs": empty, "start": 0.9, "end": "paper"}
@@ -228,6 +230,7 @@ def test_defaults_of_the_table():
         "SampleBlocks",
         "CycleBlocks",
         "TrainRows",
+        "SkipUpdate",
     }
 
 

@@ -137,5 +137,5 @@ def test_rows_that_do_not_suit_the_parameters(rows, parts):
 
 
 def test_other_meanings_than_frozen_are_refused():
-    with refused(ValueError, "TrainRows needs masked='frozen'", "masked='gradient'"):
+    with refused(ValueError, "TrainRows has a meaning with masked='frozen' only", "masked='gradient'"):
         FusedGradDropAdamW(named_params(), mask=TrainRows({"weight": [0]}), masked="gradient")

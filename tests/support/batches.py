@@ -40,8 +40,9 @@ PLANS |= {
     for name, plan in PLANS.items()
     if plan.kind == "bucket"
 }
+OF_GRADIENTS = {name: plan for name, plan in PLANS.items() if not plan.update}  # masks on gradients
 DROPPING = [  # names of those that drop gradients
-    name for name, plan in PLANS.items() if plan.kind not in ("keep", "gaussian") and not plan.update
+    name for name, plan in OF_GRADIENTS.items() if plan.kind not in ("keep", "gaussian")
 ]
 LISTS = ("params", "copies", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "grads", "steps")
 LAYOUTS = (

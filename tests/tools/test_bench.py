@@ -14,7 +14,8 @@ from graddrop_kernels.tools import bench
 
 POLICIES = (
     "mask=None", "GradFreeze, half frozen", "GradDrop", "LayerGradDrop", "GradDropEpoch", "GradDropEpoch, toggle",
-    "GradDrop, every epoch", "GaussianGradDrop", "GradDropEpoch, bit-packed", "RandomMask", "FixedMask, 50 %",
+    "GradDrop, every epoch", "GaussianGradDrop", "GradDropEpoch, bit-packed", "RandomMask", "SkipUpdate",
+    "FixedMask, 50 %",
 )  # fmt: skip
 
 

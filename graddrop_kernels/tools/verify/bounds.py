@@ -65,7 +65,7 @@ def ulp_at(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def operand_sizes(
     before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], beta1: float, lr_weight_decay: float,
-    exact_moments: bool, grad: torch.Tensor | None,
+    exact_moments: bool, cautious: bool, grad: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Returns the sizes of the operands of one exact step, float64, by tensor. Rounding errors are relative to these.
 
@@ -77,6 +77,8 @@ def operand_sizes(
         before, after: {"param", "exp_avg", "exp_avg_sq", "max_exp_avg_sq" with amsgrad, "master_param" where that is
             stepped: float tensors}.
         exact_moments: whether the backend's moments are those of "exact".
+        cautious: whether the sign of the new moment decides on weight decay. Where the moment has cancelled, rounding
+            does, and the parameter may differ by all of its decay.
         grad: under a Gaussian mask the gradient, as a factor 1 + deviation * z near 0 has cancelled. Else None.
     """
     stepped = "master_param" if "master_param" in before else "param"
@@ -92,4 +94,7 @@ def operand_sizes(
         update *= m / m_new.abs().clamp(min=2**-24 * m).clamp(min=1e-300)
         update *= (v / vhat.clamp(min=1e-300)).clamp(min=1)
     p = p.maximum(update).maximum(after[stepped].double().abs())  # the store rounds at the size of the result
+    if cautious and not exact_moments:
+        unsure = m_new.abs() <= 2**-20 * m
+        p = torch.where(unsure, p.maximum(2**24 * lr_weight_decay * before[stepped].double().abs()), p)
     return {stepped: p, "exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": v.maximum(vhat)}

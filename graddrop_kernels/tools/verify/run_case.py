@@ -212,8 +212,9 @@ def _check_step(case: Case, arguments: dict[str, Any], truth: Truth, training: T
     if bound != EXACT:
         training.load(before)
         lr_weight_decay, exact_moments = arguments["lr"] * arguments["weight_decay"], bound.of("exp_avg", gaussian) == 0
+        cautious = arguments["cautious_weight_decay"]
         grad = torch.cat(truth.grads) * _clip_factor(truth, arguments) if gaussian else None
-        sizes = operand_sizes(before, after, beta1, lr_weight_decay, exact_moments, grad)
+        sizes = operand_sizes(before, after, beta1, lr_weight_decay, exact_moments, cautious, grad)
     said = training.mask() if truth.ask_mask else mask
     stepped = training.step(truth.grads)
     if not gaussian:
