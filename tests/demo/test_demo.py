@@ -336,6 +336,7 @@ SHARES = {
     "graddrop-epoch-toggle": (0.25, 0.25),
     "gradfreeze-topdown": (1 / 3, 2 / 3),
     "gradfreeze-bottomup": (1 / 3, 2 / 3),
+    "skip-update": None,
 }
 
 

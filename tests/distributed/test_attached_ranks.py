@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from cases import ALL_MASKINGS, EPOCH_OF_STEP, PAST_THE_LAST_EPOCH, assert_same_bits
+from cases import ALL_MASKINGS, EPOCH_OF_STEP, PAST_THE_LAST_EPOCH, assert_same_bits, masked_of
 from ranks import run_ranks
 from test_elastic_checkpoint import Model as Elastic
 from test_elastic_checkpoint import gradient, set_state, state_of, whole
@@ -16,7 +16,7 @@ from graddrop_kernels import GradDrop, LayerGradDrop, attach_mask
 
 pytestmark = pytest.mark.filterwarnings(PAST_THE_LAST_EPOCH)
 
-MASKINGS = [name for name in cases.MASKINGS if cases.masked_of(name) != "update" and name != "none"]
+MASKINGS = [name for name in ALL_MASKINGS if name not in ("none", "rows") and masked_of(name) != "update"]
 SGD = {"lr": 0.03, "momentum": 0.8, "weight_decay": 0.1}
 
 
