@@ -44,9 +44,11 @@ class Variant:
     grad_scale: bool = False
     clip: bool = False
     stochastic: bool = False
+    update: bool = False
+    cautious: bool = False
 
     def __str__(self) -> str:
-        flags = ("aligned", "rows", "amsgrad", "frozen", "ages", "grad_scale", "clip", "stochastic")
+        flags = ("aligned", "rows", "amsgrad", "frozen", "ages", "grad_scale", "clip", "stochastic", "update", "cautious")
         text = [name for name in flags if getattr(self, name) and name != "aligned"]
         planes = f" {self.planes} planes" if self.planes >= 0 else ""
         unaligned = [] if self.aligned else ["unaligned"]
@@ -64,7 +66,7 @@ class Variant:
 
     @property
     def launch(self) -> Launch:
-        names = ("kind", "planes", "aligned", "rows", "amsgrad", "frozen", "ages")
+        names = ("kind", "planes", "aligned", "rows", "amsgrad", "frozen", "ages", "update", "cautious")
         return Launch(**{name: getattr(self, name) for name in names})
 
     def but(self, **changes) -> "Variant":

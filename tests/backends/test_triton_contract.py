@@ -84,6 +84,13 @@ MIXED = [  # amsgrad, frozen, ages, grad_scale and the float16 modes, each with 
     Variant("bbf", "bernoulli", stochastic=True, clip=True),
     Variant("bbb", "keep", stochastic=True),
     Variant("bbf", "gaussian", stochastic=True, frozen=True, amsgrad=True),
+    Variant("fff", "bernoulli", update=True),
+    Variant("bbf", "bernoulli", update=True, cautious=True),
+    Variant("bbb", "fixed", update=True),
+    Variant("fff", "bucket", planes=0, update=True, amsgrad=True),
+    Variant("fbf", "bernoulli", update=True),
+    Variant("bbb", "bernoulli", cautious=True),
+    Variant("fff", "keep", cautious=True, amsgrad=True),
 ]
 # Narrow accesses, or divisions of 64-bit indices by subroutine: right, not fast.
 SLOW = [
@@ -157,8 +164,8 @@ def test_update_of_whole_vectors(variant):
     # A turn reads and writes its elements and nothing else: what it knows of the tensor is in registers.
     loads = Counter(i.bytes for i in code.body if i.name == "LDG")
     moments = "mmm" if variant.amsgrad else "mm"
-    copy_read = "g" * (variant.copies and variant.frozen)  # its dropped elements stay
-    if variant.planes >= 0 or variant.kind == "fixed":
+    copy_read = "g" * (variant.copies and (variant.frozen or variant.update))  # its dropped elements stay
+    if variant.planes > 0 or variant.kind == "fixed":
         assert loads.pop(1) == max(variant.planes, 1) * ELEMENTS // variant.vector, "a byte of bits a vector"
     of_buckets = Counter({8: ELEMENTS, 4: ELEMENTS} if variant.ages else {})  # three scalars of each element's bucket
     assert loads == widths(variant, "pg" + moments + copy_read) + of_buckets
