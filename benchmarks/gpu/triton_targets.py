@@ -48,7 +48,9 @@ class Variant:
     cautious: bool = False
 
     def __str__(self) -> str:
-        flags = ("aligned", "rows", "amsgrad", "frozen", "ages", "grad_scale", "clip", "stochastic", "update", "cautious")
+        flags = (
+            "aligned", "rows", "amsgrad", "frozen", "ages", "grad_scale", "clip", "stochastic", "update", "cautious",
+        )  # fmt: skip
         text = [name for name in flags if getattr(self, name) and name != "aligned"]
         planes = f" {self.planes} planes" if self.planes >= 0 else ""
         unaligned = [] if self.aligned else ["unaligned"]

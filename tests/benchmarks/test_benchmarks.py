@@ -33,7 +33,9 @@ from benchmarks.render import cpu_tables  # noqa: E402
 
 NUMEL = 40_000
 COUNT = 400  # tensors
-IN_TESTS_OF_THEIR_OWN = ("modes", "precision", "skip-backward", "sampled-blocks", "growing-costs", "trained-rows")
+IN_TESTS_OF_THEIR_OWN = (
+    "modes", "precision", "skip-backward", "sampled-blocks", "growing-costs", "trained-rows", "attached-mask",
+)  # fmt: skip
 
 
 def run(module: str, *arguments) -> subprocess.CompletedProcess:

@@ -249,7 +249,8 @@ class Case(verify_cases.Case):
         masking = MASKINGS[self.policy]
         return {
             "mask": masking.policy(named), "seed": rng.getrandbits(64), "betas": (0.9, 0.999), "weight_decay": 1e-2,
-            "amsgrad": False, "moment_dtype": moments if moments in (F32, BF16) else None, "master_weights": masters,
+            "amsgrad": False, "cautious_weight_decay": False,
+            "moment_dtype": moments if moments in (F32, BF16) else None, "master_weights": masters,
             "stochastic_rounding": stochastic, **HYPERS[self.hyper], **masking.arguments,
         }  # fmt: skip
 
