@@ -38,6 +38,7 @@ class Loop:
         self.values = [param.detach().double().clone() for param in params]
         self.m, self.v = ([torch.zeros_like(value) for value in self.values] for _ in range(2))
         self.scale, self.cautious, self.sign, self.t = scale, cautious, -1 if maximize else 1, 0
+        self.sure = [torch.ones_like(value, dtype=torch.bool) for value in self.values]  # of each moment's sign
 
     def step(self, grads, masks):
         self.t += 1
@@ -50,6 +51,7 @@ class Loop:
             decay = HYPER["weight_decay"] * self.values[i]
             if self.cautious:
                 decay = decay * (self.m[i] * self.values[i] >= 0)
+                self.sure[i] &= self.m[i].abs() > 1e-6
             moved = self.values[i] - lr * (decay + self.scale * direction)
             self.values[i] = torch.where(mask, moved, self.values[i])
 
@@ -101,10 +103,12 @@ def test_a_loop_in_plain_pytorch(engine, policy, cautious, maximize, seed):
                 assert_same_bits(param.detach()[~mask], old[~mask], "a dropped element")
     assert dropped
     for some, loop in loops:
-        for param, value, m, v in zip(some, loop.values, loop.m, loop.v):
+        for param, value, m, v, sure in zip(some, loop.values, loop.m, loop.v, loop.sure):
+            assert sure.double().mean() > 0.9
             state = optimizer.state[param]
             assert state["step"] == 6
-            for found, wanted in ((param.detach(), value), (state["exp_avg"], m), (state["exp_avg_sq"], v)):
+            pairs = (param.detach()[sure], value[sure]), (state["exp_avg"], m), (state["exp_avg_sq"], v)
+            for found, wanted in pairs:
                 torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=2e-6)
 
 

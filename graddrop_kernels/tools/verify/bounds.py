@@ -95,6 +95,6 @@ def operand_sizes(
         update *= (v / vhat.clamp(min=1e-300)).clamp(min=1)
     p = p.maximum(update).maximum(after[stepped].double().abs())  # the store rounds at the size of the result
     if cautious and not exact_moments:
-        unsure = m_new.abs() <= 2**-20 * m
+        unsure = m_new.abs() <= 2**-18 * m
         p = torch.where(unsure, p.maximum(2**24 * lr_weight_decay * before[stepped].double().abs()), p)
     return {stepped: p, "exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": v.maximum(vhat)}
