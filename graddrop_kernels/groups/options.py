@@ -11,7 +11,7 @@ from ..policies import GradDrop
 GROUP_DEFAULTS = {
     "mask": GradDrop().to_json(),  # the policy as one canonical JSON string, or None
     "seed": 0,
-    "masked": None,  # None: the policy's own; or one of MASKED
+    "masked": None,  # the policy's own; or one of MASKED
     "bias_correction": "active",  # or "global"
     "cautious_weight_decay": False,  # no decay where the update moves a weight away from 0
     "moment_dtype": None,  # None: the parameter's; "float32" of 16-bit ones, "bfloat16" of float32 ones

@@ -54,7 +54,7 @@ def describe(optimizer: Owner) -> str:
 def describe_masks(
     masking: Masking, of_tensors: Callable[[], list[str]] = list, plain: str = "plain AdamW"
 ) -> str:
-    """The text of ``describe``. ``of_tensors`` makes the lines about tensors. ``plain`` is a step without a mask."""""
+    """The text of ``describe``. ``of_tensors`` makes the lines about tensors. ``plain`` is a step without a mask."""
     rows, clocks, active_blocks, notes = [], [], [], []
     all_blocks, all_tensors, all_elements, active = set(), 0, 0, 0.0
     for index, group in enumerate(masking.groups):

@@ -30,6 +30,7 @@ _CALLS_PER_PASS = 1 << 16  # int64 temporaries of 0.5 MB stay in the L2 cache: 2
 Words = TypeVar("Words", int, torch.Tensor)
 
 
+@lru_cache(maxsize=4096)  # policies of blocks and of whole parameters ask for theirs in every step
 def stream_key(name: str, seed: int) -> int:
     """The 64-bit Philox key of a parameter's or a block's own stream; k0 is its low half, k1 its high half."""
     digest = hashlib.blake2b(name.encode(), digest_size=8, key=seed.to_bytes(8, "little")).digest()
