@@ -23,8 +23,8 @@ from ..common.machine import Load
 from ..common.resident import peak_growth
 from ..common.results import arguments, write
 from ..common.rounds import FIFTHS, spread
-from ..xglue.methods import BEYOND
-from ..xglue.report.saving import BESIDE, FULL
+from ..xglue.methods import SAVING
+from ..xglue.report.beyond import BESIDE_SAVING, FULL
 from ..xglue.runs.methods import policy_of
 from ..xglue.runs.prepare import prepare
 from ..xglue.runs.study import plans
@@ -39,7 +39,7 @@ TINY_RUN = {"model": TINY, "train_examples": 24, "languages": ("en",)}
 def settings_of(quick: bool) -> dict[str, Settings]:
     """Returns a method's settings by its name, full fine-tuning first and last."""
     base = replace(plans(STUDY)[0].base, lr=RATE, **(TINY_RUN if quick else {}))
-    found = {name: replace(base, method=name) for name in (FULL, *BEYOND, BESIDE)}
+    found = {name: replace(base, method=name) for name in (FULL, *SAVING, BESIDE_SAVING)}
     return {**found, f"{FULL}, again": found[FULL]}
 
 

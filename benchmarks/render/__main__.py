@@ -18,10 +18,10 @@ from pathlib import Path
 from ..common.machine import ROOT
 from ..common.results import RESULTS, gpu_folder, load, write_assembled
 from ..common.rows import ROWS, assembled
-from . import cpu_tables, gpu_tables, saving_tables, static_tables, xglue_tables
+from . import beyond_tables, cpu_tables, gpu_tables, static_tables, xglue_tables
 
 TABLES = {**cpu_tables.TABLES, **gpu_tables.TABLES}
-STATIC = {**static_tables.TABLES, **saving_tables.TABLES, xglue_tables.NAME: xglue_tables.section}
+STATIC = {**static_tables.TABLES, **beyond_tables.TABLES, xglue_tables.NAME: xglue_tables.section}
 OPEN, CLOSE = r"<!-- benchmark: (\S+)(?: (\S+))? -->\n", r"<!-- /benchmark -->"
 
 

@@ -5,8 +5,8 @@ difference.
 from pathlib import Path
 
 from ..runs.results import key_of, read_all
+from .beyond import FOLDER
 from .collect import test_scores
-from .saving import FOLDER
 
 COMMITTED = Path(__file__).parents[2] / "results" / "xglue"
 
