@@ -43,15 +43,14 @@ class Variant:
     ages: bool = False
     grad_scale: bool = False
     clip: bool = False
-    stochastic: bool = False
+    stochastic: int = 0  # bits of TensorBatch.stochastic
     update: bool = False
     cautious: bool = False
 
     def __str__(self) -> str:
-        flags = (
-            "aligned", "rows", "amsgrad", "frozen", "ages", "grad_scale", "clip", "stochastic", "update", "cautious",
-        )  # fmt: skip
-        text = [name for name in flags if getattr(self, name) and name != "aligned"]
+        flags = ("rows", "amsgrad", "frozen", "ages", "grad_scale", "clip", "update", "cautious")
+        text = [name for name in flags if getattr(self, name)]
+        text += [("", "stochastic", "stochastic moments", "stochastic both")[self.stochastic]] * bool(self.stochastic)
         planes = f" {self.planes} planes" if self.planes >= 0 else ""
         unaligned = [] if self.aligned else ["unaligned"]
         return " ".join([self.mode, self.kind + planes, *text, *unaligned])
