@@ -11,7 +11,8 @@ constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;  // key inc
 constexpr int kPhiloxRounds = 10;
 
 // Domains keep the streams of one key apart: the fourth counter word.
-enum Domain : uint32_t { kDomainElement, kDomainBlock, kDomainBucket, kDomainGaussian, kDomainRounding };
+enum Domain : uint32_t { kDomainElement, kDomainBlock, kDomainBucket, kDomainGaussian, kDomainRounding,
+                       kDomainMoments };
 
 struct PhiloxWords {
   uint32_t word[4];

@@ -7,7 +7,7 @@
 
 namespace graddrop {
 
-constexpr int32_t kTableVersion = 4;
+constexpr int32_t kTableVersion = 5;
 
 enum DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
@@ -83,7 +83,7 @@ struct LaunchSpec {
   const float* clip_factor;  // and then multiplied by it; null: they are not
   int64_t num_chunks, age_stride;
   int32_t param_dtype, grad_dtype, moment_dtype;  // DType; params are masters with copies if grad_dtype is another
-  int32_t stochastic;                             // bfloat16 parameters are rounded up or down at random
+  int32_t stochastic;                             // bits of Stochastic: what is rounded up or down at random
   int32_t kind;    // MaskKind of its rows, except of those that keep or drop everything
   int32_t planes;  // kBucket: read from bit-planes, else drawn
   int32_t aligned;  // addresses are multiples of 16; eight elements from a multiple of 8 on share a Philox call

@@ -77,6 +77,8 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             before the first step.
         stochastic_rounding: round bfloat16 parameters up or down at random, which keeps updates below half their last
             digit on average. Needs no memory.
+        stochastic_moments: round bfloat16 moments so. Rounded to nearest with beta2 = 0.999, exp_avg_sq cannot fall:
+            a step takes less of it than half its last digit.
         max_grad_norm: scale the gradients of all groups together to a norm of at most this, as
             ``torch.nn.utils.clip_grad_norm_`` does, but inside the step. The step reads the gradients once more and
             does not write them. ``optimizer.grad_norm`` is the last step's norm, a 0-d tensor on the device.
@@ -122,6 +124,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
         moment_dtype: torch.dtype | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
+        stochastic_moments: bool = False,
         max_grad_norm: float | None = None,
         norm_after_mask: bool = False,
         backend: str = "auto",
@@ -135,6 +138,7 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             "bias_correction": bias_correction, "cautious_weight_decay": cautious_weight_decay,
             "moment_dtype": moment_dtype_name(moment_dtype),
             "master_weights": master_weights, "stochastic_rounding": stochastic_rounding,
+            "stochastic_moments": stochastic_moments,
             "max_grad_norm": check_max_grad_norm(max_grad_norm), "norm_after_mask": norm_after_mask,
         }  # fmt: skip
         self._constructing = True

@@ -17,7 +17,8 @@ struct BlockMask {
   Keep keep;
   const uint16_t* buckets = nullptr;  // of each element, to look up its age
   const float* factors = nullptr;     // kGaussian
-  const uint32_t* rounding = nullptr;  // random words: stochastic rounding
+  const uint32_t* rounding = nullptr;  // random words: stochastic rounding of parameters
+  const uint32_t* rounding_moments = nullptr;
 };
 
 // The ways in which an update uses the mask. There is one instance of the update loop per way.

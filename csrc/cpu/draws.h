@@ -112,9 +112,10 @@ GRADDROP_FN const uint32_t* make_words(uint32_t draw, uint32_t domain, const Phi
 }
 
 // The words of stochastic rounding. One copy of the code, called once per block.
-static __attribute__((noinline)) const uint32_t* make_rounding(const PreparedRow& row, const PhiloxKeys& keys,
-                                                               int64_t global, int count, Words& words) {
-  return make_words(row.rounding_draw, kDomainRounding, keys, global, count, words);
+static __attribute__((noinline)) const uint32_t* make_rounding(const PreparedRow& row, Domain domain,
+                                                               const PhiloxKeys& keys, int64_t global, int count,
+                                                               Words& words) {
+  return make_words(row.rounding_draw, domain, keys, global, count, words);
 }
 
 // Makes the factors 1 + scale * z of count elements from a global index on, and returns the first one's. Pairs begin at

@@ -2,6 +2,7 @@
 #pragma once
 #include "../adamw.h"
 #include "../mask.h"
+#include "../stochastic.h"
 #include "../tensor_table.h"
 
 namespace graddrop {
@@ -14,7 +15,7 @@ struct AgeTables {
 // The values that all rows of a call share.
 struct Mode {
   DType param_dtype, grad_dtype, moment_dtype;
-  bool stochastic;           // bfloat16 parameters are rounded up or down at random
+  int32_t stochastic;        // bits of Stochastic: what is rounded up or down at random
   const float* grad_scale;   // gradients are divided by it and written back; null: they are not
   const float* clip_factor;  // and then multiplied by it; null: they are not
 };

@@ -172,7 +172,7 @@ GRADDROP_EXPORT void graddrop_cpu_masked_adamw(const TensorRow* rows, int64_t nu
                                                int32_t param_dtype, int32_t grad_dtype, int32_t moment_dtype,
                                                int32_t stochastic, const float* grad_scale, const float* clip_factor) {
   const Mode mode = {static_cast<DType>(param_dtype), static_cast<DType>(grad_dtype), static_cast<DType>(moment_dtype),
-                     stochastic != 0, grad_scale, clip_factor};
+                     stochastic, grad_scale, clip_factor};
   Work work(num_rows);
   work.kernel = chosen->masked_adamw;
   // per-bucket scalars; the inner buffers do not move when the outer vector grows

@@ -62,11 +62,11 @@ GRADDROP_FN void store_pairs(float* target, Vec even, Vec odd) {
   _mm256_storeu_ps(target + 8, high);
 }
 
-// As in csrc/stochastic.h, for 8 floats and their random words.
-GRADDROP_FN Vec round_stochastically(Vec a, __m256i words) {
+// As in csrc/stochastic.h, for 8 floats and their random words: by the half that lies in the lower 16 bits of `halves`.
+GRADDROP_FN Vec round_by(Vec a, __m256i halves) {
   const __m256i u = _mm256_castps_si256(a.x), exponent = _mm256_set1_epi32(0x7f800000);
   const __m256i special = _mm256_cmpeq_epi32(_mm256_and_si256(u, exponent), exponent);
-  const __m256i sum = _mm256_add_epi32(u, _mm256_srli_epi32(words, 16));
+  const __m256i sum = _mm256_add_epi32(u, halves);
   const __m256i rounded = _mm256_and_si256(sum, _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
   return Vec(_mm256_castsi256_ps(_mm256_blendv_epi8(rounded, u, special)));
 }
@@ -74,7 +74,11 @@ GRADDROP_FN __m256i load_words(const uint32_t* words) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
 }
 GRADDROP_FN Vec round_stochastically(Vec a, const uint32_t* words) {
-  return round_stochastically(a, load_words(words));
+  return round_by(a, _mm256_srli_epi32(load_words(words), 16));
+}
+GRADDROP_FN __m256i lower_halves(__m256i words) { return _mm256_and_si256(words, _mm256_set1_epi32(0xffff)); }
+GRADDROP_FN Vec round_by_lower_half(Vec a, const uint32_t* words) {
+  return round_by(a, lower_halves(load_words(words)));
 }
 
 // Sums of squares in float64, one per lane. The square of a float32 is exact there.
@@ -290,11 +294,16 @@ GRADDROP_FN void load(const float* source, Vec2& x) {
   x.a.x = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xD8));
   x.b.x = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xD8));
 }
+// By one half of each of 16 words in memory's order: packed, even ones are low and odd ones high.
+GRADDROP_FN Vec2 round_by(Vec2 x, __m256i first, __m256i second) {
+  const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(first, second), 0xD8);
+  return {round_by(x.a, lower_halves(halves)), round_by(x.b, _mm256_srli_epi32(halves, 16))};
+}
 GRADDROP_FN Vec2 round_stochastically(Vec2 x, const uint32_t* words) {
-  // the upper halves of 16 words, as only they are used, in memory's order: even ones low, odd ones high
-  const __m256i low = _mm256_srli_epi32(load_words(words), 16), high = _mm256_srli_epi32(load_words(words + 8), 16);
-  const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xD8);
-  return {round_stochastically(x.a, _mm256_slli_epi32(halves, 16)), round_stochastically(x.b, halves)};
+  return round_by(x, _mm256_srli_epi32(load_words(words), 16), _mm256_srli_epi32(load_words(words + 8), 16));
+}
+GRADDROP_FN Vec2 round_by_lower_half(Vec2 x, const uint32_t* words) {
+  return round_by(x, lower_halves(load_words(words)), lower_halves(load_words(words + 8)));
 }
 GRADDROP_FN void load(const BFloat16* source, Vec2& x) {
   const __m256i memory = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));

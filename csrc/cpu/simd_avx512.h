@@ -99,13 +99,19 @@ GRADDROP_FN void store(Float16* target, Vec a) {
 }
 GRADDROP_FN void store_kept(Float16* target, Lanes keep, Vec a) { store_kept(&target->bits, keep, to_float16(a)); }
 
-// As in csrc/stochastic.h, for 16 floats and their random words.
-GRADDROP_FN Vec round_stochastically(Vec a, const uint32_t* words) {
+// As in csrc/stochastic.h, for 16 floats and the halves of their random words.
+GRADDROP_FN Vec round_by(Vec a, __m512i halves) {
   const __m512i u = _mm512_castps_si512(a.x), exponent = _mm512_set1_epi32(0x7f800000);
   const Lanes finite = _mm512_cmpneq_epi32_mask(_mm512_and_si512(u, exponent), exponent);
-  const __m512i sum = _mm512_add_epi32(u, _mm512_srli_epi32(_mm512_loadu_si512(words), 16));
+  const __m512i sum = _mm512_add_epi32(u, halves);
   return Vec(_mm512_castsi512_ps(
       _mm512_mask_and_epi32(u, finite, sum, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))));
+}
+GRADDROP_FN Vec round_stochastically(Vec a, const uint32_t* words) {
+  return round_by(a, _mm512_srli_epi32(_mm512_loadu_si512(words), 16));
+}
+GRADDROP_FN Vec round_by_lower_half(Vec a, const uint32_t* words) {
+  return round_by(a, _mm512_and_si512(_mm512_loadu_si512(words), _mm512_set1_epi32(0xffff)));
 }
 
 // Sums of squares in float64, one per lane. The square of a float32 is exact there.
@@ -240,6 +246,9 @@ GRADDROP_FN void load(const float* source, Vec2& x) {
 }
 GRADDROP_FN Vec2 round_stochastically(Vec2 x, const uint32_t* words) {
   return {round_stochastically(x.a, words), round_stochastically(x.b, words + 16)};
+}
+GRADDROP_FN Vec2 round_by_lower_half(Vec2 x, const uint32_t* words) {
+  return {round_by_lower_half(x.a, words), round_by_lower_half(x.b, words + 16)};
 }
 GRADDROP_FN void load(const BFloat16* source, Vec2& x) {
   const __m512i memory = _mm512_loadu_si512(source);

@@ -47,6 +47,9 @@ GRADDROP_FN void store(float* target, Vec a) { *target = a.x; }
 GRADDROP_FN Vec round_stochastically(Vec a, const uint32_t* words) {
   return Vec(graddrop::round_stochastically(a.x, *words));
 }
+GRADDROP_FN Vec round_by_lower_half(Vec a, const uint32_t* words) {
+  return Vec(graddrop::round_by_lower_half(a.x, *words));
+}
 
 // Sums of squares in float64, one per lane. The square of a float32 is exact there.
 struct Squares {

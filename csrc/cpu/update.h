@@ -17,7 +17,7 @@ namespace graddrop {
 namespace {
 
 // The element types of a row's parameters, gradients and moments, and the register in which they are computed.
-template <typename Param, typename Grad, typename Moment, bool kRoundsStochastically = false>
+template <typename Param, typename Grad, typename Moment, int kStochastic = 0>
 struct Types {
   using P = Param;
   using G = Grad;
@@ -25,7 +25,7 @@ struct Types {
   using V = typename VectorFor<P, M>::Type;
   // the parameters are masters, which are rounded into copies of the gradients' type
   static constexpr bool kMaster = !std::is_same<P, G>::value;
-  static constexpr bool kStochastic = kRoundsStochastically;
+  static constexpr bool kRoundsParams = kStochastic & kRoundParams, kRoundsMoments = kStochastic & kRoundMoments;
 };
 
 // The values that all vectors of a row share. Copy it into the loop that uses it, so that no store can alias it and it
@@ -107,6 +107,12 @@ GRADDROP_FN AdamWDirection<V> update_moments(const Update<V>& u, const BlockMask
   e.exp_avg_sq = load<V>(s.exp_avg_sq + i);
   e.max_exp_avg_sq = u.amsgrad ? load<V>(s.max_exp_avg_sq + i) : e.exp_avg_sq;
   const AdamWDirection<V> direction = adamw_moments(e, g, scalars, u.amsgrad);
+  if (T::kRoundsMoments) {
+    const uint32_t* words = mask.rounding_moments + i;
+    e.exp_avg = round_stochastically(e.exp_avg, words);
+    e.exp_avg_sq = round_by_lower_half(e.exp_avg_sq, words);
+    if (u.amsgrad) e.max_exp_avg_sq = round_by_lower_half(e.max_exp_avg_sq, words);
+  }
   store_result<freezes_moments(kVariant)>(s.exp_avg + i, keep, e.exp_avg);
   store_result<freezes_moments(kVariant)>(s.exp_avg_sq + i, keep, e.exp_avg_sq);
   if (u.amsgrad) store_result<freezes_moments(kVariant)>(s.max_exp_avg_sq + i, keep, e.max_exp_avg_sq);
@@ -126,7 +132,7 @@ GRADDROP_FN void update_param(const Update<V>& u, const BlockMask& mask, int i, 
            scalars.bias_correction2_sqrt_reciprocal);
   }
   V updated = adamw_param(load<V>(param + i), direction, scalars, u.decay);
-  if (T::kStochastic) updated = round_stochastically(updated, mask.rounding + i);
+  if (T::kRoundsParams) updated = round_stochastically(updated, mask.rounding + i);
   store_result<freezes_param(kVariant)>(param + i, keep, updated);
   if (T::kMaster) store_result<freezes_param(kVariant)>(copy + i, keep, updated);
 }
@@ -207,9 +213,11 @@ template <Variant kVariant, typename T>
 static __attribute__((noinline)) void masked_part(const PreparedRow& row, const PhiloxKeys& keys, int64_t local,
                                                   int64_t global, int count) {
   PartMask part;
-  Words rounding;
+  Words rounding, rounding_moments;
   make_mask<kVariant>(row, keys, local, global, count, part);
-  if (T::kStochastic) part.mask.rounding = make_rounding(row, keys, global, count, rounding);
+  if (T::kRoundsParams) part.mask.rounding = make_rounding(row, kDomainRounding, keys, global, count, rounding);
+  if (T::kRoundsMoments)
+    part.mask.rounding_moments = make_rounding(row, kDomainMoments, keys, global, count, rounding_moments);
   update_part<kVariant>(make_update<typename T::V>(row), part.mask, streams_at<T>(row, local), count);
 }
 
@@ -225,16 +233,19 @@ GRADDROP_FN void whole_blocks(const PreparedRow& row, const PhiloxKeys& keys, in
   constexpr bool kDraws = kDrawn && selects(kVariant);
   Pending<T> pending;
   BlockMask masks[2];  // of this block, and of the one before, whose parameters are still to be done
-  alignas(64) uint32_t words[3][kBlock / 2], rounding[3][kBlock];  // and of the next
+  alignas(64) uint32_t words[3][kBlock / 2], rounding[3][kBlock], rounding_moments[3][kBlock];  // and of the next
   alignas(64) float factors[kBlock];
   CallsAhead<1> draws = {static_cast<uint64_t>(global) >> 3, spec.draw, domain_of(spec)};
   CallsAhead<2> roundings = {static_cast<uint64_t>(global) >> 2, row.rounding_draw, kDomainRounding};
+  CallsAhead<2> roundings_of_moments = {static_cast<uint64_t>(global) >> 2, row.rounding_draw, kDomainMoments};
   if (kDraws) make_first(draws, keys, words[0]);
-  if (T::kStochastic) make_first(roundings, keys, rounding[0]);
+  if (T::kRoundsParams) make_first(roundings, keys, rounding[0]);
+  if (T::kRoundsMoments) make_first(roundings_of_moments, keys, rounding_moments[0]);
   for (int64_t block = 0, slot = 0; block < blocks; ++block, local += kBlock) {
     uint16_t* u16 = reinterpret_cast<uint16_t*>(words[slot]);
     BlockMask& mask = masks[block % 2];
-    if (T::kStochastic) mask.rounding = rounding[slot];
+    if (T::kRoundsParams) mask.rounding = rounding[slot];
+    if (T::kRoundsMoments) mask.rounding_moments = rounding_moments[slot];
     slot = slot == 2 ? 0 : slot + 1;
     if (kVariant == kFactor) {
       mask.factors = make_factors(spec, keys, global + block * kBlock, kBlock, factors);
@@ -248,23 +259,27 @@ GRADDROP_FN void whole_blocks(const PreparedRow& row, const PhiloxKeys& keys, in
       mask_from_planes(row, local, u16, mask);
     }
     if (kDraws) start_next(draws);
-    if (T::kStochastic) start_next(roundings);
+    if (T::kRoundsParams) start_next(roundings);
+    if (T::kRoundsMoments) start_next(roundings_of_moments);
     const auto between = [&](int part, int parts) __attribute__((always_inline)) {
       if (kDraws) advance_next(draws, keys, part, parts);
-      if (T::kStochastic) advance_next(roundings, keys, part, parts);
+      if (T::kRoundsParams) advance_next(roundings, keys, part, parts);
+      if (T::kRoundsMoments) advance_next(roundings_of_moments, keys, part, parts);
     };
     update_block<kVariant>(u, mask, streams_at<T>(row, local), pending, between);
     if (kDraws) finish_next(draws, words[slot]);
-    if (T::kStochastic) finish_next(roundings, rounding[slot]);
+    if (T::kRoundsParams) finish_next(roundings, rounding[slot]);
+    if (T::kRoundsMoments) finish_next(roundings_of_moments, rounding_moments[slot]);
   }
   finish<kVariant>(u, pending);
 }
 
 template <Variant kVariant, typename T>
 static __attribute__((noinline)) void masked_adamw_variant(const PreparedRow& row, int64_t begin, int64_t end) {
+  constexpr bool kRounds = T::kRoundsParams || T::kRoundsMoments;
   const bool drawn = is_drawn<kVariant>(row.mask);
   const PhiloxKeys keys = philox_keys(row.mask.key);
-  if (!drawn && !T::kStochastic) {  // nothing random: the layout does not matter
+  if (!drawn && !kRounds) {  // nothing random: the layout does not matter
     const int64_t blocks = (end - begin) / kBlock, rest = begin + blocks * kBlock;
     whole_blocks<kVariant, false, T>(row, keys, begin, 0, blocks);
     if (rest < end) masked_part<kVariant, T>(row, keys, rest, 0, static_cast<int>(end - rest));
@@ -273,7 +288,7 @@ static __attribute__((noinline)) void masked_adamw_variant(const PreparedRow& ro
   for_each_part(
       row.tensor, begin, end,
       [&](int64_t local, int64_t global, int64_t blocks) {
-        if (drawn || !T::kStochastic) whole_blocks<kVariant, true, T>(row, keys, local, global, blocks);
+        if (drawn || !kRounds) whole_blocks<kVariant, true, T>(row, keys, local, global, blocks);
         else whole_blocks<kVariant, false, T>(row, keys, local, global, blocks);
       },
       [&](int64_t local, int64_t global, int count) { masked_part<kVariant, T>(row, keys, local, global, count); });
@@ -305,14 +320,22 @@ static void masked_adamw(const PreparedRow& row, int64_t begin, int64_t end) {
       if (mode.grad_dtype == kBFloat16) return masked_adamw_typed<Types<float, BFloat16, float>>(row, begin, end);
       if (mode.grad_dtype == kFloat16) return masked_adamw_typed<Types<float, Float16, float>>(row, begin, end);
       if (wide_moments) return masked_adamw_typed<Types<float, float, float>>(row, begin, end);
+      if (mode.stochastic) return masked_adamw_typed<Types<float, float, BFloat16, kRoundMoments>>(row, begin, end);
       return masked_adamw_typed<Types<float, float, BFloat16>>(row, begin, end);
     case kBFloat16:
-      if (mode.stochastic) {
-        if (wide_moments) return masked_adamw_typed<Types<BFloat16, BFloat16, float, true>>(row, begin, end);
-        return masked_adamw_typed<Types<BFloat16, BFloat16, BFloat16, true>>(row, begin, end);
+      if (wide_moments) {
+        if (mode.stochastic) return masked_adamw_typed<Types<BFloat16, BFloat16, float, kRoundParams>>(row, begin, end);
+        return masked_adamw_typed<Types<BFloat16, BFloat16, float>>(row, begin, end);
       }
-      if (wide_moments) return masked_adamw_typed<Types<BFloat16, BFloat16, float>>(row, begin, end);
-      return masked_adamw_typed<Types<BFloat16, BFloat16, BFloat16>>(row, begin, end);
+      switch (mode.stochastic) {
+        case kRoundParams | kRoundMoments:
+          return masked_adamw_typed<Types<BFloat16, BFloat16, BFloat16, kRoundParams | kRoundMoments>>(row, begin, end);
+        case kRoundMoments:
+          return masked_adamw_typed<Types<BFloat16, BFloat16, BFloat16, kRoundMoments>>(row, begin, end);
+        case kRoundParams:
+          return masked_adamw_typed<Types<BFloat16, BFloat16, BFloat16, kRoundParams>>(row, begin, end);
+        default: return masked_adamw_typed<Types<BFloat16, BFloat16, BFloat16>>(row, begin, end);
+      }
     case kFloat16:
       if (wide_moments) return masked_adamw_typed<Types<Float16, Float16, float>>(row, begin, end);
       return masked_adamw_typed<Types<Float16, Float16, Float16>>(row, begin, end);

@@ -85,22 +85,28 @@ static Kernel kernel_for(const LaunchSpec& spec) {
   }
 }
 
-template <typename P, bool kStochastic = false>
-static Kernel kernel_of_16_bit(const LaunchSpec& spec) {
-  if (spec.moment_dtype == kFloat32) return kernel_for<Types<P, P, float, kStochastic>>(spec);
-  return kernel_for<Types<P, P, P, kStochastic>>(spec);
-}
-
 static Kernel kernel_of(const LaunchSpec& spec) {
+  const bool wide_moments = spec.moment_dtype == kFloat32;
   switch (spec.param_dtype) {
     case kBFloat16:
-      return spec.stochastic ? kernel_of_16_bit<BFloat16, true>(spec) : kernel_of_16_bit<BFloat16>(spec);
-    case kFloat16: return kernel_of_16_bit<Float16>(spec);
+      if (wide_moments && spec.stochastic) return kernel_for<Types<BFloat16, BFloat16, float, kRoundParams>>(spec);
+      if (wide_moments) return kernel_for<Types<BFloat16, BFloat16, float>>(spec);
+      switch (spec.stochastic) {
+        case kRoundParams: return kernel_for<Types<BFloat16, BFloat16, BFloat16, kRoundParams>>(spec);
+        case kRoundMoments: return kernel_for<Types<BFloat16, BFloat16, BFloat16, kRoundMoments>>(spec);
+        case kRoundParams | kRoundMoments:
+          return kernel_for<Types<BFloat16, BFloat16, BFloat16, kRoundParams | kRoundMoments>>(spec);
+        default: return kernel_for<Types<BFloat16, BFloat16, BFloat16>>(spec);
+      }
+    case kFloat16:
+      if (wide_moments) return kernel_for<Types<Float16, Float16, float>>(spec);
+      return kernel_for<Types<Float16, Float16, Float16>>(spec);
     default:
       if (spec.grad_dtype == kBFloat16) return kernel_for<Types<float, BFloat16, float>>(spec);
       if (spec.grad_dtype == kFloat16) return kernel_for<Types<float, Float16, float>>(spec);
-      if (spec.moment_dtype == kBFloat16) return kernel_for<Types<float, float, BFloat16>>(spec);
-      return kernel_for<Types<float, float, float>>(spec);
+      if (wide_moments) return kernel_for<Types<float, float, float>>(spec);
+      if (spec.stochastic) return kernel_for<Types<float, float, BFloat16, kRoundMoments>>(spec);
+      return kernel_for<Types<float, float, BFloat16>>(spec);
   }
 }
 

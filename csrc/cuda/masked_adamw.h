@@ -38,14 +38,14 @@ GRADDROP_LONG_FN void update(float& param, AdamWElement<float>& e, float g, cons
 }
 
 // The element types of a launch's parameters, gradients and moments.
-template <typename Param, typename Grad, typename Moment, bool kRoundsStochastically = false>
+template <typename Param, typename Grad, typename Moment, int kStochastic = 0>
 struct Types {
   using P = Param;
   using G = Grad;
   using M = Moment;
   // the parameters are masters, which are rounded into copies of the gradients' type
   static constexpr bool kMaster = sizeof(P) != sizeof(G);
-  static constexpr bool kStochastic = kRoundsStochastically;
+  static constexpr bool kRoundsParams = kStochastic & kRoundParams, kRoundsMoments = kStochastic & kRoundMoments;
   // Neighbouring elements in one thread: eight, or four where that keeps a warp's accesses contiguous (thread_mask.h).
   static constexpr int kVector = sizeof(P) == 2 && sizeof(M) == 2 ? 8 : 4;
 };
@@ -80,6 +80,18 @@ struct Registers {
 
 // Third counter word of stochastic rounding: the steps completed before this one, which the prologue has counted.
 GRADDROP_FN uint32_t rounding_draw(const TensorRow& row) { return static_cast<uint32_t>(*row.step) - 1; }
+
+// The word of one element.
+GRADDROP_FN uint32_t rounding_word(const TensorRow& row, int64_t i, Domain domain) {
+  const uint64_t index = global_index(row, i);
+  return word_at(philox_call(index / 4, rounding_draw(row), domain, row.key), index);
+}
+
+GRADDROP_FN void round_moments(AdamWElement<float>& e, uint32_t word) {
+  e.exp_avg = round_stochastically(e.exp_avg, word);
+  e.exp_avg_sq = round_by_lower_half(e.exp_avg_sq, word);
+  e.max_exp_avg_sq = round_by_lower_half(e.max_exp_avg_sq, word);
+}
 
 // One turn of one lane, whose first group is s. All lanes of a warp must call it together. Groups that do not fit into
 // the tensor are left out.
@@ -150,15 +162,16 @@ GRADDROP_LONG_FN void update_turn(const LaunchSpec& spec, const TensorRow& row, 
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     Registers<T>& in = r[group];
-    PhiloxWords rounding;  // of four elements
+    PhiloxWords rounding, rounding_moments;  // of four elements
 #pragma unroll
     for (int i = 0; i < kVector; i += 2) {
       const int first = group * kVector + i;
       uint32_t* const param_words = &in.param.word[i / 2 * Group<P, kVector>::kWordsAPair];
       const int g_word = i / 2 * Group<G, kVector>::kWordsAPair, m_word = i / 2 * Group<M, kVector>::kWordsAPair;
-      if (T::kStochastic && i % 4 == 0) {
-        const int64_t first_of_four = turn.first + group_offset<kVector>(turn.lane, group) + i;
-        rounding = philox_call(global_index(row, first_of_four) / 4, rounding_draw(row), kDomainRounding, row.key);
+      if ((T::kRoundsParams || T::kRoundsMoments) && i % 4 == 0) {
+        const uint64_t call = global_index(row, turn.first + group_offset<kVector>(turn.lane, group) + i) / 4;
+        if (T::kRoundsParams) rounding = philox_call(call, rounding_draw(row), kDomainRounding, row.key);
+        if (T::kRoundsMoments) rounding_moments = philox_call(call, rounding_draw(row), kDomainMoments, row.key);
       }
       float param[2];
       AdamWElement<float> e[2];
@@ -172,7 +185,8 @@ GRADDROP_LONG_FN void update_turn(const LaunchSpec& spec, const TensorRow& row, 
         AdamWScalars<float> scalars = shared;
         if (by_age(kVariant) && step.num_ages) look_up_age(ages, step, mask.bucket[first + j], scalars);
         update(param[j], e[j], kept, scalars, decay, kAmsgrad);
-        if (T::kStochastic) param[j] = round_stochastically(param[j], rounding.word[(i + j) % 4]);
+        if (T::kRoundsParams) param[j] = round_stochastically(param[j], rounding.word[(i + j) % 4]);
+        if (T::kRoundsMoments) round_moments(e[j], rounding_moments.word[(i + j) % 4]);
       }
       const bool w0 = write[first], w1 = write[first + 1];
       merge(param_words, param[0], param[1], w0, w1, P{});
@@ -222,11 +236,8 @@ GRADDROP_LONG_FN void update_element(const ElementSpec& how, const LaunchSpec& s
   AdamWElement<float> e = {widen(*s.exp_avg), widen(*s.exp_avg_sq), 0.0f};
   if (how.amsgrad) e.max_exp_avg_sq = widen(*s.max_exp_avg_sq);
   update(param, e, g, scalars, decay_of(step, how.cautious), how.amsgrad);
-  if (T::kStochastic) {
-    const uint64_t index = global_index(row, i);
-    const PhiloxWords words = philox_call(index / 4, rounding_draw(row), kDomainRounding, row.key);
-    param = round_stochastically(param, word_at(words, index));
-  }
+  if (T::kRoundsParams) param = round_stochastically(param, rounding_word(row, i, kDomainRounding));
+  if (T::kRoundsMoments) round_moments(e, rounding_word(row, i, kDomainMoments));
   if (write_param) {
     narrow(param, *s.param);
     if (T::kMaster) narrow(param, *s.copy);

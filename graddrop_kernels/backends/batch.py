@@ -11,6 +11,9 @@ from ..masks.memory_order import MemoryOrder
 from ..masks.plan import MaskPlan
 from ..masks.row_block import RowBlock
 
+# Bits of TensorBatch.stochastic: which bfloat16 values are rounded up or down at random, so that the mean is exact.
+ROUND_PARAMS, ROUND_MOMENTS = 1, 2
+
 
 @dataclass(frozen=True)
 class Hyper:
@@ -66,7 +69,7 @@ class TensorBatch:
     found_inf: torch.Tensor | None = None  # one float32: not 0 makes the step a no-op
     clip_factor: torch.Tensor | None = None  # one float32: gradients are multiplied by it after that, in registers
     grad_dtype: torch.dtype | None = None  # None: param_dtype
-    stochastic: bool = False  # params (bfloat16) are rounded up or down at random, so that the mean is exact
+    stochastic: int = 0  # ROUND_PARAMS | ROUND_MOMENTS
     sharded_over: tuple[Any, ...] = ()  # process groups over which a sum over all elements must still be added up
     copies: list[torch.Tensor] = field(default_factory=list)
     staged: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # (tensor, its contiguous copy)

@@ -12,7 +12,7 @@ import torch
 from ..masks.bitmask import num_planes
 from .batch import Hyper, TensorBatch
 
-TABLE_VERSION = 4  # kTableVersion
+TABLE_VERSION = 5  # kTableVersion
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType
 NUMBER_AT = {torch.float32: 1, torch.float64: 2}  # NumberAt
 # MaskKind

@@ -14,6 +14,7 @@ from ..policies.rows import Runs
 from ..tensors.local import is_dtensor
 from .masking import Masking
 from .names import canonical_name
+from .options import draws
 from .param_state import STATE_TENSORS, has_master, in_rows, state_shape, wanted_moments
 from .records import ParamRecord
 from .spans import trained_rows
@@ -21,7 +22,7 @@ from .spans import trained_rows
 # These describe the live model and how it is stepped, not the training: a file never overrides them.
 _STRUCTURE = (
     "blocks", "block", "param_blocks", "no_blocks", "notes", "name", "capturable", "differentiable", "master_weights",
-    "stochastic_rounding", "max_grad_norm", "norm_after_mask",
+    "stochastic_rounding", "stochastic_moments", "max_grad_norm", "norm_after_mask",
 )  # fmt: skip
 # A run continues bit for bit only if these are the same.
 _MASKING = ("mask", "seed", "masked", "bias_correction")
@@ -115,8 +116,7 @@ def _check_masking(index: int, saved: dict[str, Any], group: dict[str, Any], has
                 f"this optimizer has {key}={ours}: its masks would differ from the saved run's; "
                 f"construct it with the same one, {remedy}"
             )
-    drawn = group["mask"] is not None or group["stochastic_rounding"]
-    if drawn and has_state and "mask" in saved and "param_names" in group and "param_names" not in saved:
+    if draws(group) and has_state and "mask" in saved and "param_names" in group and "param_names" not in saved:
         raise ValueError(
             f"parameter group {index} of the state dict has no names, and this optimizer's has: masks and rounding "
             "noise are drawn by name, without names by position, and would differ from the saved run's; construct it "

@@ -19,6 +19,7 @@ from ..policies.registry import PolicyBook
 from ..tensors.local import as_sharded, local
 from .flat_buffers import FlatBuffers
 from .names import canonical_name
+from .options import draws
 from .owner import Owner
 from .records import LayerMatches, ParamRecord, make_records
 from .spans import Span, spans_of
@@ -60,7 +61,7 @@ class Masking:
         return [
             (
                 group["mask"], group["seed"], group["amsgrad"], group["master_weights"], group["stochastic_rounding"],
-                len(group["params"]), group.get("param_names"),
+                group["stochastic_moments"], len(group["params"]), group.get("param_names"),
             )
             for group in self._owner.param_groups
         ]  # fmt: skip
@@ -179,7 +180,7 @@ class Masking:
 
     def drawn_streams(self) -> dict[int, str]:
         """{key: name} of the random streams that the steps of these groups draw from."""
-        drawing = [i for i in self.indices() if self[i]["mask"] is not None or self[i].get("stochastic_rounding")]
+        drawing = [index for index in self.indices() if draws(self[index])]
         return {
             key: name
             for index in drawing

@@ -17,6 +17,7 @@ GROUP_DEFAULTS = {
     "moment_dtype": None,  # None: the parameter's; "float32" of 16-bit ones, "bfloat16" of float32 ones
     "master_weights": False,  # step a float32 copy of 16-bit parameters
     "stochastic_rounding": False,  # of bfloat16 parameters
+    "stochastic_moments": False,  # rounding of bfloat16 moments
     "max_grad_norm": None,  # this and the next: of the whole optimizer, the same in all groups
     "norm_after_mask": False,
     "epoch": 0,
@@ -24,11 +25,16 @@ GROUP_DEFAULTS = {
     "completed_steps": 0,  # steps that this group has made; the draw of its block masks
     "epoch_history": "",  # "epoch:first step,...", see policies.clock
 }
+MASKED = ("gradient", "frozen", "update")
 # What all groups share, so that a new one takes it from the others.
 SHARED_BY_GROUPS = ("epoch", "epoch_was_set", "max_grad_norm", "norm_after_mask")
 
 
-MASKED = ("gradient", "frozen", "update")
+def draws(group: dict[str, Any]) -> bool:
+    """Whether the steps of a group draw random numbers, for masks or for rounding. A group that a mask is attached to
+    has no options of rounding.
+    """
+    return group["mask"] is not None or group.get("stochastic_rounding") or group.get("stochastic_moments") or False
 
 
 def moment_dtype_name(dtype: torch.dtype | str | None) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..backends.batch import ROUND_MOMENTS, ROUND_PARAMS
 from ..policies.rows import Runs
 from ..tensors.local import is_dtensor
 from ..tensors.memory import check_memory, laid_out, lies_as, overlaps_itself, reach
@@ -19,9 +20,11 @@ def has_master(param: torch.Tensor, group: dict[str, Any]) -> bool:
     return group["master_weights"] and param.dtype in _HALF
 
 
-def is_stochastic(param: torch.Tensor, group: dict[str, Any]) -> bool:
-    """Whether the parameter is rounded stochastically. Only bfloat16 parameters are; others are rounded as usual."""
-    return group["stochastic_rounding"] and param.dtype == torch.bfloat16
+def stochastic(param: torch.Tensor, group: dict[str, Any], moments: torch.dtype) -> int:
+    """ROUND_PARAMS and ROUND_MOMENTS for what is rounded stochastically. Only bfloat16 is; the rest is as usual."""
+    rounds_params = group["stochastic_rounding"] and param.dtype == torch.bfloat16
+    rounds_moments = group["stochastic_moments"] and moments == torch.bfloat16
+    return ROUND_PARAMS * rounds_params | ROUND_MOMENTS * rounds_moments
 
 
 def moment_dtype(param: torch.Tensor, group: dict[str, Any], state: dict[str, Any]) -> torch.dtype:

@@ -11,7 +11,7 @@ from .. import backends
 from ..groups.masking import Masking, masking_of
 from ..groups.names import join_names
 from ..groups.owner import Owner
-from ..groups.param_state import has_master, is_stochastic, mode
+from ..groups.param_state import has_master, mode, stochastic
 from ..groups.scope import idle_note
 from ..policies import Policy
 from .memory import memory
@@ -160,9 +160,10 @@ def _by_group(what: str, texts: list[tuple[int, str]]) -> list[str]:
 def _backends(owner: Owner) -> list[str]:
     """Returns a line per kind of tensor: the backend that would step it, or why none can."""
     kinds = Counter(
-        (param.dtype, _rounding(param, group), mode(param, group, owner.state.get(param, {})))
+        (param.dtype, _rounding(param, group, asked[2]), asked)
         for group in owner.param_groups
         for param in group["params"]
+        for asked in [mode(param, group, owner.state.get(param, {}))]
     )
     lines = []
     for (dtype, rounding, asked), tensors in kinds.items():
@@ -189,7 +190,9 @@ def _size(count: float) -> str:
     return f"{count:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
 
-def _rounding(param: torch.Tensor, group: dict[str, Any]) -> str:
+def _rounding(param: torch.Tensor, group: dict[str, Any], moments: torch.dtype) -> str:
     if has_master(param, group):
         return ", master weights"
-    return ", stochastic rounding" if is_stochastic(param, group) else ""
+    return ("", ", stochastic rounding", ", stochastic rounding of moments", ", stochastic rounding of both")[
+        stochastic(param, group, moments)
+    ]

@@ -22,7 +22,7 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers and Weyl key increments of the 
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 # Domains keep the streams of one key apart; csrc/philox.h holds the same numbers.
-DOMAIN_ELEMENT, DOMAIN_BLOCK, DOMAIN_BUCKET, DOMAIN_GAUSSIAN, DOMAIN_ROUNDING = range(5)
+DOMAIN_ELEMENT, DOMAIN_BLOCK, DOMAIN_BUCKET, DOMAIN_GAUSSIAN, DOMAIN_ROUNDING, DOMAIN_MOMENTS = range(6)
 
 _CALLS_PER_PASS = 1 << 16  # int64 temporaries of 0.5 MB stay in the L2 cache: 2.5 times faster than whole tensors
 

@@ -33,11 +33,12 @@ def drop_gradient(owner: Owner, masking: Masking, param: torch.Tensor, clocks: l
 
 def _check(masking: Masking, index: int) -> None:
     """Raises ValueError for a group that cannot do without the moments of idle blocks."""
-    if masking[index]["stochastic_rounding"]:
-        raise ValueError(
-            "idle_state='drop' begins each turn with a step count of 0, by which stochastic_rounding=True draws, so "
-            "every turn would have the same noise: use master_weights=True, or idle_state='keep'"
-        )
+    for name, remedy in (("stochastic_rounding", "master_weights=True"), ("stochastic_moments", "float32 moments")):
+        if masking[index][name]:
+            raise ValueError(
+                f"idle_state='drop' begins each turn with a step count of 0, by which {name}=True draws, so every turn "
+                f"would have the same noise: use {remedy}, or idle_state='keep'"
+            )
     if any(record.flat for record in masking.records(index)):
         raise ValueError(
             "idle_state='drop' cannot free the moments of blocks within a flat buffer, as FSDP1 and DeepSpeed make "

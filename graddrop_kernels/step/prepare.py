@@ -16,7 +16,7 @@ from ..backends import Backend
 from ..groups.checks import check_named_params, check_row
 from ..groups.masking import Masking
 from ..groups.owner import Owner
-from ..groups.param_state import has_master, is_stochastic, lay_out_state, make_state, mode
+from ..groups.param_state import has_master, lay_out_state, make_state, mode, stochastic
 from ..groups.records import ParamRecord
 from ..groups.spans import spans_of, trained_rows
 from ..masks.memory_order import MemoryOrder
@@ -142,11 +142,12 @@ def _still_good(
 def _member(owner: Owner, masking: Masking, new: _Found, backend: Backend, lost: list[object]) -> Member:
     """Makes the rows of a parameter that has been checked."""
     group, param, state, tensor = new.group, new.param, owner.state[new.param], local(new.param)
-    policy, stochastic, master = masking.policy(new.index), is_stochastic(param, group), has_master(param, group)
+    policy, master = masking.policy(new.index), has_master(param, group)
+    rounding = stochastic(param, group, state["exp_avg"].dtype)
     # Rows that are not trained are read only where their gradients are a part of the norm.
     spans = spans_of(param, new.record, left_out=owner.max_grad_norm is not None and not owner.norm_after_mask)
     is_whole = len(spans) == 1 and spans[0].layout == RowBlock.whole(tensor.numel())
-    draws = "numbers" if stochastic else policy.draws if policy is not None else None
+    draws = "numbers" if rounding else policy.draws if policy is not None else None
     order = _order(tensor, backend, draws) if is_whole else None
     stride = None if order is None else tensor.stride()
     if backend.by_address and (order is not None or tensor.is_contiguous()):
@@ -157,7 +158,7 @@ def _member(owner: Owner, masking: Masking, new: _Found, backend: Backend, lost:
     if not backend.by_address and all(span.numel == tensor.numel() for span in spans):
         fits = lambda tensor: not is_marked(tensor)
     dtypes = torch.float32 if master else tensor.dtype, state["exp_avg"].dtype, new.grad.dtype
-    facts = (tensor.device, *dtypes, stochastic, sharded_over(param) if owner.max_grad_norm is not None else ())
+    facts = (tensor.device, *dtypes, rounding, sharded_over(param) if owner.max_grad_norm is not None else ())
     staged = frozenset(name for name, each in tensors.items() if name != "step" and not fits(local(each)))
     own_steps = state["step"].repeat(len(spans) - 1)  # of all spans but the first, which counts in the parameter's
     rows = []

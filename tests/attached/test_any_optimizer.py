@@ -211,8 +211,8 @@ def test_sgd_is_equations_3_and_4_of_the_paper(seed):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_adamw_is_the_fused_step_but_for_the_order_of_its_operations(fused, seed):
-    """torch's kernel for CPUs has another order. When each step begins with the same values, the results are 2 ulp apart
-    at most: of the weight before or after the step, whichever is larger, as a step may take a weight close to 0.
+    """torch's kernel for CPUs has another order. When each step begins with the same values, the results are 2 ulp
+    apart at most: of the weight before or after the step, whichever is larger, as a step may take a weight close to 0.
     """
     kwargs = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
     model, other = Encoder(), Encoder()

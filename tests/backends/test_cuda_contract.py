@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu import sass  # noqa: E402
 from graddrop_kernels.backends import cuda  # noqa: E402
+from graddrop_kernels.backends.batch import ROUND_MOMENTS, ROUND_PARAMS  # noqa: E402
 
 LIBRARY = Path(cuda.__file__).resolve().parent.parent / "_cuda.so"
 ARCHS = ("sm_80", "sm_90")
@@ -29,13 +30,15 @@ VARIANTS = (
 )  # fmt: skip
 DTYPES = {"f": "float32", "NS_8BFloat16E": "bfloat16", "NS_7Float16E": "float16"}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# (parameters, gradients, moments, stochastic rounding) of csrc/cuda/masked_adamw.h
+# (parameters, gradients, moments, bits of Stochastic) of csrc/cuda/masked_adamw.h
 TYPES = (
-    ("float32", "float32", "float32", False), ("float32", "float32", "bfloat16", False),
-    ("bfloat16", "bfloat16", "float32", False), ("bfloat16", "bfloat16", "bfloat16", False),
-    ("float16", "float16", "float32", False), ("float16", "float16", "float16", False),
-    ("float32", "bfloat16", "float32", False), ("float32", "float16", "float32", False),
-    ("bfloat16", "bfloat16", "float32", True), ("bfloat16", "bfloat16", "bfloat16", True),
+    ("float32", "float32", "float32", 0), ("float32", "float32", "bfloat16", 0),
+    ("bfloat16", "bfloat16", "float32", 0), ("bfloat16", "bfloat16", "bfloat16", 0),
+    ("float16", "float16", "float32", 0), ("float16", "float16", "float16", 0),
+    ("float32", "bfloat16", "float32", 0), ("float32", "float16", "float32", 0),
+    ("bfloat16", "bfloat16", "float32", ROUND_PARAMS), ("bfloat16", "bfloat16", "bfloat16", ROUND_PARAMS),
+    ("float32", "float32", "bfloat16", ROUND_MOMENTS), ("bfloat16", "bfloat16", "bfloat16", ROUND_MOMENTS),
+    ("bfloat16", "bfloat16", "bfloat16", ROUND_PARAMS | ROUND_MOMENTS),
 )  # fmt: skip
 WAYS = ("", "amsgrad", "cautious")  # both together are the general kernel's
 ALL = list(product(VARIANTS, WAYS, TYPES))
@@ -50,7 +53,8 @@ INSTRUCTIONS = {
     "bits": 74, "bits_by_age": 83, "draws_update": 75, "buckets_update": 80, "bits_update": 67,
 }  # fmt: skip
 WAY_INSTRUCTIONS = {"": 0, "amsgrad": 8, "cautious": 4}
-STOCHASTIC_INSTRUCTIONS = 30  # a Philox call for four elements
+# By bits of Stochastic: a Philox call for four elements and a rounding of each, two (with amsgrad three), both.
+STOCHASTIC_INSTRUCTIONS = (0, 30, 41, 53)
 # With amsgrad, ages, Gaussian factors or updates masked by drawn buckets, or without: two or three blocks of 256
 # threads share 65536 registers.
 REGISTERS = {True: 128, False: 80}
@@ -162,7 +166,7 @@ def aligned(kernels) -> dict[tuple, Kernel]:
     """{(variant, an entry of WAYS, an entry of TYPES): kernel}."""
     found = {}
     one = r"(f|NS_\w+?E|S\d?_)"
-    pattern = rf"aligned_kernelILNS_7VariantE(\d+)ELb([01])ELb([01])ENS_5TypesI{one}{one}{one}Lb([01])EEEEEv"
+    pattern = rf"aligned_kernelILNS_7VariantE(\d+)ELb([01])ELb([01])ENS_5TypesI{one}{one}{one}Li([0-3])EEEEEv"
     for name, kernel in kernels.items():
         match = re.search(pattern, name)
         if match:
@@ -171,7 +175,7 @@ def aligned(kernels) -> dict[tuple, Kernel]:
             # S2_: the 16-bit type named before
             sixteen_bit = next((each for each in types if each.startswith("NS_")), None)
             dtypes = [DTYPES[sixteen_bit if each.startswith("S") else each] for each in types]
-            found[VARIANTS[int(variant)], way, (*dtypes, stochastic == "1")] = kernel
+            found[VARIANTS[int(variant)], way, (*dtypes, int(stochastic))] = kernel
     return found
 
 
@@ -261,7 +265,7 @@ def test_memory_is_accessed_in_the_widest_pieces(kernels):
 @every_arch
 def test_instructions_per_element(kernels):
     for (variant, way, types), kernel in aligned(kernels).items():
-        ceiling = INSTRUCTIONS[variant] + WAY_INSTRUCTIONS[way] + types[3] * STOCHASTIC_INSTRUCTIONS
+        ceiling = INSTRUCTIONS[variant] + WAY_INSTRUCTIONS[way] + STOCHASTIC_INSTRUCTIONS[types[3]]
         assert 30 < kernel.instructions_per_element <= ceiling, (
             f"{variant}, {way}, {types}: {kernel.instructions_per_element:.1f}"
         )

@@ -47,7 +47,7 @@ from graddrop_kernels import (
     param_groups,
 )
 from graddrop_kernels.backends import triton as backend
-from graddrop_kernels.backends.batch import Hyper, TensorBatch
+from graddrop_kernels.backends.batch import ROUND_MOMENTS, ROUND_PARAMS, Hyper, TensorBatch
 from graddrop_kernels.backends.device_tables import CHUNK
 from graddrop_kernels.backends.triton import launch
 from graddrop_kernels.masks.plan import MaskPlan
@@ -80,10 +80,14 @@ MIXED = [  # amsgrad, frozen, ages, grad_scale and the float16 modes, each with 
     Variant("fbf", "gaussian"),
     Variant("fbf", "bucket", frozen=True, ages=True),
     Variant("fhf", "bernoulli", frozen=True, amsgrad=True, grad_scale=True, clip=True),
-    Variant("bbb", "bernoulli", stochastic=True),
-    Variant("bbf", "bernoulli", stochastic=True, clip=True),
-    Variant("bbb", "keep", stochastic=True),
-    Variant("bbf", "gaussian", stochastic=True, frozen=True, amsgrad=True),
+    Variant("bbb", "bernoulli", stochastic=ROUND_PARAMS),
+    Variant("bbf", "bernoulli", stochastic=ROUND_PARAMS, clip=True),
+    Variant("bbb", "keep", stochastic=ROUND_PARAMS),
+    Variant("bbf", "gaussian", stochastic=ROUND_PARAMS, frozen=True, amsgrad=True),
+    Variant("ffb", "bernoulli", stochastic=ROUND_MOMENTS),
+    Variant("ffb", "keep", stochastic=ROUND_MOMENTS, amsgrad=True),
+    Variant("bbb", "bucket", frozen=True, ages=True, stochastic=ROUND_MOMENTS),
+    Variant("bbb", "bernoulli", stochastic=ROUND_PARAMS | ROUND_MOMENTS),
     Variant("fff", "bernoulli", update=True),
     Variant("bbf", "bernoulli", update=True, cautious=True),
     Variant("bbb", "fixed", update=True),
@@ -102,7 +106,7 @@ SLOW = [
     Variant("bbf", "bernoulli", rows=True),
     Variant("bbb", "bucket", rows=True, frozen=True, ages=True),
     Variant("fbf", "bernoulli", aligned=False, frozen=True),
-    Variant("bbf", "bernoulli", aligned=False, stochastic=True),
+    Variant("bbf", "bernoulli", aligned=False, stochastic=ROUND_PARAMS),
 ]
 
 # Ceilings: the largest of fff, bbf, bbb by Triton 3.7.1 on sm_90 plus 10 %. Instructions an element: those of a whole
@@ -110,7 +114,8 @@ SLOW = [
 INSTRUCTIONS = {
     "keep": 54, "bernoulli": 70, "gaussian": 97, "bucket": 78, "planes": 72, "fixed": 60
 }  # fmt: skip
-ADDED = {"amsgrad": 6, "frozen": 8, "ages": 16, "grad_scale": 13, "clip": 3, "copies": 4, "stochastic": 22}
+ADDED = {"amsgrad": 6, "frozen": 8, "ages": 16, "grad_scale": 13, "clip": 3, "copies": 4}
+ADDED_BY_ROUNDING = (0, 22, 22, 44)  # by bits of TensorBatch.stochastic
 # 64 registers (which 3.9 takes where 3.7 takes 48): eight programs of 128 threads share 65536; 96: five; 128: four.
 REGISTERS = {"keep": 64, "bernoulli": 64, "gaussian": 80, "bucket": 72, "planes": 64, "fixed": 64}
 MOST_REGISTERS = 128
@@ -171,9 +176,10 @@ def test_update_of_whole_vectors(variant):
     assert loads == widths(variant, "pg" + moments + copy_read) + of_buckets
     assert code.accesses("STG") == widths(variant, "p" + moments + "g" * (variant.grad_scale + variant.copies))
 
-    added = sum(more for flag, more in ADDED.items() if getattr(variant, flag))
+    added = sum(more for flag, more in ADDED.items() if getattr(variant, flag)) + ADDED_BY_ROUNDING[variant.stochastic]
     most = INSTRUCTIONS[name_of(variant)] + added
-    assert instructions_per_element(code) <= most
+    found = instructions_per_element(code)
+    assert found <= most, f"{found:.1f} of {most}"
     assert code.registers <= (MOST_REGISTERS if added else REGISTERS[name_of(variant)])
 
 
@@ -221,11 +227,12 @@ def test_norm(variant, masked):
 
 
 ELSEWHERE = [
+    Variant("ffb", "bernoulli", stochastic=ROUND_MOMENTS),
     Variant("fff", "bernoulli"),
     Variant("bbf", "bucket", planes=3, frozen=True, ages=True),
     Variant("bbb", "gaussian", amsgrad=True),
     Variant("fbf", "bernoulli", frozen=True),
-    Variant("bbb", "keep", stochastic=True, clip=True),
+    Variant("bbb", "keep", stochastic=ROUND_PARAMS, clip=True),
 ]
 NVIDIA = [GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 100, 120)]
 AMD = [GPUTarget("hip", arch, threads) for arch, threads in (("gfx90a", 64), ("gfx942", 64), ("gfx1100", 32))]

@@ -37,7 +37,7 @@ DTYPES = [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F16)]
 
 
 def one_batch(
-    seed: int, dtypes, layouts, plans, rows, key: int = 99, copies=None, stochastic: bool = False
+    seed: int, dtypes, layouts, plans, rows, key: int = 99, copies=None, stochastic: int = 0
 ) -> TensorBatch:
     """One tensor a (layout, numel), with hyper row ``rows[i]``; the same values for the same arguments.
 

@@ -11,7 +11,7 @@ from test_benchmarks import run_well
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.cpu import training  # noqa: E402
-from benchmarks.render import saving_tables  # noqa: E402
+from benchmarks.render import beyond_tables  # noqa: E402
 
 
 @pytest.mark.slow
@@ -26,7 +26,7 @@ def test_every_method_is_measured(tmp_path):
     assert rows["sft"]["ratio"] == rows["sft"]["peak_ratio"] == 1
     full = rows["sft"]["trained"]
     assert {name for name, row in rows.items() if row["trained"] < full} == {"lora"}
-    assert set(rows) - {"sft, again"} == set(saving_tables.NAMES) | {"sample-blocks", "cycle-blocks", "random-mask"}
+    assert set(rows) - {"sft, again"} == set(beyond_tables.NAMES) | {"sample-blocks", "cycle-blocks", "random-mask"}
 
 
 def test_what_is_trained_is_what_the_study_trains():

@@ -374,9 +374,10 @@ def test_with_names_and_without(theirs, ours, masked, seed):
     assert again.state_dict()["param_groups"][0].get("param_names") == names
 
 
-def test_rounding_noise_is_drawn_by_name_too():
+@pytest.mark.parametrize("option", ["stochastic_rounding", "stochastic_moments"])
+def test_rounding_noise_is_drawn_by_name_too(option):
     params = [nn.Parameter(torch.ones(3, dtype=torch.bfloat16))]
-    options = {"mask": None, "stochastic_rounding": True}
+    options = {"mask": None, option: True}
     optimizer = FusedGradDropAdamW(params, **options)
     random_grads(params, torch.Generator().manual_seed(1))
     optimizer.step()

@@ -31,6 +31,7 @@ def test_arguments_are_those_of_torch_in_their_order():
         "moment_dtype": None,
         "master_weights": False,
         "stochastic_rounding": False,
+        "stochastic_moments": False,
         "max_grad_norm": None,
         "norm_after_mask": False,
         "backend": "auto",

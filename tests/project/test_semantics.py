@@ -83,7 +83,7 @@ def philox4x32_10(c0, c1, c2, c3, k0, k1):
 
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-ELEMENT, BLOCK, BUCKET, GAUSSIAN, ROUNDING = range(5)
+ELEMENT, BLOCK, BUCKET, GAUSSIAN, ROUNDING, MOMENTS = range(6)
 
 
 def bare(name):
@@ -357,6 +357,7 @@ class Kind(NamedTuple):
     moments: torch.dtype | None = None
     master: bool = False
     stochastic: bool = False
+    stochastic_moments: bool = False
     backends: tuple = ("exact", "cpu")
 
     @property
@@ -371,6 +372,7 @@ class Kind(NamedTuple):
     def arguments(self):
         return {
             "moment_dtype": self.moments, "master_weights": self.master, "stochastic_rounding": self.stochastic,
+            "stochastic_moments": self.stochastic_moments,
         }  # fmt: skip
 
 
@@ -382,6 +384,8 @@ KINDS = {
     "bfloat16, masters": Kind(torch.bfloat16, master=True),
     "bfloat16, stochastic": Kind(torch.bfloat16, stochastic=True),
     "bfloat16, stochastic, float32 moments": Kind(torch.bfloat16, torch.float32, stochastic=True),
+    "float32, stochastic bfloat16 moments": Kind(moments=torch.bfloat16, stochastic_moments=True),
+    "bfloat16, both stochastic": Kind(torch.bfloat16, stochastic=True, stochastic_moments=True),
     "float16": Kind(torch.float16),
     "float64": Kind(torch.float64, backends=("exact",)),
     "complex64": Kind(torch.complex64, backends=("exact",)),
@@ -438,6 +442,10 @@ def update(one: Param, grad, plan: Plan, hyper: dict, kind: Kind, masked: str, s
 
     param = to_bfloat16(p, stream.words(step, ROUNDING, len(p))) if kind.stochastic else STORED[kind.param](p)
     moment = STORED[kind.moments or (torch.float32 if kind.master else kind.param)]
+    if kind.stochastic_moments:
+        words = stream.words(step, MOMENTS, len(p))
+        lower_half = (words & U64(0xFFFF)) << U64(16)
+        m, v, vmax = to_bfloat16(m, words), to_bfloat16(v, lower_half), to_bfloat16(vmax, lower_half)
     new = param, p, moment(m), moment(v), moment(vmax)
     if masked != "gradient":
         frozen = 5 if masked == "frozen" else 2  # of the five

@@ -211,11 +211,12 @@ def test_a_norm_of_all_gradients_is_refused_with_the_remedy(seed):
 
 
 def test_what_cannot_drop_its_state_is_refused(seed):
-    model, optimizer = make(POLICIES[0], seed, dtype=torch.bfloat16, stochastic_rounding=True)
-    random_grads(model.parameters(), torch.Generator().manual_seed(seed))
-    with pytest.raises(ValueError, match="every turn would have the same noise"):
-        optimizer.step()
-    assert not optimizer.state
+    for option in ("stochastic_rounding", "stochastic_moments"):
+        model, optimizer = make(POLICIES[0], seed, dtype=torch.bfloat16, **{option: True})
+        random_grads(model.parameters(), torch.Generator().manual_seed(seed))
+        with pytest.raises(ValueError, match=f"{option}=True draws, so every turn would have the same noise"):
+            optimizer.step()
+        assert not optimizer.state
     with pytest.raises(ValueError, match="idle_state='drop' of SampleBlocks needs masked='frozen'"):
         make(POLICIES[0], seed, masked="gradient")
     optimizer = FusedGradDropAdamW(param_groups(Encoder(), per_block=True), mask=POLICIES[1])

@@ -10,7 +10,7 @@ from toy import bits
 
 from graddrop_kernels import FusedGradDropAdamW, GaussianGradDrop, GradDrop, GradDropEpoch, LayerGradDrop
 from graddrop_kernels.backends.reference.rounding import stochastic_bfloat16
-from graddrop_kernels.masks.philox import DOMAIN_ROUNDING, stream_key, words32
+from graddrop_kernels.masks.philox import DOMAIN_MOMENTS, DOMAIN_ROUNDING, stream_key, words32
 
 ARGUMENTS = {"lr": 3e-4, "betas": (0.75, 0.96875), "eps": 1e-5, "weight_decay": 0.2}
 POLICIES = {
@@ -21,6 +21,7 @@ POLICIES = {
     "layer": (LayerGradDrop(0.5, layers=["layer.*"]), {}),
     "epoch": (GradDropEpoch(3), {}),
 }
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 offered = pytest.mark.parametrize("backend", BACKEND_NAMES)
 
 
@@ -114,6 +115,84 @@ def test_other_dtypes_round_as_always(backend, seed):
         assert list(map(bits, plain[0])) == list(map(bits, stochastic[0]))
 
 
+@offered
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_moments_fall_as_in_float32_on_average(dtype, backend, seed):
+    """After large gradients none. Rounded to nearest with beta2 = 0.999, exp_avg_sq stays: a step takes less than half
+    its last digit. Rounded stochastically, its mean falls as in float32, as do those of exp_avg and the maximum.
+    """
+    ends, steps = {}, 60
+    for name, moments, more in (
+        ("float32", F32, {}), ("nearest", BF16, {}), ("stochastic", BF16, {"stochastic_moments": True})
+    ):  # fmt: skip
+        param = torch.nn.Parameter(torch.zeros(20_000, dtype=dtype))
+        optimizer = FusedGradDropAdamW(
+            [("weight", param)], 1e-3, (0.99, 0.999), mask=None, seed=seed, backend=backend, moment_dtype=moments,
+            amsgrad=True, **more,
+        )  # fmt: skip
+        param.grad = torch.full_like(param, 1.7)
+        optimizer.step()
+        param.grad.zero_()
+        for _ in range(steps):
+            optimizer.step()
+        ends[name] = [optimizer.state[param][f"{key}"].double().mean().item() for key in MOMENTS]
+    start = 0.001 * 1.7**2
+    for place, (wide, nearest, rounded) in enumerate(zip(ends["float32"], ends["nearest"], ends["stochastic"])):
+        # A step rounds by one digit at most, 2^-7 of the moment, up or down: its deviation is half of that or less.
+        bound = 6 * 2**-8 * max(abs(wide), abs(nearest)) * math.sqrt((steps + 1) / 20_000)
+        assert abs(rounded - wide) < bound, (MOMENTS[place], ends)
+    assert ends["nearest"][1] > 0.995 * start > 1.04 * ends["float32"][1], "else this shows nothing"
+
+
+@offered
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_what_the_moments_are_rounded_by(dtype, backend, seed):
+    """Words of a domain of their own: exp_avg by their upper halves, exp_avg_sq and its maximum by the lower ones."""
+    of_moments = {"moment_dtype": BF16, "stochastic_moments": True, "amsgrad": True}
+    (param, _), optimizer = make(dtype, seed, backend, "plain", **of_moments)
+    (wide_param, _), wide = make(F32, seed, backend, "plain", amsgrad=True)
+    key = stream_key("layer.0.weight", seed)
+    for step in range(3):
+        give_grads([param, wide_param], step, seed)
+        wide_param.grad = param.grad.float()
+        if step:
+            for name in MOMENTS:
+                wide.state[wide_param][name].copy_(optimizer.state[param][name])
+        optimizer.step()
+        wide.step()
+        words = words32(key, step, DOMAIN_MOMENTS, 0, param.numel(), torch.device("cpu"))
+        for name, halves in zip(MOMENTS, (words >> 16, words & 0xFFFF, words & 0xFFFF)):
+            moment, exact = optimizer.state[param][name], wide.state[wide_param][name]
+            by_hand = ((exact.view(torch.int32).long() + halves) >> 16).to(torch.int16)
+            assert torch.equal(moment.view(torch.int16), by_hand), (step, name)
+
+
+@offered
+def test_the_maximum_is_the_largest_stored(backend, seed):
+    (param, _), optimizer = make(F32, seed, backend, moment_dtype=BF16, stochastic_moments=True, amsgrad=True)
+    largest = torch.zeros_like(param)
+    for step in range(9):
+        give_grads([param], step, seed)
+        optimizer.step()
+        largest = torch.maximum(largest, optimizer.state[param]["exp_avg_sq"].float())
+        assert torch.equal(optimizer.state[param]["max_exp_avg_sq"].float(), largest)
+
+
+@offered
+@pytest.mark.parametrize("dtype, more", [
+    (F32, {}), (BF16, {"moment_dtype": F32}), (BF16, {"master_weights": True}), (F16, {}),
+], ids=str)  # fmt: skip
+def test_other_moments_are_rounded_as_always(dtype, more, backend, seed):
+    plain, stochastic = make(dtype, seed, backend, **more), make(dtype, seed, backend, **more, stochastic_moments=True)
+    for step in range(3):
+        for params, optimizer in (plain, stochastic):
+            give_grads(params, step, seed)
+            optimizer.step()
+    for param, other in zip(plain[0], stochastic[0]):
+        for key, value in plain[1].state[param].items():
+            assert bits(stochastic[1].state[other][key]) == bits(value), key
+
+
 # Master weights.
 
 
@@ -136,7 +215,9 @@ def test_master_weights_are_those_of_a_float32_run(policy, dtype, backend, seed)
 
 
 @offered
-@pytest.mark.parametrize("mode", [{"master_weights": True}, {"stochastic_rounding": True}], ids=str)
+@pytest.mark.parametrize(
+    "mode", [{"master_weights": True}, {"stochastic_rounding": True, "stochastic_moments": True}], ids=str
+)
 @pytest.mark.parametrize("policy", ["frozen", "epoch"])
 def test_frozen_elements_stay_bit_for_bit(policy, mode, backend, seed):
     """Also those that no longer are what their master rounds to."""
@@ -146,15 +227,20 @@ def test_frozen_elements_stay_bit_for_bit(policy, mode, backend, seed):
     with torch.no_grad():
         params[0].add_(1)
     before, keep = params[0].detach().clone(), optimizer.mask(params[0])
+    moments = {key: optimizer.state[params[0]][key].clone() for key in MOMENTS[:2]}
     give_grads(params, 1, seed)
     optimizer.step()
     assert 0.2 < keep.float().mean() < 0.8
+    for key, old in moments.items():
+        assert bits(optimizer.state[params[0]][key][~keep]) == bits(old[~keep])
     assert bits(params[0][~keep]) == bits(before[~keep])
     assert (params[0][keep] != before[keep]).float().mean() > 0.5
 
 
 @offered
-@pytest.mark.parametrize("mode", [{"master_weights": True}, {"stochastic_rounding": True}], ids=str)
+@pytest.mark.parametrize(
+    "mode", [{"master_weights": True}, {"stochastic_rounding": True}, {"stochastic_moments": True}], ids=str
+)
 def test_a_resumed_run_goes_on_bit_for_bit(mode, backend, seed, tmp_path):
     whole, first = make(BF16, seed, backend, "graddrop", **mode), make(BF16, seed, backend, "graddrop", **mode)
     for step in range(6):
@@ -257,7 +343,11 @@ def test_describe_names_the_mode(seed):
     _, optimizer = make(BF16, seed, "auto", master_weights=True)
     assert "bfloat16, moments float32, master weights" in optimizer.describe()
     _, optimizer = make(BF16, seed, "auto", stochastic_rounding=True)
-    assert "bfloat16, moments bfloat16, stochastic rounding" in optimizer.describe()
+    assert "bfloat16, moments bfloat16, stochastic rounding)" in optimizer.describe()
+    _, optimizer = make(F32, seed, "auto", moment_dtype=BF16, stochastic_rounding=True, stochastic_moments=True)
+    assert "float32, moments bfloat16, stochastic rounding of moments)" in optimizer.describe()
+    _, optimizer = make(BF16, seed, "auto", stochastic_rounding=True, stochastic_moments=True)
+    assert "bfloat16, moments bfloat16, stochastic rounding of both)" in optimizer.describe()
 
 
 # bfloat16 moments of float32 parameters.

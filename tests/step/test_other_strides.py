@@ -41,6 +41,7 @@ MODES = {
     # Drawn in more than bits: stepped through copies that live as long as the step.
     "gaussian": ({"mask": GaussianGradDrop(0.3)}, 16),
     "stochastic": ({"mask": None, "stochastic_rounding": True}, 8),
+    "stochastic moments": ({"mask": None, "moment_dtype": torch.bfloat16, "stochastic_moments": True}, 8),
 }
 WIDE = {"masters": torch.bfloat16, "bfloat16": torch.bfloat16, "stochastic": torch.bfloat16}
 

@@ -145,7 +145,7 @@ MODES = {
     "bfloat16": (HALF, {}),
     "float32 moments": (HALF, {"moment_dtype": torch.float32}),
     "master weights": (HALF, {"master_weights": True}),
-    "stochastic rounding": (HALF, {"stochastic_rounding": True}),
+    "stochastic rounding": (HALF, {"stochastic_rounding": True, "stochastic_moments": True}),
     "master weights, clipped": (HALF, {"master_weights": True, "max_grad_norm": 0.05, "norm_after_mask": True}),
 }
 

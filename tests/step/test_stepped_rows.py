@@ -21,6 +21,7 @@ MODES = {
     "float32 moments": (torch.bfloat16, {"moment_dtype": torch.float32}),
     "masters": (torch.bfloat16, {"master_weights": True}),
     "stochastic": (torch.bfloat16, {"stochastic_rounding": True}),
+    "stochastic moments": (torch.float32, {"moment_dtype": torch.bfloat16, "stochastic_moments": True}),
     "clipped": (torch.float32, {"max_grad_norm": 0.5}),
     "clipped masters": (torch.bfloat16, {"max_grad_norm": 0.5, "master_weights": True}),
     "clipped after the mask": (torch.float32, {"max_grad_norm": 0.5, "norm_after_mask": True}),

@@ -29,7 +29,9 @@ def in_turn(*optimizers, rounds=3):
     return [str(each.message) for each in found if SAID in str(each.message)]
 
 
-@pytest.mark.parametrize("options", [{}, {"mask": None, "stochastic_rounding": True}], ids=["masks", "rounding"])
+@pytest.mark.parametrize("options", [
+    {}, {"mask": None, "stochastic_rounding": True}, {"mask": None, "stochastic_moments": True},
+], ids=["masks", "rounding", "rounding of moments"])  # fmt: skip
 @pytest.mark.parametrize("names", [None, "weight"])
 def test_two_optimizers_with_the_same_streams_are_told(names, options):
     said = in_turn(make(names, **options), make(names, **options))

@@ -19,6 +19,7 @@ from graddrop_kernels import (
     available_backends,
 )
 from graddrop_kernels.backends import BACKENDS, cpu
+from graddrop_kernels.backends.batch import ROUND_MOMENTS, ROUND_PARAMS
 from graddrop_kernels.policies.paper import METHODS
 from graddrop_kernels.policies.schedules import Schedule
 from graddrop_kernels.tools.verify import cases as verify_cases
@@ -211,7 +212,7 @@ ALL_MASKINGS = {**MASKINGS, "rows": Masking(_rows)}  # also those whose moments 
 
 
 _FOUR_BLOCKS = [(f"layers.{i}.weight", torch.ones(3)) for i in range(4)]
-# of verify's table: {(parameter dtype, moment dtype, master weights, stochastic rounding): name}
+# of verify's table: {(parameter dtype, moment dtype, master weights, bits of TensorBatch.stochastic): name}
 _DTYPE_NAMES = {tuple(row): name for name, row in verify_cases.DTYPES.items()}
 
 
@@ -225,7 +226,7 @@ class Case(verify_cases.Case):
     @classmethod
     def of(
         cls, masking: str, hyper: str, dtypes: tuple[torch.dtype, torch.dtype], sizes: tuple[int, ...] = (),
-        masters: bool = False, stochastic: bool = False, steps: int = 1, start: int = 0,
+        masters: bool = False, stochastic: int = 0, steps: int = 1, start: int = 0,
     ) -> "Case":  # fmt: skip
         """``steps`` from the place ``start`` of EPOCH_OF_STEP on."""
         masked = masked_of(masking)
@@ -251,7 +252,8 @@ class Case(verify_cases.Case):
             "mask": masking.policy(named), "seed": rng.getrandbits(64), "betas": (0.9, 0.999), "weight_decay": 1e-2,
             "amsgrad": False, "cautious_weight_decay": False,
             "moment_dtype": moments if moments in (F32, BF16) else None, "master_weights": masters,
-            "stochastic_rounding": stochastic, **HYPERS[self.hyper], **masking.arguments,
+            "stochastic_rounding": bool(stochastic & ROUND_PARAMS),
+            "stochastic_moments": bool(stochastic & ROUND_MOMENTS), **HYPERS[self.hyper], **masking.arguments,
         }  # fmt: skip
 
     def engines(self) -> list[Engine]:
@@ -287,8 +289,13 @@ LONG_CASES = [
     Case.of(masking, list(HYPERS)[(i + j) % len(HYPERS)], dtypes, SIZES, steps=3, start=8)
     for (i, masking), (j, dtypes) in itertools.product(enumerate(MASKINGS), enumerate(DTYPES))
 ]
-# (parameter and moment dtype, master weights, stochastic rounding)
-MODES = (((BF16, F32), True, False), ((F16, F32), True, False), ((BF16, BF16), False, True), ((BF16, F32), False, True))
+# (parameter and moment dtype, master weights, bits of TensorBatch.stochastic)
+MODES = (
+    ((BF16, F32), True, 0), ((F16, F32), True, 0),
+    ((BF16, BF16), False, ROUND_PARAMS), ((BF16, F32), False, ROUND_PARAMS),
+    ((F32, BF16), False, ROUND_MOMENTS), ((BF16, BF16), False, ROUND_MOMENTS),
+    ((BF16, BF16), False, ROUND_PARAMS | ROUND_MOMENTS),
+)  # fmt: skip
 # Every policy in every mode, the hyper-parameters in turn; both short tensors and one of many units.
 MODE_CASES = [
     Case.of(masking, list(HYPERS)[(i + j) % len(HYPERS)], *mode, steps=5, start=3)

@@ -12,10 +12,10 @@ from test_xglue_run import run, tiny
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.common.results import text_of  # noqa: E402
-from benchmarks.render import saving_tables  # noqa: E402
+from benchmarks.render import beyond_tables  # noqa: E402
 from benchmarks.xglue.methods import BEYOND  # noqa: E402
+from benchmarks.xglue.report.beyond import scores  # noqa: E402
 from benchmarks.xglue.report.compare import compare  # noqa: E402
-from benchmarks.xglue.report.saving import scores  # noqa: E402
 from benchmarks.xglue.runs import prepare  # noqa: E402
 
 adapter, training = (Lazy(f"benchmarks.xglue.{name}") for name in ("models.adapter", "runs.trainer"))
@@ -121,21 +121,21 @@ def test_scores_and_their_intervals(results):
 
 
 def test_the_tables(results):
-    empty = saving_tables.section(results / "nothing"), saving_tables.summary(results / "nothing")
+    empty = beyond_tables.section(results / "nothing"), beyond_tables.summary(results / "nothing")
     assert all("No results yet" in text for text in empty)
     path = results / "one.md"
-    path.write_text(saving_tables.summary(results), encoding="utf-8")
+    path.write_text(beyond_tables.summary(results), encoding="utf-8")
     assert lines(path, "full fine-tuning")[0] == ["full fine-tuning", "3", "81.00 ± 2.48", "70.00 ± 0.00", "–", "–"]
     training_of(
         results, sft=(400, 1.0, 1.0), lora=(100, 0.25, 0.625), random_mask=(402, 1.005, 1.01),
         **{"sft, again": (404, 1.01, 0.98)},
     )  # fmt: skip
-    path.write_text(saving_tables.summary(results), encoding="utf-8")
+    path.write_text(beyond_tables.summary(results), encoding="utf-8")
     header = ["mean ± 95 %", "seeds", "English, %", "1 others, %", "peak memory", "time per step"]
     assert lines(path, header[0]) == [header]
     assert lines(path, "LoRA (PEFT), rank 8")[0][1:] == ["2", "70.00 ± 0.00", "72.00 ± 12.71", "0.25", "0.62"]
     assert len(path.read_text().strip().splitlines()) <= 10
-    path.write_text(saving_tables.section(results), encoding="utf-8")
+    path.write_text(beyond_tables.section(results), encoding="utf-8")
     assert lines(path, "LoRA (PEFT), rank 8")[0][1:] == [
         "2", "0.0005", "70.00 ± 0.00", "72.00 ± 12.71", "+2.00 ± 12.71", "0.001: 99.00", "100", "0.25", "0.62",
     ]  # fmt: skip

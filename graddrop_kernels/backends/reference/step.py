@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ...masks.philox import DOMAIN_ROUNDING, words32
+from ...masks.philox import DOMAIN_MOMENTS, DOMAIN_ROUNDING, words32
 from ...masks.plan import MaskPlan
 from ...masks.rule import by_runs, keep_and_bucket
-from ..batch import Hyper, TensorBatch
+from ..batch import ROUND_MOMENTS, ROUND_PARAMS, Hyper, TensorBatch
 from .gaussian import normals
 from .rounding import EXACT, PLAIN, Rounding, stochastic_bfloat16
 
@@ -81,7 +81,6 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
     if batch.clip_factor is not None:
         grad = grad.to(dtype) * batch.clip_factor
 
-    key, layout = batch.keys[row], batch.layouts[row]
     keep, bucket = _keep_and_bucket(batch, row, plan, completed_steps)
     beta1, beta2, eps, neg_lr_wd, step_size, bias_correction2_sqrt = _scalars(
         hyper, completed_steps + 1, dtype, param.device
@@ -112,9 +111,13 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
         p = torch.where(numerator * p < 0, p, decayed) if hyper.cautious else decayed
     p = p - numerator / denom
 
-    if batch.stochastic:
-        draws = lambda *run: words32(key, completed_steps, DOMAIN_ROUNDING, *run)
-        p = stochastic_bfloat16(p, by_runs(layout, p.numel(), param.device, draws))
+    if batch.stochastic & ROUND_PARAMS:
+        p = stochastic_bfloat16(p, _rounding_words(batch, row, completed_steps, DOMAIN_ROUNDING))
+    if batch.stochastic & ROUND_MOMENTS:
+        words = _rounding_words(batch, row, completed_steps, DOMAIN_MOMENTS)
+        lower_half = (words & 0xFFFF) << 16
+        m, v = stochastic_bfloat16(m, words), stochastic_bfloat16(v, lower_half)
+        vmax = stochastic_bfloat16(vmax, lower_half) if hyper.amsgrad else None
     targets: list[Any] = [param, batch.exp_avgs[row], batch.exp_avg_sqs[row], max_exp_avg_sq]
     if batch.copies:  # of the master weights that have just been stepped
         targets.append(batch.copies[row])
@@ -128,6 +131,12 @@ def _masked_adamw_row_(batch: TensorBatch, row: int, hyper: Hyper, rounding: Rou
             if keep is not None and (plan.frozen or plan.update and not moment):
                 new = torch.where(keep, new, kept)
             target.copy_(new.view_as(target))
+
+
+def _rounding_words(batch: TensorBatch, row: int, completed_steps: int, domain: int) -> torch.Tensor:
+    """A word of 32 bits per element of a row, for stochastic rounding."""
+    draws = partial(words32, batch.keys[row], completed_steps, domain)
+    return by_runs(batch.layouts[row], batch.params[row].numel(), batch.device, draws)
 
 
 def _working_dtype(param: torch.Tensor) -> torch.dtype:

@@ -41,7 +41,7 @@ def block_of(device: torch.device) -> int:
 
 def constants(
     launch: Launch, param_dtype: torch.dtype, moment_dtype: torch.dtype, grad_dtype: torch.dtype | None = None,
-    copies: bool = False, stochastic: bool = False, grad_scale: bool = False, clip: bool = False,
+    copies: bool = False, stochastic: int = 0, grad_scale: bool = False, clip: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """The compile-time constants of a launch's update kernel."""
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

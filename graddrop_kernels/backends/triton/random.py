@@ -12,6 +12,7 @@ from .arithmetic import fma
 
 DOMAIN_ELEMENT, DOMAIN_BUCKET, DOMAIN_GAUSSIAN = tl.constexpr(0), tl.constexpr(2), tl.constexpr(3)
 DOMAIN_ROUNDING = tl.constexpr(4)
+DOMAIN_MOMENTS = tl.constexpr(5)
 
 
 @triton.jit

@@ -16,11 +16,12 @@ Formulation, measured on the compiled code (tests/backends/test_triton_contract.
 import triton
 import triton.language as tl
 
+from .. import batch as bits
 from ..batch import TensorBatch
 from .arithmetic import new_moments, new_parameter, stochastic_bfloat16, store, to_float32, to_storage
 from .gradient import KEEP, load_gradient, masked_gradient
 from .launch import WARPS, block_of, constants, on_device, prologue, tables_of
-from .random import DOMAIN_ROUNDING, words32
+from .random import DOMAIN_MOMENTS, DOMAIN_ROUNDING, words32
 from .row import (
     DECAY_FLAG,
     FROZEN_FLAG,
@@ -31,6 +32,8 @@ from .row import (
     TENSOR_WORDS,
     load_row,
 )
+
+ROUND_PARAMS, ROUND_MOMENTS = tl.constexpr(bits.ROUND_PARAMS), tl.constexpr(bits.ROUND_MOMENTS)
 
 
 @triton.jit
@@ -82,11 +85,17 @@ def update_block(
         g, to_float32(m_old, INTERPRETED), to_float32(v_old, INTERPRETED), to_float32(vmax_old, INTERPRETED),
         row.beta1, row.beta2, AMSGRAD, INTERPRETED,
     )  # fmt: skip
+    m_stored, v_stored, vmax_stored = m, v, vmax
+    if STOCHASTIC & ROUND_MOMENTS:
+        start = block_start + tl.arange(0, BLOCK // VEC) * VEC
+        words = words32(start, row, row.flags >> STEPS_SHIFT, DOMAIN_MOMENTS, VEC, ROWS)
+        m_stored, v_stored = stochastic_bfloat16(m, words), stochastic_bfloat16(v, words << 16)
+        vmax_stored = stochastic_bfloat16(vmax, words << 16)
     # Stored before the parameter is computed: held until after its division they would cost 10 to 50 registers.
-    store(m_at, m, m_old, moves, in_bounds, M, FROZEN_, INTERPRETED)
-    store(v_at, v, v_old, moves, in_bounds, M, FROZEN_, INTERPRETED)
+    store(m_at, m_stored, m_old, moves, in_bounds, M, FROZEN_, INTERPRETED)
+    store(v_at, v_stored, v_old, moves, in_bounds, M, FROZEN_, INTERPRETED)
     if AMSGRAD:
-        store(vmax_at, vmax, vmax_old, moves, in_bounds, M, FROZEN_, INTERPRETED)
+        store(vmax_at, vmax_stored, vmax_old, moves, in_bounds, M, FROZEN_, INTERPRETED)
 
     step_size, bc2_sqrt, bc2_sqrt_reciprocal = row.step_size, row.bc2_sqrt, row.bc2_sqrt_reciprocal
     if AGES_:  # every bucket has its own bias corrections
@@ -99,7 +108,7 @@ def update_block(
         to_float32(p_old, INTERPRETED), m, vmax if AMSGRAD else v, row.lr_weight_decay, row.eps,
         step_size, bc2_sqrt, bc2_sqrt_reciprocal, (flags & DECAY_FLAG) != 0, CAUTIOUS, INTERPRETED,
     )  # fmt: skip
-    if STOCHASTIC:
+    if STOCHASTIC & ROUND_PARAMS:
         start = block_start + tl.arange(0, BLOCK // VEC) * VEC
         p = stochastic_bfloat16(p, words32(start, row, row.flags >> STEPS_SHIFT, DOMAIN_ROUNDING, VEC, ROWS))
     if UPDATE:

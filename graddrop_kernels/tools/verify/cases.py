@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...backends.batch import ROUND_MOMENTS, ROUND_PARAMS
 from ...policies import FixedMask, Policy
 from ...policies.paper import METHODS, Method
 from ...policies.schedules import LinearAnneal
@@ -21,7 +22,7 @@ class Dtypes(NamedTuple):
     params: torch.dtype
     moments: torch.dtype
     masters: bool = False
-    stochastic: bool = False
+    stochastic: int = 0  # bits of TensorBatch.stochastic
 
     @property
     def mode(self) -> tuple[Any, ...]:
@@ -39,8 +40,11 @@ DTYPES = {
     "f16/f32": Dtypes(F16, F32),
     "bf16 masters": Dtypes(BF16, F32, masters=True),
     "f16 masters": Dtypes(F16, F32, masters=True),
-    "bf16 stochastic": Dtypes(BF16, BF16, stochastic=True),
-    "bf16/f32 stochastic": Dtypes(BF16, F32, stochastic=True),
+    "bf16 stochastic": Dtypes(BF16, BF16, stochastic=ROUND_PARAMS),
+    "bf16/f32 stochastic": Dtypes(BF16, F32, stochastic=ROUND_PARAMS),
+    "f32/bf16 moments": Dtypes(F32, BF16, stochastic=ROUND_MOMENTS),
+    "bf16 moments": Dtypes(BF16, BF16, stochastic=ROUND_MOMENTS),
+    "bf16 both moments": Dtypes(BF16, BF16, stochastic=ROUND_PARAMS | ROUND_MOMENTS),
 }
 # The dtypes of one mode share a column of the table, and the cases that are made for it.
 COLUMNS: dict[str, list[str]] = {}
@@ -142,7 +146,8 @@ class Case:
             "cautious_weight_decay": "cautious" in self.switches,
             "moment_dtype": moments if moments in (F32, BF16) else None,
             "master_weights": masters,
-            "stochastic_rounding": stochastic,
+            "stochastic_rounding": bool(stochastic & ROUND_PARAMS),
+            "stochastic_moments": bool(stochastic & ROUND_MOMENTS),
         }
         if "clip" in self.switches:
             arguments["max_grad_norm"] = norm * rng.uniform(0.3, 0.7)
@@ -154,9 +159,10 @@ class Case:
 
 
 def make_cases(seed: int, quick: bool, gpus: list[torch.device]) -> list[Case]:
-    """Every policy with all columns: under every combination of the switches in float32 and 4 of them in the others, or
-    with ``quick`` under one each; on a GPU also with a long tensor. Clipping and cautious decay, which leave the rest
-    of a step as it is, are coins of each case. The policies take turns, so that the first cases hold something of each.
+    """Every policy with all columns: under every combination of the switches in float32, 4 or 6 of them in the others,
+    or with ``quick`` under one each; on a GPU also with a long tensor. Clipping and cautious decay, which leave the
+    rest of a step as it is, are coins of each case. The policies take turns, so that the first cases hold something of
+    each.
     """
     rng = random.Random(f"{seed} cases")
     coins: Callable[[], tuple[str, ...]] = lambda: ("clip",) * rng.randrange(2) + ("cautious",) * rng.randrange(2)
@@ -170,11 +176,12 @@ def make_cases(seed: int, quick: bool, gpus: list[torch.device]) -> list[Case]:
         ]
         eager = rng.choice(list(COLUMNS)) if quick else None  # None: all
         for column, names in COLUMNS.items():
-            chosen = rng.sample(combinations, 1 if quick else len(combinations) if column == "f32" else 4)
+            few = max(4, 2 * len(names))  # each of the dtypes with both lists of sizes
+            chosen = rng.sample(combinations, 1 if quick else len(combinations) if column == "f32" else few)
             names = rng.sample(names, len(names))
             for i, switches in enumerate(chosen):
                 own_seed = f"{seed} {policy} {column} {i}"
-                sizes = SIZES if i % 4 < len(names) else SMALL_SIZES
+                sizes = SIZES if i % few < len(names) else SMALL_SIZES
                 cases.append(Case(policy, names[i % len(names)], switches + coins(), sizes, 3, own_seed,
                                   rng.random() < 0.3, eager=i == 0 and eager in (None, column)))  # fmt: skip
         # "exact" on the GPU is fast enough for long tensors. An eager case of the dtypes compares it with the CPU's.

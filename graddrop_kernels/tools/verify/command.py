@@ -182,13 +182,13 @@ def _table(findings: dict[Engine, dict[str, Findings]]) -> str:
         for name, bound in BOUNDS.items()
     )
     modes = "; ".join(
-        f"{column}: {', '.join(name.split()[0] for name in names)}"
+        f"{column}: {', '.join(name.removesuffix(column).strip() for name in names)}"
         for column, names in COLUMNS.items()
         if names != [column]
     )
     return (
         f"{table}\nmasks: cases whose masks were right. By dtypes (parameters/moments): the largest distance in ulp.\n"
-        f"{modes}.\n"
+        f"{modes}. Rounded stochastically: parameters in stochastic, moments or both in moments.\n"
         f"Allowed is 0, but relative to a step's operands in float32: {bounds}; and then 1 in 16 bits.\n"
         f"The norm of a clipped step may be {norm_limit(False)} ulp off ({norm_limit(True)} after a Gaussian mask); "
         "where it is, the rest of the step is not compared."

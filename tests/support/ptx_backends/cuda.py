@@ -91,7 +91,7 @@ class CudaEmulation(Emulation):
         half = _TYPES[spec.param_dtype]
         moments = _TYPES[spec.moment_dtype]
         gradients = _TYPES[spec.grad_dtype] if half == "f" else half
-        types = f"NS_5TypesI{half}{gradients}{moments}Lb{int(spec.stochastic and half == BFLOAT16)}EE"
+        types = f"NS_5TypesI{half}{gradients}{moments}Li{spec.stochastic}EE"
         part = f"14general_kernelI{types}"
         if spec.aligned and not (spec.amsgrad and spec.cautious):
             how = f"{_variant(spec)}ELb{int(spec.amsgrad)}ELb{int(spec.cautious)}E"
