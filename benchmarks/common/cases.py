@@ -95,6 +95,7 @@ def _case(method: Method, name: str | None = None, of_epochs: int = EPOCHS, **mo
 CASES = (
     *(_case(method, **_MEASURED.get(key, {})) for key, method in METHODS.items() if method.timed),
     Case("GradDrop, frozen", lambda named: gk.GradDrop(P), masked="frozen"),
+    Case("GradDrop, update", lambda named: gk.GradDrop(P), masked="update"),
     Case("FixedMask, 50 %", _half, mask_bits=1),
 )
 CASE = {case.name: case for case in CASES}

@@ -1,4 +1,4 @@
-"""Tables of the modes of 16-bit training and of clipping, the same on the CPU and on the GPU.
+"""Tables of the modes of 16-bit training, of clipping and of masks on the update, the same on the CPU and on the GPU.
 
 A table has its own tensors, rows of ours, which are options of the optimizer, and the peers that offer the same. On the
 GPU its first peer is the baseline, on the CPU its first row.
@@ -120,6 +120,18 @@ _KAHAN = Peer("optimi AdamW, Kahan summation", "optimi", "torch-optimi", kahan, 
               "keeps what rounding loses in 16 bits more; on the GPU a launch per tensor")  # fmt: skip
 _NORM = {"max_grad_norm": NO_LIMIT}
 _MASTERS, _STOCHASTICALLY = {"master_weights": True}, {"stochastic_rounding": True}
+_MOMENTS = {"stochastic_moments": True}
+
+
+def _updates(mode: str, moved: int) -> Table:
+    return Table(mode, (
+        Ours("GradDrop", moved),
+        Ours('GradDrop, masked="update"', moved, case="GradDrop, update"),
+        Ours("GradDrop, cautious_weight_decay", moved, {"cautious_weight_decay": True}),
+        Ours("SkipUpdate", moved, case="SkipUpdate"),
+        Theirs(BASELINE, moved),
+    ))  # fmt: skip
+
 
 TABLES = {
     "clipping": Table("float32", (
@@ -141,7 +153,11 @@ TABLES = {
         Ours("GradDrop, rounded to nearest", 14),
         Ours("mask=None, stochastic_rounding", 14, _STOCHASTICALLY, "mask=None"),
         Ours("GradDrop, stochastic_rounding", 14, _STOCHASTICALLY),
+        Ours("GradDrop, stochastic_moments", 14, _MOMENTS),
+        Ours("GradDrop, stochastic_rounding, stochastic_moments", 14, {**_STOCHASTICALLY, **_MOMENTS}),
         Theirs(_STOCHASTIC, 14),
         Theirs(_KAHAN, 14),
     )),
+    "masks on the update, float32": _updates("float32", 28),
+    "masks on the update, bfloat16": _updates("bfloat16", 14),
 }  # fmt: skip

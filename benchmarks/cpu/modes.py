@@ -1,4 +1,5 @@
-"""Time of a step in each mode of 16-bit training and with clipping, beside the peers that offer it.
+"""Time of a step in each mode of 16-bit training, with clipping and with masks on the update, beside the peers that
+offer it.
 
 Each table has a baseline and its own tensors; a ratio is the median over rounds of a time over the baseline's in the
 same round. Peers that are not installed are left out and named: `pip install torchao torch-optimi`.
@@ -61,14 +62,15 @@ def main() -> None:
     parser.add_argument("--numel", type=int, default=50_000_000, help="parameters")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--budget", type=float, default=360, metavar="SECONDS", help="of all tables, setup included")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="(default: all)")
     options = parser.parse_args()
     if cpu.unavailable():
         raise SystemExit(f"nothing to measure: {cpu.unavailable()}")
     numel = min(options.numel, 200_000) if options.quick else options.numel
-    seconds = 0 if options.quick else options.budget / len(TABLES) / len(options.threads)
+    seconds = 0 if options.quick else options.budget / len(options.tables) / len(options.threads)
     load, tables = Load(), []
     for threads in options.threads:
-        for name in TABLES:
+        for name in options.tables:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 tables.append(pool.submit(measure, name, threads, numel, seconds, options.quick).result())
     print(write("modes_cpu", options, {"load": load.report(), "tables": tables}))

@@ -252,6 +252,10 @@ def test_rows_of_the_modes_do_what_they_are_called(seed):
                 assert ("max_grad_norm" in row.name) == (optimizer.max_grad_norm is not None)
                 assert ("norm_after_mask" in row.name) == optimizer.norm_after_mask
                 assert ("stochastic_rounding" in row.name) == group["stochastic_rounding"]
+                assert ("stochastic_moments" in row.name) == group["stochastic_moments"]
+                assert ("cautious" in row.name) == group["cautious_weight_decay"]
+                assert ("update" in row.name) == (group["masked"] == "update")
+                assert ("SkipUpdate" in row.name) == ("SkipUpdate" in (group["mask"] or ""))
                 assert ("master_weights" in row.name) == ("master_param" in state)
                 wide = table.mode != "bfloat16"
                 assert state["exp_avg"].dtype == (torch.float32 if wide else torch.bfloat16)

@@ -1,5 +1,6 @@
 """The study's methods beyond the paper: what they train, how they clip, and their table."""
 
+import statistics
 import sys
 from pathlib import Path
 
@@ -9,12 +10,14 @@ from lazy import Lazy
 from test_xglue_report import lines, write
 from test_xglue_run import run, tiny
 
+from graddrop_kernels import FusedGradDropAdamW, GradDrop
+
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.common.results import text_of  # noqa: E402
 from benchmarks.render import beyond_tables  # noqa: E402
-from benchmarks.xglue.methods import BEYOND  # noqa: E402
-from benchmarks.xglue.report.beyond import scores  # noqa: E402
+from benchmarks.xglue.methods import BEYOND, SAVING  # noqa: E402
+from benchmarks.xglue.report.beyond import gain, scores  # noqa: E402
 from benchmarks.xglue.report.compare import compare  # noqa: E402
 from benchmarks.xglue.runs import prepare  # noqa: E402
 
@@ -47,9 +50,66 @@ def test_a_run_of_each(method, seed, tmp_path):
     losses = [loss for _, loss in result["losses"]]
     assert sum(losses[-5:]) < sum(losses[:5])
     shares = [share for _, share in result["active_fraction"]]
-    expected = {"lora": 1.0, "random-mask": 0.05, "sample-blocks": 2 / 3, "cycle-blocks": 1 / 3}[method]
-    assert shares == pytest.approx([expected] * len(shares), abs=1e-3)
-    assert result["parameters"]["masked"] == (0 if method == "lora" else 3 * 8_544)
+    expected = {"lora": 1.0, "random-mask": 0.05, "sample-blocks": 2 / 3, "cycle-blocks": 1 / 3}
+    if method == "skip-update":  # tensors of several sizes
+        assert len(set(shares)) > 5 and 0.2 < statistics.mean(shares) < 0.8
+    else:
+        wanted = 0.8 if method.startswith("graddrop") else expected.get(method, 1.0)
+        assert shares == pytest.approx([wanted] * len(shares), abs=1e-3)
+    # Of the dense ones, and of Muon without the vectors of the blocks, which FusedGradDropAdamW steps.
+    assert result["parameters"]["masked"] == (0 if method in ("lora", "sgd", "muon") else 3 * 8_544)
+
+
+def optimizer_of(method, folder):
+    """The optimizer of a run of one epoch, and the trainer that has run it."""
+    settings = tiny(method=method, epochs=1, weight_decay=0.25, head_lr_factor=4.0)
+    trainer = training.XglueTrainer(
+        settings, prepare.prepare(settings), folder, checkpoints=False, eval_batch_size=8, device="cpu",
+        deterministic=False, progress=False,
+    )  # fmt: skip
+    return trainer.create_optimizer(), trainer, settings
+
+
+@pytest.mark.parametrize("method", ["graddrop-update", "graddrop-cautious", "skip-update", "graddrop"])
+def test_arguments_of_a_method(method, tmp_path):
+    optimizer, _, _ = optimizer_of(method, tmp_path)
+    masked = {"graddrop-update": "update"}.get(method)
+    for group in optimizer.param_groups:
+        assert (group["masked"], group["cautious_weight_decay"]) == (masked, method == "graddrop-cautious")
+
+
+@pytest.mark.parametrize("method", ["sgd", "graddrop-sgd", "muon", "graddrop-muon"])
+def test_other_optimizers(method, tmp_path):
+    """In the same scope: blocks are masked by the same bits; the head has its own rate, vectors no weight decay."""
+    optimizer, trainer, settings = optimizer_of(method, tmp_path)
+    names = {param: name for name, param in trainer.model.named_parameters()}
+    found = {}
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            assert group["lr"] == settings.lr * (4 if "classifier" in names[param] else 1)
+            assert group["weight_decay"] == (0.25 if param.dim() > 1 else 0)
+            found[names[param]] = group
+    assert found.keys() == set(names.values())
+    of_muon = {name for name, group in found.items() if "ns_steps" in group}
+    assert of_muon == {n for n in found if method.endswith("muon") and ".layer." in n and n.endswith("weight")
+                       and "LayerNorm" not in n}  # fmt: skip
+    before = {name: param.detach().clone() for param, name in names.items()}
+    masks = []
+    inner = getattr(optimizer, "optimizer", optimizer)
+    # After attach_mask's own hook: the gradients that the optimizer sees.
+    inner.register_step_pre_hook(
+        lambda *_: masks.append({n: p.grad != 0 for p, n in names.items() if n in (of_muon or found)})
+    )
+    trainer.train()
+    assert all(not torch.equal(param, before[name]) for param, name in names.items() if "word" not in name)
+    masked = {name for name in masks[0] if ".layer." in name and before[name].dim() == 2}
+    twin = FusedGradDropAdamW(
+        [(name, torch.nn.Parameter(before[name])) for name in masked], mask=GradDrop(0.2), seed=settings.seed
+    )
+    for step, kept in enumerate(masks):
+        for name in masked:
+            expected = twin.mask(name, step=step) if method.startswith("graddrop") else torch.ones_like(kept[name])
+            assert not (kept[name] & ~expected).any() and kept[name].float().mean() > 0.95 * expected.float().mean()
 
 
 @pytest.mark.parametrize("method, skips", [("cycle-blocks", True), ("gradfreeze-topdown", False), ("sft", False)])
@@ -109,20 +169,20 @@ def training_of(folder, **costs):
 
 
 def test_scores_and_their_intervals(results):
-    group, found = scores(results / "xglue")
+    group, found = scores(results / "xglue", SAVING, "gradfreeze-topdown")
     by_name = {score.method: score for score in found}
-    assert list(by_name) == ["sft", *BEYOND, "gradfreeze-topdown"] == list(group.runs)
+    assert list(by_name) == ["sft", *SAVING, "gradfreeze-topdown"] == list(group.runs)
     sft, lora = by_name["sft"], by_name["lora"]
     # 80, 81, 82: sd 1, times t's 97.5 % of two degrees, 4.3027, over sqrt 3
     assert sft.english.difference == pytest.approx(81) and sft.english.high - 81 == pytest.approx(2.4841, abs=1e-3)
-    assert sft.gain is None and lora.lr == 5e-4 and lora.others.n == lora.gain.n == 2
-    assert lora.gain.difference == pytest.approx(2)  # 71 and 73 against 70
-    assert by_name["gradfreeze-topdown"].gain.low == pytest.approx(10)
+    assert lora.lr == 5e-4 and lora.others.n == gain(group, "lora", "sft").n == 2
+    assert gain(group, "lora", "sft").difference == pytest.approx(2)  # 71 and 73 against 70
+    assert gain(group, "gradfreeze-topdown", "sft").low == pytest.approx(10)
 
 
 def test_the_tables(results):
-    empty = beyond_tables.section(results / "nothing"), beyond_tables.summary(results / "nothing")
-    assert all("No results yet" in text for text in empty)
+    for table in beyond_tables.TABLES.values():
+        assert "No results yet" in table(results / "nothing")
     path = results / "one.md"
     path.write_text(beyond_tables.summary(results), encoding="utf-8")
     assert lines(path, "full fine-tuning")[0] == ["full fine-tuning", "3", "81.00 ± 2.48", "70.00 ± 0.00", "–", "–"]
@@ -143,13 +203,33 @@ def test_the_tables(results):
     assert "a made-up CPU" in path.read_text() and "memory 1.01, time 0.98" in path.read_text()
 
 
+def test_the_table_of_updates(results):
+    path = results / "one.md"
+    path.write_text(beyond_tables.updates(results), encoding="utf-8")
+    cells = ["70.00 ± 0.00", "73.00 ± 4.97", "+3.00 ± 4.97", "–"]
+    assert lines(path, "Muon")[0][1:] == ["3", "0.0005", *cells, "–"]
+    assert lines(path, "GradDrop on Muon")[0][1:] == ["3", "0.0005", *cells, "0.00 ± 0.00 (Muon)"]
+    assert lines(path, "GradDrop, cautious decay")[0][-1] == "+63.00 ± 4.97 (GradDrop)"  # 71, 73, 75 against 10
+    assert [line.split("|")[1].strip() for line in path.read_text().splitlines() if "± " in line] == [
+        "full fine-tuning", "SkipUpdate, half of the tensors", 'GradDrop, masked="update"', "GradDrop, cautious decay",
+        "SGD with momentum", "GradDrop on SGD with momentum", "Muon", "GradDrop on Muon", "GradDrop",
+    ]  # fmt: skip
+
+
+def test_methods_without_runs_leave_a_table_out(results):
+    for path in (results / "xglue" / "beyond").rglob("muon-*.json"):
+        path.unlink()
+    assert "No results yet" in beyond_tables.updates(results) and "LoRA" in beyond_tables.summary(results)
+
+
 def test_runs_of_other_settings_stand_beside_nothing(results):
     write(results / "other" / "beyond", "sib200", "lora", 0, {"en": 0.7, "de": 0.7}, p=0.5)
     (results / "xglue" / "sib200").rename(results / "other" / "sib200")
     with pytest.raises(ValueError, match="no run in .* has these settings"):
-        scores(results / "other")
+        scores(results / "other", ["lora"], "graddrop")
 
 
 def test_a_study_of_them_is_compared_with_the_committed_runs(results):
     found = compare(results / "xglue" / "beyond", results / "xglue")
-    assert found[-1].startswith("12 of 12 runs are in xglue: 0 with the same bits, 12 with the same test scores")
+    runs = 3 * len(BEYOND)
+    assert found[-1].startswith(f"{runs} of {runs} runs are in xglue: 0 with the same bits, {runs} with the same test")

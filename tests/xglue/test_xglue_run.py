@@ -21,7 +21,7 @@ sys.path.append(str(ROOT))
 
 from benchmarks.xglue.__main__ import main  # noqa: E402
 from benchmarks.xglue.examples.load import load  # noqa: E402
-from benchmarks.xglue.methods import BEYOND  # noqa: E402
+from benchmarks.xglue.methods import BEYOND, PAPERS  # noqa: E402
 from benchmarks.xglue.models import encoders, features  # noqa: E402
 from benchmarks.xglue.runs import prepare  # noqa: E402
 from benchmarks.xglue.runs.batches import LengthBuckets  # noqa: E402
@@ -31,7 +31,6 @@ from benchmarks.xglue.settings import settings_for  # noqa: E402
 from benchmarks.xglue.tasks import TASKS  # noqa: E402
 from benchmarks.xglue.titles import TITLES  # noqa: E402
 from graddrop_kernels import GradFreeze, LayerGradDrop, LinearAnneal  # noqa: E402
-from graddrop_kernels.demo.methods import METHODS  # noqa: E402
 
 optimizers, running, training = (Lazy(f"benchmarks.xglue.runs.{name}") for name in ("optimizer", "run", "trainer"))
 # In all runs, so that the data is prepared once a task.
@@ -239,7 +238,7 @@ def test_a_model_of_transformers(task, tmp_path):
 
 
 def test_methods_follow_the_settings():
-    assert set(TITLES) == {*METHODS, *BEYOND} and not METHODS.keys() & BEYOND.keys()
+    assert set(TITLES) == {*PAPERS, *BEYOND} and not PAPERS.keys() & BEYOND.keys()
     policy = policy_of(tiny(method="anneal-layer-graddrop", anneal_start=0.6, anneal_end="zero"))
     assert policy == LayerGradDrop(LinearAnneal(3, 0.6, "zero"))
     policy = policy_of(tiny(method="gradfreeze-bottomup", blocks_per_epoch=2))

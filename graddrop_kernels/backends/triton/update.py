@@ -86,7 +86,7 @@ def update_block(
         row.beta1, row.beta2, AMSGRAD, INTERPRETED,
     )  # fmt: skip
     m_stored, v_stored, vmax_stored = m, v, vmax
-    if STOCHASTIC & ROUND_MOMENTS:
+    if ROUND_MOMENTS & STOCHASTIC:  # in this order for the interpreter, where the second is an int
         start = block_start + tl.arange(0, BLOCK // VEC) * VEC
         words = words32(start, row, row.flags >> STEPS_SHIFT, DOMAIN_MOMENTS, VEC, ROWS)
         m_stored, v_stored = stochastic_bfloat16(m, words), stochastic_bfloat16(v, words << 16)
@@ -108,7 +108,7 @@ def update_block(
         to_float32(p_old, INTERPRETED), m, vmax if AMSGRAD else v, row.lr_weight_decay, row.eps,
         step_size, bc2_sqrt, bc2_sqrt_reciprocal, (flags & DECAY_FLAG) != 0, CAUTIOUS, INTERPRETED,
     )  # fmt: skip
-    if STOCHASTIC & ROUND_PARAMS:
+    if ROUND_PARAMS & STOCHASTIC:
         start = block_start + tl.arange(0, BLOCK // VEC) * VEC
         p = stochastic_bfloat16(p, words32(start, row, row.flags >> STEPS_SHIFT, DOMAIN_ROUNDING, VEC, ROWS))
     if UPDATE:
