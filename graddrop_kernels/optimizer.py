@@ -1,8 +1,8 @@
 """FusedGradDropAdamW: torch.optim.AdamW with the paper's gradient masks inside its one fused step."""
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar, overload
 
@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from . import backends
 from .groups import load_state
 from .groups.checks import check_groups
-from .groups.flat_buffers import FlatPiece, check_pieces
+from .groups.flat_buffers import FlatPiece
 from .groups.masking import Masking
 from .groups.options import (
     GROUP_DEFAULTS,
@@ -400,18 +400,9 @@ class FusedGradDropAdamW(torch.optim.AdamW):
             ValueError: pieces that overlap, or reach past the end of their buffer, or that do not suit the masks.
                 Nothing has changed.
         """
-        for tensor, own in pieces.items():
-            self._masking.find(tensor)
-            check_pieces(tensor, own)
-        before = copy.copy(self._masking.buffers)
-        self._masking.buffers.attach(pieces, shapes, last, has_gradients)
+        check = partial(check_groups, self._masking)
+        self._masking.attach_pieces(pieces, shapes, last, has_gradients, check)
         self._stepper.forget()
-        try:
-            check_groups(self._masking)
-        except Exception:
-            self._masking.buffers = before
-            self._stepper.forget()
-            raise
         self._stepper.retire_captured()
 
     def state_dict(self) -> dict[str, Any]:

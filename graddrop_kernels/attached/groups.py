@@ -25,7 +25,7 @@ class MaskedGroups:
     def __init__(self, book: PolicyBook, mask: Policy | None, seed: int, masked: str | None) -> None:
         self._book = book
         self._given: dict[str, Any] = {"mask": book.add(mask), "seed": seed, "masked": masked}
-        self._known: list[tuple[Any, ...]] = []  # of each group, the values of _GIVEN
+        self._known: list[tuple[dict[str, Any], tuple[Any, ...]]] = []  # each group, and its values of _GIVEN
 
     def bring(self, optimizer: torch.optim.Optimizer) -> None:
         """Gives every group our keys. Raises ValueError for a group whose mask has become another one."""
@@ -35,8 +35,9 @@ class MaskedGroups:
                 self._begin(group, optimizer, groups[0])
         all_facts = [tuple(group[key] for key in _GIVEN) for group in groups]
         goes_on = tuple(self._given.values()) in all_facts
+        seen = {id(group): facts for group, facts in self._known}
         for index, (group, facts) in enumerate(zip(groups, all_facts)):
-            known = self._known[index] if index < len(self._known) else None
+            known = seen.get(id(group)) or next((facts for _, facts in self._known[index : index + 1]), None)
             # A group that goes on from a checkpoint has the mask of then, or has none, or has one of its own.
             if known is None and group["completed_steps"] and not goes_on and group["mask"] is not None:
                 known = tuple(self._given.values())
@@ -45,7 +46,8 @@ class MaskedGroups:
             missing = len(group["params"]) - len(group["param_steps"])
             if missing:  # the user has put parameters into the group, or taken some out
                 group["param_steps"] = [*group["param_steps"], *[0] * missing][: len(group["params"])]
-        self._known = all_facts
+        if not all(id(group) in seen for group in groups):  # else some of them, as DeepSpeed steps each by itself
+            self._known = list(zip(groups, all_facts))
 
     def _begin(self, group: dict[str, Any], optimizer: torch.optim.Optimizer, first: dict[str, Any]) -> None:
         own = "completed_steps" in group  # of a FusedGradDropAdamW, whose checkpoint this optimizer has loaded

@@ -1,7 +1,7 @@
 """attach_mask: the masks of this package on the gradients of any optimizer, by hooks around its step."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 
 from .. import backends
 from ..groups.checks import check_names, check_param
+from ..groups.flat_buffers import FlatPiece
 from ..groups.masking import Masking
 from ..groups.options import check_epoch, check_seed
 from ..inspection.describe import describe_masks
@@ -185,6 +186,18 @@ class AttachedMask:
         self._check()
         return self._skip_dropped.around(model)
 
+    def attach_pieces(
+        self,
+        pieces: Mapping[torch.Tensor, Sequence[FlatPiece]],
+        shapes: Mapping[str, Sequence[int]] | None = None,
+        has_gradients: Callable[[int], bool] | None = None,
+    ) -> None:
+        """Describes the flat buffers among the optimizer's parameters, as ``FusedGradDropAdamW.attach_pieces`` does.
+        ``attach_fsdp1`` and ``attach_deepspeed`` call it.
+        """
+        self.masking.attach_pieces(pieces, shapes, (), has_gradients, self._check_again)
+        self._batches = None
+
     def remove(self) -> None:
         """Takes the mask off: later steps are the optimizer's own, and its groups have no keys of the mask any more."""
         self._skip_dropped.check_outside("remove()")
@@ -229,11 +242,16 @@ class AttachedMask:
         check_names(masking)
         self._checked = len(optimizer.param_groups)
 
+    def _check_again(self) -> None:
+        self._checked = 0
+        self._check()
+
     def _check_file(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         self._skip_dropped.check_outside("load_state_dict()")
         self._groups.check_file(optimizer, state_dict)
 
-    def _forget(self, _: torch.optim.Optimizer) -> None:
+    def _forget(self, optimizer: torch.optim.Optimizer) -> None:
+        self._groups.bring(optimizer)  # now, as DeepSpeed shows a step only one of the new groups
         self.masking.forget()
         self._batches = None
 
@@ -297,7 +315,7 @@ class AttachedMask:
             if masking.policy(index) is None:
                 continue
             records = masking.records(index)
-            units = {records[position].unit for position in there}
+            units = {unit for position in there for unit in records[position].units}
             plans |= {(index, unit): masking.plan(index, unit, clocks[index]) for unit in units}
             if masking.is_frozen(index):
                 dropped = {unit for unit in units if plans[index, unit].kind == "off"}
@@ -352,10 +370,14 @@ class AttachedMask:
         if found_inf is not None and float(found_inf) != 0:
             return  # a GradScaler has made the step a no-op
         self.warn(self._streams.warning_of_step())
-        for index, positions in counted.items():
+        buffers = self.masking.buffers
+        elsewhere = set(filter(buffers.has_gradients, self.masking.indices()))
+        for index in elsewhere | counted.keys():
             group = optimizer.param_groups[index]
             steps = list(group["param_steps"])  # a new list: a state dict may hold the old one
-            for position in positions:
+            # A slice without elements in this process has no gradient here, and makes the step of the others.
+            empty = [place for place, param in enumerate(group["params"]) if buffers.pieces.get(param) == ()]
+            for position in (*counted.get(index, ()), *(empty if index in elsewhere else ())):
                 steps[position] += 1
             group["param_steps"] = steps
             self.masking.count_step(index, self._clocks[index])

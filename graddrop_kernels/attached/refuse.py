@@ -8,6 +8,7 @@ from ..policies import Policy, TrainRows
 
 _FROZEN = "stays as it is, so the mask must act inside of the optimizer's step, which only FusedGradDropAdamW has"
 _FLAT = ("deepspeed.runtime.", "apex.contrib.", "megatron.")  # modules whose optimizers step flat tensors
+_BEFORE = "attach the mask before deepspeed.initialize(), and call attach_deepspeed(engine) after it"
 
 
 def check_policy(index: int, policy: Policy | None, masked: str | None) -> None:
@@ -43,7 +44,7 @@ def inner(optimizer: Any) -> torch.optim.Optimizer:
         if (module := f"{type(optimizer).__module__}.").startswith(_FLAT):
             raise ValueError(
                 f"{type(optimizer).__name__} of {module.partition('.')[0]} steps flat tensors, of which attach_mask "
-                "does not know what they hold: use FusedGradDropAdamW, under DeepSpeed with attach_deepspeed()"
+                f"does not know what they hold: under DeepSpeed {_BEFORE}"
             )
         outer, optimizer = optimizer, getattr(optimizer, "optimizer", None)
     optimizer = outer
@@ -64,11 +65,5 @@ def inner(optimizer: Any) -> torch.optim.Optimizer:
         raise ValueError(
             "ZeroRedundancyOptimizer divides the parameters among processes: use optimizer_class=FusedGradDropAdamW "
             "and attach_zero(), or fully_shard with any optimizer"
-        )
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    if any(getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False) for param in params):
-        raise ValueError(
-            "the parameters are flat ones of FSDP1, and a mask drawn for them would depend on the sharding: use "
-            "fully_shard (FSDP2), or FusedGradDropAdamW with attach_fsdp1()"
         )
     return optimizer

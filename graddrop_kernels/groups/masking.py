@@ -1,8 +1,9 @@
 """Masking: policies, random streams, plans and masks of an optimizer's parameter groups."""
 
+import copy
 import math
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..policies import KEEP, FixedMask, GradDropEpoch, Policy
 from ..policies.clock import Clock, PlanContext
 from ..policies.registry import PolicyBook
 from ..tensors.local import as_sharded, local
-from .flat_buffers import FlatBuffers
+from .flat_buffers import Flat, FlatBuffers, check_pieces
 from .names import canonical_name
 from .options import draws
 from .owner import Owner
@@ -251,6 +252,26 @@ class Masking:
         """The record of a parameter. Raises KeyError for an unknown one."""
         index, position = self.find(param)
         return self.records(index)[position]
+
+    def attach_pieces(
+        self, pieces: Flat, shapes: Mapping[str, Sequence[int]] | None, last: Iterable[torch.Tensor],
+        has_gradients: Callable[[int], bool] | None, check: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """Keeps the pieces of flat buffers. What ``check`` raises of the masks that they then have is raised, and
+        nothing has changed.
+        """
+        for tensor, own in pieces.items():
+            self.find(tensor)
+            check_pieces(tensor, own)
+        before = copy.copy(self.buffers)
+        self.buffers.attach(pieces, shapes, last, has_gradients)
+        self.forget()
+        try:
+            check()
+        except Exception:
+            self.buffers = before
+            self.forget()
+            raise
 
     def check_flat(self, record: ParamRecord, param: torch.Tensor) -> None:
         """Raises TypeError for a flat buffer whose pieces were not attached."""

@@ -38,6 +38,11 @@ class ParamRecord:
     rows: Rows | None = None
     flat: tuple[PieceRecord, ...] = ()
 
+    @property
+    def units(self) -> list[Hashable]:
+        """The units of all that the tensor holds."""
+        return [each.unit for each in self.flat] or [self.unit]
+
 
 def group_names(group: dict[str, Any], index: int, flat: Flat) -> list[str]:
     """Canonical names of a group's parameters. Parameters given without names, and flat buffers that a wrapper has put

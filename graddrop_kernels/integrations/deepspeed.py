@@ -19,22 +19,29 @@ def attach_deepspeed(engine: Any) -> None:
     another number of ranks, is loaded in full.
 
     Args:
-        engine: from ``deepspeed.initialize(model=..., optimizer=FusedGradDropAdamW(...), ...)``.
+        engine: from ``deepspeed.initialize(model=..., optimizer=..., ...)``, where the optimizer is a
+            FusedGradDropAdamW, or under ZeRO 1 and 2 another one with a mask by ``attach_mask``.
 
     Raises:
         TypeError: no engine, another kind of optimizer inside, or an unknown way to step it.
         ValueError: ``max_grad_norm``, as no process has all gradients (use DeepSpeed's ``gradient_clipping``);
-            ``elastic_checkpoint``; a universal checkpoint was loaded already.
+            ``elastic_checkpoint``; a universal checkpoint was loaded already; ZeRO 3 or universal checkpoints with
+            ``attach_mask``.
     """
     optimizer: Any = getattr(engine, "basic_optimizer", None)
-    require(optimizer, "attach_deepspeed(engine)", "a DeepSpeed engine with a FusedGradDropAdamW inside")
+    what = "a DeepSpeed engine with a FusedGradDropAdamW inside, or an optimizer with attach_mask"
+    masks = require(optimizer, "attach_deepspeed(engine)", what)
     if engine.optimizer is optimizer:
         return
+    if masks is not optimizer:
+        _check_other(engine)
     pieces, zero = deepspeed_pieces(engine), engine.optimizer
     _check_checkpoints(engine)
     shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in engine.module.named_parameters()}
     if not _is_zero3(zero):
-        optimizer.attach_pieces(pieces, shapes)
+        masks.attach_pieces(pieces, shapes)
+        if masks is not optimizer:
+            return
         deepspeed_universal.repair_loads(zero, optimizer)
         return
     # The groups are empty except while a step runs, which takes one sub-group after the other.
@@ -45,6 +52,18 @@ def attach_deepspeed(engine: Any) -> None:
     finally:
         zero._clear_fp32_optimizer_param_groups()
     deepspeed_universal.repair_stage3_loads(zero, optimizer, groups)
+
+
+def _check_other(engine: Any) -> None:
+    """Raises ValueError for what only FusedGradDropAdamW can do."""
+    reason = None
+    if _is_zero3(engine.optimizer):
+        reason = "ZeRO 3 steps the partitions of a group one after the other, and attach_mask counts a step as one"
+    elif engine.load_universal_checkpoint():
+        reason = "universal checkpoints are loaded past the optimizer's load_state_dict(), which attach_mask watches"
+    if reason:
+        raise ValueError(f"attach_deepspeed: {reason}: use ZeRO 1 or 2 and DeepSpeed's own checkpoints, or "
+                         "FusedGradDropAdamW")  # fmt: skip
 
 
 def _check_checkpoints(engine: Any) -> None:

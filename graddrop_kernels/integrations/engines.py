@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..attached.handle import attached_to
 from ..groups.flat_buffers import FlatPiece
 from ..groups.masking import masking_of
 from ..groups.names import canonical_name
@@ -16,8 +17,12 @@ from ..groups.names import canonical_name
 Pieces = dict[torch.Tensor, list[FlatPiece]]
 
 
-def require(optimizer: Any, function: str, what: str) -> None:
-    """Raises TypeError unless the optimizer is ours, ValueError if it clips: no process has all gradients."""
+def require(optimizer: Any, function: str, what: str) -> Any:
+    """Returns what masks: the optimizer, or the mask that is attached to it. Raises TypeError if there is neither,
+    ValueError if it clips: no process has all gradients.
+    """
+    if (attached := attached_to(optimizer)) is not None:
+        return attached
     try:
         masking_of(function, optimizer)
     except TypeError:
@@ -27,6 +32,7 @@ def require(optimizer: Any, function: str, what: str) -> None:
             f"max_grad_norm={optimizer.max_grad_norm!r} would clip by the norm of this process's part of the "
             "gradients: set it to None and let the engine clip"
         )
+    return optimizer
 
 
 def names_of(model: nn.Module) -> dict[int, str]:

@@ -2,33 +2,32 @@
 
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..groups.flat_buffers import FlatPiece
 from ..groups.names import canonical_name
 from .engines import Pieces, require, tensors_of
 
-if TYPE_CHECKING:
-    from ..optimizer import FusedGradDropAdamW
 
-
-def attach_fsdp1(optimizer: "FusedGradDropAdamW", model: nn.Module) -> None:
-    """Describes to the optimizer where FullyShardedDataParallel (FSDP1) has put the model's parameters, with either
-    value of ``use_orig_params``. For policies of whole blocks each block must be a unit of its own
-    (``auto_wrap_policy``), or ``use_orig_params=True``.
+def attach_fsdp1(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Describes to the optimizer, or to the mask that ``attach_mask`` has put on it, where FullyShardedDataParallel
+    (FSDP1) has put the model's parameters, with either value of ``use_orig_params``. For policies of whole blocks each
+    block must be a unit of its own (``auto_wrap_policy``), or ``use_orig_params=True``.
 
     Args:
-        optimizer: made from the parameters of the wrapped model.
+        optimizer: made from the parameters of the wrapped model: a FusedGradDropAdamW, or any with ``attach_mask``.
         model: the wrapped model, or one that holds wrapped ones.
 
     Raises:
-        TypeError: another kind of optimizer.
+        TypeError: another optimizer without a mask.
         ValueError: the optimizer has none of the model's flat parameters, or ``max_grad_norm``, as no process has all
             gradients (use the model's ``clip_grad_norm_``).
     """
-    require(optimizer, "attach_fsdp1(optimizer, model)", "a FusedGradDropAdamW")
+    what = "a FusedGradDropAdamW, or an optimizer with attach_mask"
+    masks = require(optimizer, "attach_fsdp1(optimizer, model)", what)
     pieces = fsdp1_pieces(model)
     stepped = {tensor: pieces[tensor] for tensor in tensors_of(optimizer) if tensor in pieces}
     if not stepped:
@@ -45,7 +44,7 @@ def attach_fsdp1(optimizer: "FusedGradDropAdamW", model: nn.Module) -> None:
         params = (param for param in own.param_groups[index]["params"] if param.requires_grad)
         return any(param in flat_of and flat_of[param].grad is not None for param in params)
 
-    optimizer.attach_pieces(stepped, shapes, has_gradients=has_gradients)
+    masks.attach_pieces(stepped, shapes, has_gradients=has_gradients)
 
 
 def fsdp1_pieces(model: nn.Module) -> Pieces:

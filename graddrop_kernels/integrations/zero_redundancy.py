@@ -30,7 +30,9 @@ def attach_zero(zero: "ZeroRedundancyOptimizer", model: nn.Module) -> None:
         ValueError: a parameter that is not the model's, or ``max_grad_norm``, as no process has all gradients.
     """
     inner: Any = getattr(zero, "optim", None)
-    require(inner, "attach_zero(zero, model)", "a ZeroRedundancyOptimizer(optimizer_class=FusedGradDropAdamW)")
+    what = "a ZeroRedundancyOptimizer(optimizer_class=FusedGradDropAdamW)"
+    if require(inner, "attach_zero(zero, model)", what) is not inner:
+        raise TypeError(f"attach_zero(zero, model) needs {what}, got {type(inner).__name__} with attach_mask")
     names = names_of(model)
     tensors = tensors_of(inner)
     if unknown := sum(id(tensor) not in names for tensor in tensors):

@@ -515,9 +515,11 @@ def test_optimizers_that_cannot_be_masked_are_refused():
     outside = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})()
     with pytest.raises(ValueError, match="steps flat tensors"):
         attach(outside)
-    weight._is_flat_param = True
-    with pytest.raises(ValueError, match="FSDP1"):
-        attach(torch.optim.SGD([weight]))
+    weight._is_flat_param, weight.grad = True, torch.ones(3)
+    optimizer = torch.optim.SGD([weight])
+    attach(optimizer)
+    with refused(TypeError, "call graddrop_kernels.attach_fsdp1", optimizer=optimizer):
+        optimizer.step()
 
 
 def test_two_parameters_of_one_name_are_refused():

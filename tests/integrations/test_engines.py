@@ -24,8 +24,10 @@ from graddrop_kernels import (
     GradFreeze,
     LayerGradDrop,
     TrainRows,
+    attach_mask,
     param_groups,
 )
+from graddrop_kernels.attached.handle import AttachedMask
 from graddrop_kernels.groups.flat_buffers import FlatBuffers, FlatPiece
 from graddrop_kernels.groups.names import canonical_name
 from graddrop_kernels.integrations.accelerate import graddrop_optimizer
@@ -246,7 +248,44 @@ def accelerate_deepspeed(policy, stage):
     return found, functools.partial(accelerated_step, accelerator, engine, wrapped), deepspeed_pieces(engine)
 
 
+# The same for the masks of attach_mask, which cannot freeze single elements.
+
+
+def attached(model, policy, per_block=False):
+    optimizer = torch.optim.SGD(groups_of(model, per_block), lr=0.02, momentum=0.8, nesterov=True)
+    made = POLICIES[policy]()
+    masked = "gradient" if made.masked is not None and not made.needs_blocks else None
+    return optimizer, attach_mask(optimizer, made, seed=11, masked=masked)
+
+
+def attached_one_process(policy):
+    model = Model()
+    optimizer, handle = attached(model, policy)
+    return handle, functools.partial(plain_step, model, optimizer), whole(model)
+
+
+def attached_fsdp1(policy, use_orig_params):
+    model = wrapped_fsdp1(Model(), use_orig_params)
+    optimizer, handle = attached(model, policy)
+    attach_fsdp1(optimizer, model)
+    return handle, functools.partial(plain_step, model, optimizer), fsdp1_pieces(model)
+
+
+def attached_deepspeed(policy, stage):
+    model = Model()
+    optimizer, handle = attached(model, policy, per_block=True)
+    engine = started_deepspeed(model, optimizer, stage)
+    attach_deepspeed(engine)
+    return handle, functools.partial(deepspeed_step, engine), deepspeed_pieces(engine)
+
+
+ATTACHED = {
+    "attached fsdp1 slices": functools.partial(attached_fsdp1, use_orig_params=True),
+    "attached fsdp1 flat": functools.partial(attached_fsdp1, use_orig_params=False),
+    **{f"attached deepspeed {stage}": functools.partial(attached_deepspeed, stage=stage) for stage in (1, 2)},
+}
 ENGINES = {
+    **ATTACHED,
     "ddp": ddp,
     "zero": zero,
     "zero, buckets": functools.partial(zero, buckets=True),
@@ -281,6 +320,10 @@ def trained(engine, policy, seed):
 def found_in(optimizer, pieces, masks={}):  # noqa: B006 (nobody writes to it)
     """[(name, first element, step, {what: values})] of every piece; ``masks``: by (step, tensor)."""
     found = []
+    if isinstance(optimizer, AttachedMask):
+        steps, optimizer = optimizer.owner.state, optimizer.optimizer
+    else:
+        steps = optimizer.state
     for tensor, each in pieces.items():
         state = optimizer.state.get(tensor, {})
         whats = {"param": tensor}
@@ -288,7 +331,7 @@ def found_in(optimizer, pieces, masks={}):  # noqa: B006 (nobody writes to it)
         whats |= {f"mask of step {number}": mask for (number, masked), mask in masks.items() if masked is tensor}
         for name, local, start, numel in each:
             values = {what: _flat(value)[local : local + numel].clone() for what, value in whats.items()}
-            found.append((name, start, float(state["step"]), values))
+            found.append((name, start, float(steps.get(tensor, {}).get("step", 0)), values))
     return found
 
 
@@ -310,13 +353,13 @@ def trained_by(engine, policies, seed):
 
 
 @functools.cache
-def expected_of(policy, seed):
-    return {name: (step, values) for name, _, step, values in trained(one_process, policy, seed)}
+def expected_of(policy, seed, engine=one_process):
+    return {name: (step, values) for name, _, step, values in trained(engine, policy, seed)}
 
 
-def assert_trained_alike(by_rank, policy, seed, copies):
+def assert_trained_alike(by_rank, policy, seed, copies, engine=one_process):
     """``copies``: how many ranks have each element."""
-    expected = expected_of(policy, seed)
+    expected = expected_of(policy, seed, engine)
     seen = {name: torch.zeros(len(values["param"])) for name, (_, values) in expected.items()}
     for found in by_rank:
         for name, start, step, values in found:
@@ -333,9 +376,11 @@ def assert_trained_alike(by_rank, policy, seed, copies):
     pytest.param(engine, marks=needs_deepspeed if "deepspeed" in engine else ()) for engine in ENGINES
 ])  # fmt: skip
 def test_training_is_that_of_one_process(engine, seed):
-    by_rank = run_ranks(2, trained_by, engine, list(POLICIES), seed, timeout=180)
-    for policy, *found in zip(POLICIES, *by_rank):
-        assert_trained_alike(found, policy, seed, COPIES.get(engine, 1))
+    policies = [policy for policy in POLICIES if engine not in ATTACHED or policy != "rows"]
+    by_rank = run_ranks(2, trained_by, engine, policies, seed, timeout=180)
+    for policy, *found in zip(policies, *by_rank):
+        alone = attached_one_process if engine in ATTACHED else one_process
+        assert_trained_alike(found, policy, seed, COPIES.get(engine, 1), alone)
 
 
 @pytest.mark.parametrize("engine", ["zero", "fsdp1 slices", "fsdp1 flat"])
@@ -397,9 +442,10 @@ def continued(engines, policies, seed, folder):
 
 @pytest.mark.parametrize("engines", [
     ["zero", "fsdp1 slices", "fsdp1 flat"], pytest.param(["deepspeed 1", "deepspeed 3"], marks=needs_deepspeed),
+    ["attached fsdp1 slices", "attached fsdp1 flat"], pytest.param(["attached deepspeed 2"], marks=needs_deepspeed),
 ])  # fmt: skip
 def test_a_run_goes_on_bit_for_bit(engines, seed, tmp_path):
-    policies = ["graddrop", "layer", "epoch-bitpacked", "rows"]
+    policies = ["graddrop", "layer", "epoch-bitpacked", "freeze" if engines[0] in ATTACHED else "rows"]
     assert run_ranks(2, continued, engines, policies, seed, tmp_path, timeout=180) == [[], []]
 
 
@@ -494,7 +540,7 @@ def fixed_of_nothing(model, attach):
 
 def test_wrong_calls_are_refused():
     expected = (
-        "attach_fsdp1.* needs a FusedGradDropAdamW, got AdamW",
+        "attach_fsdp1.* needs a FusedGradDropAdamW, or an optimizer with attach_mask, got AdamW",
         "steps none of the model's sharded parameters",
         "max_grad_norm=1.0 would clip",
         "attach_zero.* needs a ZeroRedundancyOptimizer.*, got AdamW",
@@ -508,6 +554,34 @@ def test_wrong_calls_are_refused():
     for said in run_ranks(2, misuses):
         for message, pattern in zip(said, expected, strict=True):
             assert re.search(pattern, message), (pattern, message)
+
+
+def stage_3():
+    optimizer, _ = attached(model := Model(), "graddrop", per_block=True)
+    engine = started_deepspeed(model, optimizer, 3)
+    before = [{**group} for group in optimizer.param_groups]
+    return _error_of(lambda: attach_deepspeed(engine)), [{**group} for group in optimizer.param_groups] == before
+
+
+@needs_deepspeed
+def test_masks_on_other_optimizers_are_refused_in_stage_3():
+    for said, unchanged in run_ranks(2, stage_3):
+        assert "ZeRO 3 steps the partitions of a group one after the other" in said and "use ZeRO 1 or 2" in said
+        assert unchanged
+
+
+def with_attached_zero():
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    zero = ZeroRedundancyOptimizer((model := Model()).parameters(), torch.optim.SGD, lr=0.1)
+    attach_mask(zero.optim, GradDrop(), model=model)
+    return _error_of(lambda: attach_zero(zero, model)), _error_of(lambda: attach_mask(zero, GradDrop()))
+
+
+def test_masks_on_other_optimizers_are_refused_in_zero_redundancy_optimizer():
+    for inside, outside in run_ranks(2, with_attached_zero):
+        assert "got SGD with attach_mask" in inside
+        assert "use optimizer_class=FusedGradDropAdamW and attach_zero()" in outside
 
 
 def test_a_flat_tensor_that_the_optimizer_was_given_is_a_parameter_like_any_other():
