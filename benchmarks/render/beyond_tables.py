@@ -12,9 +12,7 @@ from .markdown import markdown, number
 NONE = "\n*No results yet.*\n\n"
 NAMES = {"sft": "full fine-tuning", "lora": "LoRA (PEFT), rank 8", "gradfreeze-topdown": "GradFreeze, top down"}
 # What a mask is compared with besides: the same optimizer without it, or the same mask on the gradient.
-WITHOUT = {
-    "graddrop-update": "graddrop", "graddrop-cautious": "graddrop", "graddrop-sgd": "sgd", "graddrop-muon": "muon",
-}  # fmt: skip
+WITHOUT = {"graddrop-update": "graddrop", "graddrop-cautious": "graddrop", "graddrop-sgd": "sgd"}
 
 
 def _found(results: Path, methods: str, beside: str):

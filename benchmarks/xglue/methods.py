@@ -27,7 +27,6 @@ UPDATES = {
     "graddrop-cautious": Method("GradDrop, cautious decay", "GradDrop, cautious", lambda epochs, p: GradDrop(p)),
     "sgd": Method("SGD with momentum", "SGD", lambda epochs, p: None),
     "graddrop-sgd": Method("GradDrop on SGD with momentum", "SGD, GradDrop", lambda epochs, p: GradDrop(p)),
-    "muon": Method("Muon", "Muon", lambda epochs, p: None),
     "graddrop-muon": Method("GradDrop on Muon", "Muon, GradDrop", lambda epochs, p: GradDrop(p)),
 }
 BEYOND = {**SAVING, **UPDATES}

@@ -65,7 +65,7 @@ class GradDropFactory:
             for group in groups:
                 group.pop("mask", None)
         optimizer = FusedGradDropAdamW(groups, **{"mask": policy, "seed": args.seed, **values, **arguments})
-        if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):  # FSDP1
+        if _is_fsdp1(model):
             attach_fsdp1(optimizer, model)
         optimizer.register_load_state_dict_pre_hook(functools.partial(_name_plain_run, _names_of_plain_run(model)))
         optimizer.register_load_state_dict_post_hook(_forget_that_epoch_was_set)
@@ -77,6 +77,10 @@ class GradDropFactory:
     ) -> list[dict[str, Any]]:
         """Adapts the optimizer's groups, for subclasses: another learning rate for some parameters, for example."""
         return groups
+
+
+def _is_fsdp1(model: nn.Module) -> bool:
+    return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
 
 
 def _policy_of(mask: Any, args: TrainingArguments, model: nn.Module) -> Policy | None:
@@ -275,7 +279,10 @@ class GradDropCallback(TrainerCallback):
         if self._optimizer is not None:
             return self._optimizer
         policy = _policy_of(self.mask, args, model)
-        return attach_mask(optimizer, policy, model=model, **{"seed": args.seed, **self.attach})
+        masks = attach_mask(optimizer, policy, model=model, **{"seed": args.seed, **self.attach})
+        if _is_fsdp1(model):
+            attach_fsdp1(masks.optimizer, model)
+        return masks
 
     def _check_skip_dropped(self, optimizer: Masked, args: TrainingArguments) -> None:
         if args.max_grad_norm:

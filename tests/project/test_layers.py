@@ -21,7 +21,7 @@ MAY_IMPORT = {  # docs/architecture.md draws it
     "optimizer": {"policies", "backends", "groups", "step", "inspection"},
     "integrations": {"policies", "tensors", "groups", "optimizer", "attached"},
     "__init__": {"policies", "backends", "attached", "groups", "inspection", "integrations", "optimizer"},
-    "tools": {"masks", "policies", "backends", "optimizer", "__init__"},
+    "tools": {"masks", "policies", "backends", "attached", "optimizer", "__init__"},
     "demo": {"policies", "backends", "groups", "optimizer", "__init__"},
     "__main__": {"tools"},
 }

@@ -15,7 +15,7 @@ from ..settings import Settings
 from .methods import policy_of
 
 ARGUMENTS = {"graddrop-update": {"masked": "update"}, "graddrop-cautious": {"cautious_weight_decay": True}}
-OTHERS = ("sgd", "graddrop-sgd", "muon", "graddrop-muon")
+OTHERS = ("sgd", "graddrop-sgd", "graddrop-muon")
 
 
 class WithHeadRate(GradDropFactory):
@@ -69,7 +69,7 @@ def _other_optimizer(model: nn.Module, *, settings: Settings) -> torch.optim.Opt
     policy = policy_of(settings)
     groups = param_groups(model, settings.weight_decay)
     groups = with_head_lr(groups, model, settings.head_lr_factor * settings.lr)
-    if settings.method.endswith("muon"):
+    if settings.method == "graddrop-muon":
         return MuonAndAdamW(groups, policy, settings.lr, settings.adam_eps, settings.seed)
     optimizer = torch.optim.SGD(groups, settings.lr, momentum=0.9)
     if policy is not None:
