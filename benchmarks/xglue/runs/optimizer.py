@@ -35,14 +35,13 @@ class MuonAndAdamW(torch.optim.Optimizer):
     GradDropCallback finds the mask of Muon by ``optimizer``, the name that wrappers have for what they wrap.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], policy: Policy | None, lr: float, eps: float, seed: int):
+    def __init__(self, groups: list[dict[str, Any]], policy: Policy, lr: float, eps: float, seed: int):
         matrices = [group for group in groups if group["name"] == "blocks"]
         rest = [group for group in groups if group["name"] != "blocks"]
         # AdamW's rates fit, as each step of Muon is made as large as AdamW's.
         self.optimizer = torch.optim.Muon(matrices, lr, adjust_lr_fn="match_rms_adamw")
-        self.adamw = FusedGradDropAdamW(rest, lr, eps=eps, mask=policy, masked=policy and "gradient", seed=seed)
-        if policy is not None:
-            attach_mask(self.optimizer, policy, seed=seed)
+        self.adamw = FusedGradDropAdamW(rest, lr, eps=eps, mask=policy, seed=seed)
+        attach_mask(self.optimizer, policy, seed=seed)
         self.defaults, self.state = {}, {}
 
     @property
