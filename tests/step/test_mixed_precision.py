@@ -193,6 +193,25 @@ def test_other_moments_are_rounded_as_always(dtype, more, backend, seed):
             assert bits(stochastic[1].state[other][key]) == bits(value), key
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_recorded_step_has_the_derivatives_of_one_rounded_to_nearest(dtype):
+    """differentiable=True: of parameters and moments by the earlier parameters, the gradients and lr."""
+    found = []
+    for stochastic in (False, True):
+        start = torch.linspace(0.5, 2, 7, dtype=dtype).requires_grad_()
+        param, lr = start.clone(), torch.tensor(0.125, requires_grad=True)
+        optimizer = FusedGradDropAdamW(
+            [("weight", param)], lr, weight_decay=0.25, mask=None, differentiable=True, moment_dtype=BF16,
+            stochastic_rounding=stochastic, stochastic_moments=stochastic,
+        )  # fmt: skip
+        param.grad = start * 2
+        optimizer.step()
+        total = param.float().sum() + sum(optimizer.state[param][key].float().sum() for key in MOMENTS[:2])
+        found.append(torch.autograd.grad(total, (start, lr)))
+    for nearest, stochastic in zip(*found):
+        assert nearest.abs().min() > 0.1 and torch.allclose(nearest, stochastic, rtol=0.02)
+
+
 # Master weights.
 
 

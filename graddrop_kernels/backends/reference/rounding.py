@@ -3,7 +3,7 @@ Also stochastic rounding.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,6 +47,18 @@ PLAIN = Rounding(lambda a, b, c: a * b + c, torch.sqrt)
 EXACT = Rounding(_exact_fma, _exact_sqrt)
 
 
+class _RoundedTo(torch.autograd.Function):
+    """The second number, with the derivative of the first: 1, as torch has it of ``a.to(torch.bfloat16)``."""
+
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
 def stochastic_bfloat16(a: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     """Rounds float32 to one of the two bfloat16 around it, at odds that make the mean exact. Returns float32.
 
@@ -55,5 +67,6 @@ def stochastic_bfloat16(a: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         words: int64 of the same shape, random 32-bit words. Their upper halves decide, since a bfloat16 lacks the
             lower half of a float32.
     """
-    bits = (a.view(torch.int32) + (words >> 16).to(torch.int32)) & -65536
-    return torch.where(a.isfinite(), bits.view(torch.float32), a)
+    bits = (a.detach().view(torch.int32) + (words >> 16).to(torch.int32)) & -65536
+    rounded = torch.where(a.isfinite(), bits.view(torch.float32), a.detach())
+    return _RoundedTo.apply(a, rounded) if a.requires_grad else rounded  # type: ignore[no-untyped-call]
