@@ -383,6 +383,22 @@ def test_training_is_that_of_one_process(engine, seed):
         assert_trained_alike(found, policy, seed, COPIES.get(engine, 1), alone)
 
 
+def counts_of(engine, policy, seed):
+    handle, step, _ = ENGINES[engine](policy)
+    for number in range(3):
+        handle.set_epoch(0)
+        step(seed + number)
+    return [(group["completed_steps"], group["param_steps"]) for group in handle.param_groups]
+
+
+@pytest.mark.parametrize("engine", [name for name in ATTACHED if "fsdp1" in name])
+def test_a_mask_counts_the_steps_of_what_only_other_ranks_hold(engine, seed):
+    """So that a checkpoint of any rank goes on in any other: the head and many slices have elements on one rank only."""
+    first, second = run_ranks(2, counts_of, engine, "graddrop", seed)
+    assert first == second
+    assert all(completed == 3 and set(steps) == {3} for completed, steps in first)
+
+
 @pytest.mark.parametrize("engine", ["zero", "fsdp1 slices", "fsdp1 flat"])
 def test_one_rank_is_no_exception(engine, seed):
     """FSDP1 shards nothing then: its slices are whole parameters in their shapes."""
