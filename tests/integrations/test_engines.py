@@ -393,7 +393,7 @@ def counts_of(engine, policy, seed):
 
 @pytest.mark.parametrize("engine", [name for name in ATTACHED if "fsdp1" in name])
 def test_a_mask_counts_the_steps_of_what_only_other_ranks_hold(engine, seed):
-    """So that a checkpoint of any rank goes on in any other: the head and many slices have elements on one rank only."""
+    """So that a checkpoint of any rank goes on in any other. The head and many slices have elements on one rank."""
     first, second = run_ranks(2, counts_of, engine, "graddrop", seed)
     assert first == second
     assert all(completed == 3 and set(steps) == {3} for completed, steps in first)

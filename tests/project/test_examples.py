@@ -16,6 +16,8 @@ SAME = ("plain_loop", "trainer", "accelerate_loop", "lightning_loop")
 FROZEN = ("sampled_blocks", "sparse_finetune", "new_tokens")
 OTHERS = ("peft_lora", "causal_lm", "any_optimizer", *FROZEN)
 FASTER = ("--lr=3e-3",)
+# Its blocks take turns: in eight steps the loss rose with a seed.
+LONGER = ("--lr=1e-3", "--sentences=96")
 REPORT = re.compile(
     r"loss (\d+\.\d+) in the first quarter of (\d+) steps, (\d+\.\d+) in the last\n"
     r"next mask of (\S+): (\d+\.\d) % kept, crc32 ([0-9a-f]{8})\n"
@@ -56,7 +58,8 @@ def test_the_same_training_in_every_loop(script, seed):
 
 @pytest.mark.parametrize("script", OTHERS)
 def test_other_models(script, seed):
-    first, _, last, name, kept, _ = printed(script, seed, *FASTER if script in FROZEN else ())
+    how = LONGER if script == "sampled_blocks" else FASTER if script in FROZEN else ()
+    first, _, last, name, kept, _ = printed(script, seed, *how)
     assert float(last) < float(first)
     if script == "any_optimizer":
         assert abs(float(kept) - 60) < 1  # p is 0.9 - 1/2 in the second epoch
@@ -82,7 +85,7 @@ def test_only_the_new_rows_move(seed):
 
 
 def test_moments_of_one_block_only(seed):
-    now, dense = numbers(r"moments: ([\d,]+) bytes; of all blocks ([\d,]+)", text_of("sampled_blocks", seed, *FASTER))
+    now, dense = numbers(r"moments: ([\d,]+) bytes; of all blocks ([\d,]+)", text_of("sampled_blocks", seed, *LONGER))
     assert dense - now == 2 * 4 * (12 * 384**2 + 13 * 384)  # of a block: weights, biases and norms
 
 

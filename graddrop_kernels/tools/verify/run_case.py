@@ -293,8 +293,8 @@ def _check_masked_gradients(
     actual: Any = training.masked_gradients(grads, epoch)
     bound = BOUNDS.get(training.engine.backend.name, EXACT)
     limit = in_dtype(bound.gaussian if case.gaussian else 0, expected.dtype)
-    # A factor near 0 has cancelled, so its error is that of the gradient before.
-    size = torch.cat(grads).abs().maximum(expected.abs())
+    # The error of a Gaussian factor 1 + deviation * z is that of its second term.
+    size = torch.cat(grads).abs() + expected.abs()
     _compare(case, "gradient", actual, expected, limit, size, found)
 
 
