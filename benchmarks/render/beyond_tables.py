@@ -11,8 +11,7 @@ from .markdown import markdown, number
 
 NONE = "\n*No results yet.*\n\n"
 NAMES = {"sft": "full fine-tuning", "lora": "LoRA (PEFT), rank 8", "gradfreeze-topdown": "GradFreeze, top down"}
-# What a mask is compared with besides: the same optimizer without it, or the same mask on the gradient.
-WITHOUT = {"graddrop-update": "graddrop", "graddrop-cautious": "graddrop", "graddrop-sgd": "sgd"}
+BESIDE = "graddrop"  # what masks on the update and on other optimizers are compared with besides
 
 
 def _found(results: Path, methods: str, beside: str):
@@ -122,10 +121,8 @@ def updates(results: Path) -> str:
     group, found = own
     rows = []
     for score in found:
-        other = WITHOUT.get(score.method)
-        versus = "–" if other is None else f"{_gain(group, score.method, other)} ({_name(other)})"
-        rows.append([*_accuracy(group, score), versus])
-    return f"\n{_ran(group)}\n\n{markdown([*_header(group), 'minus another'], rows)}\n\n"
+        rows.append([*_accuracy(group, score), _gain(group, score.method, BESIDE)])
+    return f"\n{_ran(group)}\n\n{markdown([*_header(group), 'minus GradDrop'], rows)}\n\n"
 
 
 TABLES = {"saving": section, "saving-summary": summary, "updates": updates}

@@ -25,7 +25,6 @@ UPDATES = {
     "skip-update": Method("SkipUpdate, half of the tensors", "SkipUpdate", STUDIED["skip-update"].make),
     "graddrop-update": Method('GradDrop, masked="update"', "GradDrop, update", lambda epochs, p: GradDrop(p)),
     "graddrop-cautious": Method("GradDrop, cautious decay", "GradDrop, cautious", lambda epochs, p: GradDrop(p)),
-    "sgd": Method("SGD with momentum", "SGD", lambda epochs, p: None),
     "graddrop-sgd": Method("GradDrop on SGD with momentum", "SGD, GradDrop", lambda epochs, p: GradDrop(p)),
     "graddrop-muon": Method("GradDrop on Muon", "Muon, GradDrop", lambda epochs, p: GradDrop(p)),
 }

@@ -15,7 +15,7 @@ from ..settings import Settings
 from .methods import policy_of
 
 ARGUMENTS = {"graddrop-update": {"masked": "update"}, "graddrop-cautious": {"cautious_weight_decay": True}}
-OTHERS = ("sgd", "graddrop-sgd", "graddrop-muon")
+OTHERS = ("graddrop-sgd", "graddrop-muon")
 
 
 class WithHeadRate(GradDropFactory):
@@ -71,8 +71,7 @@ def _other_optimizer(model: nn.Module, *, settings: Settings) -> torch.optim.Opt
     if settings.method == "graddrop-muon":
         return MuonAndAdamW(groups, policy, settings.lr, settings.adam_eps, settings.seed)
     optimizer = torch.optim.SGD(groups, settings.lr, momentum=0.9)
-    if policy is not None:
-        attach_mask(optimizer, policy, seed=settings.seed)
+    attach_mask(optimizer, policy, seed=settings.seed)
     return optimizer
 
 
