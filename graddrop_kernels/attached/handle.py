@@ -315,7 +315,9 @@ class AttachedMask:
             if masking.policy(index) is None:
                 continue
             records = masking.records(index)
-            units = {unit for position in there for unit in records[position].units}
+            units = {records[position].unit for position in there}
+            if masking.buffers.pieces:
+                units = {unit for position in there for unit in records[position].units}
             plans |= {(index, unit): masking.plan(index, unit, clocks[index]) for unit in units}
             if masking.is_frozen(index):
                 dropped = {unit for unit in units if plans[index, unit].kind == "off"}
@@ -375,9 +377,11 @@ class AttachedMask:
         for index in elsewhere | counted.keys():
             group = optimizer.param_groups[index]
             steps = list(group["param_steps"])  # a new list: a state dict may hold the old one
-            # A slice without elements in this process has no gradient here, and makes the step of the others.
-            empty = [place for place, param in enumerate(group["params"]) if buffers.pieces.get(param) == ()]
-            for position in (*counted.get(index, ()), *(empty if index in elsewhere else ())):
+            positions = counted.get(index, [])
+            if index in elsewhere:  # a slice without elements in this process makes the step of the others
+                empty = [place for place, param in enumerate(group["params"]) if buffers.pieces.get(param) == ()]
+                positions = positions + empty
+            for position in positions:
                 steps[position] += 1
             group["param_steps"] = steps
             self.masking.count_step(index, self._clocks[index])

@@ -92,6 +92,9 @@ def check_options(index: int, group: dict[str, Any]) -> None:
         raise ValueError(
             f"capturable=True needs parameters on a GPU; leave it False (parameter group {index})"
         )
+    for name in ("cautious_weight_decay", "master_weights", "stochastic_rounding", "stochastic_moments"):
+        if not isinstance(group[name], bool):
+            raise ValueError(f"{name} of parameter group {index} must be True or False, got {group[name]!r}")
     if group["master_weights"] and group["stochastic_rounding"]:
         raise ValueError(
             f"master_weights and stochastic_rounding of parameter group {index} exclude each other: the rounding of "
@@ -101,11 +104,6 @@ def check_options(index: int, group: dict[str, Any]) -> None:
     if group["masked"] not in (None, *MASKED):
         raise ValueError(
             f"masked of parameter group {index} must be one of {MASKED} or None, got {group['masked']!r}"
-        )
-    if not isinstance(group["cautious_weight_decay"], bool):
-        raise ValueError(
-            f"cautious_weight_decay of parameter group {index} must be True or False, got "
-            f"{group['cautious_weight_decay']!r}"
         )
     if group["bias_correction"] not in ("active", "global"):
         raise ValueError(

@@ -194,6 +194,9 @@ def test_what_cannot_be_meant_is_refused():
         (GaussianGradDrop(), {"masked": "update"}, ["masked='update' does not apply to GaussianGradDrop"]),
         (GradDrop(), {"masked": "updates"}, ["masked of parameter group 0", "'update'", "got 'updates'"]),
         (GradDrop(), {"cautious_weight_decay": 1}, ["cautious_weight_decay of parameter group 0", "True or False"]),
+        (None, {"stochastic_moments": None}, ["stochastic_moments of parameter group 0", "True or False", "None"]),
+        (None, {"stochastic_rounding": "yes"}, ["stochastic_rounding of parameter group 0", "True or False", "'yes'"]),
+        (None, {"master_weights": 1}, ["master_weights of parameter group 0", "True or False", "got 1"]),
     ):
         with refused(ValueError, *words):
             FusedGradDropAdamW(model.named_parameters(), mask=mask, **arguments)

@@ -271,6 +271,23 @@ either_name = pytest.mark.parametrize("name", ["planted", "reference"])
 
 
 @either_name
+def test_gradients_that_attach_mask_masks_otherwise(name, capsys, plant, only, seed):
+    def masks(batch):
+        EXACT.mask_gradients_(batch)
+        for grad in batch.grads:
+            if grad.numel() == 65537:
+                grad[777] += 1
+
+    plant(EXACT.masked_adamw_, name, mask_gradients_=masks)
+    only("GradDrop")
+    code, lines = run(capsys, seed, name=name)
+    [*found, verdict] = failures(lines)
+    assert code == 1 and verdict.startswith(f"FAIL: {MODES} failures: {MODES} cases") and found
+    assert all("attach_mask, epoch" in line and ": gradient: 1 of 66645 elements" in line for line in found)
+    assert "layers.0.weight8[777]" in found[0]
+
+
+@either_name
 @pytest.mark.parametrize("shifted_domain", [DOMAIN_ROUNDING, DOMAIN_MOMENTS], ids=["parameters", "moments"])
 def test_another_draw_of_the_stochastic_rounding(shifted_domain, name, capsys, plant, only, seed):
     """Every element stays within one ulp of bfloat16: what shows it beside a bound is how many are off."""

@@ -115,7 +115,8 @@ class Training:
         handle.set_epoch(epoch)
         with cpu.using_isa(self.engine.isa):
             other.step()
-        return torch.cat([param.grad.reshape(-1) for param in params if param.grad is not None]).cpu()
+        grads = tuple(param.grad for param in params)
+        return torch.cat(grads).cpu()
 
     def norm(self) -> torch.Tensor | None:
         """Returns the norm of the last step's gradients, shape (1,), on the CPU; None without clipping."""
