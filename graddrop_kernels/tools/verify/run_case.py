@@ -115,8 +115,8 @@ class Training:
         handle.set_epoch(epoch)
         with cpu.using_isa(self.engine.isa):
             other.step()
-        grads = tuple(param.grad for param in params)
-        return torch.cat(grads).cpu()
+        masked: list[Any] = [param.grad for param in params]
+        return torch.cat(masked).cpu()
 
     def norm(self) -> torch.Tensor | None:
         """Returns the norm of the last step's gradients, shape (1,), on the CPU; None without clipping."""
